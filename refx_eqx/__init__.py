@@ -1,0 +1,61 @@
+"""Shared, mutable, typed references for Equinox."""
+
+import importlib.metadata
+
+from ._deref import (
+    as_refs as as_refs,
+    clone as clone,
+    Dag as Dag,
+    deref as deref,
+    NOTHING as NOTHING,
+    reref as reref,
+    snapshot as snapshot,
+    update_refs as update_refs,
+)
+from ._errors import (
+    CollectionError as CollectionError,
+    ConcurrencyError as ConcurrencyError,
+    ImmutableError as ImmutableError,
+    RefError as RefError,
+    RefTypeError as RefTypeError,
+    StructureError as StructureError,
+    TraceLevelError as TraceLevelError,
+)
+from ._field import (
+    BatchStat as BatchStat,
+    Cache as Cache,
+    Collection as Collection,
+    field as field,
+    Param as Param,
+)
+from ._filters import (
+    aliases as aliases,
+    collection as collection,
+    Filter as Filter,
+    filter_spec as filter_spec,
+    mutable as mutable,
+    path as path,
+)
+from ._functionalize import functionalize as functionalize
+from ._module import Module as Module
+from ._partition import (
+    combine as combine,
+    get_partition as get_partition,
+    merge_partitions as merge_partitions,
+    Partition as Partition,
+    partition as partition,
+    tree_partition as tree_partition,
+)
+from ._ref import Index as Index, Ref as Ref, Value as Value
+from ._transforms import (
+    axes as axes,
+    filter_eval_shape as filter_eval_shape,
+    filter_grad as filter_grad,
+    filter_jit as filter_jit,
+    filter_value_and_grad as filter_value_and_grad,
+    filter_vmap as filter_vmap,
+    lift as lift,
+)
+
+
+__version__ = importlib.metadata.version("refx_eqx")

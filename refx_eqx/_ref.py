@@ -1,0 +1,486 @@
+"""`Ref`, and the two pytree nodes it is opened into at a JAX boundary.
+
+A `Ref` is a *leaf*: JAX never looks inside it. So a tree of refs may hold one ref at two
+places, and the two are one parameter. What JAX carries is the opened tree, in which each
+ref is a `Value` at its first place and an `Index` at every later one.
+"""
+
+import copy
+import threading
+from collections.abc import Callable, Hashable
+from typing import Any, Generic, overload, TYPE_CHECKING, TypeVar
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+
+from . import _trace
+from ._errors import describe, ImmutableError, StructureError, TraceLevelError
+from ._typing import subscript
+
+
+_trace.register_exclusion(__file__)
+
+_T = TypeVar("_T")
+
+
+class _Commits:
+    """Counts the writes to refs, so that a call can tell whether it ran undisturbed.
+
+    A lifted call reads its refs, computes, and writes back. If `count` has not moved in
+    between, no other thread wrote anything. A write takes `lock`, for a moment.
+    """
+
+    __slots__ = ("count", "lock")
+
+    def __init__(self):
+        self.count = 0
+        self.lock = threading.Lock()
+
+
+commits = _Commits()
+
+
+class _WriteGuards(threading.local):
+    """What `mutable` allows on this thread: predicates on a ref, all of which must hold."""
+
+    def __init__(self):
+        self.stack: list[tuple[Callable[[Any], bool], str]] = []
+
+
+write_guards = _WriteGuards()
+
+
+class Ref(Generic[_T]):
+    """A shared, mutable, typed cell: a leaf of a pytree, held by identity.
+
+    The same `Ref` at two places of a tree is one thing: what is written through one place
+    is seen at the other.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        ref = rx.Ref(jnp.zeros(3), collection="params")
+        tree = {"a": ref, "b": [ref]}
+
+        tree["a"].value += 1.0
+        assert tree["b"][0].value[2] == 1.0
+        assert ref.shape == (3,)
+        ```
+
+    The value is any pytree without a `Ref` inside. Its array-like leaves (JAX and NumPy
+    arrays; Python `bool`, `int`, `float`, `complex`) are traced by the lifted transforms,
+    and everything else is static.
+
+    A ref belongs to the JAX trace that it was created in. It may be written only there,
+    and read there and under `vmap`; anything else is a
+    [`refx_eqx.TraceLevelError`][], because the result would be silently stale.
+
+    Refs are equal when they are the same object. `copy.deepcopy` and `pickle` keep the
+    sharing within what they copy. Subclasses survive `deref` and `reref`, but only their
+    type does: a subclass may add methods, not attributes.
+
+    **Arguments:**
+
+    - `value`: the initial value.
+    - `collection`: what the ref is for, such as `"params"`. Any hashable, or `None`.
+
+    **Raises:**
+
+    - `StructureError`: if `value` holds a ref.
+    """
+
+    __slots__ = ("__weakref__", "_collection", "_declared", "_name", "_trace", "_value")
+
+    _value: Any
+    _collection: Hashable
+    _name: str | None
+    _declared: Any
+    _trace: Any
+
+    def __init__(self, value: _T, collection: Hashable = None):
+        hash(collection)  # an unhashable collection is Python's own clear error, here
+        self._collection = collection
+        self._name = None
+        self._declared = None
+        self._trace = _trace.current_trace_ref()
+        check_value(self, value)
+        self._value = value
+
+    def __class_getitem__(cls, hint: Any) -> Any:
+        return subscript(cls, hint)
+
+    if TYPE_CHECKING:
+        # A field annotated `Ref[T]` is a descriptor in the eyes of a type checker: it
+        # reads as the ref, and accepts a value or a ref. At run time there is no such
+        # descriptor; the field machinery wraps the value.
+        @overload
+        def __get__(self, instance: None, owner: Any, /) -> "Ref[_T]": ...
+        @overload
+        def __get__(self, instance: object, owner: Any, /) -> "Ref[_T]": ...
+        def __get__(self, instance: Any, owner: Any, /) -> "Ref[_T]": ...
+        def __set__(self, instance: Any, value: "_T | Ref[_T]", /) -> None: ...
+
+    @property
+    def value(self) -> _T:
+        """The present value."""
+        __tracebackhide__ = True
+        if not _trace.is_at_home(self._trace):
+            check_readable(self)
+        return self._value
+
+    @value.setter
+    def value(self, value: _T) -> None:
+        __tracebackhide__ = True
+        check_writable(self)
+        check_value(self, value)
+        with commits.lock:
+            commits.count += 1
+            self._value = value
+
+    def __getitem__(self, index: Any) -> Any:
+        """`ref[...]` is the value, and `ref[index]` a part of it."""
+        __tracebackhide__ = True
+        return self.value if index is Ellipsis else self.value[index]  # type: ignore
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """`ref[...] = x` sets the value, and `ref[i] = x` is `value.at[i].set(x)`."""
+        __tracebackhide__ = True
+        if index is not Ellipsis:
+            value = jnp.asarray(self.value).at[index].set(value)  # type: ignore
+        self.value = value
+
+    # With `__getitem__` alone, iteration would index past the end for ever: JAX clamps.
+    __iter__ = None
+
+    @property
+    def collection(self) -> Hashable:
+        """What the ref is for, such as `"params"`."""
+        return self._collection
+
+    @property
+    def name(self) -> str | None:
+        """The field that first held the ref, such as `"Linear.weight"`; for messages."""
+        return self._name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the value, which must be array-like."""
+        return jnp.shape(_array_like(self))
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the value, which must be array-like."""
+        return jnp.result_type(_array_like(self))
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the value, which must be array-like."""
+        return jnp.ndim(_array_like(self))
+
+    @property
+    def size(self) -> int:
+        """The number of elements of the value, which must be array-like."""
+        return jnp.size(_array_like(self))
+
+    def __copy__(self) -> "Ref[_T]":
+        return make_ref(type(self), self.value, self._collection, note_of(self))
+
+    def __deepcopy__(self, memo: dict) -> "Ref[_T]":
+        value = copy.deepcopy(self.value, memo)
+        return make_ref(type(self), value, self._collection, note_of(self))
+
+    def __reduce__(self):
+        return _unpickle, (type(self), self.value, self._collection, self._name)
+
+    def __repr__(self) -> str:
+        return eqx.tree_pformat(self)
+
+    def __pdoc__(self, **kwargs: Any):
+        # The hook of `eqx.tree_pformat`. It shows the cell as it is, without the trace
+        # rule: a message about a ref that may not be read has to print it.
+        import wadler_lindig as wl
+
+        docs = [wl.pdoc(self._value, **kwargs)]
+        if self._collection is not None:
+            if isinstance(self._collection, str):
+                docs.append(wl.TextDoc(f'"{self._collection}"'))
+            else:
+                docs.append(wl.pdoc(self._collection, **kwargs))
+        return wl.bracketed(
+            begin=wl.TextDoc(f"{type(self).__name__}("),
+            docs=docs,
+            sep=wl.comma,
+            end=wl.TextDoc(")"),
+            indent=kwargs.get("indent", 2),
+        )
+
+
+def is_ref(x: Any) -> bool:
+    """Whether `x` is a [`refx_eqx.Ref`][]. For use as an `is_leaf` or a filter."""
+    return isinstance(x, Ref)
+
+
+def _array_like(ref: Ref) -> Any:
+    value = ref.value
+    if not eqx.is_array_like(value) and not hasattr(value, "dtype"):
+        raise AttributeError(
+            f"{describe(ref._name, ref._collection)} holds {type(value).__name__}, which "
+            "has no shape and no dtype."
+        )
+    return value
+
+
+def check_readable(ref: Ref) -> None:
+    __tracebackhide__ = True
+    reason = _trace.why_not_readable(ref, ref._trace)
+    if reason is not None:
+        which = describe(ref._name, ref._collection)
+        raise TraceLevelError(
+            f"Cannot read ref from different trace level: {which}: {reason}"
+        )
+
+
+def check_writable(ref: Ref) -> None:
+    """The two questions before a write: the trace rule, and `mutable`."""
+    __tracebackhide__ = True
+    if not _trace.is_at_home(ref._trace):
+        reason = _trace.why_not_writable(ref, ref._trace)
+        if reason is not None:
+            which = describe(ref._name, ref._collection)
+            raise TraceLevelError(
+                f"Cannot mutate ref from different trace level: {which}: {reason}"
+            )
+    for allows, filter_text in write_guards.stack:
+        if not allows(ref):
+            which = describe(ref._name, ref._collection)
+            raise ImmutableError(
+                f"Cannot write {which}: this code runs under `rx.mutable({filter_text})`, "
+                "which does not select it. Widen the filter, or write the ref outside of "
+                "the `with` block."
+            )
+
+
+def check_value(ref: Ref, value: Any) -> None:
+    """What a value must be to go into `ref`: no ref inside, alive here, of its type."""
+    __tracebackhide__ = True
+    if not _trace.is_concrete_array(value):
+        for leaf in jtu.tree_leaves(value):
+            if isinstance(leaf, Ref):
+                raise StructureError(
+                    "The value of a ref cannot hold a ref: "
+                    f"{describe(ref._name, ref._collection)} was given one that holds "
+                    f"{describe(leaf._name, leaf._collection)}. Put the two refs side by "
+                    "side in a tuple or a module."
+                )
+            reason = _trace.why_not_alive(leaf)
+            if reason is not None:
+                raise TraceLevelError(
+                    "Cannot mutate ref from different trace level: "
+                    f"{describe(ref._name, ref._collection)}: {reason}"
+                )
+    if ref._declared is not None:
+        ref._declared.check(value, ref)
+
+
+class Note:
+    """What a ref says of itself, beside its structure: its name and its declared type.
+
+    It rides along in the treedef of a derefed tree without being part of it: any two notes
+    are equal. (Treedefs are equal for equal structure, sharing, collections and ref types.)
+    """
+
+    __slots__ = ("declared", "name")
+
+    def __init__(self, name: str | None, declared: Any):
+        self.name = name
+        self.declared = declared
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Note)
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __repr__(self) -> str:
+        return f"Note({self.name!r})"
+
+
+def note_of(ref: Ref) -> Note:
+    return Note(ref._name, ref._declared)
+
+
+def make_ref(ref_type: type, value: Any, collection: Hashable, note: Note) -> Ref:
+    """A new ref, owned by the running trace, whose value is not checked.
+
+    JAX rebuilds trees with leaves of its own choice (`None`, `True`, `object()`, a
+    `ShapeDtypeStruct`), so the inside of the library must be able to hold anything.
+    """
+    ref = object.__new__(ref_type)
+    ref._value = value
+    ref._collection = collection
+    ref._name = note.name
+    ref._declared = note.declared
+    ref._trace = _trace.current_trace_ref()
+    return ref
+
+
+def _unpickle(
+    ref_type: type, value: Any, collection: Hashable, name: str | None
+) -> Ref:
+    return make_ref(ref_type, value, collection, Note(name, None))
+
+
+class Value:
+    """A ref opened at its first place in a tree: a pytree node with the value as child.
+
+    Made by [`refx_eqx.deref`][]. Everything but the value is structure: two treedefs are
+    equal only when `index`, `collection` and `ref_type` are.
+
+    **Arguments:**
+
+    - `value`: the value of the ref. Traced as JAX traces any pytree.
+    - `index`: the number of the ref in its tree. Static.
+    - `collection`: the collection of the ref. Static.
+    - `ref_type`: the class of the ref. Static.
+
+    !!! Example
+
+        ```python
+        import refx_eqx as rx
+
+        ref = rx.Ref(1.0, collection="params")
+        first, second = rx.deref((ref, ref))
+        assert isinstance(first, rx.Value) and first.value == 1.0
+        assert isinstance(second, rx.Index) and second.index == first.index
+        ```
+    """
+
+    __slots__ = ("collection", "index", "note", "ref_type", "value")
+
+    def __init__(
+        self,
+        value: Any,
+        index: int,
+        collection: Hashable = None,
+        ref_type: type[Ref] = Ref,
+        note: Note = Note(None, None),
+    ):
+        self.value = value
+        self.index = index
+        self.collection = collection
+        self.ref_type = ref_type
+        self.note = note
+
+    def __repr__(self) -> str:
+        return _node_repr(self, f"{eqx.tree_pformat(self.value)}, ")
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is Value and bool(eqx.tree_equal(self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Index:
+    """A ref opened at a later place in a tree: a pytree node without children.
+
+    Made by [`refx_eqx.deref`][]. The value is in the `Value` of the same `index`.
+
+    **Arguments:**
+
+    - `index`: the number of the ref in its tree. Static.
+    - `collection`: the collection of the ref. Static.
+    - `ref_type`: the class of the ref. Static.
+
+    **Raises:**
+
+    - `ValueError`: when its `.value` is read.
+
+    !!! Example
+
+        ```python
+        import refx_eqx as rx
+
+        ref = rx.Ref(1.0)
+        _, index = rx.deref((ref, ref))
+        assert isinstance(index, rx.Index) and index.index == 0
+        ```
+    """
+
+    __slots__ = ("collection", "index", "note", "ref_type")
+
+    def __init__(
+        self,
+        index: int,
+        collection: Hashable = None,
+        ref_type: type[Ref] = Ref,
+        note: Note = Note(None, None),
+    ):
+        self.index = index
+        self.collection = collection
+        self.ref_type = ref_type
+        self.note = note
+
+    @property
+    def value(self) -> Any:
+        raise ValueError(
+            f"Cannot get value of Index {self.index} "
+            f"({describe(self.note.name, self.collection)}): a shared ref keeps its value "
+            "at its first place in the tree. Call `rx.reref` on the whole tree."
+        )
+
+    def __repr__(self) -> str:
+        return _node_repr(self, "")
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is Index and _structure(self) == _structure(other)
+
+    def __hash__(self) -> int:
+        return hash(_structure(self))
+
+
+def _structure(node: "Value | Index") -> tuple:
+    return node.index, node.collection, node.ref_type
+
+
+def _node_repr(node: "Value | Index", value: str) -> str:
+    return (
+        f"{type(node).__name__}({value}index={node.index}, "
+        f"collection={node.collection!r}, ref_type={node.ref_type.__name__})"
+    )
+
+
+def is_opened(x: Any) -> bool:
+    """Whether `x` is a `Value` or an `Index`. For use as an `is_leaf`."""
+    return isinstance(x, (Value, Index))
+
+
+_VALUE_KEY = jtu.GetAttrKey("value")
+
+jtu.register_pytree_with_keys(
+    Value,
+    lambda node: (((_VALUE_KEY, node.value),), (*_structure(node), node.note)),
+    lambda aux, children: Value(children[0], *aux),
+    lambda node: ((node.value,), (*_structure(node), node.note)),
+)
+jtu.register_pytree_with_keys(
+    Index,
+    lambda node: ((), (*_structure(node), node.note)),
+    lambda aux, _: Index(*aux),
+)
+
+
+def _refuse_as_array(ref: Ref) -> Any:
+    raise TraceLevelError(
+        f"Cannot use ref as an array: {describe(ref._name, ref._collection)} was given to "
+        "JAX as if it were one. In a computation, read it: `ref.value` or `ref[...]`. As "
+        "an argument of a transform, use the lifted one of the same name "
+        "(`rx.filter_jit`, `rx.filter_grad`, `rx.filter_vmap`, `rx.scan`, ...), or open "
+        "the tree with `rx.deref` before it and close it with `rx.reref` inside."
+    )
+
+
+_trace.refuse_as_array(Ref, _refuse_as_array)

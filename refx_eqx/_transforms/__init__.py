@@ -1,0 +1,11 @@
+"""The lifted transforms: one file a family, each a thin adapter on `_functionalize`."""
+
+from ._autodiff import (
+    filter_grad as filter_grad,
+    filter_value_and_grad as filter_value_and_grad,
+)
+from ._axes import axes as axes
+from ._eval_shape import filter_eval_shape as filter_eval_shape
+from ._jit import filter_jit as filter_jit
+from ._lift import lift as lift
+from ._vmap import filter_vmap as filter_vmap

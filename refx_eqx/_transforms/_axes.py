@@ -1,0 +1,232 @@
+"""Which axis of each array of a call is mapped over: for `filter_vmap` and for `scan`."""
+
+import dataclasses
+import inspect
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+
+from .. import _trace
+from .._errors import describe, StructureError
+from .._functionalize import DYNAMIC, Opened
+from .._ref import Ref
+
+
+_trace.register_exclusion(__file__)
+
+_UNSET: Any = object()
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class axes:
+    """Axes by collection, for the `in_axes` of [`refx_eqx.filter_vmap`][].
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        model = {"w": rx.Ref(jnp.array(2.0), "params"), "n": rx.Ref(jnp.zeros(3), "counts")}
+
+        def step(model, x):
+            model["n"].value += 1
+            return model["w"].value * x
+
+        by_collection = rx.axes(params=None, counts=0)
+        out = rx.filter_vmap(step, in_axes=(by_collection, 0))(model, jnp.arange(3.0))
+        assert out[2] == 4.0 and model["n"].value[2] == 1.0
+        ```
+
+    **Arguments:**
+
+    - `by_collection`: a mapping from collection to axis (an `int`, or `None` to
+        broadcast), for collections whose name is not a Python identifier.
+    - `default`: the axis of all other leaves: an `int`, `None`, or a function of an array.
+        If omitted, a leaf that is not named is an error.
+    - `**collections`: the axis of each collection.
+
+    **Raises:**
+
+    When used:
+
+    - `StructureError`: if a ref or an array is met for which no axis is given.
+    """
+
+    by_collection: Mapping[Hashable, int | None]
+    default: Any
+
+    def __init__(
+        self,
+        by_collection: Mapping[Hashable, int | None] | None = None,
+        *,
+        default: Any = _UNSET,
+        **collections: int | None,
+    ):
+        merged = {**(by_collection or {}), **collections}
+        object.__setattr__(self, "by_collection", merged)
+        object.__setattr__(self, "default", default)
+
+    def __call__(self, leaf: Any) -> Any:
+        if isinstance(leaf, Ref) and leaf.collection in self.by_collection:
+            return self.by_collection[leaf.collection]
+        if self.default is not _UNSET:
+            return self.default
+        if isinstance(leaf, Ref):
+            what = describe(leaf._name, leaf._collection)
+        elif eqx.is_array(leaf):
+            what = f"the array {eqx.tree_pformat(leaf)}"
+        else:
+            return None
+        raise StructureError(
+            f"{self!r} does not say what the axis of {what} is. Name its collection, or "
+            "give a default: `rx.axes(..., default=None)`."
+        )
+
+    def __hash__(self) -> int:
+        return hash((frozenset(self.by_collection.items()), self.default))
+
+    def __repr__(self) -> str:
+        given = [f"{k}={v!r}" for k, v in self.by_collection.items()]
+        if self.default is not _UNSET:
+            given.append(f"default={self.default!r}")
+        return f"rx.axes({', '.join(given)})"
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def leaf_axes(spec: Any, tree: Any, what: str) -> list[Any]:
+    """The axis of each leaf of `tree`, as `in_axes` gives it: an int, `None`, or a function
+    that is still to be called on the arrays of a ref."""
+    __tracebackhide__ = True
+
+    def resolve(axis: Any, subtree: Any) -> Any:
+        if axis is None or isinstance(axis, int):
+            return jtu.tree_map(lambda _: axis, subtree)
+        if isinstance(axis, axes):
+            return jtu.tree_map(axis, subtree)
+        if callable(axis):
+            return jtu.tree_map(
+                lambda leaf: axis if isinstance(leaf, Ref) else axis(leaf), subtree
+            )
+        raise ValueError(
+            f"`{what}` must consist of None, ints, functions of a leaf and `rx.axes`, "
+            f"and it has {axis!r}."
+        )
+
+    try:
+        resolved = jtu.tree_map(resolve, spec, tree, is_leaf=_is_none)
+    except ValueError as e:
+        if "must consist of" in str(e):
+            raise
+        raise StructureError(
+            f"`{what}` must be a prefix of the tree that it is for. JAX says: {e}"
+        ) from None
+    return jtu.tree_leaves(resolved, is_leaf=_is_none)
+
+
+def array_axis(axis: Any, array: Any) -> int | None:
+    """The axis of one array of the value of a ref."""
+    return axis(array) if callable(axis) else axis
+
+
+def named_in_axes(fn: Any, in_axes: Any, args: tuple) -> Any:
+    """A dict of `in_axes` by argument name, as a tuple. As in Equinox."""
+    if not isinstance(in_axes, dict):
+        return in_axes
+    rest = dict(in_axes)
+    names = list(inspect.signature(fn).parameters)[: len(args)]
+    by_position = tuple(rest.pop(name, eqx.if_array(0)) for name in names)
+    if rest:
+        raise ValueError(
+            "These `in_axes` do not belong to any argument: "
+            f"{', '.join(map(repr, rest))}."
+        )
+    return by_position
+
+
+def call_axes(opened: Opened, args: tuple, in_axes: Any, name: str) -> list[int | None]:
+    """The axis of each flat array of an opened call.
+
+    What the callable holds and what functions close over is broadcast.
+
+    **Raises:**
+
+    - `StructureError`: if one ref is reached with two different axes.
+    """
+    __tracebackhide__ = True
+    structure = opened.structure
+    by_arg = leaf_axes(in_axes, args, "in_axes")
+    bare: list[int | None] = []
+    of_ref: dict[int, tuple[Any, str]] = {}
+    rest = iter(by_arg)
+    position = 0
+    for i, (part, size) in enumerate(zip(structure.parts, structure.sizes)):
+        codes = structure.codes[position : position + size]
+        leaves = opened.leaves[position : position + size]
+        position += size
+        is_arg = 0 < i <= len(args)
+        where = (
+            f"argument {i - 1}" if is_arg else "the function, or what it closes over"
+        )
+        # The leaves inside of a function have no axis of their own: they are broadcast.
+        given: list[Any] = [None] * size
+        if is_arg:
+            own = [next(rest) for _ in range(part.treedef.num_leaves)]
+            if not part.nodes:
+                given = own
+        for code, leaf, axis in zip(codes, leaves, given):
+            if code == DYNAMIC:
+                bare.append(axis)
+            elif code >= 0:
+                earlier, earlier_where = of_ref.setdefault(code, (axis, where))
+                if earlier != axis:
+                    raise StructureError(
+                        f"`{name}` met {describe(leaf._name, leaf._collection)} with two "
+                        f"axes: {earlier!r} in {earlier_where}, {axis!r} in {where}. One "
+                        "ref is one parameter: give it one axis, for example by its "
+                        f"collection: `rx.axes({leaf._collection}=...)`."
+                    )
+    flat = list(bare)
+    for number, (start, stop) in enumerate(opened.spans):
+        axis, _ = of_ref[number]
+        flat.extend(array_axis(axis, opened.arrays[i]) for i in range(start, stop))
+    _check_sizes(opened, flat, name)
+    return flat
+
+
+def _check_sizes(opened: Opened, flat: list[int | None], name: str) -> None:
+    """Every mapped array has its axis, and all of these have one size."""
+    __tracebackhide__ = True
+    what = ["an array"] * opened.structure.n_bare
+    for ref, (start, stop) in zip(opened.refs, opened.spans):
+        what += [describe(ref._name, ref._collection)] * (stop - start)
+    first: tuple[int, str] | None = None
+    for array, axis, which in zip(opened.arrays, flat, what):
+        if axis is None:
+            continue
+        shape = jnp.shape(array)
+        if not -len(shape) <= axis < len(shape):
+            raise StructureError(
+                f"`{name}` cannot map {which} along axis {axis}: its shape is {shape}. "
+                "Broadcast it: `in_axes=None`, or by collection `in_axes=rx.axes(...)`."
+            )
+        first = first or (shape[axis], which)
+        if first[0] != shape[axis]:
+            raise StructureError(
+                f"`{name}` maps axes of different sizes: {first[0]} of {first[1]}, and "
+                f"{shape[axis]} of {which}, whose shape is {shape}. Broadcast one of them: "
+                "`in_axes=None`, or by collection `in_axes=rx.axes(...)`."
+            )
+
+
+def ref_axis(opened: Opened, flat_axes: list[int | None], number: int) -> int | None:
+    """The one axis of a ref: that of its arrays, which agree where there are several."""
+    start, stop = opened.spans[number]
+    found = {flat_axes[i] for i in range(start, stop)}
+    return found.pop() if len(found) == 1 else None

@@ -1,0 +1,50 @@
+"""`filter_eval_shape`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from .. import _trace
+from .._functionalize import close_result, open_call, Outcome
+
+
+_trace.register_exclusion(__file__)
+
+
+def filter_eval_shape(fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """As `equinox.filter_eval_shape`: what a call would return, without computing it.
+
+    Nothing is written. The refs of the result are new ones, which hold
+    `jax.ShapeDtypeStruct`s; also those that are the caller's own.
+
+    !!! Example
+
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        ref = rx.filter_eval_shape(lambda n: rx.Ref(jnp.zeros((n, 2)), "params"), 3)
+        assert ref.value == jax.ShapeDtypeStruct((3, 2), jnp.float32)
+        ```
+
+    **Arguments:**
+
+    - `fun`: the function to evaluate: a module class, to see what it would allocate.
+    - `*args`, `**kwargs`: its arguments. Arrays may be `jax.ShapeDtypeStruct`s.
+
+    **Returns:**
+
+    The result of `fun`, with `jax.ShapeDtypeStruct` in place of arrays.
+    """
+    __tracebackhide__ = True
+    opened = open_call(fun, args, kwargs)
+
+    def body(arrays: list[Any]) -> Outcome:
+        __tracebackhide__ = True
+        return opened.run("filter_eval_shape", arrays, transparent=False)
+
+    outcome = jax.eval_shape(body, opened.arrays)
+    arrays = jax.eval_shape(lambda x: x, opened.arrays)
+    return close_result(outcome, opened.refs_after(outcome, arrays))

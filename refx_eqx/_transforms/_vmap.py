@@ -1,0 +1,265 @@
+"""`filter_vmap`."""
+
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any, overload, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from .. import _trace
+from .._errors import describe, StructureError
+from .._functionalize import (
+    call,
+    close_result,
+    DYNAMIC,
+    Lifted,
+    n_arrays,
+    Opened,
+    Outcome,
+)
+from ._axes import array_axis, call_axes, leaf_axes, named_in_axes, ref_axis
+
+
+_trace.register_exclusion(__file__)
+
+_T = TypeVar("_T")
+
+
+class _Vmap(Lifted):
+    transform_name = "filter_vmap"
+
+    def __init__(self, fn: Any, **options: Any):
+        super().__init__(fn, **options)
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        __tracebackhide__ = True
+        if kwargs:
+            raise TypeError(
+                "`filter_vmap` functions take positional arguments only, as in Equinox. "
+                f"Pass {', '.join(map(repr, kwargs))} by position."
+            )
+        fn, options = self.__wrapped__, self.options
+        in_axes = named_in_axes(fn, options["in_axes"], args)
+        transform = functools.partial(
+            _vmapped, options={**options, "in_axes": in_axes}, args=args
+        )
+        return call(fn, args, {}, transform)
+
+
+def _vmapped(opened: Opened, *, options: dict[str, Any], args: tuple) -> Outcome:
+    __tracebackhide__ = True
+    name = "filter_vmap"
+    axes = call_axes(opened, args, options["in_axes"], name)
+    # The part of the outcome that is not arrays; filled while the body runs.
+    traced: dict[str, Any] = {}
+
+    def body(arrays: list[Any]) -> tuple[list[Any], list[Any]]:
+        __tracebackhide__ = True
+        outcome = opened.run(name, arrays)
+        out_axes = _result_axes(opened, outcome, options["out_axes"])
+        update_axes = _update_axes(opened, outcome, axes, name)
+        traced.update(info=outcome.info, out=out_axes, updates=update_axes)
+        both = [*outcome.out, *outcome.updates], [*out_axes, *update_axes]
+        mapped = [x for x, axis in zip(*both) if axis is not None]
+        unmapped = [x for x, axis in zip(*both) if axis is None]
+        for x in unmapped:
+            if _trace.is_batched(x):
+                raise ValueError(
+                    "`filter_vmap(..., out_axes=...)`: the result has a batched array "
+                    "where `out_axes` is None. Give it an axis."
+                )
+        return mapped, unmapped
+
+    vmapped = jax.vmap(
+        body,
+        in_axes=(axes,),
+        out_axes=(0, None),
+        axis_name=options["axis_name"],
+        axis_size=options["axis_size"],
+        **options["vmapkwargs"],
+    )
+    mapped, unmapped = map(iter, vmapped(opened.arrays))
+
+    def place(axis: int | None) -> Any:
+        if axis is None:
+            return next(unmapped)
+        x = next(mapped)
+        return x if axis == 0 else jnp.moveaxis(x, 0, axis)
+
+    out = [place(axis) for axis in traced["out"]]
+    updates = [place(axis) for axis in traced["updates"]]
+    return Outcome(out, updates, traced["info"])
+
+
+def _result_axes(opened: Opened, outcome: Outcome, out_axes: Any) -> list[int | None]:
+    """The axis of each array of the result: those beside refs, then those of new refs."""
+    __tracebackhide__ = True
+    info = outcome.info
+    structure = info.result
+    (part,) = structure.parts
+    result = close_result(outcome, opened.refs)
+    if part.nodes:
+        # The result has a function that closes over refs, which is no place for an axis.
+        given = [eqx.if_array(0)] * len(structure.codes)
+    else:
+        given = leaf_axes(out_axes, result, "out_axes")
+    arrays = iter(outcome.out)
+    axes: list[int | None] = []
+    of_ref: dict[int, Any] = {}
+    for code, axis in zip(structure.codes, given):
+        if code == DYNAMIC:
+            axes.append(array_axis(axis, next(arrays)))
+        elif code >= 0:
+            of_ref.setdefault(code, axis)
+    for number, slot in enumerate(structure.slots):
+        if number not in info.carried:
+            for _ in range(n_arrays(slot.inside)):
+                axes.append(array_axis(of_ref[number], next(arrays)))
+    return axes
+
+
+def _update_axes(
+    opened: Opened, outcome: Outcome, in_axes: list[int | None], name: str
+) -> list[int | None]:
+    """What came in on an axis goes out on it; what was broadcast must still be one value."""
+    __tracebackhide__ = True
+    arrays = iter(outcome.updates)
+    axes: list[int | None] = []
+    for number, inside in outcome.info.written:
+        axis = ref_axis(opened, in_axes, number)
+        for _ in range(n_arrays(inside)):
+            x = next(arrays)
+            if axis is None and _trace.is_batched(x):
+                ref = opened.refs[number]
+                raise StructureError(
+                    f"{describe(ref._name, ref._collection)} is broadcast by `{name}`, and "
+                    "was written with a value that differs from lane to lane. Either map "
+                    f"it: `in_axes=rx.axes({_keyword(ref)}=0, ...)`, with a leading axis; "
+                    "or write one value for all lanes, such as `jax.lax.pmean(value, "
+                    "axis_name)`."
+                )
+            axes.append(axis)
+    return axes
+
+
+def _keyword(ref: Any) -> str:
+    text = str(ref._collection)
+    return text if text.isidentifier() else "default"
+
+
+@overload
+def filter_vmap(
+    *,
+    in_axes: Any = ...,
+    out_axes: Any = ...,
+    axis_name: Hashable = ...,
+    axis_size: int | None = ...,
+    **vmapkwargs: Any,
+) -> Callable[[Callable[..., _T]], Callable[..., _T]]: ...
+
+
+@overload
+def filter_vmap(
+    fun: Callable[..., _T],
+    *,
+    in_axes: Any = ...,
+    out_axes: Any = ...,
+    axis_name: Hashable = ...,
+    axis_size: int | None = ...,
+    **vmapkwargs: Any,
+) -> Callable[..., _T]: ...
+
+
+def filter_vmap(
+    fun: Any = None,
+    *,
+    in_axes: Any = eqx.if_array(0),
+    out_axes: Any = eqx.if_array(0),
+    axis_name: Hashable = None,
+    axis_size: int | None = None,
+    **vmapkwargs: Any,
+) -> Any:
+    """As `equinox.filter_vmap`, by reference.
+
+    A ref that is mapped in on an axis may be written lane by lane, and comes out on that
+    axis. A ref that is broadcast may be written with one value for all lanes. The refs of
+    the function itself, and of what it closes over, are broadcast. Refs made inside come
+    out with a new axis; refs of the caller that are returned are the caller's own.
+
+    !!! Example
+
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        mean = rx.Ref(jnp.array(0.0), "batch_stats")
+
+        def normalise(mean, x):
+            mean.value = jax.lax.pmean(x, "batch")  # one value for all lanes
+            return x - mean.value
+
+        xs = jnp.array([1.0, 2.0, 3.0])
+        vmapped = rx.filter_vmap(normalise, in_axes=(None, 0), axis_name="batch")
+        assert vmapped(mean, xs)[0] == -1.0 and mean.value == 2.0
+        ```
+
+    An ensemble is made, and used, as in Equinox:
+
+    !!! Example
+
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import jax.random as jr
+        import refx_eqx as rx
+
+        class Linear(rx.Module):
+            weight: rx.Param[jax.Array]
+
+            def __init__(self, key):
+                self.weight = jr.normal(key, (2, 3))
+
+            def __call__(self, x):
+                return self.weight[...] @ x
+
+        ensemble = rx.filter_vmap(Linear)(jr.split(jr.key(0), 8))
+        assert ensemble.weight.shape == (8, 2, 3)
+        out = rx.filter_vmap(lambda m, x: m(x), in_axes=(0, None))(ensemble, jnp.ones(3))
+        assert out.shape == (8, 2)
+        ```
+
+    **Arguments:**
+
+    - `fun`: the function to vectorise. Takes positional arguments only.
+    - `in_axes`: a prefix of the tuple of arguments, or a dict by argument name. Each leaf is
+        an `int`, `None` for broadcast, a function of an array, or [`refx_eqx.axes`][].
+        By default all arrays are mapped on axis 0, in refs and beside them.
+    - `out_axes`: likewise, a prefix of the result.
+    - `axis_name`: a name for the mapped axis, for collectives such as `jax.lax.pmean`.
+    - `axis_size`: the size of the mapped axis; needed only if nothing is mapped.
+    - `**vmapkwargs`: passed on to `jax.vmap`, such as `spmd_axis_name`.
+
+    **Returns:**
+
+    The vectorised function.
+
+    **Raises:**
+
+    When called:
+
+    - `StructureError`: if a broadcast ref is written with a value that differs between
+        lanes, if one ref is met with two axes, or if sizes differ.
+    """
+    options = dict(
+        in_axes=in_axes,
+        out_axes=out_axes,
+        axis_name=axis_name,
+        axis_size=axis_size,
+        vmapkwargs=vmapkwargs,
+    )
+    if fun is None:
+        return functools.partial(_Vmap, **options)
+    return _Vmap(fun, **options)
