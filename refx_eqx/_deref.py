@@ -269,7 +269,7 @@ class Dag(Generic[_T]):
 jtu.register_pytree_with_keys(
     Dag,
     lambda dag: (((jtu.GetAttrKey("value"), deref(dag.value)),), None),
-    lambda _, children: Dag(reref(children[0])),
+    lambda _, children: Dag(reref(*children)),
     lambda dag: ((deref(dag.value),), None),
 )
 
@@ -398,14 +398,14 @@ def update_refs(target: Any, source: Any) -> None:
 
     - `target`: a tree of refs. Its leaves that are not refs stay as they are.
     - `source`: a tree of the same structure, with at the place of each ref a ref, a
-        `Value`, an `Index` (written through its `Value`), a bare value, or `None` or
-        `NOTHING` for "leave it". Arrays must have the shape and dtype of what they
+        `Value`, an `Index` (which stands for the `Value` of that index), a bare value, or
+        `None` or `NOTHING` for "leave it". Arrays must have the shape and dtype of what they
         replace.
 
     **Raises:**
 
-    - `StructureError`: if the structures differ, if a value has another shape or dtype,
-        or if one ref of `target` gets two different values.
+    - `StructureError`: if `target` is derefed, if the structures differ, if a value has
+        another shape or dtype, or if one ref of `target` gets two different values.
     - `CollectionError`: if a ref or node of `source` is of another collection.
     - `RefTypeError`: if a value breaks the declared type of its ref.
     - `TraceLevelError`, `ImmutableError`: if a ref may not be written here.
@@ -420,14 +420,26 @@ def update_refs(target: Any, source: Any) -> None:
             f"JAX says: {e} Pass as source a tree aligned with the target, with "
             "`rx.NOTHING` or `None` where a ref is to stay."
         ) from None
+    nodes = {new.index: new for new in sources if isinstance(new, Value)}
     new_values: dict[int, tuple[Ref, Any, str]] = {}
     for (path, ref), new in zip(leaves, sources):
+        if is_opened(ref):
+            raise StructureError(
+                "Cannot update refs: the target is derefed, and has a "
+                f"{type(ref).__name__} at {path_text(path)}. Pass the tree of refs itself."
+            )
         if not isinstance(ref, Ref) or new is None or new is NOTHING:
             continue
         if isinstance(new, (Ref, Value, Index)):
             _check_collection(ref, new, path)
         if isinstance(new, Index):
-            continue
+            if new.index not in nodes:
+                raise StructureError(
+                    f"Cannot update refs: Index {new.index} of the source, at "
+                    f"{path_text(path)}, has no Value in it. Deref the whole source at "
+                    "once, or put `rx.NOTHING` there."
+                )
+            new = nodes[new.index]
         value = new.value if isinstance(new, (Ref, Value)) else new
         if not isinstance(new, Ref) and not jtu.tree_leaves(value):
             continue  # `Value(None)`: this ref was filtered out of the source

@@ -113,7 +113,7 @@ class _OfType(Filter):
 
 @dataclasses.dataclass(frozen=True)
 class _Where(Filter):
-    predicate: Callable[[Any], bool]
+    predicate: Callable[[Any], Any]
 
     def matches(self, path: Path | None, leaf: Any) -> bool:
         return bool(self.predicate(leaf))

@@ -7,21 +7,29 @@ ref is a `Value` at its first place and an `Index` at every later one.
 
 import copy
 import threading
-from collections.abc import Callable, Hashable
-from typing import Any, Generic, overload, TYPE_CHECKING, TypeVar
+import types
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, Generic, overload, Self, TYPE_CHECKING, TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax import Array
 
 from . import _trace
 from ._errors import describe, ImmutableError, StructureError, TraceLevelError
 from ._typing import subscript
 
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
+    from jax.typing import ArrayLike
+
 _trace.register_exclusion(__file__)
 
 _T = TypeVar("_T")
+_R = TypeVar("_R", bound="Ref")
 
 
 class _Commits:
@@ -117,12 +125,8 @@ class Ref(Generic[_T]):
         # A field annotated `Ref[T]` is a descriptor in the eyes of a type checker: it
         # reads as the ref, and accepts a value or a ref. At run time there is no such
         # descriptor; the field machinery wraps the value.
-        @overload
-        def __get__(self, instance: None, owner: Any, /) -> "Ref[_T]": ...
-        @overload
-        def __get__(self, instance: object, owner: Any, /) -> "Ref[_T]": ...
-        def __get__(self, instance: Any, owner: Any, /) -> "Ref[_T]": ...
-        def __set__(self, instance: Any, value: "_T | Ref[_T]", /) -> None: ...
+        def __get__(self, instance: Any, owner: Any = None, /) -> Self: ...
+        def __set__(self, instance: Any, value: _T | Self, /) -> None: ...
 
     @property
     def value(self) -> _T:
@@ -141,11 +145,23 @@ class Ref(Generic[_T]):
             commits.count += 1
             self._value = value
 
+    @overload
+    def __getitem__(self, index: types.EllipsisType) -> _T: ...
+    @overload
+    def __getitem__(self: "Ref[Array]", index: Any) -> Array: ...
+    @overload
+    def __getitem__(self, index: Any) -> Any: ...
     def __getitem__(self, index: Any) -> Any:
         """`ref[...]` is the value, and `ref[index]` a part of it."""
         __tracebackhide__ = True
         return self.value if index is Ellipsis else self.value[index]  # type: ignore
 
+    @overload
+    def __setitem__(self, index: types.EllipsisType, value: _T) -> None: ...
+    @overload
+    def __setitem__(
+        self, index: "ArrayLike | slice | tuple[Any, ...] | None", value: Any
+    ) -> None: ...
     def __setitem__(self, index: Any, value: Any) -> None:
         """`ref[...] = x` sets the value, and `ref[i] = x` is `value.at[i].set(x)`."""
         __tracebackhide__ = True
@@ -186,15 +202,20 @@ class Ref(Generic[_T]):
         """The number of elements of the value, which must be array-like."""
         return jnp.size(_array_like(self))
 
-    def __copy__(self) -> "Ref[_T]":
+    def __copy__(self) -> Self:
         return make_ref(type(self), self.value, self._collection, note_of(self))
 
-    def __deepcopy__(self, memo: dict) -> "Ref[_T]":
+    def __deepcopy__(self, memo: dict) -> Self:
         value = copy.deepcopy(self.value, memo)
         return make_ref(type(self), value, self._collection, note_of(self))
 
     def __reduce__(self):
         return _unpickle, (type(self), self.value, self._collection, self._name)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        # Without it NumPy makes an array of the `Ref` object itself.
+        __tracebackhide__ = True
+        _refuse_as_array(self)
 
     def __repr__(self) -> str:
         return eqx.tree_pformat(self)
@@ -219,7 +240,7 @@ class Ref(Generic[_T]):
         )
 
 
-def is_ref(x: Any) -> bool:
+def is_ref(x: Any) -> "TypeIs[Ref]":
     """Whether `x` is a [`refx_eqx.Ref`][]. For use as an `is_leaf` or a filter."""
     return isinstance(x, Ref)
 
@@ -313,7 +334,7 @@ def note_of(ref: Ref) -> Note:
     return Note(ref._name, ref._declared)
 
 
-def make_ref(ref_type: type, value: Any, collection: Hashable, note: Note) -> Ref:
+def make_ref(ref_type: type[_R], value: Any, collection: Hashable, note: Note) -> _R:
     """A new ref, owned by the running trace, whose value is not checked.
 
     JAX rebuilds trees with leaves of its own choice (`None`, `True`, `object()`, a
@@ -442,7 +463,7 @@ class Index:
         return hash(_structure(self))
 
 
-def _structure(node: "Value | Index") -> tuple:
+def _structure(node: "Value | Index") -> tuple[int, Hashable, type[Ref]]:
     return node.index, node.collection, node.ref_type
 
 
@@ -453,17 +474,23 @@ def _node_repr(node: "Value | Index", value: str) -> str:
     )
 
 
-def is_opened(x: Any) -> bool:
+def is_opened(x: Any) -> "TypeIs[Value | Index]":
     """Whether `x` is a `Value` or an `Index`. For use as an `is_leaf`."""
     return isinstance(x, (Value, Index))
 
 
 _VALUE_KEY = jtu.GetAttrKey("value")
 
+
+def _unflatten_value(aux: tuple, children: Iterable[Any]) -> Value:
+    (value,) = children
+    return Value(value, *aux)
+
+
 jtu.register_pytree_with_keys(
     Value,
     lambda node: (((_VALUE_KEY, node.value),), (*_structure(node), node.note)),
-    lambda aux, children: Value(children[0], *aux),
+    _unflatten_value,
     lambda node: ((node.value,), (*_structure(node), node.note)),
 )
 jtu.register_pytree_with_keys(
@@ -476,7 +503,7 @@ jtu.register_pytree_with_keys(
 def _refuse_as_array(ref: Ref) -> Any:
     raise TraceLevelError(
         f"Cannot use ref as an array: {describe(ref._name, ref._collection)} was given to "
-        "JAX as if it were one. In a computation, read it: `ref.value` or `ref[...]`. As "
+        "JAX or NumPy as if it were one. In a computation, read it: `ref.value` or `ref[...]`. As "
         "an argument of a transform, use the lifted one of the same name "
         "(`rx.filter_jit`, `rx.filter_grad`, `rx.filter_vmap`, `rx.scan`, ...), or open "
         "the tree with `rx.deref` before it and close it with `rx.reref` inside."

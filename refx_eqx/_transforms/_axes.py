@@ -132,7 +132,7 @@ def leaf_axes(spec: Any, tree: Any, what: str) -> list[Any]:
 
 def array_axis(axis: Any, array: Any) -> int | None:
     """The axis of one array of the value of a ref."""
-    return axis(array) if callable(axis) else axis
+    return axis if axis is None or isinstance(axis, int) else axis(array)
 
 
 def named_in_axes(fn: Any, in_axes: Any, args: tuple) -> Any:
