@@ -409,9 +409,11 @@ class OutcomeInfo:
         the call, by `carried`, then the new ones.
     - `carried`: for each ref of the result that the call carries, its number in the call.
     - `written`: `(number in the call, inside of the new value)` of each ref written.
+
+    By itself it is a pytree node without children, which is how it gets out of `jax.jit`.
     """
 
-    __slots__ = ("carried", "result", "waits", "written")
+    __slots__ = ("carried", "result", "treedef", "waits", "written")
 
     def __init__(self, result: Structure, carried: dict[int, int], written: list):
         self.result = result
@@ -419,6 +421,13 @@ class OutcomeInfo:
         self.written = written
         # Whether a call must wait for run-time checks: `filter_jit` finds out.
         self.waits = False
+        # The common case of a result that has arrays only.
+        (part,) = result.parts
+        only_arrays = result.n_bare == len(result.codes) and not part.nodes
+        self.treedef = part.treedef if only_arrays else None
+
+
+jtu.register_pytree_node(OutcomeInfo, lambda info: ((), info), lambda info, _: info)
 
 
 def run_body(structure: Structure, name: str, arrays: list[Any]) -> Outcome:
@@ -547,6 +556,8 @@ def _open_result(result: Any, inner: list[Ref], name: str) -> tuple[list, Outcom
 
 def close_result(outcome: Outcome, refs: list[Ref]) -> Any:
     """The result with refs in it: those of the call are `refs`, the others are new."""
+    if outcome.info.treedef is not None:
+        return jtu.tree_unflatten(outcome.info.treedef, outcome.out)
     structure = outcome.info.result
     carried = outcome.info.carried
     rest = iter(outcome.out)

@@ -126,7 +126,8 @@ class Ref(Generic[_T]):
         # reads as the ref, and accepts a value or a ref. At run time there is no such
         # descriptor; the field machinery wraps the value.
         def __get__(self, instance: Any, owner: Any = None, /) -> Self: ...
-        def __set__(self, instance: Any, value: _T | Self, /) -> None: ...
+        # (Not `Self` here: mypy takes it for the class that has the field.)
+        def __set__(self, instance: Any, value: "_T | Ref[_T]", /) -> None: ...
 
     @property
     def value(self) -> _T:
@@ -288,7 +289,7 @@ def check_writable(ref: Ref) -> None:
 def check_value(ref: Ref, value: Any) -> None:
     """What a value must be to go into `ref`: no ref inside, alive here, of its type."""
     __tracebackhide__ = True
-    if not _trace.is_concrete_array(value):
+    if type(value) is not _trace.ConcreteArray:
         for leaf in jtu.tree_leaves(value):
             if isinstance(leaf, Ref):
                 raise StructureError(

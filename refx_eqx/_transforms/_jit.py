@@ -18,7 +18,7 @@ from .._functionalize import (
     Outcome,
     Structure,
 )
-from ._program import apart, Donate, Program, program_of, Split
+from ._program import apart, Donate, explain, Program, program_of, Split
 
 
 _trace.register_exclusion(__file__)
@@ -58,7 +58,7 @@ class _Jit(Lifted):
         """Traces and lowers the function for these arguments. Nothing is written."""
         __tracebackhide__ = True
         opened = open_call(self.__wrapped__, *self._bind(args, kwargs))
-        lowered, split = self._program.lower(opened)
+        lowered, split = self._program.variant(opened.structure).lower(opened)
         return Lowered(self, lowered, opened.structure, split)
 
 
@@ -107,11 +107,18 @@ class Compiled:
                     "structure (another sharing of refs, other static values, ...). Call "
                     "the `filter_jit` function itself, which compiles when it must."
                 )
-            if jit.options["donate"] == "none":
-                outcome = self.compiled(opened.arrays)
-            else:
-                outcome = self.compiled(*apart(opened.arrays, self._split))
-            jax.block_until_ready(outcome.updates if outcome.info.waits else ())
+            try:
+                if jit.options["donate"] == "none":
+                    outcome = Outcome(*self.compiled(opened.arrays))
+                else:
+                    outcome = Outcome(
+                        *self.compiled(*apart(opened.arrays, self._split))
+                    )
+                if outcome.info.waits:
+                    jax.block_until_ready((outcome.out, outcome.updates))
+            except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as e:
+                explain(e, opened)
+                raise
             return outcome
 
         return call(jit.__wrapped__, *jit._bind(args, kwargs), run)

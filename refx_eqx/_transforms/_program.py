@@ -51,7 +51,8 @@ class _Resplit(Exception):
 
 
 class Program:
-    """The compiled programs of one function: one for each structure and set of shapes.
+    """The compiled programs of one function: one for each structure, and for each set of
+    shapes and dtypes within it.
 
     **Arguments:**
 
@@ -68,18 +69,56 @@ class Program:
         donate: Donate = "none",
         **jitkwargs: Any,
     ):
+        self.name = name
+        self.body = body
         self.donate: Donate = donate
-        self._splits: dict[Structure, Split] = {}
+        self.jitkwargs = jitkwargs
+        self._variants: dict[Structure, Variant] = {}
 
-        def traced(structure: Structure, arrays: list[Any]) -> Outcome:
+    def variant(self, structure: Structure) -> "Variant":
+        """The program for one structure."""
+        variant = self._variants.get(structure)
+        if variant is None:
+            variant = self._variants[structure] = Variant(self, structure)
+        return variant
+
+    def __call__(self, opened: Opened) -> Outcome:
+        __tracebackhide__ = True
+        variant = self.variant(opened.structure)
+        try:
+            with dispatching(opened):
+                out, updates, info = variant.dispatch(opened, opened.arrays)
+            if info.waits and _trace.is_evaluating():
+                # A failed check must leave every ref at its old value.
+                jax.block_until_ready((out, updates))
+        except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as e:
+            explain(e, opened)
+            raise
+        return Outcome(out, updates, info)
+
+
+class Variant:
+    """A program for one structure: two functions of `jax.jit` on flat lists of arrays.
+
+    Both return the parts of an `Outcome` as a tuple, which JAX builds fastest.
+    """
+
+    def __init__(self, program: Program, structure: Structure):
+        self._donate = program.donate
+        self._structure = structure
+        # What to donate, as far as is known; see `split`.
+        self._split: Split | None = None
+        body = program.body
+
+        def traced(arrays: list[Any]) -> tuple[list[Any], list[Any], Any]:
             __tracebackhide__ = True
             outcome = body(running_call(), arrays)
             outcome.info.waits = _has_runtime_check(_trace.staged_equations())
-            return outcome
+            return outcome.out, outcome.updates, outcome.info
 
         def donating(
-            structure: Structure, split: Split, donated: list[Any], kept: list[Any]
-        ) -> Outcome:
+            split: Split, donated: list[Any], kept: list[Any]
+        ) -> tuple[list[Any], list[Any], Any]:
             __tracebackhide__ = True
             arrays: list[Any] = [None] * (len(donated) + len(kept))
             for i, x in zip(split.donated, donated):
@@ -88,7 +127,7 @@ class Program:
                 arrays[i] = x
             opened = running_call()
             if opened.traced is None:
-                outcome = traced(structure, arrays)
+                outcome = traced(arrays)
             else:
                 # Traced a moment ago, to find the split: not a second time.
                 jaxpr, treedef = opened.traced
@@ -99,84 +138,69 @@ class Program:
                 raise _Resplit(right)
             return outcome
 
-        traced.__name__ = traced.__qualname__ = name
-        donating.__name__ = donating.__qualname__ = name
+        traced.__name__ = traced.__qualname__ = program.name
+        donating.__name__ = donating.__qualname__ = program.name
         self._traced = traced
-        self.plain = jax.jit(traced, static_argnums=0, **jitkwargs)
-        self.donating = jax.jit(
-            donating, static_argnums=(0, 1), donate_argnums=2, **jitkwargs
+        self.plain = jax.jit(traced, **program.jitkwargs)
+        self._donating = jax.jit(
+            donating, static_argnums=0, donate_argnums=1, **program.jitkwargs
         )
 
-    def __call__(self, opened: Opened) -> Outcome:
+    def dispatch(self, opened: Opened, arrays: list[Any]) -> tuple[list, list, Any]:
+        """Calls the program; to be called while `opened` is the running call."""
         __tracebackhide__ = True
-        try:
-            with dispatching(opened):
-                outcome = self._dispatch(opened)
-            if outcome.info.waits and _trace.is_evaluating():
-                # A failed check must leave every ref at its old value.
-                jax.block_until_ready((outcome.out, outcome.updates))
-            return outcome
-        except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as e:
-            _explain(e, opened)
-            raise
-
-    def _dispatch(self, opened: Opened) -> Outcome:
-        __tracebackhide__ = True
-        if self.donate == "none" or not _trace.is_evaluating():
-            return self.plain(opened.structure, opened.arrays)
-        split = self.split(opened)
+        if self._donate == "none" or not _trace.is_evaluating():
+            return self.plain(arrays)
+        split = self.split(opened, arrays)
         while True:
-            donated, kept = apart(opened.arrays, split)
+            donated, kept = apart(arrays, split)
             try:
-                if self.donate in ("warn", "warn-except-first", "refs"):
-                    return self.donating(opened.structure, split, donated, kept)
+                if self._donate in ("warn", "warn-except-first", "refs"):
+                    return self._donating(split, donated, kept)
                 with warnings.catch_warnings():
                     warnings.filterwarnings(
                         "ignore", message="Some donated buffers were not usable*"
                     )
-                    return self.donating(opened.structure, split, donated, kept)
+                    return self._donating(split, donated, kept)
             except _Resplit as e:
-                split = self._splits[opened.structure] = e.split
+                split = self._split = e.split
 
     def lower(self, opened: Opened) -> tuple[Any, Split]:
-        """The lowered program for an opened call, and what of its arrays it donates."""
+        """The lowered program, and what of its arrays it donates."""
         __tracebackhide__ = True
+        arrays = opened.arrays
         with dispatching(opened):
-            if self.donate == "none":
-                split = Split((), tuple(range(len(opened.arrays))))
-                return self.plain.lower(opened.structure, opened.arrays), split
-            split = self.split(opened)
-            parts = apart(opened.arrays, split)
-            return self.donating.lower(opened.structure, split, *parts), split
+            if self._donate == "none":
+                return self.plain.lower(arrays), Split((), tuple(range(len(arrays))))
+            split = self.split(opened, arrays)
+            return self._donating.lower(split, *apart(arrays, split)), split
 
-    def split(self, opened: Opened) -> Split:
+    def split(self, opened: Opened, arrays: list[Any]) -> Split:
         """What to donate, as far as is known before the program is traced for its shapes.
 
         What is written is known once the function was traced for some. If it depends on
         the shapes (in Python code it may), `donating` notices.
         """
-        split = self._splits.get(opened.structure)
-        if split is None:
-            traced = functools.partial(self._traced, opened.structure)
-            jaxpr, outcome = jax.make_jaxpr(traced, return_shape=True)(opened.arrays)
+        if self._split is None:
+            jaxpr, outcome = jax.make_jaxpr(self._traced, return_shape=True)(arrays)
             opened.traced = jaxpr, jax.tree.structure(outcome)
-            split = self._split_for(opened, outcome, opened.arrays)
-            self._splits[opened.structure] = split
-        return split
+            self._split = self._split_for(opened, outcome, arrays)
+        return self._split
 
-    def _split_for(self, opened: Opened, outcome: Any, arrays: list[Any]) -> Split:
+    def _split_for(self, opened: Opened, outcome: tuple, arrays: list[Any]) -> Split:
         every = range(len(arrays))
-        if outcome.info.waits:
+        _, updates, info = outcome
+        if info.waits:
             return Split((), tuple(every))
-        donated = set(_bare_to_donate(opened.structure, self.donate))
+        donated = set(_bare_to_donate(self._structure, self._donate))
         in_first = set()
-        if self.donate.endswith("-except-first"):
-            in_first = _refs_of_part(opened.structure, 1)
-        updates = iter(outcome.updates)
-        for number, inside in outcome.info.written:
+        if self._donate.endswith("-except-first"):
+            in_first = _refs_of_part(self._structure, 1)
+        new_arrays = iter(updates)
+        for number, inside in info.written:
             start, stop = opened.spans[number]
             # One array in, one array out: for anything else the buffers cannot be matched.
-            new = [next(updates) for _ in range(n_arrays(inside))]
+            new = [next(new_arrays) for _ in range(n_arrays(inside))]
             if number not in in_first and inside is None and stop - start == 1:
                 old = arrays[start]
                 if eqx.is_array(old) and _same_buffer_type(old, new[0]):
@@ -246,7 +270,7 @@ def _has_runtime_check(equations: Iterable[Any]) -> bool:
 _CHECK_FAILED = "_EquinoxRuntimeError: "
 
 
-def _explain(error: Exception, opened: Opened) -> None:
+def explain(error: Exception, opened: Opened) -> None:
     """Raises a better error in place of JAX's, where there is one to be had."""
     __tracebackhide__ = True
     text = str(error)
