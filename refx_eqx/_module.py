@@ -12,8 +12,18 @@ from ._field import declare_ref_fields, field, RefSpec
 _trace.register_exclusion(__file__)
 
 
-@dataclass_transform(field_specifiers=(dataclasses.field, eqx.field, field))
-class Module(eqx.Module):
+if TYPE_CHECKING:
+    from equinox._module._module import _ModuleMeta as _EquinoxMeta
+
+    # Type checkers ask the metaclass what a field is, and Equinox's knows only its own.
+    @dataclass_transform(field_specifiers=(dataclasses.field, eqx.field, field))
+    class _ModuleMeta(_EquinoxMeta): ...
+
+else:
+    _ModuleMeta = type(eqx.Module)
+
+
+class Module(eqx.Module, metaclass=_ModuleMeta):
     """An `equinox.Module` whose fields may hold refs. It is nothing more than that: every
     function of Equinox works on it, because a ref is a leaf.
 

@@ -6,7 +6,7 @@ mappings from path to leaf, as the ancestor of this library did.
 """
 
 from collections.abc import Hashable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.tree_util as jtu
 
@@ -18,6 +18,8 @@ from ._ref import is_opened, Ref
 
 
 _trace.register_exclusion(__file__)
+
+_T = TypeVar("_T")
 
 
 def _chosen(tree: Any, filters: tuple) -> tuple[list[Path], list[Any], Any, list[int]]:
@@ -33,7 +35,7 @@ def _split(leaves: list[Any], chosen: list[int], n: int) -> list[list[Any]]:
     ]
 
 
-def partition(tree: Any, *filters: Any) -> tuple[Any, ...]:
+def partition(tree: _T, *filters: Any) -> tuple[_T, ...]:
     """Takes a tree apart, keeping its shape.
 
     !!! Example
@@ -76,7 +78,7 @@ def _is_place(x: Any) -> bool:
     return _is_missing(x) or is_opened(x)
 
 
-def combine(*parts: Any) -> Any:
+def combine(*parts: _T) -> _T:
     """Puts together what `partition` took apart.
 
     Parts that `equinox.partition` made of a tree of refs, with `None` for what is
@@ -214,9 +216,17 @@ def tree_partition(tree: Any, *filters: Any) -> tuple[tuple[Partition, ...], Has
 
     **Raises:**
 
-    - `StructureError`: if a filter selects a ref at one of its places and not at another.
+    - `StructureError`: if a filter selects a ref at one of its places and not at another,
+        or if two leaves have the same path.
     """
     paths, leaves, treedef, chosen = _chosen(tree, filters)
+    if len(set(paths)) != len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise StructureError(
+            f"Cannot partition by path: two leaves have the path `{dotted(twice)}` (such as "
+            'the keys `1` and `"1"` of one dict). Use `rx.partition`, which keeps the shape '
+            "of the tree."
+        )
     parts = _split(leaves, chosen, len(filters) + 1)
     return tuple(Partition(dict(zip(paths, part))) for part in parts), treedef
 

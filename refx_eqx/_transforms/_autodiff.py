@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Concatenate, Literal, overload, ParamSpec, TypeVar
 
 import equinox as eqx
 import jax
@@ -17,6 +17,11 @@ from .._ref import Index, is_opened, Ref, Value
 
 
 _trace.register_exclusion(__file__)
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_Tree = TypeVar("_Tree", bound=Any)
+_Aux = TypeVar("_Aux")
 
 
 class Differentiated:
@@ -172,6 +177,25 @@ def _scalar(outcome: Outcome, has_aux: bool, name: str) -> Any:
     return outcome.out[0]
 
 
+@overload
+def filter_value_and_grad(
+    *, wrt: Any = None, has_aux: bool = False, **gradkwargs: Any
+) -> Callable[
+    [Callable[Concatenate[_Tree, _P], _T]],
+    Callable[Concatenate[_Tree, _P], tuple[_T, _Tree]],
+]: ...
+
+
+@overload
+def filter_value_and_grad(
+    fun: Callable[Concatenate[_Tree, _P], _T],
+    *,
+    wrt: Any = None,
+    has_aux: bool = False,
+    **gradkwargs: Any,
+) -> Callable[Concatenate[_Tree, _P], tuple[_T, _Tree]]: ...
+
+
 def filter_value_and_grad(
     fun: Any = None, *, wrt: Any = None, has_aux: bool = False, **gradkwargs: Any
 ) -> Any:
@@ -217,6 +241,43 @@ def filter_value_and_grad(
         one of its places and not at another.
     """
     return _lift_grad(_ValueAndGrad, fun, wrt, has_aux, gradkwargs)
+
+
+@overload
+def filter_grad(
+    *, wrt: Any = None, has_aux: Literal[False] = False, **gradkwargs: Any
+) -> Callable[
+    [Callable[Concatenate[_Tree, _P], Any]], Callable[Concatenate[_Tree, _P], _Tree]
+]: ...
+
+
+@overload
+def filter_grad(
+    *, wrt: Any = None, has_aux: Literal[True], **gradkwargs: Any
+) -> Callable[
+    [Callable[Concatenate[_Tree, _P], tuple[Any, _Aux]]],
+    Callable[Concatenate[_Tree, _P], tuple[_Tree, _Aux]],
+]: ...
+
+
+@overload
+def filter_grad(
+    fun: Callable[Concatenate[_Tree, _P], Any],
+    *,
+    wrt: Any = None,
+    has_aux: Literal[False] = False,
+    **gradkwargs: Any,
+) -> Callable[Concatenate[_Tree, _P], _Tree]: ...
+
+
+@overload
+def filter_grad(
+    fun: Callable[Concatenate[_Tree, _P], tuple[Any, _Aux]],
+    *,
+    wrt: Any = None,
+    has_aux: Literal[True],
+    **gradkwargs: Any,
+) -> Callable[Concatenate[_Tree, _P], tuple[_Tree, _Aux]]: ...
 
 
 def filter_grad(

@@ -1,7 +1,7 @@
 """`filter_eval_shape`."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -11,8 +11,10 @@ from .._functionalize import close_result, open_call, Outcome
 
 _trace.register_exclusion(__file__)
 
+_T = TypeVar("_T")
 
-def filter_eval_shape(fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+
+def filter_eval_shape(fun: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
     """As `equinox.filter_eval_shape`: what a call would return, without computing it.
 
     Nothing is written. The refs of the result are new ones, which hold

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -23,6 +23,17 @@ from .._functionalize import (
 
 
 _trace.register_exclusion(__file__)
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class _LiftedTransform(Protocol):
+    """A lifted transform keeps the signature of the function that it is given."""
+
+    def __call__(
+        self, fn: Callable[_P, _T], /, *args: Any, **kwargs: Any
+    ) -> Callable[_P, _T]: ...
 
 
 class _Arrays:
@@ -153,7 +164,7 @@ def _check_updates(opened: Opened, outcome: Outcome, shapes: tuple, name: str) -
                 )
 
 
-def lift(transform: Callable[..., Callable]) -> Callable[..., Callable]:
+def lift(transform: Callable[..., Any]) -> _LiftedTransform:
     """Makes a transform reference-aware, whoever wrote it.
 
     !!! Example
@@ -196,7 +207,7 @@ def lift(transform: Callable[..., Callable]) -> Callable[..., Callable]:
     """
 
     @functools.wraps(transform, updated=())
-    def lifted(fn: Callable, *args: Any, **kwargs: Any) -> Callable:
+    def lifted(fn: Any, /, *args: Any, **kwargs: Any) -> Any:
         return _Call(fn, transform=transform, args=args, kwargs=kwargs)
 
     return lifted

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Hashable
-from typing import Any, overload, TypeVar
+from typing import Any, overload, ParamSpec, TypeVar
 
 import equinox as eqx
 import jax
@@ -24,6 +24,7 @@ from ._axes import array_axis, call_axes, leaf_axes, named_in_axes, ref_axis
 
 _trace.register_exclusion(__file__)
 
+_P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
@@ -157,19 +158,19 @@ def filter_vmap(
     axis_name: Hashable = ...,
     axis_size: int | None = ...,
     **vmapkwargs: Any,
-) -> Callable[[Callable[..., _T]], Callable[..., _T]]: ...
+) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]: ...
 
 
 @overload
 def filter_vmap(
-    fun: Callable[..., _T],
+    fun: Callable[_P, _T],
     *,
     in_axes: Any = ...,
     out_axes: Any = ...,
     axis_name: Hashable = ...,
     axis_size: int | None = ...,
     **vmapkwargs: Any,
-) -> Callable[..., _T]: ...
+) -> Callable[_P, _T]: ...
 
 
 def filter_vmap(
