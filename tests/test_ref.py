@@ -1,0 +1,313 @@
+"""A ref is a leaf: a mutable cell that is held, compared and copied by identity."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import refx_eqx as rx
+
+
+class Frozen(rx.Ref):
+    """A subclass, at the top level so that it can be pickled."""
+
+    def doubled(self):
+        return self.value * 2
+
+
+def test_value_is_read_and_written():
+    ref = rx.Ref(1, "counts")
+    assert ref.value == 1
+    ref.value = 2
+    assert ref.value == 2
+    ref.value += 3
+    assert ref.value == 5
+
+
+def test_a_write_through_one_place_is_seen_at_the_other():
+    ref = rx.Ref(1)
+    tree = {"a": ref, "b": [ref, (ref,)]}
+    tree["a"].value = 10
+    assert tree["b"][0].value == 10
+    assert tree["b"][1][0].value == 10
+
+
+def test_index_notation_is_that_of_a_jax_ref():
+    ref = rx.Ref(jnp.zeros(3))
+    ref[...] = jnp.ones(3)
+    assert ref[...] is ref.value
+    ref[0] = 5.0
+    ref[1:] = jnp.array([6.0, 7.0])
+    assert ref.value.tolist() == [5.0, 6.0, 7.0]
+    assert ref[1] == 6.0
+    assert ref[1:].shape == (2,)
+    ref[0] += 1.0
+    assert ref[0] == 6.0
+    ref[...] += 1.0
+    assert ref.value.tolist() == [7.0, 7.0, 8.0]
+
+
+def test_writing_a_part_leaves_the_old_array_as_it_was():
+    old = jnp.zeros(3)
+    ref = rx.Ref(old)
+    ref[0] = 1.0
+    assert old.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_writing_a_part_of_a_numpy_array_does_not_change_it_in_place():
+    old = np.zeros(3, np.float32)
+    ref = rx.Ref(old)
+    ref[0] = 1.0
+    assert old.tolist() == [0.0, 0.0, 0.0]
+    assert ref.value.tolist() == [1.0, 0.0, 0.0]
+
+
+def test_a_part_of_a_value_that_is_no_array_can_be_read():
+    ref = rx.Ref({"a": 1, "b": 2})
+    assert ref["b"] == 2
+
+
+def test_a_ref_is_not_iterable():
+    # `__getitem__` on a JAX array clamps, so the old iteration protocol never ends.
+    with pytest.raises(TypeError, match="'Ref' object is not iterable"):
+        iter(rx.Ref(jnp.zeros(3)))  # type: ignore[call-overload]
+
+
+def test_array_attributes_are_those_of_the_value():
+    ref = rx.Ref(jnp.zeros((2, 3), jnp.float16))
+    assert ref.shape == (2, 3)
+    assert ref.dtype == jnp.float16
+    assert ref.ndim == 2
+    assert ref.size == 6
+
+
+@pytest.mark.parametrize(
+    "value, dtype",
+    [(1, "int32"), (1.0, "float32"), (True, "bool"), (np.ones((), np.int8), "int8")],
+)
+def test_scalars_have_array_attributes_too(value, dtype):
+    ref = rx.Ref(value)
+    assert ref.shape == ()
+    assert ref.dtype == dtype
+
+
+def test_shape_of_what_is_not_an_array_is_an_attribute_error():
+    ref = rx.Ref("relu", "config")
+    with pytest.raises(
+        AttributeError,
+        match=r"an unnamed ref \(collection 'config'\) holds str, which has no shape",
+    ):
+        _ = ref.shape
+    assert not hasattr(ref, "dtype")
+
+
+@pytest.mark.parametrize("collection", [None, "params", 3, ("a", "b"), frozenset("x")])
+def test_any_hashable_is_a_collection(collection):
+    assert rx.Ref(1, collection).collection == collection
+
+
+def test_an_unhashable_collection_is_refused():
+    with pytest.raises(TypeError, match="unhashable type: 'list'"):
+        rx.Ref(1, ["params"])  # type: ignore[arg-type]
+
+
+def test_collection_is_read_only():
+    ref = rx.Ref(1, "params")
+    with pytest.raises(AttributeError):
+        ref.collection = "counts"  # type: ignore[misc]
+
+
+def test_refs_are_equal_only_to_themselves():
+    a, b = rx.Ref(1), rx.Ref(1)
+    assert a == a
+    assert a != b
+    assert len({a, b, a}) == 2
+
+
+def test_hash_does_not_change_with_the_value():
+    ref = rx.Ref(1)
+    table = {ref: "x"}
+    ref.value = 2
+    assert table[ref] == "x"
+
+
+def test_a_ref_is_a_leaf():
+    ref = rx.Ref({"a": jnp.zeros(2)})
+    assert jax.tree.leaves([ref, ref]) == [ref, ref]
+
+
+def test_a_ref_has_no_dict_and_takes_no_attributes():
+    ref = rx.Ref(1)
+    assert not hasattr(ref, "__dict__")
+    with pytest.raises(AttributeError):
+        ref.other = 1  # type: ignore[attr-defined]
+
+
+def test_a_ref_can_be_referenced_weakly_and_is_freed_at_once():
+    ref = rx.Ref(jnp.zeros(3))
+    alive = weakref.ref(ref)
+    gc.disable()
+    try:
+        del ref
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_old_values_are_freed_at_once():
+    class Big:
+        pass
+
+    value = Big()
+    alive = weakref.ref(value)
+    ref = rx.Ref(value)
+    gc.disable()
+    try:
+        ref.value = Big()
+        del value
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_a_value_that_holds_a_ref_is_refused():
+    inner = rx.Ref(1, "params")
+    with pytest.raises(
+        rx.StructureError,
+        match=(
+            r"The value of a ref cannot hold a ref: an unnamed ref \(no collection\) was "
+            r"given one that holds an unnamed ref \(collection 'params'\). Put the two "
+            "refs side by side"
+        ),
+    ):
+        rx.Ref((inner, 2))
+    outer = rx.Ref(0)
+    with pytest.raises(rx.StructureError, match="cannot hold a ref"):
+        outer.value = inner  # type: ignore[assignment]
+    assert outer.value == 0
+
+
+def test_any_pytree_without_refs_is_a_value():
+    linear = eqx.nn.Linear(2, 2, key=jax.random.key(0))
+    for value in (None, "x", (1, [2]), {"a": jnp.ones(2)}, linear, len):
+        assert rx.Ref(value).value is value
+
+
+def test_copy_makes_a_second_ref_with_the_same_value():
+    ref = rx.Ref(jnp.ones(2), "params")
+    other = copy.copy(ref)
+    assert other is not ref
+    assert other.value is ref.value
+    assert other.collection == "params"
+    other.value = jnp.zeros(2)
+    assert ref.value.tolist() == [1.0, 1.0]
+
+
+def test_deepcopy_keeps_sharing_and_parts_from_the_original():
+    ref = rx.Ref(jnp.ones(2), "params")
+    a, (b,) = copy.deepcopy((ref, [ref]))
+    assert a is b and a is not ref
+    a.value = jnp.zeros(2)
+    assert ref.value.tolist() == [1.0, 1.0]
+    assert a.collection == "params"
+
+
+def test_deepcopy_copies_a_mutable_value():
+    ref = rx.Ref({"a": [1]})
+    copied = copy.deepcopy(ref)
+    copied.value["a"].append(2)
+    assert ref.value == {"a": [1]}
+
+
+def test_pickle_keeps_sharing_type_collection_and_name():
+    class Holder(rx.Module):
+        weight: rx.Param[jax.Array]
+
+    ref = Holder(jnp.ones(2)).weight
+    frozen = Frozen(3, ("a", 1))
+    a, b, c = pickle.loads(pickle.dumps((ref, ref, frozen)))
+    assert a is b
+    assert a.value.tolist() == [1.0, 1.0]
+    assert (a.collection, a.name) == ("params", "Holder.weight")
+    assert type(c) is Frozen
+    assert c.collection == ("a", 1)
+    assert c.doubled() == 6
+    a.value = jnp.zeros(2)  # owned by the trace that runs
+
+
+def test_subclasses_survive_a_boundary():
+    a, b = rx.reref(rx.deref((Frozen(2), rx.Ref(3))))
+    assert type(a) is Frozen and a.doubled() == 4
+    assert type(b) is rx.Ref
+
+
+def test_a_subscripted_ref_makes_a_plain_ref():
+    ref = rx.Ref[jax.Array](jnp.ones(2), "params")
+    assert type(ref) is rx.Ref
+    assert ref.collection == "params"
+
+
+def test_repr_shows_shape_collection_and_subclass():
+    assert repr(rx.Ref(jnp.zeros((3, 2)), "params")) == 'Ref(f32[3,2], "params")'
+    assert repr(rx.Ref(1)) == "Ref(1)"
+    assert repr(Frozen(1, ("a", 1))) == "Frozen(1, ('a', 1))"
+
+
+def test_a_name_is_given_by_the_first_field_that_holds_the_ref():
+    class First(rx.Module):
+        weight: rx.Param[jax.Array]
+
+    class Second(rx.Module):
+        tied: rx.Param[jax.Array]
+
+    assert rx.Ref(1).name is None
+    first = First(jnp.ones(2))
+    second = Second(first.weight)
+    assert second.tied is first.weight
+    assert second.tied.name == "First.weight"
+
+
+NOT_AN_ARRAY = (
+    r"Cannot use ref as an array: an unnamed ref \(collection 'params'\) was given to JAX "
+    r"or NumPy as if it were one. In a computation, read it: `ref.value` or `ref\[...\]`"
+)
+
+
+@pytest.mark.parametrize("use", [jnp.asarray, np.asarray, jnp.sin, jax.device_put])
+def test_a_ref_in_place_of_an_array_is_refused_by_name(use):
+    ref = rx.Ref(jnp.array(0.0), "params")
+    with pytest.raises(rx.TraceLevelError, match=NOT_AN_ARRAY):
+        use(ref)
+    assert use(ref.value) == 0.0  # the remedy
+
+
+def test_arithmetic_on_a_ref_is_a_type_error():
+    ref = rx.Ref(jnp.ones(2))
+    with pytest.raises(TypeError, match="unsupported operand"):
+        ref + 1  # type: ignore[operator]
+    with pytest.raises(TypeError, match="unsupported operand"):
+        jnp.ones(2) * ref  # type: ignore[operator]
+
+
+def test_errors_have_the_documented_bases():
+    assert issubclass(rx.TraceLevelError, ValueError)
+    assert issubclass(rx.StructureError, ValueError)
+    assert issubclass(rx.CollectionError, ValueError)
+    assert issubclass(rx.RefTypeError, TypeError)
+    assert issubclass(rx.ImmutableError, ValueError)
+    assert issubclass(rx.ConcurrencyError, RuntimeError)
+    for error in (
+        rx.TraceLevelError,
+        rx.StructureError,
+        rx.CollectionError,
+        rx.RefTypeError,
+        rx.ImmutableError,
+        rx.ConcurrencyError,
+    ):
+        assert issubclass(error, rx.RefError)

@@ -1,0 +1,229 @@
+"""`update_refs` writes all of the values of its source, or none of them."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import pytest
+
+import refx_eqx as rx
+
+
+class Linear(rx.Module):
+    weight: rx.Param[jax.Array]
+    count: rx.Ref[jax.Array] = rx.field(collection="counts")
+
+
+def make(value=0.0):
+    return Linear(jnp.full((2,), value), jnp.array(int(value)))
+
+
+def test_from_a_tree_of_refs():
+    target, source = make(0.0), make(1.0)
+    weight = target.weight
+    rx.update_refs(target, source)
+    assert target.weight is weight
+    assert target.weight.value is source.weight.value
+    assert target.count.value == 1
+
+
+def test_from_a_derefed_tree():
+    target = make()
+    rx.update_refs(target, rx.deref(make(1.0)))
+    assert target.weight.value.tolist() == [1.0, 1.0]
+    assert target.count.value == 1
+
+
+def test_from_bare_values():
+    target = make()
+    rx.update_refs(target, rx.snapshot(make(1.0)))
+    assert target.weight.value.tolist() == [1.0, 1.0]
+    assert target.count.value == 1
+
+
+@pytest.mark.parametrize("missing", [None, rx.NOTHING])
+def test_none_and_nothing_mean_leave_it(missing):
+    a, b = rx.Ref(1), rx.Ref(2)
+    rx.update_refs([a, b], [missing, 5])
+    assert (a.value, b.value) == (1, 5)
+
+
+def test_from_a_part_of_a_partition():
+    target, source = make(), make(1.0)
+    params, _ = rx.partition(source, "params")
+    rx.update_refs(target, params)
+    assert target.weight.value.tolist() == [1.0, 1.0]
+    assert target.count.value == 0
+
+
+def test_from_a_path_keyed_partition():
+    target = make()
+    params = rx.get_partition(target, "params")
+    rx.update_refs(params, jax.tree.map(lambda x: x + 1, rx.deref(params)))
+    assert target.weight.value.tolist() == [1.0, 1.0]
+
+
+def test_from_a_part_made_by_equinox():
+    target, source = make(), make(1.0)
+    opened = rx.deref(source)
+    params, _ = eqx.partition(opened, rx.filter_spec(source, "params"))
+    rx.update_refs(target, params)  # the counts are `Value(None)` there
+    assert target.weight.value.tolist() == [1.0, 1.0]
+    assert target.count.value == 0
+
+
+def test_what_is_not_a_ref_stays():
+    ref = rx.Ref(1)
+    target = {"a": ref, "b": 2, "c": None}
+    rx.update_refs(target, {"a": 5, "b": 7, "c": None})
+    assert ref.value == 5 and target["b"] == 2
+
+
+def test_a_shared_ref_is_written_once_through_its_value():
+    ref = rx.Ref(1)
+    rx.update_refs((ref, ref), (rx.Value(7, 0), rx.Index(0)))
+    assert ref.value == 7
+
+
+def test_an_index_stands_for_its_value_where_the_target_does_not_share():
+    source = rx.Ref(5)
+    a, b = rx.Ref(1), rx.Ref(2)
+    rx.update_refs((a, b), rx.deref((source, source)))
+    assert (a.value, b.value) == (5, 5)
+
+
+def test_an_index_without_its_value_is_refused():
+    a, b = rx.Ref(1), rx.Ref(2)
+    with pytest.raises(
+        rx.StructureError,
+        match=(
+            r"Index 3 of the source, at \[1\], has no Value in it. Deref the whole source "
+            "at once, or put `rx.NOTHING` there."
+        ),
+    ):
+        rx.update_refs((a, b), (5, rx.Index(3)))
+    assert (a.value, b.value) == (1, 2)
+    rx.update_refs((a, b), (5, rx.NOTHING))  # the remedy
+    assert (a.value, b.value) == (5, 2)
+
+
+def test_a_derefed_target_is_refused():
+    # Nothing could be written to it, in silence.
+    target = make()
+    with pytest.raises(
+        rx.StructureError,
+        match=(
+            r"Cannot update refs: the target is derefed, and has a Value at .weight. Pass "
+            "the tree of refs itself."
+        ),
+    ):
+        rx.update_refs(rx.deref(target), make(1.0))
+    rx.update_refs(target, make(1.0))  # the remedy
+    assert target.weight.value.tolist() == [1.0, 1.0]
+
+
+def test_two_different_values_for_one_ref_are_refused():
+    ref = rx.Ref(1, "params")
+    with pytest.raises(
+        rx.StructureError,
+        match=(
+            r"\(collection 'params'\) is one ref at \[0\] and \[1\] of the target, and the "
+            "source has a different value at each. Give one of them, and `rx.NOTHING` at "
+            "the other."
+        ),
+    ):
+        rx.update_refs((ref, ref), (5, 6))
+    assert ref.value == 1
+    rx.update_refs((ref, ref), (5, rx.NOTHING))  # the remedy
+    assert ref.value == 5
+
+
+def test_another_structure_is_refused():
+    a, b = rx.Ref(1), rx.Ref(2)
+    with pytest.raises(
+        rx.StructureError,
+        match=(
+            r"target and source do not have the same structure. JAX says: .*Pass as source "
+            "a tree aligned with the target"
+        ),
+    ):
+        rx.update_refs([a, b], [5])
+    assert (a.value, b.value) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        jnp.zeros(3),  # shape
+        jnp.zeros((2, 1)),
+        jnp.zeros(2, jnp.int32),  # dtype
+        jnp.zeros(2, jnp.float16),
+        1.0,
+        "x",
+        (jnp.zeros(2), jnp.zeros(2)),
+    ],
+)
+def test_another_shape_dtype_or_kind_is_refused_and_nothing_is_written(wrong):
+    first, second = rx.Ref(jnp.ones(2)), rx.Ref(jnp.ones(2), "params")
+    with pytest.raises(
+        rx.StructureError,
+        match=(
+            r"\(collection 'params'\) at \[1\] holds f32\[2\], and the source has .*If the "
+            "change is meant, write it: `ref.value = ...`."
+        ),
+    ):
+        rx.update_refs([first, second], [jnp.zeros(2), rx.Value(wrong, 0, "params")])
+    assert first.value.tolist() == [1.0, 1.0]
+    second.value = wrong  # the remedy
+    assert second.value is wrong
+
+
+def test_a_scalar_of_python_keeps_its_kind():
+    ref = rx.Ref(1.0)
+    rx.update_refs(ref, jnp.array(2.0))
+    assert ref.value == 2.0
+    with pytest.raises(
+        rx.StructureError, match=r"holds weak_f32\[\], and the source has weak_i32"
+    ):
+        rx.update_refs(ref, jnp.array(2))
+
+
+def test_another_collection_is_refused():
+    a, b = rx.Ref(1, "params"), rx.Ref(2, "params")
+    with pytest.raises(
+        rx.CollectionError,
+        match=(
+            r"at \[1\] the target has an unnamed ref \(collection 'params'\), and the "
+            "source is of collection 'counts'. Align the two trees"
+        ),
+    ):
+        rx.update_refs([a, b], [rx.Ref(5, "params"), rx.Ref(6, "counts")])
+    assert (a.value, b.value) == (1, 2)
+
+
+def test_a_guarded_ref_leaves_all_unwritten():
+    a, b = rx.Ref(1, "counts"), rx.Ref(2, "params")
+    with rx.mutable("counts"), pytest.raises(rx.ImmutableError, match="Cannot write"):
+        rx.update_refs([a, b], [5, 6])
+    assert (a.value, b.value) == (1, 2)
+
+
+def test_a_ref_of_another_trace_leaves_all_unwritten():
+    outer = rx.Ref(jnp.array(1.0))
+
+    def body(x):
+        inner = rx.Ref(x)
+        with pytest.raises(rx.TraceLevelError, match="Cannot mutate ref"):
+            rx.update_refs([inner, outer], [x + 1, x + 1])
+        assert inner.value is x
+        return x
+
+    jax.jit(body)(jnp.array(0.0))
+    assert outer.value == 1.0
+
+
+def test_a_nested_value_is_replaced_whole():
+    ref = rx.Ref({"a": jnp.ones(2), "b": "relu"})
+    rx.update_refs(ref, rx.Value({"a": jnp.zeros(2), "b": "relu"}, 0))
+    assert ref.value["a"].tolist() == [0.0, 0.0]
+    with pytest.raises(rx.StructureError, match="and the source has"):
+        rx.update_refs(ref, rx.Value({"a": jnp.zeros(2)}, 0))
