@@ -142,9 +142,11 @@ _ENDED = (
     "it was created inside a transform that has since ended, so its value is gone. "
     "Return the ref from the transformed function instead of keeping it elsewhere."
 )
+# JAX does not mark a staged trace as ended, so this is also what a leaked ref hears.
 _UNRELATED = (
-    "it was created inside a trace that is not running here. Pass the ref as an argument "
-    "to the function that uses it."
+    "it was created inside a trace that is not running here. If that one has ended, return "
+    "the ref from the transformed function instead of keeping it elsewhere; if it runs, "
+    "pass the ref as an argument to the function that uses it."
 )
 
 
