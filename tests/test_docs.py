@@ -1,0 +1,191 @@
+"""All code in the README, the docs and the docstrings runs, and what it shows is real.
+
+A page is a program: its ```python blocks run from top to bottom in one namespace. A ```text
+block shows what the ```python block before it printed, and the error that it raised, as
+`NameOfTheError: message`. How a text is wrapped into lines does not count. A block that
+prints or raises is followed by its ```text block, and no ```text block stands alone.
+
+The examples of a docstring are programs of their own.
+"""
+
+import ast
+import contextlib
+import io
+import re
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import pytest
+import refx_eqx as rx
+
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SOURCES = sorted((ROOT / "refx_eqx").rglob("*.py"))
+
+FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>[^\n]*)\n(?P<text>.*?)^(?P=indent)```$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+class Block(NamedTuple):
+    language: str
+    text: str
+    line: int
+
+
+def blocks_of(text: str) -> list[Block]:
+    found = []
+    for match in FENCE.finditer(text):
+        indent = len(match["indent"])
+        lines = [line[indent:] for line in match["text"].splitlines()]
+        first_line = text.count("\n", 0, match.start("text")) + 1
+        found.append(Block(match["language"], "\n".join(lines), first_line))
+    return found
+
+
+@contextlib.contextmanager
+def defaults_of_jax() -> Iterator[None]:
+    """A page runs as the program of a reader does, without the strictness of our tests."""
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        jax.check_tracer_leaks(False),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def fresh_module() -> Iterator[dict]:
+    """A namespace that Python takes for that of a module: classes can be made in it."""
+    module = types.ModuleType("program_in_the_docs")
+    sys.modules[module.__name__] = module
+    try:
+        yield vars(module)
+    finally:
+        del sys.modules[module.__name__]
+
+
+def run(block: Block, namespace: dict, file: Path) -> tuple[str, Exception | None]:
+    """What a block prints, and what it raises."""
+    printed = io.StringIO()
+    # The empty lines are so that a traceback shows the line of the page.
+    code = compile("\n" * (block.line - 1) + block.text, str(file), "exec")
+    with contextlib.redirect_stdout(printed):
+        try:
+            exec(code, namespace)
+        except Exception as e:
+            return printed.getvalue(), e
+    return printed.getvalue(), None
+
+
+def as_shown(printed: str, error: Exception | None) -> str:
+    if error is None:
+        return printed
+    return f"{printed}{type(error).__name__}: {error}"
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def run_page(text: str, file: Path) -> None:
+    blocks = blocks_of(text)
+    with fresh_module() as namespace:
+        for i, block in enumerate(blocks):
+            if block.language == "python":
+                printed, error = run(block, namespace, file)
+                after = blocks[i + 1] if i + 1 < len(blocks) else None
+                is_shown = after is not None and after.language == "text"
+                if error is not None and not is_shown:
+                    raise error
+                expected = after.text if is_shown else ""
+                assert words(as_shown(printed, error)) == words(expected)
+            elif block.language == "text":
+                # Its own block compared it.
+                assert i > 0 and blocks[i - 1].language == "python"
+            else:
+                assert block.language == "bash", f"{file}: a block is not executed"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_page(page):
+    with defaults_of_jax():
+        run_page(page.read_text(), page)
+
+
+def docstrings_with_examples() -> list:
+    """Every string in the package that stands alone and has a ```python block."""
+    found = []
+    for file in SOURCES:
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            for child in ast.iter_child_nodes(node):
+                if isinstance(child, ast.Expr) and isinstance(
+                    child.value, ast.Constant
+                ):
+                    text = child.value.value
+                    if isinstance(text, str) and "```python" in text:
+                        where = getattr(node, "name", f"line{child.lineno}")
+                        id = f"{file.relative_to(ROOT / 'refx_eqx')}:{where}"
+                        found.append(pytest.param(text, file, child.lineno, id=id))
+    return found
+
+
+@pytest.mark.parametrize("text, file, line", docstrings_with_examples())
+def test_docstring(text, file, line):
+    for block in blocks_of(text):
+        assert block.language == "python"
+        with fresh_module() as namespace:
+            block = block._replace(line=block.line + line - 1)
+            printed, error = run(block, namespace, file)
+        if error is not None:
+            raise error
+        # An example shows its results by assertions.
+        assert printed == "" and "assert " in block.text
+
+
+NAMES = re.compile(r"(?<![\w.])(?:rx|refx_eqx)\.([A-Za-z]\w*(?:\.[A-Za-z]\w*)*)")
+
+
+@pytest.mark.parametrize(
+    "file", [*PAGES, *SOURCES], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_every_name_that_is_mentioned_exists(file):
+    for name in NAMES.findall(file.read_text()):
+        found = rx
+        for part in name.split("."):
+            found = getattr(found, part, None)
+            assert found is not None, f"there is no `rx.{name}`"
+            if not isinstance(found, types.ModuleType | type):
+                break  # an attribute of a value: not ours to look up
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "```python\nx = 1\n```\n```text\n2\n```",
+        "```python\nprint(1)\n```\n```text\n2\n```",
+        "```python\nprint(1)\n```",
+        "```python\nraise ValueError('no')\n```",
+        "```python\nraise ValueError('no')\n```\n```text\nValueError: yes\n```",
+        "```text\n1\n```",
+        "```\n1\n```",
+        "!!! note\n\n    ```python\n    assert False\n    ```",
+    ],
+)
+def test_a_page_that_is_wrong_is_found_out(page):
+    with pytest.raises((AssertionError, ValueError)):
+        run_page(page, Path("a page"))
+
+
+def test_a_page_that_is_right_passes():
+    page = (
+        "```python\nx = 1\nprint(x)\nx.y\n```\n\n```text\n1\nAttributeError:\n{}\n```"
+    )
+    run_page(page.format("'int' object has no attribute 'y'"), Path("a page"))
