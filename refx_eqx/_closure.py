@@ -92,14 +92,14 @@ class _Again(int):
 def flatten(tree: Any) -> tuple[list[Any], Carried]:
     """The leaves of a tree, those inside of functions that carry refs included."""
     leaves, treedef = jtu.tree_flatten(tree)
-    if not any(map(_may_carry, leaves)):
+    if not any(map(may_carry, leaves)):
         # `None` for every leaf, without making a tuple of them.
         return leaves, Carried(treedef, ())
     out: list[Any] = []
     return out, _flatten(leaves, treedef, out, {})
 
 
-def _may_carry(leaf: Any) -> bool:
+def may_carry(leaf: Any) -> bool:
     kind = type(leaf)
     if kind is types.FunctionType:
         return leaf.__closure__ is not None
@@ -110,7 +110,7 @@ def _flatten(leaves: list, treedef: Any, out: list, numbers: dict[int, int]) -> 
     nodes = []
     for leaf in leaves:
         node = None
-        if _may_carry(leaf) and _carries(leaf):
+        if may_carry(leaf) and _carries(leaf):
             node = _open(leaf, out, numbers)
         else:
             out.append(leaf)
@@ -155,7 +155,7 @@ def _is_filled(cell: types.CellType) -> bool:
     return True
 
 
-def _inside(obj: Any) -> Iterator[Any]:
+def inside(obj: Any) -> Iterator[Any]:
     """The trees that a callable leaf holds."""
     if type(obj) is types.FunctionType:
         for cell in obj.__closure__ or ():
@@ -175,9 +175,9 @@ def _reaches_ref(tree: Any) -> bool:
         for leaf in jtu.tree_leaves(todo.pop(), is_leaf=is_opened):
             if isinstance(leaf, Ref):
                 return True
-            if _may_carry(leaf) and id(leaf) not in seen:
+            if may_carry(leaf) and id(leaf) not in seen:
                 seen.add(id(leaf))
-                todo.extend(_inside(leaf))
+                todo.extend(inside(leaf))
     return False
 
 

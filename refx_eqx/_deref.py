@@ -462,9 +462,7 @@ def write_all(updates: list[tuple[Ref, Any]]) -> None:
         check_writable(ref)
         check_value(ref, value)
     with commits.lock:
-        commits.count += 1
-        for ref, value in updates:
-            ref._value = value
+        commits.store(updates)
 
 
 def _check_collection(ref: Ref, new: Ref | Value | Index, path: tuple) -> None:

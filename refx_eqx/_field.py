@@ -17,7 +17,7 @@ import equinox as eqx
 
 from . import _trace
 from ._errors import CollectionError, describe
-from ._ref import Ref
+from ._ref import commits, Ref
 from ._typing import OpenRefHint, RefHint, split_hint
 
 
@@ -124,6 +124,7 @@ class RefSpec:
         __tracebackhide__ = True
         if ref._collection is None:
             ref._collection = self.collection
+            commits.irregular += 1
         elif self.collection is not None and ref._collection != self.collection:
             raise CollectionError(
                 f"The field `{name}` is of collection {self.collection!r}, and was given "

@@ -362,21 +362,21 @@ class _Calls(threading.local):
         self.stack: list[Opened] = []
 
 
-_calls = _Calls()
+calls = _Calls()
 
 
 @contextlib.contextmanager
 def dispatching(opened: Opened) -> Iterator[None]:
     """While it lasts, `opened` is the call that `running_call` finds."""
-    _calls.stack.append(opened)
+    calls.stack.append(opened)
     try:
         yield
     finally:
-        _calls.stack.pop()
+        calls.stack.pop()
 
 
 def running_call() -> Opened:
-    return _calls.stack[-1]
+    return calls.stack[-1]
 
 
 class Outcome:
@@ -590,9 +590,7 @@ def commit(opened: Opened, updates: list[tuple[Ref, Any]]) -> None:
         if commits.count != opened.commit and not _undisturbed(opened):
             raise Disturbed
         if updates:
-            commits.count += 1
-            for ref, value in updates:
-                ref._value = value
+            commits.store(updates)
 
 
 def _undisturbed(opened: Opened) -> bool:

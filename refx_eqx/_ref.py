@@ -33,17 +33,30 @@ _R = TypeVar("_R", bound="Ref")
 
 
 class _Commits:
-    """Counts the writes to refs, so that a call can tell whether it ran undisturbed.
+    """Counts the writes to refs.
 
-    A lifted call reads its refs, computes, and writes back. If `count` has not moved in
-    between, no other thread wrote anything. A write takes `lock`, for a moment.
+    - `count`: of all writes. A lifted call reads its refs, computes, and writes back: if
+        the count has not moved in between, no other thread wrote anything.
+    - `irregular`: of those that may have changed the structure of a ref: the new value is
+        not a JAX array, or the collection or declared type is another. While it has not
+        moved, what a repeated call knows of its refs still holds.
+    - `lock`: to be held for the moment of a write.
     """
 
-    __slots__ = ("count", "lock")
+    __slots__ = ("count", "irregular", "lock")
 
     def __init__(self):
         self.count = 0
+        self.irregular = 0
         self.lock = threading.Lock()
+
+    def store(self, updates: Iterable[tuple["Ref", Any]]) -> None:
+        """Writes values that were checked. The lock must be held."""
+        self.count += 1
+        for ref, value in updates:
+            ref._value = value
+            if type(value) is not _trace.ConcreteArray:
+                self.irregular += 1
 
 
 commits = _Commits()
@@ -126,8 +139,9 @@ class Ref(Generic[_T]):
         # reads as the ref, and accepts a value or a ref. At run time there is no such
         # descriptor; the field machinery wraps the value.
         def __get__(self, instance: Any, owner: Any = None, /) -> Self: ...
-        # (Not `Self` here: mypy takes it for the class that has the field.)
-        def __set__(self, instance: Any, value: "_T | Ref[_T]", /) -> None: ...
+        # `None` is for `Param[...] | None`: pyright asks `__set__` of each member of the
+        # union to take the whole value. And mypy takes `Self` for the class of the field.
+        def __set__(self, instance: Any, value: "_T | Ref[_T] | None", /) -> None: ...
 
     @property
     def value(self) -> _T:
@@ -143,8 +157,7 @@ class Ref(Generic[_T]):
         check_writable(self)
         check_value(self, value)
         with commits.lock:
-            commits.count += 1
-            self._value = value
+            commits.store(((self, value),))
 
     @overload
     def __getitem__(self, index: types.EllipsisType) -> _T: ...

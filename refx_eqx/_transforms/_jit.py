@@ -18,6 +18,7 @@ from .._functionalize import (
     Outcome,
     Structure,
 )
+from ._plan import NO_PLAN, Plans
 from ._program import apart, Donate, explain, Program, program_of, Split
 
 
@@ -42,10 +43,14 @@ class _Jit(Lifted):
             ("filter_jit", donate, tuple(sorted(jitkwargs.items()))),
             lambda: Program(name_of(fn), _run, donate, **jitkwargs),
         )
+        self._plans = Plans(fn, self._program)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
-        return call(self.__wrapped__, *self._bind(args, kwargs), self._program)
+        out = self._plans.call(args, kwargs)
+        if out is NO_PLAN:
+            out = call(self.__wrapped__, *self._bind(args, kwargs), self._program)
+        return out
 
     def _bind(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if kwargs and not args and self.options["donate"].endswith("-except-first"):

@@ -1,0 +1,387 @@
+"""Plans: what a repeated call knows already, so that it costs what `jax.jit` costs.
+
+Equinox modules are immutable. So what a call has to find out about a module (its refs, its
+structure) it finds out once, and a plan keeps it for as long as the module lives. A call
+with a plan is: look up, read the values of the refs, call `jax.jit` on a flat list, write
+back.
+
+What may have changed since is checked, cheaply, and then the plan is made anew:
+
+- a list or a dict in the module, or a closure variable: compared item by item, by identity;
+- the structure of a ref (its value is no array any more, or its collection was set):
+  `commits.irregular` counts the writes that could do that;
+- a tree of a type that is not known to be immutable: there is no plan for it.
+"""
+
+import itertools
+import types
+import weakref
+from collections.abc import Iterator
+from operator import is_
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+import numpy as np
+
+from .. import _closure, _trace
+from .._functionalize import (
+    calls,
+    close_result,
+    is_traced,
+    Lifted,
+    open_call,
+    Opened,
+    Outcome,
+    OutcomeInfo,
+)
+from .._ref import commits, Ref, write_guards
+from ._program import explain, Program
+
+
+_trace.register_exclusion(__file__)
+
+NO_PLAN: Any = object()
+_ARRAYS = (_trace.ConcreteArray, np.ndarray)
+
+
+class Plans:
+    """The plans of one lifted function."""
+
+    def __init__(self, fn: Any, program: Program):
+        self._fn = fn
+        self._program = program
+        self._plans: dict[tuple, Plan | None] = {}
+
+    def call(self, args: tuple, kwargs: dict) -> Any:
+        """Makes the call, if there is a plan for it; `NO_PLAN` if there is none."""
+        __tracebackhide__ = True
+        if not _trace.is_outermost() or write_guards.stack:
+            return NO_PLAN
+        key: list[Any] = []
+        arrays: list[Any] = []
+        for arg in args:
+            kind = type(arg)
+            if kind is _trace.ConcreteArray:
+                key.append(None)
+                arrays.append(arg)
+            elif kind in _by_identity:
+                key.append(id(arg))
+            elif not _describe(arg, key, arrays):
+                return NO_PLAN
+        if kwargs:
+            key.append(tuple(kwargs))
+            for arg in kwargs.values():
+                if not _describe(arg, key, arrays):
+                    return NO_PLAN
+        hashable = tuple(key)
+        try:
+            plan = self._plans.get(hashable)
+        except TypeError:
+            return NO_PLAN
+        if plan is not None and plan.holds():
+            return plan.call(arrays)
+        # The first time, a key is only noted: most modules that are made in passing (by
+        # `eqx.tree_at`, by a transform) are never seen again.
+        if hashable in self._plans:
+            plan = make_plan(self._fn, self._program, args, kwargs)
+            if plan is None:
+                return NO_PLAN
+            self._keep(hashable, plan, args, kwargs)
+            return plan.call(arrays)
+        if len(self._plans) >= _MAX_NOTES:
+            self._plans = {k: v for k, v in self._plans.items() if v is not None}
+        self._plans[hashable] = None
+        return NO_PLAN
+
+    def _keep(self, key: tuple, plan: "Plan", args: tuple, kwargs: dict) -> None:
+        plans = weakref.ref(self)
+
+        def forget(_: Any) -> None:
+            # An id may be used again as soon as its object is gone.
+            alive = plans()
+            if alive is not None:
+                alive._plans.pop(key, None)
+
+        held = (x for arg in (*args, *kwargs.values()) for x in _held(arg))
+        plan.guards = [weakref.ref(x, forget) for x in held]
+        self._plans[key] = plan
+
+
+_MAX_NOTES = 1000
+
+# The types whose instances are told apart by identity, and known to be immutable. Filled as
+# they are met.
+_by_identity: set[type] = {Ref}
+
+
+def _is_by_identity(kind: type) -> bool:
+    if kind in _by_identity:
+        return True
+    if issubclass(kind, (eqx.Module, Ref)):
+        _by_identity.add(kind)
+        return True
+    return False
+
+
+def _describe(arg: Any, key: list[Any], arrays: list[Any]) -> bool:
+    """Adds to `key` what must be the same for a plan to fit, and to `arrays` those that
+    may differ, in JAX's order. `False` if there can be no plan."""
+    kind = type(arg)
+    if kind in _ARRAYS:
+        key.append(None)
+        arrays.append(arg)
+    elif _is_by_identity(kind):
+        key.append(id(arg))
+    elif arg is None or kind in (bool, int, str):
+        key.append((kind, arg))
+    elif kind is tuple or kind is list:
+        key.append((kind, len(arg)))
+        return all(_describe(x, key, arrays) for x in arg)
+    elif kind is dict:
+        try:
+            names = sorted(arg)
+        except TypeError:
+            return False
+        key.append((kind, *names))
+        return all(_describe(arg[name], key, arrays) for name in names)
+    else:
+        leaves, treedef = jtu.tree_flatten(arg)
+        if any(type(leaf) not in _ARRAYS for leaf in leaves):
+            return False
+        key.append(treedef)
+        arrays.extend(leaves)
+    return True
+
+
+def _held(arg: Any) -> Iterator[Any]:
+    """What of an argument is in a key by its identity."""
+    kind = type(arg)
+    if kind in _by_identity:
+        yield arg
+    elif kind is tuple or kind is list:
+        for x in arg:
+            yield from _held(x)
+    elif kind is dict:
+        for x in arg.values():
+            yield from _held(x)
+
+
+class Plan:
+    """One call, prepared. See the top of this file."""
+
+    __slots__ = (
+        "bare",
+        "cells",
+        "dicts",
+        "guards",
+        "irregular",
+        "lists",
+        "opened",
+        "refs",
+        "slots",
+        "variant",
+        "written",
+    )
+
+    # For each array beside the refs: its position among those of the call, or the array
+    # itself where a module holds it. `None` if they are just those of the call.
+    bare: list[Any] | None
+    # What could have changed: `(container, its items then)`.
+    lists: list[tuple[list, tuple]]
+    dicts: list[tuple[dict, tuple, tuple]]
+    cells: list[tuple[types.CellType, Any]]
+    # Weak references to the modules that the key has by identity.
+    guards: list[weakref.ref]
+    # The refs that a program writes, for each outcome seen.
+    written: dict[OutcomeInfo, list[Ref] | None]
+
+    def __init__(self, opened: Opened, variant: Any, bare: list[Any] | None):
+        self.opened = opened
+        self.refs = opened.refs
+        self.slots = opened.structure.slots
+        self.variant = variant
+        self.bare = bare
+        self.lists, self.dicts, self.cells = [], [], []
+        self.guards = []
+        self.written = {}
+        self.irregular = commits.irregular
+
+    def holds(self) -> bool:
+        """Whether what the plan knows is still so."""
+        if self.irregular != commits.irregular:
+            irregular = commits.irregular
+            if any(
+                type(ref._value) is not _trace.ConcreteArray
+                or ref._collection != slot.collection
+                or ref._declared is not slot.declared
+                for ref, slot in zip(self.refs, self.slots)
+            ):
+                return False
+            self.irregular = irregular
+        for items, then in self.lists:
+            if len(items) != len(then) or not all(map(is_, items, then)):
+                return False
+        for items, keys, then in self.dicts:
+            if tuple(items) != keys or not all(map(is_, items.values(), then)):
+                return False
+        return all(_same_content(cell, content) for cell, content in self.cells)
+
+    def call(self, arrays: list[Any]) -> Any:
+        """Makes the call with these arrays beside the refs."""
+        __tracebackhide__ = True
+        opened = self.opened
+        refs = self.refs
+        if self.bare is not None:
+            arrays = [arrays[x] if type(x) is _Given else x for x in self.bare]
+        stack = calls.stack
+        while True:
+            started = commits.count
+            values = [ref._value for ref in refs]
+            stack.append(opened)
+            try:
+                out, updates, info = self.variant.dispatch(opened, arrays + values)
+                if info.waits:
+                    jax.block_until_ready((out, updates))
+            except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as e:
+                explain(e, opened)
+                raise
+            finally:
+                stack.pop()
+            try:
+                written = self.written[info]
+            except KeyError:
+                written = self.written[info] = _written_refs(opened, info)
+            if written is None:
+                # A value that is not one array: the general way.
+                opened.commit, opened.values = started, values
+                return opened.finish(Outcome(out, updates, info))
+            with commits.lock:
+                if commits.count != started and not all(
+                    ref._value is value for ref, value in zip(refs, values)
+                ):
+                    continue
+                commits.count += 1
+                for ref, value in zip(written, updates):
+                    ref._value = value
+            if info.treedef is not None:
+                return info.treedef.unflatten(out)
+            return close_result(Outcome(out, updates, info), refs)
+
+
+def _written_refs(opened: Opened, info: OutcomeInfo) -> list[Ref] | None:
+    """The refs that get one array each; `None` if some get anything else."""
+    if any(inside is not None for _, inside in info.written):
+        return None
+    return [opened.refs[number] for number, _ in info.written]
+
+
+_NOTHING_TO_CARRY = (bool, int, float, complex, str, bytes, type(None), types.CodeType)
+
+
+def _same_content(cell: types.CellType, content: Any) -> bool:
+    try:
+        now = cell.cell_contents
+    except ValueError:
+        return content is _EMPTY
+    # A counter that the function keeps in its closure changes all the time, and carries
+    # nothing.
+    return now is content or (
+        type(now) in _NOTHING_TO_CARRY and type(content) in _NOTHING_TO_CARRY
+    )
+
+
+_EMPTY: Any = object()
+
+
+class _Given(int):
+    """Stands for an array of the call, by its position, while a plan is made."""
+
+    __slots__ = ()
+
+
+def _mark(arg: Any, positions: Iterator[int]) -> Any:
+    """`arg` with its arrays replaced by their positions; in the order of `_describe`."""
+    kind = type(arg)
+    if kind in _ARRAYS:
+        return _Given(next(positions))
+    if _is_by_identity(kind) or arg is None or kind in (bool, int, str):
+        return arg
+    if kind is tuple or kind is list:
+        return kind(_mark(x, positions) for x in arg)
+    if kind is dict:
+        return {name: _mark(arg[name], positions) for name in sorted(arg)}
+    return jtu.tree_map(lambda _: _Given(next(positions)), arg)
+
+
+def make_plan(fn: Any, program: Program, args: tuple, kwargs: dict) -> Plan | None:
+    """A plan for this call; `None` if something in it can change unseen."""
+    positions = itertools.count()
+    marked = tuple(_mark(arg, positions) for arg in args)
+    marked_kwargs = {name: _mark(arg, positions) for name, arg in kwargs.items()}
+    opened = open_call(
+        fn, marked, marked_kwargs, lambda x: type(x) is _Given or is_traced(x)
+    )
+    if any(type(value) is not _trace.ConcreteArray for value in opened.values):
+        return None
+    bare = opened.arrays[: opened.structure.n_bare]
+    as_given = bare == list(range(next(positions)))
+    plan = Plan(opened, program.variant(opened.structure), None if as_given else bare)
+    walk = _Walk(plan)
+    walk.tree(fn)
+    for arg in (*args, *kwargs.values()):
+        for held in _held(arg):
+            walk.tree(held)
+    # The plan must not keep the values of this moment alive.
+    opened.arrays, opened.values, opened.leaves = [], [], []
+    return None if walk.unknown else plan
+
+
+class _Walk:
+    """Finds everything below a tree that may change without the tree changing."""
+
+    def __init__(self, plan: Plan):
+        self.unknown = False
+        self._plan = plan
+        self._seen: set[int] = set()
+
+    def tree(self, tree: Any) -> None:
+        leaves = jtu.tree_leaves(tree, is_leaf=self._visit)
+        for leaf in leaves:
+            if id(leaf) in self._seen:
+                continue
+            if type(leaf) is types.FunctionType and leaf.__closure__:
+                self._seen.add(id(leaf))
+                for cell in leaf.__closure__:
+                    self._cell(cell)
+            elif _closure.may_carry(leaf):
+                self._seen.add(id(leaf))
+                for inside in _closure.inside(leaf):
+                    self.tree(inside)
+
+    def _cell(self, cell: types.CellType) -> None:
+        try:
+            content = cell.cell_contents
+        except ValueError:
+            content = _EMPTY
+        self._plan.cells.append((cell, content))
+        if content is not _EMPTY:
+            self.tree(content)
+
+    def _visit(self, x: Any) -> bool:
+        kind = type(x)
+        if kind is list:
+            self._plan.lists.append((x, tuple(x)))
+        elif kind is dict:
+            self._plan.dicts.append((x, tuple(x), tuple(x.values())))
+        elif not (_is_immutable(kind) or jtu.all_leaves((x,))):
+            self.unknown = True
+        return False
+
+
+def _is_immutable(kind: type) -> bool:
+    return _is_by_identity(kind) or issubclass(kind, _IMMUTABLE)
+
+
+_IMMUTABLE = (tuple, type(None), jtu.Partial, Lifted, *_ARRAYS)
