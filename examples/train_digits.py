@@ -22,7 +22,7 @@ import jax.random as jr
 import matplotlib
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
@@ -129,6 +129,17 @@ def params_of(model: Network) -> optax.Params:
     return eqx.filter(rx.deref(model), rx.filter_spec(model, "params"))
 
 
+def apply_gradients(
+    model: Network,
+    grads: PyTree,
+    optimiser: optax.GradientTransformation,
+    opt_state: rx.Ref[optax.OptState],
+) -> None:
+    params = params_of(model)
+    updates, opt_state.value = optimiser.update(grads, opt_state.value, params)
+    rx.update_refs(model, eqx.apply_updates(params, updates))
+
+
 @rx.filter_jit(donate="refs")
 def train_step(
     model: Network,
@@ -138,12 +149,9 @@ def train_step(
     labels: Labels,
     key: PRNGKeyArray,
 ) -> Float[Array, ""]:
-    loss, grads = rx.filter_value_and_grad(loss_fn, wrt="params")(
-        model, images, labels, key
-    )
-    params = params_of(model)
-    updates, opt_state.value = optimiser.update(grads, opt_state.value, params)
-    rx.update_refs(model, eqx.apply_updates(params, updates))
+    value_and_grad = rx.filter_value_and_grad(loss_fn, wrt="params")
+    loss, grads = value_and_grad(model, images, labels, key)
+    apply_gradients(model, grads, optimiser, opt_state)
     return loss
 
 
