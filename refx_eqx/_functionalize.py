@@ -296,12 +296,8 @@ class Opened:
     def finish(self, outcome: "Outcome") -> Any:
         """Writes back what was written, and closes the result."""
         __tracebackhide__ = True
-        info = outcome.info
-        arrays = iter(outcome.updates)
-        updates = [
-            (self.refs[i], join_value(inside, arrays)) for i, inside in info.written
-        ]
-        commit(self, updates)
+        updates = updates_of(outcome, self.refs)
+        commit(self.refs, self.values, self.commit, updates)
         return close_result(outcome, self.refs)
 
 
@@ -577,24 +573,36 @@ class Disturbed(Exception):
     """Another thread wrote a ref while a call was using it: the call must run again."""
 
 
-def commit(opened: Opened, updates: list[tuple[Ref, Any]]) -> None:
+def updates_of(outcome: Outcome, refs: list[Ref]) -> list[tuple[Ref, Any]]:
+    """The refs of a call that were written, each with its new value."""
+    arrays = iter(outcome.updates)
+    return [(refs[i], join_value(inside, arrays)) for i, inside in outcome.info.written]
+
+
+def commit(
+    refs: list[Ref], values: list[Any], started: int, updates: list[tuple[Ref, Any]]
+) -> None:
     """Writes the updates of a call into the caller's refs: all of them, or none.
 
     The result of a call is right if no ref that it read was written meanwhile. If one was,
     raises `Disturbed`, and nothing is written.
+
+    **Arguments:**
+
+    - `refs`, `values`: the refs of the call, and what was read from them.
+    - `started`: `commits.count` before that.
+    - `updates`: the refs to write, with their new values.
     """
     __tracebackhide__ = True
     for ref, _ in updates:
         check_writable(ref)
     with commits.lock:
-        if commits.count != opened.commit and not _undisturbed(opened):
+        if commits.count != started and not all(
+            ref._value is value for ref, value in zip(refs, values)
+        ):
             raise Disturbed
         if updates:
             commits.store(updates)
-
-
-def _undisturbed(opened: Opened) -> bool:
-    return all(ref._value is old for ref, old in zip(opened.refs, opened.values))
 
 
 _MAX_TRIES = 1000

@@ -13,6 +13,7 @@ What may have changed since is checked, cheaply, and then the plan is made anew:
 - a tree of a type that is not known to be immutable: there is no plan for it.
 """
 
+import functools
 import itertools
 import types
 import weakref
@@ -29,12 +30,15 @@ from .. import _closure, _trace
 from .._functionalize import (
     calls,
     close_result,
+    commit,
+    Disturbed,
     is_traced,
     Lifted,
     open_call,
     Opened,
     Outcome,
     OutcomeInfo,
+    updates_of,
 )
 from .._ref import commits, Ref, write_guards
 from ._program import explain, Program
@@ -63,11 +67,11 @@ class Plans:
         arrays: list[Any] = []
         for arg in args:
             kind = type(arg)
-            if kind is _trace.ConcreteArray:
+            if kind in _by_identity:
+                key.append(id(arg))
+            elif kind is _trace.ConcreteArray:
                 key.append(None)
                 arrays.append(arg)
-            elif kind in _by_identity:
-                key.append(id(arg))
             elif not _describe(arg, key, arrays):
                 return NO_PLAN
         if kwargs:
@@ -75,24 +79,27 @@ class Plans:
             for arg in kwargs.values():
                 if not _describe(arg, key, arrays):
                     return NO_PLAN
-        hashable = tuple(key)
         try:
-            plan = self._plans.get(hashable)
+            plan = self._plans.get(tuple(key))
         except TypeError:
             return NO_PLAN
-        if plan is not None and plan.holds():
-            return plan.call(arrays)
-        # The first time, a key is only noted: most modules that are made in passing (by
-        # `eqx.tree_at`, by a transform) are never seen again.
-        if hashable in self._plans:
+        if plan is None or not plan.holds():
+            return self._learn(tuple(key), args, kwargs, arrays)
+        return plan.call(arrays)
+
+    def _learn(self, key: tuple, args: tuple, kwargs: dict, arrays: list[Any]) -> Any:
+        __tracebackhide__ = True
+        if key in self._plans:
             plan = make_plan(self._fn, self._program, args, kwargs)
             if plan is None:
                 return NO_PLAN
-            self._keep(hashable, plan, args, kwargs)
+            self._keep(key, plan, args, kwargs)
             return plan.call(arrays)
+        # The first time, a key is only noted: most modules that are made in passing (by
+        # `eqx.tree_at`, by a transform) are never seen again.
         if len(self._plans) >= _MAX_NOTES:
             self._plans = {k: v for k, v in self._plans.items() if v is not None}
-        self._plans[hashable] = None
+        self._plans[key] = None
         return NO_PLAN
 
     def _keep(self, key: tuple, plan: "Plan", args: tuple, kwargs: dict) -> None:
@@ -113,7 +120,7 @@ _MAX_NOTES = 1000
 
 # The types whose instances are told apart by identity, and known to be immutable. Filled as
 # they are met.
-_by_identity: set[type] = {Ref}
+_by_identity: set[type] = {Ref, types.FunctionType}
 
 
 def _is_by_identity(kind: type) -> bool:
@@ -177,12 +184,13 @@ class Plan:
         "dicts",
         "guards",
         "irregular",
+        "last",
         "lists",
+        "only_lists",
         "opened",
         "refs",
+        "run",
         "slots",
-        "variant",
-        "written",
     )
 
     # For each array beside the refs: its position among those of the call, or the array
@@ -194,18 +202,23 @@ class Plan:
     cells: list[tuple[types.CellType, Any]]
     # Weak references to the modules that the key has by identity.
     guards: list[weakref.ref]
-    # The refs that a program writes, for each outcome seen.
-    written: dict[OutcomeInfo, list[Ref] | None]
+    # Of the last outcome: its info, and the refs that it writes, or `None` if some of them
+    # get anything else than one array. A tuple, as several threads may be here at once.
+    last: tuple[OutcomeInfo | None, list[Ref] | None]
 
     def __init__(self, opened: Opened, variant: Any, bare: list[Any] | None):
         self.opened = opened
         self.refs = opened.refs
         self.slots = opened.structure.slots
-        self.variant = variant
+        # Without donation there is nothing to decide on a call.
+        donates = variant.donates
+        self.run = (
+            functools.partial(variant.dispatch, opened) if donates else variant.plain
+        )
         self.bare = bare
         self.lists, self.dicts, self.cells = [], [], []
         self.guards = []
-        self.written = {}
+        self.last = None, None
         self.irregular = commits.irregular
 
     def holds(self) -> bool:
@@ -223,6 +236,8 @@ class Plan:
         for items, then in self.lists:
             if len(items) != len(then) or not all(map(is_, items, then)):
                 return False
+        if self.only_lists:
+            return True
         for items, keys, then in self.dicts:
             if tuple(items) != keys or not all(map(is_, items.values(), then)):
                 return False
@@ -231,43 +246,49 @@ class Plan:
     def call(self, arrays: list[Any]) -> Any:
         """Makes the call with these arrays beside the refs."""
         __tracebackhide__ = True
-        opened = self.opened
         refs = self.refs
         if self.bare is not None:
             arrays = [arrays[x] if type(x) is _Given else x for x in self.bare]
-        stack = calls.stack
+        stack, lock = calls.stack, commits.lock
         while True:
             started = commits.count
             values = [ref._value for ref in refs]
-            stack.append(opened)
+            stack.append(self.opened)
             try:
-                out, updates, info = self.variant.dispatch(opened, arrays + values)
+                out, updates, info = self.run(arrays + values if arrays else values)
                 if info.waits:
                     jax.block_until_ready((out, updates))
             except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as e:
-                explain(e, opened)
+                explain(e, self.opened)
                 raise
             finally:
                 stack.pop()
+            known, written = self.last
+            if known is not info:
+                written = _written_refs(self.opened, info)
+                self.last = info, written
             try:
-                written = self.written[info]
-            except KeyError:
-                written = self.written[info] = _written_refs(opened, info)
-            if written is None:
-                # A value that is not one array: the general way.
-                opened.commit, opened.values = started, values
-                return opened.finish(Outcome(out, updates, info))
-            with commits.lock:
-                if commits.count != started and not all(
-                    ref._value is value for ref, value in zip(refs, values)
-                ):
-                    continue
-                commits.count += 1
-                for ref, value in zip(written, updates):
-                    ref._value = value
-            if info.treedef is not None:
-                return info.treedef.unflatten(out)
-            return close_result(Outcome(out, updates, info), refs)
+                if written is None:
+                    # A value that is not one array: the general way.
+                    outcome = Outcome(out, updates, info)
+                    commit(refs, values, started, updates_of(outcome, refs))
+                    return close_result(outcome, refs)
+                lock.acquire()  # half the time of a `with` statement
+                try:
+                    if commits.count != started and not all(
+                        ref._value is value for ref, value in zip(refs, values)
+                    ):
+                        raise Disturbed
+                    commits.count += 1
+                    for ref, value in zip(written, updates):
+                        ref._value = value
+                finally:
+                    lock.release()
+            except Disturbed:
+                continue
+            if info.treedef is None:
+                return close_result(Outcome(out, updates, info), refs)
+            return info.treedef.unflatten(out)
 
 
 def _written_refs(opened: Opened, info: OutcomeInfo) -> list[Ref] | None:
@@ -335,6 +356,7 @@ def make_plan(fn: Any, program: Program, args: tuple, kwargs: dict) -> Plan | No
             walk.tree(held)
     # The plan must not keep the values of this moment alive.
     opened.arrays, opened.values, opened.leaves = [], [], []
+    plan.only_lists = not plan.dicts and not plan.cells
     return None if walk.unknown else plan
 
 

@@ -105,6 +105,7 @@ class Variant:
 
     def __init__(self, program: Program, structure: Structure):
         self._donate = program.donate
+        self.donates = program.donate != "none"
         self._structure = structure
         # What to donate, as far as is known; see `split`.
         self._split: Split | None = None
