@@ -352,7 +352,7 @@ def filter_spec(tree: Any, filter: Any) -> Any:
     return jtu.tree_unflatten(treedef, [answer == 0 for answer in chosen])
 
 
-def aliases(tree: Any) -> dict[Ref, tuple[str, ...]]:
+def aliases(tree: Any) -> dict[Ref[Any], tuple[str, ...]]:
     """Each ref of a tree, with all the places where it is.
 
     !!! Example
