@@ -2,6 +2,8 @@
 
 import importlib.metadata
 
+from ._batched import Batched as Batched
+from ._config import config as config
 from ._deref import (
     as_refs as as_refs,
     clone as clone,
@@ -49,6 +51,7 @@ from ._partition import (
 from ._ref import Index as Index, Ref as Ref, Value as Value
 from ._transforms import (
     axes as axes,
+    filter_checkpoint as filter_checkpoint,
     filter_eval_shape as filter_eval_shape,
     filter_grad as filter_grad,
     filter_jit as filter_jit,

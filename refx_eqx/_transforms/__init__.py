@@ -5,6 +5,7 @@ from ._autodiff import (
     filter_value_and_grad as filter_value_and_grad,
 )
 from ._axes import axes as axes
+from ._checkpoint import filter_checkpoint as filter_checkpoint
 from ._eval_shape import filter_eval_shape as filter_eval_shape
 from ._jit import filter_jit as filter_jit
 from ._lift import lift as lift

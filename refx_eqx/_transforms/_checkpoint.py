@@ -1,0 +1,124 @@
+"""`filter_checkpoint`."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, overload, ParamSpec, TypeVar
+
+import jax
+
+from .. import _trace
+from .._functionalize import call, Lifted, name_of, Opened, Outcome
+from ._program import Program, program_of
+
+
+_trace.register_exclusion(__file__)
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class _Checkpoint(Lifted):
+    transform_name = "filter_checkpoint"
+
+    def __init__(self, fn: Any, *, prevent_cse: bool, policy: Any):
+        super().__init__(fn, prevent_cse=prevent_cse, policy=policy)
+
+        def body(opened: Opened, arrays: list[Any]) -> Outcome:
+            __tracebackhide__ = True
+
+            # A new function for each trace, because `jax.checkpoint` caches by function.
+            def checkpointed(arrays: list[Any]) -> Outcome:
+                __tracebackhide__ = True
+                return opened.run("filter_checkpoint", arrays, transparent=False)
+
+            # The recomputation runs what was recorded, without the refs: what the
+            # function wrote is among the results, and comes out once.
+            transformed = jax.checkpoint(
+                checkpointed, prevent_cse=prevent_cse, policy=policy
+            )
+            return transformed(arrays)
+
+        self._program = program_of(
+            fn,
+            ("filter_checkpoint", prevent_cse, policy),
+            lambda: Program(name_of(fn), body),
+        )
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        __tracebackhide__ = True
+        return call(self.__wrapped__, args, kwargs, self._program)
+
+
+@overload
+def filter_checkpoint(
+    *, prevent_cse: bool = ..., policy: Callable[..., bool] | None = ...
+) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]: ...
+
+
+@overload
+def filter_checkpoint(
+    fun: Callable[_P, _T],
+    *,
+    prevent_cse: bool = ...,
+    policy: Callable[..., bool] | None = ...,
+) -> Callable[_P, _T]: ...
+
+
+def filter_checkpoint(
+    fun: Any = None,
+    *,
+    prevent_cse: bool = True,
+    policy: Callable[..., bool] | None = None,
+) -> Any:
+    """As `equinox.filter_checkpoint`, by reference: the backward pass computes anew what
+    the function computed, instead of keeping it in memory.
+
+    It is exact: value, gradient and what is written to refs are those of the function
+    itself. The recomputation starts from the values that the refs had at the call, and
+    writes nothing a second time.
+
+    !!! Example
+
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        @rx.filter_checkpoint(policy=jax.checkpoint_policies.dots_saveable)
+        def layer(model, x):
+            model["uses"].value += 1
+            return jnp.sin(model["w"].value * x)
+
+        model = {"w": rx.Ref(jnp.array(0.0), "params"), "uses": rx.Ref(jnp.array(0))}
+        grads = rx.filter_grad(layer)(model, jnp.array(3.0))
+        assert grads["w"].value == 3.0 and model["uses"].value == 1
+        ```
+
+    A second call with arguments of the same structure, sharing, shapes and dtypes does not
+    trace again.
+
+    **Arguments:**
+
+    - `fun`: the function to checkpoint. It is staged, as by `filter_jit`: Python control
+        flow cannot depend on the values of its arrays.
+    - `prevent_cse`: as in `jax.checkpoint`: whether the compiler is kept from merging the
+        recomputation with the computation.
+    - `policy`: which intermediate values are kept after all: one of
+        `jax.checkpoint_policies`.
+
+    **Returns:**
+
+    A function with the signature of `fun`.
+
+    **Raises:**
+
+    When called:
+
+    - `TraceLevelError`: if the function touches a ref that it reaches through a global name.
+    - `StructureError`: if it changes a list, a dict or a closure variable that it was given.
+    """
+    if fun is None:
+        return functools.partial(
+            filter_checkpoint, prevent_cse=prevent_cse, policy=policy
+        )
+    return _Checkpoint(fun, prevent_cse=prevent_cse, policy=policy)
