@@ -30,6 +30,7 @@ from typing import Any
 
 from jax._src import core
 from jax._src.array import ArrayImpl
+from jax._src.interpreters.ad import JVPTracer
 from jax._src.interpreters.batching import BatchTrace, BatchTracer
 from jax._src.traceback_util import register_exclusion as register_exclusion
 
@@ -263,6 +264,11 @@ def staged_equations() -> Iterator[Any]:
 
 def is_tracer(x: Any) -> bool:
     return isinstance(x, core.Tracer)
+
+
+def has_tangent(x: Any) -> bool:
+    """Whether `x` depends on an input of the `jvp` that is running innermost."""
+    return isinstance(x, JVPTracer) and x._trace is core.trace_ctx.trace
 
 
 def is_batched(x: Any) -> bool:
