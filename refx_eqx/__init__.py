@@ -2,8 +2,6 @@
 
 import importlib.metadata
 
-from ._batched import Batched as Batched
-from ._config import config as config
 from ._deref import (
     as_refs as as_refs,
     clone as clone,
