@@ -143,7 +143,8 @@ _ENDED = (
     "it was created inside a transform that has since ended, so its value is gone. "
     "Return the ref from the transformed function instead of keeping it elsewhere."
 )
-# JAX does not mark a staged trace as ended, so this is also what a leaked ref hears.
+# JAX does not mark a staged trace as ended, so this is also what a leaked ref hears; and
+# the trace of a `custom_vjp` that is being staged out does not say what it was opened in.
 _UNRELATED = (
     "it was created inside a trace that is not running here. If that one has ended, return "
     "the ref from the transformed function instead of keeping it elsewhere; if it runs, "
@@ -153,40 +154,20 @@ _UNRELATED = (
 
 def why_not_readable(ref: Any, owner: TraceRef) -> str | None:
     """The reason why `ref`, of the trace `owner`, may not be read here; or `None`."""
-    for body in reversed(_bodies.stack):
-        if id(ref) in body.carried:
-            return (
-                f"`{body.name}` carries this ref: inside its function there is an inner "
-                "ref for it, and this is the outer one, whose value does not follow. Use "
-                f"the ref that `{body.name}` hands to the function, not the outer name."
-            )
-    current = core.trace_ctx.trace
-    owner_trace = owner()
-    if owner_trace is current:
-        return None
-    if owner_trace is None or not owner_trace.is_valid():
-        return _ENDED
-    between = []
-    for trace in _chain(current):
-        if trace is owner_trace:
-            break
-        between.append(trace)
-    else:
-        # The bottom trace is always running, also under a trace that does not say in which
-        # one it was opened (that of an eager `shard_map`).
-        if owner_trace is not core.eval_trace:
-            return _UNRELATED
-    for trace in between:
+    reason = _why_out_of_reach(ref, owner)
+    if reason is not None:
+        return reason
+    for trace in _chain(core.trace_ctx.trace):
+        if trace is owner():
+            return None
         body = _body_of(trace)
         if body is None:
             if not isinstance(trace, BatchTrace):
                 return (
-                    f"it is used inside {_kind(trace)}, which does not carry refs. "
-                    + (
-                        "Use the lifted transform of `refx_eqx` (`rx.filter_jit`, "
-                        "`rx.filter_grad`, `rx.scan`, ...) and pass the ref, or the module "
-                        "that holds it, as an argument."
-                    )
+                    f"it is used inside {_kind(trace)}, which does not carry refs. Use the "
+                    "lifted transform of `refx_eqx` (`rx.filter_jit`, `rx.filter_grad`, "
+                    "`rx.scan`, ...) and pass the ref, or the module that holds it, as an "
+                    "argument."
                 )
         elif not body.transparent:
             return (
@@ -194,28 +175,42 @@ def why_not_readable(ref: Any, owner: TraceRef) -> str | None:
                 "what a function reaches through a global name is not carried. Pass the "
                 "ref, or the module that holds it, as an argument."
             )
-    return None
+    return _UNRELATED
 
 
 def why_not_writable(ref: Any, owner: TraceRef) -> str | None:
     """The reason why `ref`, of the trace `owner`, may not be written here; or `None`."""
-    for body in reversed(_bodies.stack):
-        if id(ref) in body.carried:
-            return why_not_readable(ref, owner)
+    reason = _why_out_of_reach(ref, owner)
+    if reason is not None:
+        return reason
     current = core.trace_ctx.trace
-    owner_trace = owner()
-    if owner_trace is current:
+    if owner() is current:
         return None
-    if owner_trace is None or not owner_trace.is_valid():
-        return _ENDED
-    running = [*_chain(current), core.eval_trace]
-    if all(trace is not owner_trace for trace in running):
-        return _UNRELATED
     return (
         f"it is written inside {_where(current)}, and was created outside. Pass the ref, or "
         "the module that holds it, as an argument to a lifted transform of `refx_eqx` "
         "(`rx.filter_jit`, `rx.filter_grad`, `rx.filter_vmap`, ...), which writes it back."
     )
+
+
+def _why_out_of_reach(ref: Any, owner: TraceRef) -> str | None:
+    """The reason why `ref` may be neither read nor written here, by any rule."""
+    for body in reversed(_bodies.stack):
+        if id(ref) in body.carried:
+            return (
+                f"`{body.name}` carries this ref: inside its function there is an inner "
+                "ref for it, and this is the outer one, whose value does not follow. Use "
+                f"the ref that `{body.name}` hands to the function, not the outer name."
+            )
+    owner_trace = owner()
+    if owner_trace is None or not owner_trace.is_valid():
+        return _ENDED
+    # The bottom trace always runs, also under one that does not say in which it was opened
+    # (that of an eager `shard_map`).
+    running = [*_chain(core.trace_ctx.trace), core.eval_trace]
+    if all(trace is not owner_trace for trace in running):
+        return _UNRELATED
+    return None
 
 
 def is_outermost() -> bool:
