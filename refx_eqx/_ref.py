@@ -231,6 +231,11 @@ class Ref(Generic[_T]):
         __tracebackhide__ = True
         _refuse_as_array(self)
 
+    def __jax_array__(self) -> Any:
+        # Without it `eqx.tree_serialise_leaves` leaves a ref out, and says nothing.
+        __tracebackhide__ = True
+        _refuse_as_array(self)
+
     def __repr__(self) -> str:
         return eqx.tree_pformat(self)
 
