@@ -150,7 +150,7 @@ def test_docstring(text, file, line):
         assert printed == "" and "assert " in block.text
 
 
-NAMES = re.compile(r"(?<![\w.])(?:rx|refx_eqx)\.([A-Za-z]\w*(?:\.[A-Za-z]\w*)*)")
+NAMES = re.compile(r"(?<![-\w./])(?:rx|refx_eqx)\.([A-Za-z]\w*(?:\.[A-Za-z]\w*)*)")
 
 
 @pytest.mark.parametrize(
