@@ -22,15 +22,65 @@ class RefError(Exception):
 
 
 class TraceLevelError(RefError, ValueError):
-    """A ref was read or written inside a JAX trace that must not see it."""
+    """A ref was read or written inside a JAX trace that must not see it.
+
+    Pass the ref to a lifted transform, and use the ref that the function is given.
+
+    !!! Example
+
+        ```python
+        import jax
+        import refx_eqx as rx
+
+        ref = rx.Ref(1.0)
+        try:
+            jax.jit(lambda x: x * ref.value)(2.0)
+        except rx.TraceLevelError:
+            out = rx.filter_jit(lambda ref, x: x * ref.value)(ref, 2.0)
+        assert out == 2.0
+        ```
+    """
 
 
 class StructureError(RefError, ValueError):
-    """A tree of refs does not have the structure that was asked for."""
+    """A tree of refs does not have the structure that was asked for.
+
+    The message names the place, or the two places, where it differs.
+
+    !!! Example
+
+        ```python
+        import refx_eqx as rx
+
+        ref = rx.Ref(1.0)
+        try:
+            rx.partition({"a": ref, "b": ref}, rx.path("a"))  # tears a tie
+        except rx.StructureError:
+            both, rest = rx.partition({"a": ref, "b": ref}, rx.path("a", "b"))
+        assert both["a"] is both["b"]
+        ```
+    """
 
 
 class CollectionError(RefError, ValueError):
-    """A ref belongs to another collection than the one declared."""
+    """A ref belongs to another collection than the one declared.
+
+    !!! Example
+
+        ```python
+        import refx_eqx as rx
+
+        class Scale(rx.Module):
+            by: rx.Param[float]
+
+        mean = rx.Ref(2.0, "batch_stats")
+        try:
+            Scale(mean)  # shares the ref
+        except rx.CollectionError:
+            scale = Scale(mean.value)  # makes one of its own
+        assert scale.by.collection == "params"
+        ```
+    """
 
 
 class RefTypeError(RefError, TypeError):
@@ -38,11 +88,30 @@ class RefTypeError(RefError, TypeError):
 
 
 class ImmutableError(RefError, ValueError):
-    """A write was refused by [`refx_eqx.mutable`][]."""
+    """A write was refused by [`refx_eqx.mutable`][].
+
+    !!! Example
+
+        ```python
+        import refx_eqx as rx
+
+        weight = rx.Ref(1.0, "params")
+        try:
+            with rx.mutable(False):
+                weight.value = 2.0
+        except rx.ImmutableError:
+            pass
+        assert weight.value == 1.0
+        ```
+    """
 
 
 class ConcurrencyError(RefError, RuntimeError):
-    """Another thread changed a ref while a donating call was using its buffer."""
+    """Another thread changed a ref while a call was using it, and the call could not run
+    again: its buffer was donated, or it was disturbed each time.
+
+    Guard the calls with a lock.
+    """
 
 
 def describe(name: str | None, collection: Hashable) -> str:
