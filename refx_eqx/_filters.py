@@ -23,7 +23,7 @@ import jax.tree_util as jtu
 
 from . import _trace
 from ._errors import describe, StructureError
-from ._ref import is_opened, make_ref, Ref, Value, write_guards
+from ._ref import is_opened, make_ref, Ref, Value
 
 
 _trace.register_exclusion(__file__)
@@ -425,8 +425,9 @@ def mutable(filter: Any, tree: Any = None) -> Iterator[None]:
 
         allows = allows_in_tree
 
-    write_guards.stack.append((allows, repr(resolved)))
+    guards = _trace.thread.state.guards
+    guards.append((allows, repr(resolved)))
     try:
         yield
     finally:
-        write_guards.stack.pop()
+        guards.pop()

@@ -15,7 +15,6 @@ others. `finish` is the only place where a caller's ref is written: all at once,
 
 import contextlib
 import functools
-import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -347,32 +346,23 @@ def open_refs(reader: _Reader) -> Opened:
     return opened
 
 
-class _Calls(threading.local):
-    """The calls whose transformed function is being dispatched on this thread.
+@contextlib.contextmanager
+def dispatching(opened: Opened) -> Iterator[None]:
+    """While it lasts, `opened` is the call that `running_call` finds.
 
     A transform that caches gets the structure of a call as static data. Which refs of the
     caller it stands for is no part of that, but a body that is being traced must know.
     """
-
-    def __init__(self):
-        self.stack: list[Opened] = []
-
-
-calls = _Calls()
-
-
-@contextlib.contextmanager
-def dispatching(opened: Opened) -> Iterator[None]:
-    """While it lasts, `opened` is the call that `running_call` finds."""
-    calls.stack.append(opened)
+    calls = _trace.thread.state.calls
+    calls.append(opened)
     try:
         yield
     finally:
-        calls.stack.pop()
+        calls.pop()
 
 
 def running_call() -> Opened:
-    return calls.stack[-1]
+    return _trace.thread.state.calls[-1]
 
 
 class Outcome:

@@ -8,7 +8,7 @@ ref is a `Value` at its first place and an `Index` at every later one.
 import copy
 import threading
 import types
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any, Generic, overload, Self, TYPE_CHECKING, TypeVar
 
 import equinox as eqx
@@ -60,16 +60,6 @@ class _Commits:
 
 
 commits = _Commits()
-
-
-class _WriteGuards(threading.local):
-    """What `mutable` allows on this thread: predicates on a ref, all of which must hold."""
-
-    def __init__(self):
-        self.stack: list[tuple[Callable[[Any], bool], str]] = []
-
-
-write_guards = _WriteGuards()
 
 
 class Ref(Generic[_T]):
@@ -294,7 +284,7 @@ def check_writable(ref: Ref) -> None:
             raise TraceLevelError(
                 f"Cannot mutate ref from different trace level: {which}: {reason}"
             )
-    for allows, filter_text in write_guards.stack:
+    for allows, filter_text in _trace.thread.state.guards:
         if not allows(ref):
             which = describe(ref._name, ref._collection)
             raise ImmutableError(

@@ -72,12 +72,30 @@ class _Body:
         self.opened = opened
 
 
-class _Bodies(threading.local):
+class ThreadState:
+    """What this library keeps of one thread.
+
+    - `bodies`: the bodies of lifted transforms that run, outermost first;
+    - `guards`: what `mutable` allows: `(predicate on a ref, text of the filter)`;
+    - `calls`: the opened calls whose transformed function is being dispatched.
+    """
+
+    __slots__ = ("bodies", "calls", "guards")
+
     def __init__(self):
-        self.stack: list[_Body] = []
+        self.bodies: list[_Body] = []
+        self.guards: list[tuple[Callable[[Any], bool], str]] = []
+        self.calls: list[Any] = []
 
 
-_bodies = _Bodies()
+class _Thread(threading.local):
+    # An object in one attribute, because it is the attributes of a `threading.local` that
+    # take time.
+    def __init__(self):
+        self.state = ThreadState()
+
+
+thread = _Thread()
 
 
 @contextlib.contextmanager
@@ -100,11 +118,11 @@ def running_body(
         opened.append(trace)
     # Compare refs by identity: a subclass is free to define its own equality.
     body = _Body(name, {id(ref): ref for ref in carried}, transparent, opened)
-    _bodies.stack.append(body)
+    thread.state.bodies.append(body)
     try:
         yield
     finally:
-        _bodies.stack.pop()
+        thread.state.bodies.pop()
         body.opened.clear()
 
 
@@ -128,7 +146,7 @@ def _kind(trace: Any) -> str:
 
 
 def _body_of(trace: Any) -> _Body | None:
-    for body in reversed(_bodies.stack):
+    for body in reversed(thread.state.bodies):
         if any(trace is opened for opened in body.opened):
             return body
     return None
@@ -195,7 +213,7 @@ def why_not_writable(ref: Any, owner: TraceRef) -> str | None:
 
 def _why_out_of_reach(ref: Any, owner: TraceRef) -> str | None:
     """The reason why `ref` may be neither read nor written here, by any rule."""
-    for body in reversed(_bodies.stack):
+    for body in reversed(thread.state.bodies):
         if id(ref) in body.carried:
             return (
                 f"`{body.name}` carries this ref: inside its function there is an inner "
@@ -213,14 +231,19 @@ def _why_out_of_reach(ref: Any, owner: TraceRef) -> str | None:
     return None
 
 
-def is_outermost() -> bool:
-    """Whether no transform is running, and no body of a lifted one."""
-    return core.trace_ctx.trace is core.eval_trace and not _bodies.stack
+def undisturbed_state() -> ThreadState | None:
+    """The state of this thread if nothing is going on in it: no transform, no body of a
+    lifted one, no `mutable`. Else `None`."""
+    state = thread.state
+    if core.trace_ctx.trace is core.eval_trace and not state.bodies:
+        if not state.guards:
+            return state
+    return None
 
 
 def is_at_home(owner: TraceRef) -> bool:
     """The common case, decided quickly: `owner` runs, and no lifted body does."""
-    return owner() is core.trace_ctx.trace and not _bodies.stack
+    return owner() is core.trace_ctx.trace and not thread.state.bodies
 
 
 def is_inner(owner: TraceRef) -> bool:

@@ -28,7 +28,6 @@ import numpy as np
 
 from .. import _closure, _trace
 from .._functionalize import (
-    calls,
     close_result,
     commit,
     Disturbed,
@@ -40,7 +39,7 @@ from .._functionalize import (
     OutcomeInfo,
     updates_of,
 )
-from .._ref import commits, Ref, write_guards
+from .._ref import commits, Ref
 from ._program import explain, Program
 
 
@@ -61,7 +60,8 @@ class Plans:
     def call(self, args: tuple, kwargs: dict) -> Any:
         """Makes the call, if there is a plan for it; `NO_PLAN` if there is none."""
         __tracebackhide__ = True
-        if not _trace.is_outermost() or write_guards.stack:
+        state = _trace.undisturbed_state()
+        if state is None:
             return NO_PLAN
         key: list[Any] = []
         arrays: list[Any] = []
@@ -84,17 +84,19 @@ class Plans:
         except TypeError:
             return NO_PLAN
         if plan is None or not plan.holds():
-            return self._learn(tuple(key), args, kwargs, arrays)
-        return plan.call(arrays)
+            return self._learn(tuple(key), args, kwargs, arrays, state)
+        return plan.call(arrays, state)
 
-    def _learn(self, key: tuple, args: tuple, kwargs: dict, arrays: list[Any]) -> Any:
+    def _learn(
+        self, key: tuple, args: tuple, kwargs: dict, arrays: list[Any], state: Any
+    ) -> Any:
         __tracebackhide__ = True
         if key in self._plans:
             plan = make_plan(self._fn, self._program, args, kwargs)
             if plan is None:
                 return NO_PLAN
             self._keep(key, plan, args, kwargs)
-            return plan.call(arrays)
+            return plan.call(arrays, state)
         # The first time, a key is only noted: most modules that are made in passing (by
         # `eqx.tree_at`, by a transform) are never seen again.
         if len(self._plans) >= _MAX_NOTES:
@@ -243,17 +245,17 @@ class Plan:
                 return False
         return all(_same_content(cell, content) for cell, content in self.cells)
 
-    def call(self, arrays: list[Any]) -> Any:
-        """Makes the call with these arrays beside the refs."""
+    def call(self, arrays: list[Any], state: _trace.ThreadState) -> Any:
+        """Makes the call with these arrays beside the refs, on the thread of `state`."""
         __tracebackhide__ = True
         refs = self.refs
         if self.bare is not None:
             arrays = [arrays[x] if type(x) is _Given else x for x in self.bare]
-        stack, lock = calls.stack, commits.lock
+        calls, lock = state.calls, commits.lock
         while True:
             started = commits.count
             values = [ref._value for ref in refs]
-            stack.append(self.opened)
+            calls.append(self.opened)
             try:
                 out, updates, info = self.run(arrays + values if arrays else values)
                 if info.waits:
@@ -262,7 +264,7 @@ class Plan:
                 explain(e, self.opened)
                 raise
             finally:
-                stack.pop()
+                calls.pop()
             known, written = self.last
             if known is not info:
                 written = _written_refs(self.opened, info)
