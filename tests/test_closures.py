@@ -1,0 +1,550 @@
+"""What a function closes over is carried together with its arguments."""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import pytest
+
+import refx_eqx as rx
+
+
+class Scale(rx.Module):
+    factor: rx.Param[jax.Array]
+    calls: rx.Ref[jax.Array] = rx.field(collection="counts")
+
+    def __call__(self, x):
+        self.calls.value += 1
+        return self.factor[...] * x
+
+
+def make(value=2.0):
+    return Scale(jnp.array(value), jnp.array(0))
+
+
+ONE = jnp.array(1.0)
+XS = jnp.arange(3.0)
+
+
+def jitted(fn):
+    return rx.filter_jit(fn)(ONE)
+
+
+def differentiated(fn):
+    return rx.filter_grad(fn)(ONE)
+
+
+def vectorised(fn):
+    # The refs of a closure are broadcast, so they are written with one value for all.
+    return rx.filter_vmap(fn)(jnp.ones(2))[0]
+
+
+@pytest.mark.parametrize("call", [jitted, differentiated, vectorised])
+def test_a_closure_reads_and_writes(call):
+    model = make()
+
+    def f(x):
+        return model(x)
+
+    assert call(f) == 2.0
+    assert model.calls.value == 1
+    model.factor.value = jnp.array(5.0)
+    assert call(f) == 5.0
+    assert model.calls.value == 2
+
+
+@pytest.mark.parametrize("call", [jitted, differentiated, vectorised])
+def test_a_bound_method_and_a_module_read_and_write(call):
+    model = make()
+    assert call(model) == 2.0
+    assert call(model.__call__) == 2.0
+    model.factor.value = jnp.array(5.0)
+    assert call(model) == 5.0
+    assert call(model.__call__) == 5.0
+    assert model.calls.value == 4
+
+
+@pytest.mark.parametrize("call", [jitted, differentiated, vectorised])
+def test_a_partial_reads_and_writes(call):
+    model = make()
+
+    def f(model, x, *, power):
+        return model(x) * power
+
+    for partial in (functools.partial, eqx.Partial):
+        before = model.calls.value
+        assert call(partial(f, model, power=3.0)) == 6.0
+        assert model.calls.value == before + 1
+
+
+def test_a_write_seen_by_a_cached_program_is_not_stale(trace_counter):
+    ref = rx.Ref(jnp.array(1.0))
+
+    @trace_counter
+    def f(x):
+        return ref.value * x
+
+    g = rx.filter_jit(f)
+    for value in (1.0, 2.0, 3.0):
+        ref.value = jnp.array(value)
+        assert g(ONE) == value
+    assert f.counter.count == 1
+
+
+def test_nested_functions():
+    ref = rx.Ref(jnp.array(1.0))
+
+    def outer():
+        def middle():
+            def inner(x):
+                ref.value += x
+                return ref.value
+
+            return inner
+
+        return middle()
+
+    inner = outer()
+
+    def f(x):
+        return inner(x) + inner(x)
+
+    assert rx.filter_jit(f)(ONE) == 5.0
+    assert ref.value == 3.0
+    assert rx.filter_jit(f)(ONE) == 9.0
+    assert ref.value == 5.0
+
+
+def test_a_function_made_inside_of_the_body():
+    ref = rx.Ref(jnp.array(1.0))
+
+    @rx.filter_jit
+    def f(x):
+        def inner():
+            ref.value += x
+
+        inner()
+        return ref.value
+
+    assert f(ONE) == 2.0
+    assert ref.value == 2.0
+
+
+def test_a_recursive_function():
+    ref = rx.Ref(jnp.array(0))
+
+    def count(n):
+        ref.value += 1
+        return 1 if n == 0 else count(n - 1) + 1
+
+    assert rx.filter_jit(count)(4) == 5
+    assert ref.value == 5
+    assert rx.filter_jit(count)(4) == 5
+    assert ref.value == 10
+
+
+def test_mutually_recursive_functions():
+    evens, odds = rx.Ref(jnp.array(0)), rx.Ref(jnp.array(0))
+
+    def is_even(n):
+        evens.value += 1
+        return True if n == 0 else is_odd(n - 1)
+
+    def is_odd(n):
+        odds.value += 1
+        return False if n == 0 else is_even(n - 1)
+
+    for k in (1, 2):
+        assert rx.filter_jit(is_even)(4) is True
+        assert (evens.value, odds.value) == (3 * k, 2 * k)
+    assert rx.filter_jit(is_odd)(4) is False
+    assert (evens.value, odds.value) == (8, 7)
+
+
+def test_a_recursive_function_without_refs():
+    def factorial(n):
+        return 1 if n == 0 else n * factorial(n - 1)
+
+    assert rx.filter_jit(factorial)(5) == 120
+
+
+def test_decorated_functions():
+    ref = rx.Ref(jnp.array(0))
+
+    def twice(fn):
+        @functools.wraps(fn)
+        def wrapper(*args):
+            return fn(fn(*args))
+
+        return wrapper
+
+    @rx.filter_jit
+    @twice
+    def add(x):
+        ref.value += 1
+        return x + ref.value
+
+    assert add(jnp.array(0)) == 3
+    assert ref.value == 2
+
+
+def test_a_function_as_an_argument():
+    ref = rx.Ref(jnp.array(0))
+
+    def count(x):
+        ref.value += 1
+        return x * ref.value
+
+    @rx.filter_jit
+    def apply(fn, x):
+        return fn(x) + fn(x)
+
+    assert apply(count, jnp.array(1)) == 3
+    assert ref.value == 2
+    assert apply(count, jnp.array(1)) == 7
+    assert ref.value == 4
+
+
+def test_a_function_in_a_tree_of_arguments():
+    ref = rx.Ref(jnp.array(0))
+
+    def count():
+        ref.value += 1
+
+    class Holder(eqx.Module):
+        fn: object
+
+    @rx.filter_jit
+    def apply(holder, tree):
+        holder.fn()
+        tree["fns"][0]()
+
+    apply(Holder(count), {"fns": [count]})
+    assert ref.value == 2
+
+
+def test_a_bound_method_as_an_argument():
+    model = make()
+    out = rx.filter_jit(lambda method, x: method(x))(model.__call__, ONE)
+    assert out == 2.0
+    assert model.calls.value == 1
+
+
+def test_a_ref_that_is_both_argument_and_closure_is_one_ref():
+    ref = rx.Ref(jnp.array(1.0), "params")
+
+    def f(same, x):
+        assert same is ref
+        same.value += x
+        return ref.value
+
+    assert rx.filter_jit(f)(ref, ONE) == 2.0
+    assert ref.value == 2.0
+
+
+def test_a_gradient_flows_to_what_is_both_argument_and_closure():
+    # In a loss that uses the outer name of its model the gradient is not lost.
+    model = make()
+
+    def loss(_, x):
+        return model(x)
+
+    assert rx.filter_grad(loss)(model, ONE).factor.value == 1.0
+
+
+def test_sharing_is_kept_between_two_closures():
+    a, b = rx.Ref(jnp.array(0)), rx.Ref(jnp.array(10))
+
+    def f():
+        a.value += 1
+        return a, b
+
+    def g():
+        a.value += b.value
+        return a
+
+    @rx.filter_jit
+    def both(f, g):
+        x, y = f()
+        assert g() is x and y is not x
+        return x
+
+    assert both(f, g) is a
+    assert a.value == 11
+
+
+def test_another_sharing_is_another_program(trace_counter):
+    def make_pair(a, b):
+        return lambda: a.value, lambda: b.value
+
+    @trace_counter
+    def run(f, g):
+        return f() + g()
+
+    lifted = rx.filter_jit(run)
+    a, b = rx.Ref(jnp.array(1)), rx.Ref(jnp.array(2))
+    assert lifted(*make_pair(a, b)) == 3
+    assert lifted(*make_pair(b, a)) == 3
+    assert run.counter.count == 1
+    assert lifted(*make_pair(a, a)) == 2
+    assert run.counter.count == 2
+
+
+def test_closures_that_are_made_anew_are_not_traced_again(trace_counter):
+    traces = 0
+
+    def make_step(ref):
+        def step(x):
+            nonlocal traces
+            traces += 1
+            ref.value += x
+            return ref.value
+
+        return step
+
+    @rx.filter_jit
+    def run(step, x):
+        return step(x)
+
+    refs = [rx.Ref(jnp.array(float(i))) for i in range(3)]
+    for ref in refs:
+        run(make_step(ref), ONE)
+    assert [float(ref.value) for ref in refs] == [1.0, 2.0, 3.0]
+    assert traces == 1
+
+
+def test_nonlocal_works_on_cells_without_refs():
+    ref = rx.Ref(jnp.array(0))
+    traces = 0
+    note = None
+
+    @rx.filter_jit
+    def f(x):
+        nonlocal traces, note
+        traces += 1
+        note = f"trace {traces}"
+        ref.value += 1
+        return x
+
+    f(ONE)
+    f(ONE)
+    assert (traces, note) == (1, "trace 1")
+    f(jnp.ones(3))
+    assert (traces, note) == (2, "trace 2")
+    assert ref.value == 3
+
+
+def test_a_cell_without_refs_is_read_as_it_is_when_traced():
+    scale = 2.0
+
+    def f(x):
+        return scale * x
+
+    assert rx.filter_jit(f)(ONE) == 2.0
+
+
+def test_a_plain_list_in_a_closure_can_be_appended_to():
+    seen = []
+
+    @rx.filter_jit
+    def f(x):
+        seen.append(x.shape)
+        return x
+
+    f(ONE)
+    f(ONE)
+    assert seen == [()]
+
+
+@pytest.mark.parametrize("call", [jitted, differentiated, vectorised])
+def test_rebinding_a_cell_that_holds_refs_is_refused(call):
+    ref = rx.Ref(jnp.array(1.0))
+    original = ref
+
+    def f(x):
+        nonlocal ref
+        ref = rx.Ref(x)
+        return ref.value
+
+    with pytest.raises(
+        rx.StructureError,
+        match=(
+            r"cannot carry back a change of structure: the function changed the callable, "
+            r"or what it closes over, in place .*Put what changes into a `rx.Ref`"
+        ),
+    ):
+        call(f)
+    assert ref is original and ref.value == 1.0
+
+
+def test_changing_a_container_of_refs_in_a_closure_is_refused():
+    refs = [rx.Ref(jnp.array(1.0))]
+
+    @rx.filter_jit
+    def f(x):
+        refs.append(rx.Ref(x))
+
+    with pytest.raises(
+        rx.StructureError, match=r"cannot carry back a change of structure"
+    ):
+        f(ONE)
+    assert len(refs) == 1
+
+    @rx.filter_jit
+    def g(x):  # the remedy: write the ref, return the new tree
+        refs[0].value += x
+        return [*refs, rx.Ref(x)]
+
+    out = g(ONE)
+    assert out[0] is refs[0] and refs[0].value == 2.0 and out[1].value == 1.0
+
+
+def test_rebinding_outside_is_seen_by_the_next_call():
+    ref = rx.Ref(jnp.array(1.0))
+
+    @rx.filter_jit
+    def f(x):
+        return ref.value * x
+
+    assert f(ONE) == 1.0
+    ref = rx.Ref(jnp.array(5.0))
+    assert f(ONE) == 5.0
+
+
+def test_a_cell_that_is_not_filled_yet():
+    @rx.filter_jit
+    def f(x):
+        return later.value * x
+
+    with pytest.raises(NameError, match="later"):
+        f(ONE)
+    later = rx.Ref(jnp.array(3.0))
+    assert f(ONE) == 3.0
+
+
+def test_defaults_and_names_of_a_closure_are_kept():
+    ref = rx.Ref(jnp.array(1.0))
+    seen = []
+
+    def f(x, scale=2.0, *, shift=1.0):
+        seen.append(f.__name__)
+        return ref.value * x * scale + shift
+
+    assert rx.filter_jit(f)(ONE) == 3.0
+    assert rx.filter_jit(f)(ONE, shift=0.0) == 2.0
+    assert rx.filter_jit(f).__name__ == "f"
+    assert seen == ["f", "f"]
+
+
+def test_a_closure_that_is_returned_holds_the_refs_of_the_caller():
+    ref = rx.Ref(jnp.array(1.0))
+
+    @rx.filter_jit
+    def f(x):
+        def add(y):
+            ref.value += y
+            return ref.value
+
+        return add
+
+    add = f(ONE)
+    assert add(jnp.array(2.0)) == 3.0
+    assert ref.value == 3.0
+
+
+def test_a_failed_call_leaves_a_closure_as_it_was():
+    ref = rx.Ref(jnp.array(1.0))
+
+    @rx.filter_jit
+    def f(x):
+        ref.value += x
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        f(ONE)
+    assert ref.value == 1.0
+
+
+def test_lifted_functions_inside_lifted_functions_carry_closures():
+    model = make()
+
+    @rx.filter_value_and_grad
+    def loss(x):
+        return model(x)
+
+    @rx.filter_jit
+    def step(x):
+        return loss(x)
+
+    value, grad = step(ONE)
+    assert (value, grad) == (2.0, 2.0)
+    assert model.calls.value == 1
+
+
+def test_a_lifted_function_as_an_argument_carries_its_closure():
+    model = make()
+    inner = rx.filter_jit(lambda x: model(x))
+    assert rx.filter_jit(lambda f, x: f(x))(inner, ONE) == 2.0
+    assert model.calls.value == 1
+
+
+def test_methods_of_a_plain_class_are_told_to_pass_their_refs():
+    # Not a pytree: what it holds cannot be seen.
+    class Trainer:
+        def __init__(self):
+            self.model = make()
+
+        def step(self, x):
+            return self.model(x)
+
+    trainer = Trainer()
+    with pytest.raises(
+        rx.TraceLevelError,
+        match=r"Pass the ref, or the module that holds it, as an arg",
+    ):
+        rx.filter_jit(trainer.step)(ONE)
+    assert trainer.model.calls.value == 0
+    assert rx.filter_jit(lambda model, x: model(x))(trainer.model, ONE) == 2.0
+
+
+def test_refs_in_a_default_argument_are_refused_with_the_remedy():
+    ref = rx.Ref(jnp.array(1.0), "params")
+
+    @rx.filter_jit
+    def f(x, hidden=ref):
+        return hidden.value * x
+
+    with pytest.raises(
+        rx.TraceLevelError, match=r"but was not passed in.*Pass the ref"
+    ):
+        f(ONE)
+    assert f(ONE, ref) == 1.0  # the remedy
+
+
+GLOBAL = make()
+
+
+def read_global(x):
+    return GLOBAL.factor.value * x
+
+
+def test_a_module_level_global_is_refused_with_the_remedy():
+    with pytest.raises(
+        rx.TraceLevelError,
+        match=(
+            r"`Scale.factor` \(collection 'params'\): it is used inside the body of "
+            r"`filter_jit`, but was not passed in: what a function reaches through a global "
+            r"name is not carried. Pass the ref, or the module that holds it, as an arg"
+        ),
+    ):
+        rx.filter_jit(read_global)(ONE)
+    assert rx.filter_jit(lambda model, x: model(x))(GLOBAL, ONE) == 2.0
+
+
+def test_a_global_function_reached_by_closure_is_refused_too():
+    fn = read_global
+    with pytest.raises(
+        rx.TraceLevelError, match=r"through a global name is not carried"
+    ):
+        rx.filter_jit(lambda x: fn(x))(ONE)
