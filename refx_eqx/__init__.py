@@ -48,14 +48,21 @@ from ._partition import (
 )
 from ._ref import Index as Index, Ref as Ref, Value as Value
 from ._transforms import (
+    associative_scan as associative_scan,
     axes as axes,
+    cond as cond,
     filter_checkpoint as filter_checkpoint,
     filter_eval_shape as filter_eval_shape,
     filter_grad as filter_grad,
     filter_jit as filter_jit,
     filter_value_and_grad as filter_value_and_grad,
     filter_vmap as filter_vmap,
+    fori_loop as fori_loop,
     lift as lift,
+    map as map,
+    scan as scan,
+    switch as switch,
+    while_loop as while_loop,
 )
 
 

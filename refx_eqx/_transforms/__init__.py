@@ -1,12 +1,17 @@
 """The lifted transforms: one file a family, each a thin adapter on `_functionalize`."""
 
+from ._associative_scan import associative_scan as associative_scan
 from ._autodiff import (
     filter_grad as filter_grad,
     filter_value_and_grad as filter_value_and_grad,
 )
 from ._axes import axes as axes
+from ._branches import cond as cond, switch as switch
 from ._checkpoint import filter_checkpoint as filter_checkpoint
 from ._eval_shape import filter_eval_shape as filter_eval_shape
 from ._jit import filter_jit as filter_jit
 from ._lift import lift as lift
+from ._loops import fori_loop as fori_loop, while_loop as while_loop
+from ._map import map as map
+from ._scan import scan as scan
 from ._vmap import filter_vmap as filter_vmap

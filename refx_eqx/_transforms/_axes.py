@@ -3,14 +3,16 @@
 import dataclasses
 import inspect
 from collections.abc import Hashable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .. import _trace
+from .._closure import Carried
 from .._errors import describe, StructureError
+from .._filters import as_filter, Filter, leaves_with_paths, Path
 from .._functionalize import DYNAMIC, Opened
 from .._ref import Ref
 
@@ -19,10 +21,14 @@ _trace.register_exclusion(__file__)
 
 _UNSET: Any = object()
 
+RNG = "rng"
+"""The collection of what randomness is drawn from. See `_lanes.py`."""
+
 
 @dataclasses.dataclass(frozen=True, init=False)
 class axes:
-    """Axes by collection, for the `in_axes` of [`refx_eqx.filter_vmap`][].
+    """Axes by collection, or by any other filter, for the `in_axes` of
+    [`refx_eqx.filter_vmap`][], [`refx_eqx.scan`][] and [`refx_eqx.map`][].
 
     !!! Example
 
@@ -41,10 +47,14 @@ class axes:
         assert out[2] == 4.0 and model["n"].value[2] == 1.0
         ```
 
+    A broadcast ref of collection `"rng"` is split by lane; `rx.axes(rng=None)` asks for the
+    same randomness in each.
+
     **Arguments:**
 
     - `by_collection`: a mapping from collection to axis (an `int`, or `None` to
-        broadcast), for collections whose name is not a Python identifier.
+        broadcast). A key may be any filter, such as `rx.path("**.shared.**")`; paths are
+        those of the tree that these axes are given for. The first that matches decides.
     - `default`: the axis of all other leaves: an `int`, `None`, or a function of an array.
         If omitted, a leaf that is not named is an error.
     - `**collections`: the axis of each collection.
@@ -70,9 +80,13 @@ class axes:
         object.__setattr__(self, "by_collection", merged)
         object.__setattr__(self, "default", default)
 
-    def __call__(self, leaf: Any) -> Any:
-        if isinstance(leaf, Ref) and leaf.collection in self.by_collection:
-            return self.by_collection[leaf.collection]
+    def of(self, path: Path, leaf: Any) -> Any:
+        """The axis of one leaf of a tree."""
+        for given, axis in self.by_collection.items():
+            # A predicate on a leaf is for refs here: arrays have the default.
+            if isinstance(given, Filter) or isinstance(leaf, Ref):
+                if as_filter(given).matches(path, leaf):
+                    return SAME if given == RNG and axis is None else axis
         if self.default is not _UNSET:
             return self.default
         if isinstance(leaf, Ref):
@@ -96,6 +110,30 @@ class axes:
         return f"rx.axes({', '.join(given)})"
 
 
+class _Same:
+    """The axis of a ref of collection "rng" that is broadcast as it is: not split."""
+
+    def __call__(self, array: Any) -> None:
+        return None
+
+    def __repr__(self) -> str:
+        return "None"
+
+
+SAME = _Same()
+
+
+class Axes(NamedTuple):
+    """The axes of an opened call. Hashable.
+
+    - `flat`: the axis of each flat array, or `None`;
+    - `split`: the numbers of the refs that are split by lane.
+    """
+
+    flat: tuple[int | None, ...]
+    split: tuple[int, ...]
+
+
 def _is_none(x: Any) -> bool:
     return x is None
 
@@ -109,7 +147,8 @@ def leaf_axes(spec: Any, tree: Any, what: str) -> list[Any]:
         if axis is None or isinstance(axis, int):
             return jtu.tree_map(lambda _: axis, subtree)
         if isinstance(axis, axes):
-            return jtu.tree_map(axis, subtree)
+            pairs, treedef = leaves_with_paths(subtree)
+            return treedef.unflatten([axis.of(*pair) for pair in pairs])
         if callable(axis):
             return jtu.tree_map(
                 lambda leaf: axis if isinstance(leaf, Ref) else axis(leaf), subtree
@@ -150,7 +189,7 @@ def named_in_axes(fn: Any, in_axes: Any, args: tuple) -> Any:
     return by_position
 
 
-def call_axes(opened: Opened, args: tuple, in_axes: Any, name: str) -> list[int | None]:
+def call_axes(opened: Opened, args: tuple, in_axes: Any, name: str) -> Axes:
     """The axis of each flat array of an opened call.
 
     What the callable holds and what functions close over is broadcast.
@@ -161,28 +200,22 @@ def call_axes(opened: Opened, args: tuple, in_axes: Any, name: str) -> list[int 
     """
     __tracebackhide__ = True
     structure = opened.structure
-    by_arg = leaf_axes(in_axes, args, "in_axes")
+    rest = iter(leaf_axes(in_axes, args, "in_axes"))
     bare: list[int | None] = []
     of_ref: dict[int, tuple[Any, str]] = {}
-    rest = iter(by_arg)
     position = 0
     for i, (part, size) in enumerate(zip(structure.parts, structure.sizes)):
         codes = structure.codes[position : position + size]
         leaves = opened.leaves[position : position + size]
         position += size
-        is_arg = 0 < i <= len(args)
-        where = (
-            f"argument {i - 1}" if is_arg else "the function, or what it closes over"
-        )
-        # The leaves inside of a function have no axis of their own: they are broadcast.
-        given: list[Any] = [None] * size
-        if is_arg:
-            own = [next(rest) for _ in range(part.treedef.num_leaves)]
-            if not part.nodes:
-                given = own
+        where = "the function, or what it closes over"
+        given: list[Any] = [_axis_of_callable(in_axes)] * size
+        if 0 < i <= len(args):
+            where = f"argument {i - 1}"
+            given = _given(part, [next(rest) for _ in range(part.treedef.num_leaves)])
         for code, leaf, axis in zip(codes, leaves, given):
             if code == DYNAMIC:
-                bare.append(axis)
+                bare.append(None if axis is SAME else axis)
             elif code >= 0:
                 earlier, earlier_where = of_ref.setdefault(code, (axis, where))
                 if earlier != axis:
@@ -192,12 +225,42 @@ def call_axes(opened: Opened, args: tuple, in_axes: Any, name: str) -> list[int 
                         "ref is one parameter: give it one axis, for example by its "
                         f"collection: `rx.axes({leaf._collection}=...)`."
                     )
-    flat = list(bare)
+    flat, split = list(bare), []
     for number, (start, stop) in enumerate(opened.spans):
         axis, _ = of_ref[number]
-        flat.extend(array_axis(axis, opened.arrays[i]) for i in range(start, stop))
+        of_arrays = [array_axis(axis, opened.arrays[i]) for i in range(start, stop)]
+        flat.extend(of_arrays)
+        is_rng = opened.refs[number].collection == RNG
+        if is_rng and axis is not SAME and all(x is None for x in of_arrays):
+            split.append(number)
     _check_sizes(opened, flat, name)
-    return flat
+    return Axes(tuple(flat), tuple(split))
+
+
+def _axis_of_callable(in_axes: Any) -> Any:
+    """Broadcast; and `rx.axes(rng=None)` as the whole of `in_axes` speaks of it too."""
+    is_same = isinstance(in_axes, axes) and in_axes.by_collection.get(RNG, 0) is None
+    return SAME if is_same else None
+
+
+def _given(part: Carried, own: list[Any]) -> list[Any]:
+    """The axes of the leaves of an argument. Those inside of a function that closes over
+    refs have none of their own: they are broadcast."""
+    if not part.nodes:
+        return own
+    given = []
+    for node, axis in zip(part.nodes, own):
+        given.extend([axis] if node is None else [None] * _n_leaves(node))
+    return given
+
+
+def _n_leaves(node: Any) -> int:
+    """How many leaves there are inside of a function that closes over refs."""
+    if not isinstance(node, tuple):
+        return 0
+    carried = node[-1]
+    nodes = carried.nodes or [None] * carried.treedef.num_leaves
+    return sum(1 if inner is None else _n_leaves(inner) for inner in nodes)
 
 
 def _check_sizes(opened: Opened, flat: list[int | None], name: str) -> None:
@@ -225,7 +288,7 @@ def _check_sizes(opened: Opened, flat: list[int | None], name: str) -> None:
             )
 
 
-def ref_axis(opened: Opened, flat_axes: list[int | None], number: int) -> int | None:
+def ref_axis(opened: Opened, flat_axes: tuple, number: int) -> int | None:
     """The one axis of a ref: that of its arrays, which agree where there are several."""
     start, stop = opened.spans[number]
     found = {flat_axes[i] for i in range(start, stop)}

@@ -19,7 +19,8 @@ from .._functionalize import (
     Opened,
     Outcome,
 )
-from ._axes import array_axis, call_axes, leaf_axes, named_in_axes, ref_axis
+from ._axes import array_axis, Axes, call_axes, leaf_axes, named_in_axes, ref_axis
+from ._lanes import is_key, split_keys
 
 
 _trace.register_exclusion(__file__)
@@ -43,55 +44,100 @@ class _Vmap(Lifted):
             )
         fn, options = self.__wrapped__, self.options
         in_axes = named_in_axes(fn, options["in_axes"], args)
-        transform = functools.partial(
-            _vmapped, options={**options, "in_axes": in_axes}, args=args
-        )
+
+        def transform(opened: Opened) -> Outcome:
+            __tracebackhide__ = True
+            axes = call_axes(opened, args, in_axes, self.transform_name)
+            return vmapped(
+                opened,
+                opened.arrays,
+                axes,
+                self.transform_name,
+                out_axes=options["out_axes"],
+                axis_name=options["axis_name"],
+                axis_size=options["axis_size"],
+                **options["vmapkwargs"],
+            )
+
         return call(fn, args, {}, transform)
 
 
-def _vmapped(opened: Opened, *, options: dict[str, Any], args: tuple) -> Outcome:
+def vmapped(
+    opened: Opened,
+    arrays: list[Any],
+    axes: Axes,
+    name: str,
+    *,
+    lanes: Any = None,
+    out_axes: Any = eqx.if_array(0),
+    axis_size: int | None = None,
+    transparent: bool = True,
+    **vmapkwargs: Any,
+) -> Outcome:
+    """The body of an opened call, for all lanes at once.
+
+    **Arguments:**
+
+    - `arrays`: the flat arrays of the call; mapped over along `axes.flat`.
+    - `name`, `transparent`: as for `Opened.run`.
+    - `lanes`: the numbers of the lanes; from 0 by default.
+    """
     __tracebackhide__ = True
-    name = "filter_vmap"
-    axes = call_axes(opened, args, options["in_axes"], name)
+    if lanes is None and axes.split:
+        lanes = jnp.arange(_n_lanes(arrays, axes, axis_size, name))
     # The part of the outcome that is not arrays; filled while the body runs.
     traced: dict[str, Any] = {}
 
-    def body(arrays: list[Any]) -> tuple[list[Any], list[Any]]:
+    def body(arrays: list[Any], lane: Any) -> tuple[list[Any], list[Any]]:
         __tracebackhide__ = True
-        outcome = opened.run(name, arrays)
-        out_axes = _result_axes(opened, outcome, options["out_axes"])
-        update_axes = _update_axes(opened, outcome, axes, name)
-        traced.update(info=outcome.info, out=out_axes, updates=update_axes)
-        both = [*outcome.out, *outcome.updates], [*out_axes, *update_axes]
+        mine = split_keys(opened, axes.split, arrays, lane)
+        outcome = opened.run(name, mine, transparent)
+        of_result = _result_axes(opened, outcome, out_axes)
+        of_updates = _update_axes(opened, outcome, axes, name)
+        traced.update(info=outcome.info, out=of_result, updates=of_updates)
+        both = [*outcome.out, *outcome.updates], [*of_result, *of_updates]
         mapped = [x for x, axis in zip(*both) if axis is not None]
         unmapped = [x for x, axis in zip(*both) if axis is None]
         for x in unmapped:
             if _trace.is_batched(x):
                 raise ValueError(
-                    "`filter_vmap(..., out_axes=...)`: the result has a batched array "
-                    "where `out_axes` is None. Give it an axis."
+                    f"`{name}(..., out_axes=...)`: the result has a batched array where "
+                    "`out_axes` is None. Give it an axis."
                 )
         return mapped, unmapped
 
-    vmapped = jax.vmap(
+    lifted = jax.vmap(
         body,
-        in_axes=(axes,),
+        in_axes=(list(axes.flat), 0),
         out_axes=(0, None),
-        axis_name=options["axis_name"],
-        axis_size=options["axis_size"],
-        **options["vmapkwargs"],
+        axis_size=axis_size,
+        **vmapkwargs,
     )
-    mapped, unmapped = map(iter, vmapped(opened.arrays))
+    mapped, unmapped = map(iter, lifted(arrays, lanes))
 
-    def place(axis: int | None) -> Any:
+    def place(axis: Any) -> Any:
         if axis is None:
             return next(unmapped)
         x = next(mapped)
+        if axis is FIRST_LANE:
+            return x[0]
         return x if axis == 0 else jnp.moveaxis(x, 0, axis)
 
     out = [place(axis) for axis in traced["out"]]
     updates = [place(axis) for axis in traced["updates"]]
     return Outcome(out, updates, traced["info"])
+
+
+def _n_lanes(arrays: list[Any], axes: Axes, axis_size: int | None, name: str) -> int:
+    for x, axis in zip(arrays, axes.flat):
+        if axis is not None:
+            return jnp.shape(x)[axis]
+    if axis_size is None:
+        raise ValueError(
+            f"`{name}`: nothing is mapped, so the number of lanes is not known. Give "
+            "`axis_size`."
+        )
+    return axis_size
 
 
 def _result_axes(opened: Opened, outcome: Outcome, out_axes: Any) -> list[int | None]:
@@ -121,18 +167,24 @@ def _result_axes(opened: Opened, outcome: Outcome, out_axes: Any) -> list[int | 
     return axes
 
 
-def _update_axes(
-    opened: Opened, outcome: Outcome, in_axes: list[int | None], name: str
-) -> list[int | None]:
+# The axis of a key that was broadcast, split by lane, and written: one lane's goes out.
+FIRST_LANE = object()
+
+
+def _update_axes(opened: Opened, outcome: Outcome, axes: Axes, name: str) -> list[Any]:
     """What came in on an axis goes out on it; what was broadcast must still be one value."""
     __tracebackhide__ = True
     arrays = iter(outcome.updates)
-    axes: list[int | None] = []
+    found: list[Any] = []
     for number, inside in outcome.info.written:
-        axis = ref_axis(opened, in_axes, number)
+        axis = ref_axis(opened, axes.flat, number)
         for _ in range(n_arrays(inside)):
             x = next(arrays)
-            if axis is None and _trace.is_batched(x):
+            if axis is not None or not _trace.is_batched(x):
+                found.append(axis)
+            elif number in axes.split and is_key(x):
+                found.append(FIRST_LANE)
+            else:
                 ref = opened.refs[number]
                 raise StructureError(
                     f"{describe(ref._name, ref._collection)} is broadcast by `{name}`, and "
@@ -141,8 +193,7 @@ def _update_axes(
                     "or write one value for all lanes, such as `jax.lax.pmean(value, "
                     "axis_name)`."
                 )
-            axes.append(axis)
-    return axes
+    return found
 
 
 def _keyword(ref: Any) -> str:

@@ -1,0 +1,131 @@
+"""`associative_scan`."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.tree_util as jtu
+
+from .. import _trace
+from .._errors import describe, StructureError
+from .._functionalize import call, Opened, Outcome
+from .._ref import Ref
+from ._program import Program, program_of
+from ._staged import (
+    as_callable,
+    bare_parts,
+    check_carry,
+    numbers_to_arrays,
+    place_text,
+    Staged,
+)
+
+
+_trace.register_exclusion(__file__)
+
+_T = TypeVar("_T")
+
+
+def _combine(fn: Any, a: Any, b: Any) -> Any:
+    """One application of the function of `associative_scan`."""
+    __tracebackhide__ = True
+    out = numbers_to_arrays(fn(a, b))
+    check_carry(a, out, "associative_scan")
+    return out
+
+
+def associative_scan(
+    fn: Callable[[_T, _T], _T],
+    elems: _T,
+    reverse: bool = False,
+    axis: int = 0,
+) -> _T:
+    """As `jax.lax.associative_scan`. `fn` may read refs.
+
+    How often `fn` is called, and in what order, is not defined; so it may write none.
+
+    !!! Example
+
+        ```python
+        import equinox as eqx
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        class Decay(rx.Module):
+            rate: rx.Param[float]
+
+            def __call__(self, a, b):
+                (decay_a, a), (decay_b, b) = a, b
+                return decay_a * decay_b, self.rate[...] * a * decay_b + b
+
+        decay = Decay(1.0)
+        elems = jnp.full(3, 0.5), jnp.ones(3)
+        assert rx.associative_scan(decay, elems)[1].tolist() == [1.0, 1.5, 1.75]
+        ```
+
+    **Arguments:**
+
+    - `fn`: an associative function of two stacks of elements, as for
+        `jax.lax.associative_scan`.
+    - `elems`: any pytree without refs, whose arrays are scanned along `axis`.
+    - `reverse`, `axis`: as in `jax.lax.associative_scan`.
+
+    **Returns:**
+
+    The running results, with the structure of `elems`.
+
+    **Raises:**
+
+    - `StructureError`: if `fn` writes a ref, if `elems` has one, or if `fn` changes the
+        structure of what it is given.
+    """
+    __tracebackhide__ = True
+    fn, elems = as_callable(fn), numbers_to_arrays(elems)
+    for path, leaf in jtu.tree_flatten_with_path(elems)[0]:
+        if isinstance(leaf, Ref):
+            raise StructureError(
+                f"`associative_scan`: `elems` has {describe(leaf._name, leaf._collection)} "
+                f"at {place_text(path)}. It combines values, and the results have no ref "
+                "to go to. Pass the values: `rx.snapshot(elems)`."
+            )
+
+    def run(opened: Opened, arrays: list[Any]) -> Outcome:
+        __tracebackhide__ = True
+        return _run_associative_scan(opened, arrays, reverse, axis)
+
+    def transform(opened: Opened) -> Outcome:
+        __tracebackhide__ = True
+        key = ("associative_scan", bool(reverse), axis)
+        return program_of(fn, key, lambda: Program("associative_scan", run))(opened)
+
+    return call(_combine, (fn, elems, elems), {}, transform)
+
+
+def _run_associative_scan(
+    opened: Opened, arrays: list[Any], reverse: bool, axis: int
+) -> Outcome:
+    __tracebackhide__ = True
+    _, _, left, right, _ = bare_parts(opened)
+
+    def combine(a: list[Any], b: list[Any]) -> Outcome:
+        __tracebackhide__ = True
+        both = list(arrays)
+        both[left.start : left.stop], both[right.start : right.stop] = a, b
+        outcome = opened.run("associative_scan", both, transparent=False)
+        for number, _ in outcome.info.written:
+            ref = opened.refs[number]
+            raise StructureError(
+                f"`associative_scan`: the function writes "
+                f"{describe(ref._name, ref._collection)}. It may only read, because how "
+                "often it is called, and in what order, is not defined. Use `rx.scan`, or "
+                "return the value as a part of the elements."
+            )
+        return outcome
+
+    elems = arrays[left.start : left.stop]
+    # With one element the function is not called, and its outcome has the same structure.
+    info = Staged(lambda arrays: combine(arrays, arrays), elems).info
+    out = jax.lax.associative_scan(
+        lambda a, b: combine(a, b).out, elems, reverse=reverse, axis=axis
+    )
+    return Outcome(out, [], info)

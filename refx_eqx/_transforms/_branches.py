@@ -1,0 +1,393 @@
+"""`cond` and `switch`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+
+from .. import _trace
+from .._errors import describe, StructureError
+from .._functionalize import (
+    call,
+    DYNAMIC,
+    n_arrays,
+    Opened,
+    Outcome,
+    OutcomeInfo,
+    STATIC,
+    Structure,
+)
+from ._program import Program
+from ._staged import (
+    as_callable,
+    bare_parts,
+    convert,
+    join_kinds,
+    Kind,
+    kind_of,
+    numbers_to_arrays,
+    place_text,
+    program_of_all,
+    Staged,
+)
+
+
+_trace.register_exclusion(__file__)
+
+_T = TypeVar("_T")
+
+
+def _cond_branch(pred: Any, true_fun: Any, false_fun: Any, *operands: Any) -> Any:
+    """One branch of `cond`, with the arguments of `cond`: `pred` is a `bool`."""
+    __tracebackhide__ = True
+    return numbers_to_arrays((true_fun if pred else false_fun)(*operands))
+
+
+def _switch_branch(index: Any, branches: Sequence[Any], *operands: Any) -> Any:
+    """One branch of `switch`, with the arguments of `switch`: `index` is an `int`."""
+    __tracebackhide__ = True
+    return numbers_to_arrays(branches[index](*operands))
+
+
+def _run_branches(
+    opened: Opened,
+    arrays: list[Any],
+    name: str,
+    which: dict[Any, str],
+    choose: Callable[[Any, list[Callable], list[Any]], list[Any]],
+) -> Outcome:
+    """Traces each branch, finds what they have in common, and builds the choice.
+
+    **Arguments:**
+
+    - `which`: for each branch what stands for it in place of the first argument of the
+        call, and what it is called.
+    - `choose`: from the first argument, functions of the arrays, and the arrays.
+    """
+    __tracebackhide__ = True
+    first = bare_parts(opened)[1].start
+
+    def stage(key: Any) -> Staged:
+        __tracebackhide__ = True
+
+        def body(arrays: list[Any]) -> Outcome:
+            __tracebackhide__ = True
+            arrays = list(arrays)
+            arrays[first] = key
+            return opened.run(name, arrays, transparent=False)
+
+        return Staged(body, arrays)
+
+    staged = [stage(key) for key in which]
+    names = list(which.values())
+    for other, other_name in zip(staged[1:], names[1:]):
+        _check_results(opened, staged[0].info, other.info, (names[0], other_name), name)
+
+    n_out = staged[0].n_out
+    kinds = []
+    for i in range(n_out):
+        found = [kind_of(branch.avals[i]) for branch in staged]
+        what = _place(staged[0].info.result, i)
+        kinds.append(_joined(found, names, what, name))
+
+    # A branch that does not write a ref leaves it as it is.
+    written = sorted({number for branch in staged for number in branch.updates})
+    insides = [
+        _common_inside(opened, number, staged, names, name) for number in written
+    ]
+
+    def updates_of(branch: Staged, flat: list[Any], arrays: list[Any]) -> list[Any]:
+        updates: list[Any] = []
+        for number in written:
+            if number in branch.updates:
+                _, places = branch.updates[number]
+                updates.extend(flat[i] for i in places)
+            else:
+                updates.extend(arrays[slice(*opened.spans[number])])
+        return updates
+
+    which_ref = [
+        n for n, inside in zip(written, insides) for _ in range(n_arrays(inside))
+    ]
+    found = [
+        updates_of(branch, list(branch.avals), _avals(arrays)) for branch in staged
+    ]
+    for number, *avals in zip(which_ref, *found):
+        ref = opened.refs[number]
+        what = describe(ref._name, ref._collection)
+        kinds.append(_joined([kind_of(aval) for aval in avals], names, what, name))
+
+    def function_of(branch: Staged) -> Callable[..., list[Any]]:
+        def run(*arrays: Any) -> list[Any]:
+            flat = branch(list(arrays))
+            both = [*flat[:n_out], *updates_of(branch, flat, list(arrays))]
+            return [convert(jnp.asarray(x), kind) for x, kind in zip(both, kinds)]
+
+        return run
+
+    flat = choose(arrays[first], [function_of(branch) for branch in staged], arrays)
+    info = staged[0].info
+    written_insides = list(zip(written, insides))
+    info = OutcomeInfo(info.result, info.carried, written_insides)
+    return Outcome(flat[:n_out], flat[n_out:], info)
+
+
+def _avals(arrays: list[Any]) -> list[Any]:
+    return [jax.typeof(x) for x in arrays]
+
+
+def _joined(kinds: list[Kind], names: list[str], what: str, name: str) -> Kind:
+    __tracebackhide__ = True
+    kind = join_kinds(kinds)
+    if kind is None:
+        i = next(i for i, k in enumerate(kinds) if join_kinds([kinds[0], k]) is None)
+        raise StructureError(
+            f"`{name}`: the branches must agree on the shape and dtype of {what}: it is "
+            f"{kinds[0]!r} after {names[0]}, and {kinds[i]!r} after {names[i]}. Make it the "
+            "same in each, for example with `x.astype(...)`."
+        )
+    return kind
+
+
+def _common_inside(
+    opened: Opened, number: int, staged: list[Staged], names: list[str], name: str
+) -> Any:
+    """The structure of the value of a ref, which must be one after every branch."""
+    __tracebackhide__ = True
+    before = opened.structure.slots[number].inside
+    insides = [
+        branch.updates[number][0] if number in branch.updates else before
+        for branch in staged
+    ]
+    for inside, branch_name in zip(insides, names):
+        if inside != insides[0]:
+            ref = opened.refs[number]
+            raise StructureError(
+                f"`{name}`: the value of {describe(ref._name, ref._collection)} has "
+                f"another structure, or other static parts, after {branch_name} than "
+                f"after {names[0]}. Write values of one structure in all branches; what "
+                "is not an array cannot depend on the branch."
+            )
+    return insides[0]
+
+
+def _check_results(
+    opened: Opened,
+    first: OutcomeInfo,
+    other: OutcomeInfo,
+    names: tuple[str, str],
+    name: str,
+) -> None:
+    """Refuses branches whose results differ in anything but the values of arrays."""
+    __tracebackhide__ = True
+    a, b = first.result, other.result
+    if a.parts != b.parts:
+        raise StructureError(
+            f"`{name}`: the branches must return the same structure. {names[0]} returns "
+            f"{_structure_text(a)}, and {names[1]} returns {_structure_text(b)}."
+        )
+    statics = iter(zip(a.statics, b.statics))
+    for i, (code, other_code) in enumerate(zip(a.codes, b.codes)):
+        if code == other_code == DYNAMIC:
+            continue
+        if code == other_code == STATIC:
+            x, y = next(statics)
+            if x == y:
+                continue
+            texts = [f"the static value {static.obj!r}" for static in (x, y)]
+            remedy = (
+                "What is not an array cannot depend on the branch: make it one, or "
+                "return the same in each."
+            )
+        else:
+            texts = [
+                _ref_text(opened, first, code),
+                _ref_text(opened, other, other_code),
+            ]
+            same_ref = (
+                code == other_code
+                and first.carried.get(code) == other.carried.get(code)
+                and (code in first.carried or a.slots[code] == b.slots[code])
+            )
+            if same_ref:
+                continue
+            remedy = (
+                "Which ref it is cannot depend on the branch: return the same ref from "
+                "each, or new refs of one kind from all, or the values."
+            )
+        raise StructureError(
+            f"`{name}`: the results differ at {_leaf_path(a, i)}: {names[0]} returns {texts[0]}, "
+            f"and {names[1]} returns {texts[1]}. {remedy}"
+        )
+
+
+def _ref_text(opened: Opened, info: OutcomeInfo, code: int) -> str:
+    if code == DYNAMIC:
+        return "an array"
+    if code == STATIC:
+        return "a static value"
+    if code in info.carried:
+        ref = opened.refs[info.carried[code]]
+        return describe(ref._name, ref._collection)
+    slot, note = info.result.slots[code], info.result.notes[code]
+    return f"a new ref, {describe(note.name, slot.collection)}"
+
+
+def _structure_text(structure: Structure) -> str:
+    (part,) = structure.parts
+    text = str(part.treedef)
+    return text.removeprefix("PyTreeDef(").removesuffix(")")
+
+
+def _leaf_path(structure: Structure, i: int) -> str:
+    (part,) = structure.parts
+    if part.nodes:
+        return "one of the leaves"
+    leaves = list(range(part.treedef.num_leaves))
+    pairs, _ = jtu.tree_flatten_with_path(jtu.tree_unflatten(part.treedef, leaves))
+    return place_text(pairs[i][0])
+
+
+def _place(structure: Structure, i: int) -> str:
+    """Where in a result its array number `i` is."""
+    bare = [k for k, code in enumerate(structure.codes) if code == DYNAMIC]
+    if i < len(bare):
+        return f"the array of the result at {_leaf_path(structure, bare[i])}"
+    return "a new ref of the result"
+
+
+def _run_cond(opened: Opened, arrays: list[Any]) -> Outcome:
+    __tracebackhide__ = True
+
+    def choose(pred: Any, branches: list[Callable], arrays: list[Any]) -> list[Any]:
+        return jax.lax.cond(pred, *branches, *arrays)
+
+    which = {True: "`true_fun`", False: "`false_fun`"}
+    return _run_branches(opened, arrays, "cond", which, choose)
+
+
+def cond(
+    pred: Any,
+    true_fun: Callable[..., _T],
+    false_fun: Callable[..., _T],
+    *operands: Any,
+) -> _T:
+    """As `jax.lax.cond`, by reference.
+
+    The branches may read and write refs: those in the operands, in the modules whose
+    methods they are, and in what they close over. They need not write the same ones: a
+    branch leaves what it does not write as it is.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        skipped, total = rx.Ref(jnp.array(0)), rx.Ref(jnp.array(0.0))
+
+        def add(skipped, total, x):
+            total.value += x
+
+        def skip(skipped, total, x):
+            skipped.value += 1
+
+        for x in [1.0, float("nan"), 2.0]:
+            rx.cond(jnp.isfinite(x), add, skip, skipped, total, x)
+        assert skipped.value == 1 and total.value == 3.0
+        ```
+
+    **Arguments:**
+
+    - `pred`: a boolean scalar.
+    - `true_fun`, `false_fun`: functions of the operands. Their results have the same
+        structure, shapes and dtypes, the same static leaves, and the same refs at the same
+        places, or new refs of one kind. Python numbers among them become arrays, as in JAX;
+        those in a module are static, as in Equinox.
+    - `*operands`: any pytrees.
+
+    **Returns:**
+
+    What the chosen branch returns.
+
+    **Raises:**
+
+    - `StructureError`: if the results differ in structure, or the shapes and dtypes that
+        the branches leave in a ref do. The message names both.
+    """
+    __tracebackhide__ = True
+    branches = as_callable(true_fun), as_callable(false_fun)
+    operands = numbers_to_arrays(operands)
+
+    def transform(opened: Opened) -> Outcome:
+        __tracebackhide__ = True
+        make = lambda: Program("cond", _run_cond)
+        return program_of_all(branches, "cond", make)(opened)
+
+    args = (jnp.asarray(pred), *branches, *operands)
+    return call(_cond_branch, args, {}, transform)
+
+
+def _run_switch(opened: Opened, arrays: list[Any], n: int) -> Outcome:
+    __tracebackhide__ = True
+
+    def choose(index: Any, branches: list[Callable], arrays: list[Any]) -> list[Any]:
+        return jax.lax.switch(index, branches, *arrays)
+
+    which = {i: f"branch {i}" for i in range(n)}
+    return _run_branches(opened, arrays, "switch", which, choose)
+
+
+def switch(index: Any, branches: Sequence[Callable[..., _T]], *operands: Any) -> _T:
+    """As `jax.lax.switch`, by reference. See [`refx_eqx.cond`][].
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        ref = rx.Ref(jnp.array(1.0))
+
+        def double(ref):
+            ref.value *= 2
+
+        def negate(ref):
+            ref.value *= -1
+
+        rx.switch(1, [double, negate, lambda ref: None], ref)
+        assert ref.value == -1.0
+        ```
+
+    **Arguments:**
+
+    - `index`: an integer scalar. As in JAX it is clamped to the branches that there are.
+    - `branches`: functions of the operands, as those of [`refx_eqx.cond`][].
+    - `*operands`: any pytrees.
+
+    **Returns:**
+
+    What the chosen branch returns.
+
+    **Raises:**
+
+    As [`refx_eqx.cond`][]; and `ValueError` if there are no branches.
+    """
+    __tracebackhide__ = True
+    if not branches:
+        raise ValueError("`switch` needs at least one branch.")
+    fns = tuple(map(as_callable, branches))
+    operands = numbers_to_arrays(operands)
+    n = len(fns)
+
+    def run(opened: Opened, arrays: list[Any]) -> Outcome:
+        __tracebackhide__ = True
+        return _run_switch(opened, arrays, n)
+
+    def transform(opened: Opened) -> Outcome:
+        __tracebackhide__ = True
+        return program_of_all(fns, "switch", lambda: Program("switch", run))(opened)
+
+    return call(_switch_branch, (jnp.asarray(index), fns, *operands), {}, transform)

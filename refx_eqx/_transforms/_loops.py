@@ -1,0 +1,264 @@
+"""`while_loop` and `fori_loop`."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from .. import _trace
+from .._errors import describe, StructureError
+from .._functionalize import call, name_of, Opened, Outcome
+from ._axes import Axes
+from ._program import Program, program_of
+from ._scan import run_scan
+from ._staged import (
+    as_callable,
+    bare_parts,
+    check_carry,
+    Loop,
+    numbers_to_arrays,
+    program_of_all,
+    stage_loop,
+    Staged,
+)
+
+
+_trace.register_exclusion(__file__)
+
+_T = TypeVar("_T")
+
+
+def _while_step(cond_fun: Any, body_fun: Any, val: Any, testing: Any) -> Any:
+    """Either function of `while_loop`, with the arguments of `while_loop`.
+
+    `testing` stands among the arrays of the call. When the function is run, there is a
+    `bool` in its place.
+    """
+    __tracebackhide__ = True
+    if testing is True:
+        test = cond_fun(val)
+        if not eqx.is_array_like(test) or jnp.shape(test) != ():
+            raise TypeError(
+                f"`while_loop`: `{name_of(cond_fun)}` must return a boolean scalar, and "
+                f"it returned {eqx.tree_pformat(test)}."
+            )
+        return jnp.asarray(test, bool)
+    new = numbers_to_arrays(body_fun(val))
+    check_carry(val, new, "while_loop")
+    return new
+
+
+def _run_while(opened: Opened, arrays: list[Any]) -> Outcome:
+    __tracebackhide__ = True
+    _, _, _, carry, (flag, *_), _ = bare_parts(opened)
+
+    def running(testing: bool) -> Callable[[list[Any]], Staged]:
+        def body(arrays: list[Any]) -> Outcome:
+            __tracebackhide__ = True
+            arrays = list(arrays)
+            arrays[flag] = testing
+            return opened.run("while_loop", arrays, transparent=False)
+
+        return lambda arrays: Staged(body, arrays)
+
+    loop = stage_loop(opened, arrays, carry, set(), running(False), "while_loop")
+    test = running(True)(loop.arrays)
+    for number in test.updates:
+        ref = opened.refs[number]
+        raise StructureError(
+            f"`while_loop`: `cond_fun` writes {describe(ref._name, ref._collection)}. It "
+            "may only read, because it runs once more than `body_fun` does. Write the ref "
+            "in `body_fun`."
+        )
+    return _loop_while(loop, lambda arrays: test(arrays)[0], None)
+
+
+def _loop_while(
+    loop: Loop, test: Callable[[list[Any]], Any], counter: int | None
+) -> Outcome:
+    """`jax.lax.while_loop`, of a step that returns its carry and no more."""
+
+    def with_carry(carry: tuple) -> list[Any]:
+        count, carried = carry
+        arrays = loop.with_carry(carried)
+        if counter is not None:
+            arrays[counter] = count
+        return arrays
+
+    def step(carry: tuple) -> tuple:
+        count = None if counter is None else carry[0] + 1
+        return count, loop.carry_of(loop.staged(with_carry(carry)))
+
+    count = None if counter is None else loop.arrays[counter]
+    _, final = jax.lax.while_loop(
+        lambda carry: test(with_carry(carry)), step, (count, loop.initial())
+    )
+    # A step returns its carry, and then the refs that it wrote: as they are carried.
+    n_out = loop.staged.n_out
+    return Outcome(final[:n_out], final[n_out:], loop.staged.info)
+
+
+def while_loop(
+    cond_fun: Callable[[_T], Any], body_fun: Callable[[_T], _T], init_val: _T
+) -> _T:
+    """As `jax.lax.while_loop`, by reference.
+
+    Every ref (in the carry, in the module whose method a function is, in what the functions
+    close over) is carried from step to step. `cond_fun` may read what `body_fun` writes.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        steps = rx.Ref(jnp.array(0))
+
+        def body(val):
+            steps, x = val
+            steps.value += 1
+            return steps, x * 2
+
+        _, x = rx.while_loop(lambda val: val[0].value < 5, body, (steps, 1.0))
+        assert x == 32.0 and steps.value == 5
+        ```
+
+    **Arguments:**
+
+    - `cond_fun`: from the carry to whether there is another step. It may only read refs.
+    - `body_fun`: the step, from the carry to the next: of the same structure, shapes and
+        dtypes, with the same static leaves and the same refs at the same places.
+    - `init_val`: the first carry.
+
+    **Returns:**
+
+    The last carry.
+
+    **Raises:**
+
+    - `StructureError`: if a step changes the structure of the carry, or the shape or dtype
+        of a ref; if `cond_fun` writes a ref.
+    """
+    __tracebackhide__ = True
+    fns = as_callable(cond_fun), as_callable(body_fun)
+    init_val = numbers_to_arrays(init_val)
+
+    def transform(opened: Opened) -> Outcome:
+        __tracebackhide__ = True
+        make = lambda: Program("while_loop", _run_while)
+        return program_of_all(fns, "while_loop", make)(opened)
+
+    args = (*fns, init_val, jnp.asarray(False))
+    return call(_while_step, args, {}, transform)
+
+
+def _fori_step(i: Any, upper: Any, body_fun: Any, val: Any) -> Any:
+    """One step of `fori_loop`, with the arguments of `fori_loop`: `i` is in the place of
+    `lower`."""
+    __tracebackhide__ = True
+    new = numbers_to_arrays(body_fun(i, val))
+    check_carry(val, new, "fori_loop")
+    return new
+
+
+def _run_fori(opened: Opened, arrays: list[Any]) -> Outcome:
+    """A `fori_loop` whose number of steps is not known."""
+    __tracebackhide__ = True
+    _, (lower, *_), (upper, *_), _, carry, _ = bare_parts(opened)
+
+    def stage(arrays: list[Any]) -> Staged:
+        __tracebackhide__ = True
+        return Staged(
+            lambda arrays: opened.run("fori_loop", arrays, transparent=False), arrays
+        )
+
+    loop = stage_loop(opened, arrays, carry, set(), stage, "fori_loop")
+    return _loop_while(loop, lambda arrays: arrays[lower] < arrays[upper], lower)
+
+
+def fori_loop(
+    lower: Any,
+    upper: Any,
+    body_fun: Callable[[Any, _T], _T],
+    init_val: _T,
+    *,
+    unroll: int | bool | None = None,
+) -> _T:
+    """As `jax.lax.fori_loop`, by reference.
+
+    Every ref (in the carry, in the module whose method `body_fun` is, in what it closes
+    over) is carried from step to step.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        total = rx.Ref(jnp.array(0))
+
+        def body(i, total):
+            total.value += i
+            return total
+
+        assert rx.fori_loop(0, 5, body, total) is total
+        assert total.value == 10
+        ```
+
+    **Arguments:**
+
+    - `lower`, `upper`: the first `i`, and the one after the last. If neither is traced, the
+        loop may be differentiated in reverse mode, as in JAX.
+    - `body_fun`: the step, from `(i, carry)` to the next carry: of the same structure,
+        shapes and dtypes, with the same static leaves and the same refs at the same places.
+    - `init_val`: the first carry.
+    - `unroll`: as in `jax.lax.fori_loop`.
+
+    **Returns:**
+
+    The last carry.
+
+    **Raises:**
+
+    - `StructureError`: if a step changes the structure of the carry, or the shape or dtype
+        of a ref.
+    - `ValueError`: if `unroll` is given and `lower` or `upper` is traced.
+    """
+    __tracebackhide__ = True
+    body_fun, init_val = as_callable(body_fun), numbers_to_arrays(init_val)
+    is_known = not (_trace.is_tracer(lower) or _trace.is_tracer(upper))
+    length = max(int(upper) - int(lower), 0) if is_known else None
+    if unroll is not None and length is None:
+        raise ValueError(
+            "`fori_loop`: `unroll` needs a number of steps that is known: here `lower` or "
+            "`upper` is traced. Leave out `unroll`."
+        )
+    lower, upper = _same_dtype(lower, upper)
+
+    def run(opened: Opened, arrays: list[Any]) -> Outcome:
+        __tracebackhide__ = True
+        if length is None:
+            return _run_fori(opened, arrays)
+        (i, *_), carry = bare_parts(opened)[1], bare_parts(opened)[4]
+        axes = Axes((None,) * len(arrays), ())
+        every = 1 if unroll is None else unroll
+        return run_scan(
+            opened, arrays, axes, carry, length, "fori_loop", unroll=every, counter=i
+        )
+
+    def transform(opened: Opened) -> Outcome:
+        __tracebackhide__ = True
+        key = ("fori_loop", length, type(unroll), unroll)
+        return program_of(body_fun, key, lambda: Program("fori_loop", run))(opened)
+
+    return call(_fori_step, (lower, upper, body_fun, init_val), {}, transform)
+
+
+def _same_dtype(lower: Any, upper: Any) -> tuple[jax.Array, jax.Array]:
+    lower, upper = jnp.asarray(lower), jnp.asarray(upper)
+    if lower.dtype == upper.dtype and lower.weak_type == upper.weak_type:
+        return lower, upper
+    dtype = jnp.result_type(lower, upper)
+    return lower.astype(dtype), upper.astype(dtype)

@@ -1,0 +1,166 @@
+"""`map`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+
+from .. import _trace
+from .._functionalize import call, n_arrays, Opened, Outcome
+from ._axes import Axes, call_axes, ref_axis
+from ._program import Program, program_of
+from ._scan import n_steps, run_scan
+from ._staged import as_callable, numbers_to_arrays
+from ._vmap import vmapped
+
+
+_trace.register_exclusion(__file__)
+
+
+def _map_step(f: Any, xs: Any) -> Any:
+    """One step of `map`, with the arguments of `map`."""
+    __tracebackhide__ = True
+    return numbers_to_arrays(f(xs))
+
+
+def _map_in_batches(
+    opened: Opened, arrays: list[Any], axes: Axes, length: int, batch_size: int
+) -> Outcome:
+    """A scan over batches, each of which is vectorised; and what is left over."""
+    __tracebackhide__ = True
+    mapped = [i for i, axis in enumerate(axes.flat) if axis is not None]
+    leading = Axes(tuple(None if a is None else 0 for a in axes.flat), axes.split)
+    n_batches, n_rest = divmod(length, batch_size)
+    n_full = length - n_rest
+
+    def with_elements(arrays: list[Any], part: Callable[[Any], Any]) -> list[Any]:
+        arrays = list(arrays)
+        for i in mapped:
+            arrays[i] = part(jnp.moveaxis(arrays[i], axes.flat[i] or 0, 0))
+        return arrays
+
+    def one_batch(arrays: list[Any], number: Any) -> Outcome:
+        __tracebackhide__ = True
+        lanes = None if number is None else number * batch_size + jnp.arange(batch_size)
+        return vmapped(opened, arrays, leading, "map", lanes=lanes, transparent=False)
+
+    def in_batches(x: Any) -> Any:
+        return x[:n_full].reshape(n_batches, batch_size, *x.shape[1:])
+
+    def as_elements(x: Any) -> Any:
+        return x.reshape(n_full, *x.shape[2:])
+
+    def is_stacked(number: int) -> bool:
+        return ref_axis(opened, axes.flat, number) is not None
+
+    results = []
+    if n_batches:
+        batches = with_elements(arrays, in_batches)
+        outcome = run_scan(
+            opened, batches, leading, range(0), n_batches, "map", run=one_batch
+        )
+        updates = _by_ref(outcome)
+        for number, new in updates.items():
+            if is_stacked(number):
+                updates[number] = [as_elements(x) for x in new]
+            else:
+                arrays = list(arrays)
+                arrays[slice(*opened.spans[number])] = new
+        results.append((outcome.info, [as_elements(x) for x in outcome.out], updates))
+    if n_rest:
+        lanes = jnp.arange(n_full, length)
+        rest = with_elements(arrays, lambda x: x[n_full:])
+        outcome = vmapped(opened, rest, leading, "map", lanes=lanes, transparent=False)
+        results.append((outcome.info, outcome.out, _by_ref(outcome)))
+
+    # Batches and rest run one function on elements of one shape, so both do the same.
+    (info, out, updates), *others = results
+    for _, more_out, more_updates in others:
+        out = [jnp.concatenate(both) for both in zip(out, more_out)]
+        for number, new in more_updates.items():
+            if is_stacked(number):
+                new = [jnp.concatenate(both) for both in zip(updates[number], new)]
+            updates[number] = new
+    flat_updates = []
+    for number, _ in info.written:
+        axis = ref_axis(opened, axes.flat, number) or 0
+        flat_updates += [
+            jnp.moveaxis(x, 0, axis) if is_stacked(number) else x
+            for x in updates[number]
+        ]
+    return Outcome(out, flat_updates, info)
+
+
+def _by_ref(outcome: Outcome) -> dict[int, list[Any]]:
+    """The arrays of each ref that was written, by its number."""
+    arrays = iter(outcome.updates)
+    return {
+        number: [next(arrays) for _ in range(n_arrays(inside))]
+        for number, inside in outcome.info.written
+    }
+
+
+def map(
+    f: Callable[[Any], Any],
+    xs: Any,
+    *,
+    batch_size: int | None = None,
+    in_axes: Any = eqx.if_array(0),
+) -> Any:
+    """As `jax.lax.map`, by reference: [`refx_eqx.scan`][] without a carry.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        counts = rx.Ref(jnp.zeros(3), "counts")
+
+        def f(x):
+            counts, x = x
+            counts.value += x
+            return 2 * x
+
+        out = rx.map(f, (counts, jnp.arange(3.0)))
+        assert out.tolist() == [0.0, 2.0, 4.0]
+        assert counts.value.tolist() == [0.0, 1.0, 2.0]
+        ```
+
+    **Arguments:**
+
+    - `f`: a function of one element. A ref that is not sliced is carried from one element
+        to the next.
+    - `xs`: what is sliced.
+    - `batch_size`: so many elements are vectorised at a time, as with
+        [`refx_eqx.filter_vmap`][]: within a batch, a ref that is not sliced can be written
+        with one value only.
+    - `in_axes`: as for [`refx_eqx.scan`][].
+
+    **Returns:**
+
+    The stacked results, as those of [`refx_eqx.scan`][].
+
+    **Raises:**
+
+    As [`refx_eqx.scan`][]; and as [`refx_eqx.filter_vmap`][] with `batch_size`.
+    """
+    __tracebackhide__ = True
+    f = as_callable(f)
+
+    def transform(opened: Opened) -> Outcome:
+        __tracebackhide__ = True
+        axes = call_axes(opened, (f, xs), (None, in_axes), "map")
+        n = n_steps(opened.arrays, axes, None, "map")
+
+        def run(opened: Opened, arrays: list[Any]) -> Outcome:
+            __tracebackhide__ = True
+            if batch_size is None or n == 0:
+                return run_scan(opened, arrays, axes, range(0), n, "map")
+            return _map_in_batches(opened, arrays, axes, n, batch_size)
+
+        key = ("map", axes, n, batch_size)
+        return program_of(f, key, lambda: Program("map", run))(opened)
+
+    return call(_map_step, (f, xs), {}, transform)

@@ -1,0 +1,268 @@
+"""`scan`, and the loop that `map` and `fori_loop` are made of too."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from .. import _trace
+from .._functionalize import call, name_of, Opened, Outcome
+from ._axes import Axes, call_axes, ref_axis
+from ._lanes import split_keys
+from ._program import Program, program_of
+from ._staged import (
+    as_callable,
+    bare_parts,
+    check_carry,
+    kind_of,
+    numbers_to_arrays,
+    stage_loop,
+    Staged,
+)
+
+
+_trace.register_exclusion(__file__)
+
+_Carry = TypeVar("_Carry")
+
+
+def _step(f: Any, carry: Any, x: Any) -> tuple[Any, Any]:
+    """One step of `scan`, with the arguments of `scan`."""
+    __tracebackhide__ = True
+    out = f(carry, x)
+    if not isinstance(out, tuple) or len(out) != 2:
+        raise TypeError(
+            f"`scan`: `{name_of(f)}` must return a pair `(carry, y)`, and it returned "
+            f"{eqx.tree_pformat(out)}."
+        )
+    new, y = numbers_to_arrays(out)
+    check_carry(carry, new, "scan")
+    return new, y
+
+
+def run_scan(
+    opened: Opened,
+    arrays: list[Any],
+    axes: Axes,
+    bare: range,
+    length: int,
+    name: str,
+    *,
+    reverse: bool = False,
+    unroll: int | bool = 1,
+    counter: int | None = None,
+    run: Callable[[list[Any], Any], Outcome] | None = None,
+) -> Outcome:
+    """`jax.lax.scan` of an opened call.
+
+    **Arguments:**
+
+    - `arrays`: the flat arrays of the call. They are sliced along `axes.flat`.
+    - `bare`: which of them are the carry. A step returns them first.
+    - `counter`: which of them counts the steps, if any.
+    - `run`: one step, from arrays and its number (`None` if nothing is split by step).
+    """
+    __tracebackhide__ = True
+    mapped = [i for i, axis in enumerate(axes.flat) if axis is not None]
+    sliced = {
+        number
+        for number in range(len(opened.refs))
+        if ref_axis(opened, axes.flat, number) is not None
+    }
+    xs = [jnp.moveaxis(arrays[i], axes.flat[i] or 0, 0) for i in mapped]
+    if axes.split:
+        xs.append(jnp.arange(length))
+
+    def with_slices(arrays: list[Any], x: list[Any]) -> list[Any]:
+        arrays = list(arrays)
+        for i, part in zip(mapped, x):
+            arrays[i] = part
+        # The number of the step comes last.
+        return arrays + list(x[len(mapped) :])
+
+    def body(arrays: list[Any]) -> Outcome:
+        __tracebackhide__ = True
+        n = len(axes.flat)
+        mine, number = arrays[:n], arrays[n] if axes.split else None
+        if run is not None:
+            return run(mine, number)
+        mine = split_keys(opened, axes.split, mine, number)
+        return opened.run(name, mine, transparent=False)
+
+    def stage(arrays: list[Any]) -> Staged:
+        __tracebackhide__ = True
+        return Staged(body, with_slices(arrays, [_first(x) for x in xs]))
+
+    loop = stage_loop(opened, arrays, bare, sliced, stage, name)
+    carried = set(loop.outputs)
+    stacked = [i for i in range(len(loop.staged.avals)) if i not in carried]
+
+    def step(carry: tuple, x: list[Any]) -> tuple[tuple, list[Any]]:
+        count, carried = carry
+        arrays = loop.with_carry(carried)
+        if counter is not None:
+            arrays[counter] = count
+            count = count + 1
+        flat = loop.staged(with_slices(arrays, x))
+        return (count, loop.carry_of(flat)), [flat[i] for i in stacked]
+
+    count = None if counter is None else loop.arrays[counter]
+    (_, final), ys = jax.lax.scan(
+        step, (count, loop.initial()), xs, length, reverse=reverse, unroll=unroll
+    )
+
+    flat: list[Any] = [None] * len(loop.staged.avals)
+    for i, x in zip([*loop.outputs, *stacked], [*final, *ys]):
+        flat[i] = x
+    for number, (_, places) in loop.staged.updates.items():
+        if number in sliced:
+            axis = ref_axis(opened, axes.flat, number) or 0
+            for i in places:
+                flat[i] = jnp.moveaxis(flat[i], 0, axis)
+    n_out = loop.staged.n_out
+    return Outcome(flat[:n_out], flat[n_out:], loop.staged.info)
+
+
+def _first(x: Any) -> jax.ShapeDtypeStruct:
+    """What a slice of `x` along the leading axis is."""
+    kind = kind_of(jax.typeof(x))
+    return jax.ShapeDtypeStruct(kind.shape[1:], kind.dtype, weak_type=kind.weak)
+
+
+def n_steps(arrays: list[Any], axes: Axes, length: int | None, name: str) -> int:
+    for x, axis in zip(arrays, axes.flat):
+        if axis is not None:
+            size = jnp.shape(x)[axis]
+            if length is not None and length != size:
+                raise ValueError(
+                    f"`{name}` got length={length}, which disagrees with the size {size} "
+                    "of the axis of `xs` that it slices. Leave out `length`."
+                )
+            return size
+    if length is None:
+        raise ValueError(
+            f"`{name}`: `xs` has nothing to slice, so the number of steps is not known. "
+            "Give `length`."
+        )
+    return int(length)
+
+
+def scan(
+    f: Callable[[_Carry, Any], tuple[_Carry, Any]],
+    init: _Carry,
+    xs: Any = None,
+    length: int | None = None,
+    reverse: bool = False,
+    unroll: int | bool = 1,
+    *,
+    in_axes: Any = eqx.if_array(0),
+) -> tuple[_Carry, Any]:
+    """As `jax.lax.scan`, by reference.
+
+    A ref in `xs` is sliced, as an array is: a step sees its own slice, and what it writes
+    is stacked back. Every other ref (in the carry, in the module whose method `f` is, in
+    what `f` closes over) is carried from step to step, and comes out as the last step left
+    it. A ref that is only read costs nothing.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        total = rx.Ref(jnp.array(0.0))
+
+        def step(carry, x):
+            total, product = carry
+            total.value += x
+            return (total, product * x), total.value
+
+        (_, product), ys = rx.scan(step, (total, 1.0), jnp.array([1.0, 2.0, 3.0]))
+        assert product == 6.0 and total.value == 6.0
+        assert ys.tolist() == [1.0, 3.0, 6.0]
+        ```
+
+    A stack of layers, as [`refx_eqx.filter_vmap`][] makes it, is run in one line. What all
+    layers share is not stacked, so it is not sliced: `in_axes` says so.
+
+    !!! Example
+
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import jax.random as jr
+        import refx_eqx as rx
+
+        class Layer(rx.Module):
+            own: rx.Param[jax.Array]
+            shared: rx.Param[jax.Array]
+
+            def __call__(self, x):
+                return x + jnp.tanh(self.own[...] @ x) * self.shared[...]
+
+        shared = rx.Ref(jnp.ones(3), "params")
+        make = lambda key, shared: Layer(jr.normal(key, (3, 3)), shared)
+        layers = rx.filter_vmap(make, in_axes=(0, None))(jr.split(jr.key(0), 4), shared)
+
+        def forward(layers, x):
+            return rx.scan(
+                lambda x, layer: (layer(x), None),
+                x,
+                layers,
+                in_axes=rx.axes({rx.path("shared"): None}, default=0),
+            )[0]
+
+        grads = rx.filter_grad(lambda layers, x: jnp.sum(forward(layers, x)))(
+            layers, jnp.ones(3)
+        )
+        assert grads.own.value.shape == (4, 3, 3)
+        assert grads.shared.value.shape == (3,)  # the sum over the layers
+        ```
+
+    A ref of collection `"rng"` that is not sliced is split by step: a step sees the key
+    with its own number folded in.
+
+    **Arguments:**
+
+    - `f`: the step, from `(carry, x)` to `(carry, y)`. The new carry has the structure, the
+        shapes and the dtypes of the old one, the same static leaves, and the same refs at
+        the same places. Python numbers in the carry are traced, as in JAX; those in a
+        module are static, as in Equinox.
+    - `init`: the first carry.
+    - `xs`: what is sliced.
+    - `length`: the number of steps; needed only if nothing is sliced.
+    - `reverse`, `unroll`: as in `jax.lax.scan`.
+    - `in_axes`: a prefix of `xs`, as for [`refx_eqx.filter_vmap`][]: along which axis each
+        array is sliced, `None` for not at all. By default all are, along the leading one.
+
+    **Returns:**
+
+    The last carry, and the stacked `y`. New refs in `y` come out stacked; refs of the
+    caller that are in the carry or in `y` are the caller's own.
+
+    **Raises:**
+
+    - `StructureError`: if a step changes the structure of the carry, or the shape or dtype
+        of a ref that is carried; if one ref is both sliced and carried; if sizes differ.
+    """
+    __tracebackhide__ = True
+    f, init = as_callable(f), numbers_to_arrays(init)
+
+    def transform(opened: Opened) -> Outcome:
+        __tracebackhide__ = True
+        axes = call_axes(opened, (f, init, xs), (None, None, in_axes), "scan")
+        n = n_steps(opened.arrays, axes, length, "scan")
+
+        def run(opened: Opened, arrays: list[Any]) -> Outcome:
+            __tracebackhide__ = True
+            bare = bare_parts(opened)[2]
+            return run_scan(
+                opened, arrays, axes, bare, n, "scan", reverse=reverse, unroll=unroll
+            )
+
+        key = ("scan", axes, n, bool(reverse), type(unroll), unroll)
+        return program_of(f, key, lambda: Program("scan", run))(opened)
+
+    return call(_step, (f, init, xs), {}, transform)
