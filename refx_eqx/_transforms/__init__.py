@@ -8,6 +8,14 @@ from ._autodiff import (
 from ._axes import axes as axes
 from ._branches import cond as cond, switch as switch
 from ._checkpoint import filter_checkpoint as filter_checkpoint
+from ._derivatives import (
+    filter_hessian as filter_hessian,
+    filter_jacfwd as filter_jacfwd,
+    filter_jacrev as filter_jacrev,
+    filter_jvp as filter_jvp,
+    filter_linearize as filter_linearize,
+    filter_vjp as filter_vjp,
+)
 from ._eval_shape import filter_eval_shape as filter_eval_shape
 from ._jit import filter_jit as filter_jit
 from ._lift import lift as lift

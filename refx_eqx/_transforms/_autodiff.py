@@ -6,14 +6,17 @@ from typing import Any, Concatenate, Literal, overload, ParamSpec, TypeVar
 
 import equinox as eqx
 import jax
-import jax.tree_util as jtu
 
 from .. import _trace
-from .._deref import deref
-from .._errors import StructureError
-from .._filters import choose, leaves_with_paths
-from .._functionalize import call, DYNAMIC, Lifted, name_of, Opened, Outcome
-from .._ref import Index, is_opened, Ref, Value
+from .._functionalize import call, DYNAMIC, Lifted, Opened, Outcome
+from ._layout import (
+    differentiable,
+    first_of,
+    layout_of_first,
+    nothing_to_differentiate,
+    replaced,
+    Sparse,
+)
 
 
 _trace.register_exclusion(__file__)
@@ -22,81 +25,6 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _Tree = TypeVar("_Tree", bound=Any)
 _Aux = TypeVar("_Aux")
-
-
-class Differentiated:
-    """Which arrays of a call are differentiated: the inexact ones of its first argument.
-
-    - `positions`: where they are among the flat arrays of the call;
-    - `rebuild`: from one result for each, the tree of the derefed first argument.
-    """
-
-    def __init__(self, opened: Opened, first: Any, wrt: Any):
-        pairs, self._treedef = leaves_with_paths(first)
-        leaves = [leaf for _, leaf in pairs]
-        wanted = [0] * len(leaves)
-        if wrt is not None:
-            wanted = choose([path for path, _ in pairs], leaves, (wrt,))
-        numbers = {id(ref): i for i, ref in enumerate(opened.refs)}
-        # The bare arrays of the callable come first, then those of the first argument.
-        n_before = opened.structure.codes[: opened.structure.sizes[0]].count(DYNAMIC)
-        self._nodes, _ = jtu.tree_flatten(deref(first), is_leaf=is_opened)
-        self._places: list[Any] = []
-        self.positions: list[int] = []
-        for leaf, node, answer in zip(leaves, self._nodes, wanted):
-            if isinstance(leaf, Ref):
-                start, stop = opened.spans[numbers[id(leaf)]]
-                if isinstance(node, Index):
-                    start = stop
-            elif eqx.is_array(leaf):
-                start, stop = n_before, n_before + 1
-                n_before += 1
-            else:
-                start = stop = 0
-            places = []
-            for position in range(start, stop):
-                if answer == 0 and eqx.is_inexact_array(opened.arrays[position]):
-                    places.append(len(self.positions))
-                    self.positions.append(position)
-                else:
-                    places.append(None)
-            self._places.append(places)
-
-    def apart(self, arrays: list[Any]) -> list[Any]:
-        return [arrays[i] for i in self.positions]
-
-    def together(self, arrays: list[Any], diff: list[Any]) -> list[Any]:
-        arrays = list(arrays)
-        for i, x in zip(self.positions, diff):
-            arrays[i] = x
-        return arrays
-
-    def rebuild(self, results: list[Any]) -> Any:
-        leaves = []
-        for node, places in zip(self._nodes, self._places):
-            found = iter([None if i is None else results[i] for i in places])
-            if isinstance(node, Index):
-                leaves.append(node)
-            elif isinstance(node, Value):
-                # The leaves of the value that were not traced have no gradient either.
-                value = jtu.tree_map(
-                    lambda x: next(found) if eqx.is_array_like(x) else None, node.value
-                )
-                leaves.append(
-                    Value(value, node.index, node.collection, node.ref_type, node.note)
-                )
-            else:
-                leaves.append(next(found, None))
-        return jtu.tree_unflatten(self._treedef, leaves)
-
-
-def require_first(args: tuple, name: str) -> Any:
-    if not args:
-        raise TypeError(
-            f"`{name}` differentiates the first argument, which must be passed by "
-            "position: none was given."
-        )
-    return args[0]
 
 
 class _ValueAndGrad(Lifted):
@@ -108,32 +36,27 @@ class _ValueAndGrad(Lifted):
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
         name, options = self.transform_name, self.options
-        first = require_first(args, name)
+        first = first_of(args, name)
         found: dict[str, Any] = {}
 
         def transform(opened: Opened) -> Outcome:
             __tracebackhide__ = True
-            diff = Differentiated(opened, first, options["wrt"])
-            if not diff.positions:
-                raise StructureError(
-                    f"`{name}` found nothing to differentiate in the first argument of "
-                    f"`{name_of(self.__wrapped__)}`"
-                    + ("" if options["wrt"] is None else f" for wrt={options['wrt']!r}")
-                    + ": it differentiates floating-point and complex arrays, in refs and "
-                    "beside them. Pass what is to be differentiated first; a filter that "
-                    "is a predicate is called with the ref, not with its value."
-                )
+            wrt = options["wrt"]
+            layout = layout_of_first(opened)
+            positions = differentiable(opened, layout, first, wrt)
+            if not positions:
+                raise nothing_to_differentiate(name, self.__wrapped__, wrt)
 
             def differentiated(arrays: list[Any]) -> tuple[Any, Outcome]:
                 __tracebackhide__ = True
-                outcome = opened.run(name, diff.together(opened.arrays, arrays))
+                outcome = opened.run(name, replaced(opened.arrays, positions, arrays))
                 return _scalar(outcome, options["has_aux"], name), outcome
 
             value_and_grad = jax.value_and_grad(
                 differentiated, has_aux=True, **options["gradkwargs"]
             )
-            (_, outcome), grads = value_and_grad(diff.apart(opened.arrays))
-            found["grads"] = diff.rebuild(grads)
+            (_, outcome), grads = value_and_grad([opened.arrays[i] for i in positions])
+            found["grads"] = layout.fill(Sparse(zip(positions, grads)))
             return outcome
 
         out = call(self.__wrapped__, args, kwargs, transform)
