@@ -222,9 +222,9 @@ class Ref(Generic[_T]):
         _refuse_as_array(self)
 
     def __jax_array__(self) -> Any:
-        # Without it `eqx.tree_serialise_leaves` leaves a ref out, and says nothing.
-        __tracebackhide__ = True
-        _refuse_as_array(self)
+        # Without it `eqx.tree_serialise_leaves` leaves a ref out, and says nothing. JAX
+        # refuses what it gets; Equinox asks this of every field that is `init=False`.
+        return self
 
     def __repr__(self) -> str:
         return eqx.tree_pformat(self)
