@@ -2,6 +2,8 @@
 
 import importlib.metadata
 
+from ._batched import Batched as Batched
+from ._config import config as config
 from ._deref import (
     as_refs as as_refs,
     clone as clone,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from . import _trace
+from ._declaration import check_rebuilt
 from ._errors import CollectionError, describe, StructureError
 from ._ref import (
     check_value,
@@ -199,16 +200,10 @@ def reref(tree: _T) -> _T:
 
 
 def _close(node: Value) -> Ref:
+    __tracebackhide__ = True
     ref = make_ref(node.ref_type, node.value, node.collection, node.note)
-    if ref._declared is not None and _holds_data(node.value):
-        check_value(ref, node.value)
+    check_rebuilt(ref)
     return ref
-
-
-def _holds_data(value: Any) -> bool:
-    """Whether this is a value, not what a transform or a filter put in its place."""
-    leaves = jtu.tree_leaves(value)
-    return bool(leaves) and all(eqx.is_array(x) for x in leaves)
 
 
 def _resolve(tree: Any, node: Value | Index, refs: dict[int, Ref]) -> Ref:
@@ -458,11 +453,12 @@ def update_refs(target: Any, source: Any) -> None:
 def write_all(updates: list[tuple[Ref, Any]]) -> None:
     """Writes all, or nothing: every check comes before the first write."""
     __tracebackhide__ = True
+    checked = []
     for ref, value in updates:
         check_writable(ref)
-        check_value(ref, value)
+        checked.append((ref, check_value(ref, value)))
     with commits.lock:
-        commits.store(updates)
+        commits.store(checked)
 
 
 def _check_collection(ref: Ref, new: Ref | Value | Index, path: tuple) -> None:

@@ -10,14 +10,20 @@ import dataclasses
 import inspect
 import sys
 import types
-from collections.abc import Callable, Hashable
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, get_args, get_origin, TypeVar, Union
 
 import equinox as eqx
+import jaxtyping
 
 from . import _trace
-from ._errors import CollectionError, describe
-from ._ref import commits, Ref
+from ._axis_names import scope
+from ._batched import BatchedHint
+from ._config import config
+from ._declaration import check_new, Declaration, DeclaredType
+from ._errors import CollectionError, describe, RefTypeError
+from ._ref import commits, declare, Ref
 from ._typing import OpenRefHint, RefHint, split_hint
 
 
@@ -68,71 +74,138 @@ Cache = Annotated[Ref[_T], Collection("cache")]
 
 
 class RefSpec:
-    """What a field declares of its ref. As a converter, it makes the ref."""
+    """What a field declares of its refs. As a converter, it makes them."""
 
     def __init__(self, collection: Any, converter: Callable[[Any], Any] | None):
         self.collection = collection
         self.converter = converter
-        self.is_ref_field = collection is not _UNSET
-        self.ref_type: type[Ref] = Ref
-        self.value_hint: Any = Any
-        self.optional = False
+        # One ref, or a container of them; `None` for a field that holds none.
+        self.declared: Declared | Container | None = None
+        self.declared_types: tuple[DeclaredType, ...] = ()
         self.owner_name = ""
         self.field_name = ""
+        # An `rx.Module` checks all its fields together, so that they share axis names.
+        self.checked_by_module = False
+
+    @property
+    def is_ref_field(self) -> bool:
+        return self.declared is not None
 
     def bind(self, owner: type, name: str, annotation: Any) -> None:
         """Takes what the annotation of the field says, once its class is known."""
         self.owner_name, self.field_name = owner.__name__, name
         declared = read_annotation(annotation)
-        if declared is not None:
-            self.is_ref_field = True
-            self.ref_type = declared.ref_type
-            self.value_hint = declared.value_hint
-            self.optional = declared.optional
-            if self.collection is _UNSET:
-                self.collection = declared.collection
-            elif declared.collection not in (None, self.collection):
+        if declared is None and self.collection is not _UNSET:
+            declared = Declared(Ref, Any, None, False)
+        types_found: list[DeclaredType] = []
+        self.declared = self._bind(declared, owner, types_found)
+        self.declared_types = tuple(types_found)
+
+    def _bind(self, declared: Any, owner: type, types_found: list) -> Any:
+        """The same, with the collection of the field, and each ref with its type."""
+        if isinstance(declared, Container):
+            items = [self._bind(item, owner, types_found) for item in declared.items]
+            return dataclasses.replace(declared, items=tuple(items))
+        if declared is None:
+            return None
+        collection = declared.collection
+        if self.collection is not _UNSET:
+            if collection not in (None, self.collection):
                 raise CollectionError(
-                    f"The field `{owner.__name__}.{name}` is annotated with collection "
-                    f"{declared.collection!r} and `rx.field` says "
+                    f"The field `{owner.__name__}.{self.field_name}` is annotated with "
+                    f"collection {collection!r} and `rx.field` says "
                     f"{self.collection!r}. Say it once."
                 )
-        if self.collection is _UNSET:
-            self.collection = None
+            collection = self.collection
+        number, hint = len(types_found), declared.value_hint
+        types_found.append(DeclaredType(owner, self.field_name, number, hint))
+        return dataclasses.replace(
+            declared, collection=collection, type=types_found[-1]
+        )
 
     def __call__(self, value: Any) -> Any:
-        return self.convert(value, self.owner_name)
+        """The converter of a bare `equinox.Module`, which has no other hook: each ref is
+        checked by itself, so axis names are shared within one annotation."""
+        __tracebackhide__ = True
+        value = self.convert(value, self.owner_name)
+        if self.is_ref_field and not self.checked_by_module and config.check_types:
+            for ref, where, declared in self.refs_in(value, self.owner_name):
+                with scope():
+                    check_declared(ref, where, declared)
+                    names = declared.type.names()
+                declare(ref, Declaration(declared.type, names))
+        return value
 
     def convert(self, value: Any, owner_name: str) -> Any:
-        """A ref for `value`; or `value` itself, if it is a ref, or `None` for optional."""
+        """What the field is to hold: a ref in place of each value that is declared one."""
         __tracebackhide__ = True
-        if not self.is_ref_field:
+        if self.declared is None:
             return value if self.converter is None else self.converter(value)
+        if self.converter is not None and not isinstance(value, Ref):
+            if value is not None or not self.declared.optional:
+                value = self.converter(value)
         name = f"{owner_name}.{self.field_name}"
-        if isinstance(value, Ref):
-            self._adopt(value, name)
-            return value
-        if value is None and self.optional:
-            return None
-        if self.converter is not None:
-            value = self.converter(value)
-        ref = self.ref_type(value, self.collection)
-        ref._name = name
-        return ref
+        return map_declared(_as_ref, self.declared, value, name)
 
-    def _adopt(self, ref: Ref, name: str) -> None:
-        __tracebackhide__ = True
-        if ref._collection is None:
-            ref._collection = self.collection
-            commits.irregular += 1
-        elif self.collection is not None and ref._collection != self.collection:
-            raise CollectionError(
-                f"The field `{name}` is of collection {self.collection!r}, and was given "
-                f"{describe(ref._name, ref._collection)}. Give it a ref of that "
-                "collection, or pass the value (`ref.value`) to make a ref of its own."
-            )
-        if ref._name is None:
-            ref._name = name
+    def refs_in(self, value: Any, owner_name: str) -> list[tuple[Any, str, "Declared"]]:
+        """What `value` has at each place that is declared a ref: the ref, where it is, and
+        what is declared of it."""
+        found: list[tuple[Any, str, Declared]] = []
+
+        def visit(declared: Declared, ref: Any, where: str) -> Any:
+            found.append((ref, where, declared))
+            return ref
+
+        name = f"{owner_name}.{self.field_name}"
+        map_declared(visit, self.declared, value, name)
+        return found
+
+
+def _as_ref(declared: "Declared", value: Any, name: str) -> Ref:
+    """A new ref for `value`; or `value` itself, if it is a ref."""
+    __tracebackhide__ = True
+    if isinstance(value, Ref):
+        _adopt(value, declared.collection, name)
+        return value
+    ref = declared.ref_type(value, declared.collection)
+    ref._name = name
+    return ref
+
+
+def _adopt(ref: Ref, collection: Hashable, name: str) -> None:
+    __tracebackhide__ = True
+    if ref._collection is None:
+        ref._collection = collection
+        commits.irregular += 1
+    elif collection is not None and ref._collection != collection:
+        raise CollectionError(
+            f"The field `{name}` is of collection {collection!r}, and was given "
+            f"{describe(ref._name, ref._collection)}. Give it a ref of that "
+            "collection, or pass the value (`ref.value`) to make a ref of its own."
+        )
+    if ref._name is None:
+        ref._name = name
+
+
+def check_declared(ref: Any, where: str, declared: "Declared") -> None:
+    """That there is a ref of the declared class at this place, with a value of its type.
+    Binds axis names in the running scope.
+
+    **Raises:**
+
+    - `RefTypeError`: if not.
+    """
+    __tracebackhide__ = True
+    if not isinstance(ref, declared.ref_type):
+        raise RefTypeError(
+            f"`{where}` is declared a `{declared.ref_type.__name__}`, and there is "
+            f"{eqx.tree_pformat(ref)}. Put `rx.Ref(value)` there, or assign the whole "
+            "field, which makes a ref of each value."
+        )
+    value = check_new(where, ref._collection, declared.type, ref._value)
+    if value is not ref._value:
+        with commits.lock:
+            commits.store(((ref, value),))
 
 
 class RefField(dataclasses.Field):
@@ -207,18 +280,41 @@ def ref_field(plain: dataclasses.Field, spec: RefSpec) -> RefField:
     return RefField(**arguments)
 
 
+_plain_hints: weakref.WeakKeyDictionary[type, dict[str, Any]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def plain_hints(cls: type) -> dict[str, Any]:
+    """The types of the fields without refs, as far as they can be checked: arrays of
+    jaxtyping, and stacks."""
+    hints: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        hints.update(_plain_hints.get(base, {}))
+    return {name: hint for name, hint in hints.items() if _is_checkable(hint)}
+
+
+def _is_checkable(hint: Any) -> bool:
+    if isinstance(hint, BatchedHint):
+        return True
+    return isinstance(hint, type(jaxtyping.AbstractArray))
+
+
 def declare_ref_fields(cls: type) -> None:
     """Gives every field of `cls` that is annotated as a ref its `RefSpec`.
 
     For the class body `weight: rx.Param[Array]` this is as if it had said
     `weight: rx.Param[Array] = rx.field()`.
     """
+    hints = _plain_hints[cls] = {}
     for name, annotation in inspect.get_annotations(cls).items():
         default = cls.__dict__.get(name, dataclasses.MISSING)
         if isinstance(default, RefField):
+            default.metadata["converter"].checked_by_module = True
             continue
         annotation = resolve_annotation(cls, annotation)
         if read_annotation(annotation) is None:
+            hints[name] = annotation
             continue
         if isinstance(default, dataclasses.Field):
             plain = default
@@ -227,6 +323,7 @@ def declare_ref_fields(cls: type) -> None:
         else:
             plain = eqx.field(default=default)
         spec = RefSpec(_UNSET, plain.metadata.get("converter"))
+        spec.checked_by_module = True
         made = ref_field(plain, spec)
         spec.bind(cls, name, annotation)
         setattr(cls, name, made)
@@ -240,27 +337,105 @@ class Declared:
     value_hint: Any
     collection: Hashable
     optional: bool
+    # Once the class is known that the annotation is in.
+    type: Any = None
 
 
-def read_annotation(annotation: Any) -> Declared | None:
-    """What `annotation` says of a ref; `None` if it does not speak of one."""
+@dataclasses.dataclass(frozen=True)
+class Container:
+    """What an annotation says of a tuple, list or dict that holds refs.
+
+    `items` has one entry for each item of the container, or only one for all of them.
+    """
+
+    kind: type
+    items: tuple["Declared | Container | None", ...]
+    is_same_for_all: bool
+    optional: bool
+
+
+def map_declared(
+    fn: Callable[[Declared, Any, str], Any],
+    declared: Declared | Container | None,
+    value: Any,
+    where: str,
+) -> Any:
+    """`value` with `fn(declared, x, where)` in place of each `x` that is declared a ref.
+
+    The same object, if nothing in it changes.
+
+    **Raises:**
+
+    - `RefTypeError`: if a container is of another kind, or has another number of items.
+    """
+    __tracebackhide__ = True
+    if declared is None or (value is None and declared.optional):
+        return value
+    if isinstance(declared, Declared):
+        return fn(declared, value, where)
+    _check_container(declared, value, where)
+    keys = list(value) if isinstance(value, Mapping) else range(len(value))
+    items = declared.items * len(keys) if declared.is_same_for_all else declared.items
+    new = {
+        key: map_declared(fn, item, value[key], f"{where}[{key!r}]")
+        for key, item in zip(keys, items)
+    }
+    if all(new[key] is value[key] for key in keys):
+        return value
+    if isinstance(value, Mapping):
+        return type(value)(new)  # type: ignore[call-arg]
+    if hasattr(value, "_fields"):  # a named tuple
+        return type(value)(*new.values())
+    return type(value)(new.values())
+
+
+def _check_container(declared: Container, value: Any, where: str) -> None:
+    __tracebackhide__ = True
+    n = len(declared.items)
+    if not isinstance(value, declared.kind):
+        expected = f"a {declared.kind.__name__}"
+    elif not declared.is_same_for_all and len(value) != n:
+        expected = f"a {declared.kind.__name__} of {n} items"
+    else:
+        return
+    raise RefTypeError(
+        f"`{where}` is declared {expected}, and cannot hold {eqx.tree_pformat(value)}. "
+        "Assign what is declared, or declare what is assigned."
+    )
+
+
+def read_annotation(annotation: Any) -> Declared | Container | None:
+    """What `annotation` says of refs; `None` if it does not speak of any."""
     hint, metadata = split_hint(annotation)
-    if get_origin(hint) in (Union, types.UnionType):
-        members = get_args(hint)
-        optional = type(None) in members
-        for member in members:
-            declared = read_annotation(member)
-            if declared is not None:
-                return dataclasses.replace(declared, optional=optional)
-        return None
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        found = [read_annotation(member) for member in arguments]
+        first = next((d for d in found if d is not None), None)
+        if first is None:
+            return None
+        return dataclasses.replace(first, optional=type(None) in arguments)
+    if isinstance(origin, type) and issubclass(origin, Sequence | Mapping):
+        return _read_container(origin, arguments)
     collection = next((m.name for m in metadata if isinstance(m, Collection)), None)
-    if isinstance(hint, RefHint):
+    if isinstance(hint, RefHint | OpenRefHint):
         return Declared(hint.ref_type, hint.value_hint, collection, False)
-    if isinstance(hint, OpenRefHint):
-        return Declared(hint.ref_type, Any, collection, False)
     if isinstance(hint, type) and issubclass(hint, Ref):
         return Declared(hint, Any, collection, False)
     return None
+
+
+def _read_container(kind: type, arguments: tuple) -> Container | None:
+    if issubclass(kind, Mapping):
+        arguments, is_same_for_all = arguments[1:], True
+    elif issubclass(kind, tuple):
+        is_same_for_all = arguments[1:] == (Ellipsis,)
+        arguments = arguments[:1] if is_same_for_all else arguments
+    else:
+        is_same_for_all = True
+    items = tuple(map(read_annotation, arguments))
+    if all(item is None for item in items):
+        return None
+    return Container(kind, items, is_same_for_all, False)
 
 
 class _Unknown:

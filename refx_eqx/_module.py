@@ -6,7 +6,10 @@ from typing import Any, dataclass_transform, TYPE_CHECKING
 import equinox as eqx
 
 from . import _trace
+from ._axis_names import bind_in_methods
+from ._config import config
 from ._field import declare_ref_fields, field, RefSpec
+from ._instance import check_instance, names_of_instance
 
 
 _trace.register_exclusion(__file__)
@@ -67,6 +70,12 @@ class Module(eqx.Module, metaclass=_ModuleMeta):
         super().__init_subclass__(**kwargs)
         declare_ref_fields(cls)
 
+    def __check_init__(self) -> None:
+        # The hook of Equinox for what must hold of an instance, called after `__init__`.
+        __tracebackhide__ = True
+        if config.check_types:
+            check_instance(self)
+
     if not TYPE_CHECKING:
 
         def __setattr__(self, name: str, value: Any) -> None:
@@ -88,3 +97,6 @@ class Module(eqx.Module, metaclass=_ModuleMeta):
                     "module, ref)`, which makes a new module."
                 ) from None
             super().__setattr__(name, spec.convert(value, type(self).__name__))
+
+
+bind_in_methods(Module, names_of_instance)

@@ -8,7 +8,7 @@ ref is a `Value` at its first place and an `Index` at every later one.
 import copy
 import threading
 import types
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, Generic, overload, Self, TYPE_CHECKING, TypeVar
 
 import equinox as eqx
@@ -17,6 +17,7 @@ import jax.tree_util as jtu
 from jax import Array
 
 from . import _trace
+from ._declaration import check_write, Declaration
 from ._errors import describe, ImmutableError, StructureError, TraceLevelError
 from ._typing import subscript
 
@@ -109,7 +110,8 @@ class Ref(Generic[_T]):
     _value: Any
     _collection: Hashable
     _name: str | None
-    _declared: Any
+    # What each field that holds the ref declares of it.
+    _declared: tuple[Declaration, ...] | None
     _trace: Any
 
     def __init__(self, value: _T, collection: Hashable = None):
@@ -118,8 +120,7 @@ class Ref(Generic[_T]):
         self._name = None
         self._declared = None
         self._trace = _trace.current_trace_ref()
-        check_value(self, value)
-        self._value = value
+        self._value = check_value(self, value)
 
     def __class_getitem__(cls, hint: Any) -> Any:
         return subscript(cls, hint)
@@ -145,7 +146,7 @@ class Ref(Generic[_T]):
     def value(self, value: _T) -> None:
         __tracebackhide__ = True
         check_writable(self)
-        check_value(self, value)
+        value = check_value(self, value)
         with commits.lock:
             commits.store(((self, value),))
 
@@ -214,7 +215,8 @@ class Ref(Generic[_T]):
         return make_ref(type(self), value, self._collection, note_of(self))
 
     def __reduce__(self):
-        return _unpickle, (type(self), self.value, self._collection, self._name)
+        state = type(self), self.value, self._collection, self._name, self._declared
+        return _unpickle, state
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         # Without it NumPy makes an array of the `Ref` object itself.
@@ -294,8 +296,11 @@ def check_writable(ref: Ref) -> None:
             )
 
 
-def check_value(ref: Ref, value: Any) -> None:
-    """What a value must be to go into `ref`: no ref inside, alive here, of its type."""
+def check_value(ref: Ref, value: Any) -> Any:
+    """What a value must be to go into `ref`: no ref inside, alive here, of its type.
+
+    Returns what to store: a Python scalar becomes an array, if an array is declared.
+    """
     __tracebackhide__ = True
     if type(value) is not _trace.ConcreteArray:
         for leaf in jtu.tree_leaves(value):
@@ -312,8 +317,17 @@ def check_value(ref: Ref, value: Any) -> None:
                     "Cannot mutate ref from different trace level: "
                     f"{describe(ref._name, ref._collection)}: {reason}"
                 )
-    if ref._declared is not None:
-        ref._declared.check(value, ref)
+    return value if ref._declared is None else check_write(ref, value)
+
+
+def declare(ref: Ref, declaration: Declaration) -> None:
+    """From now on `ref` is held to this declaration too: each of the fields that share a
+    ref declares its type."""
+    known = ref._declared or ()
+    if declaration not in known:
+        others = tuple(d for d in known if d.type is not declaration.type)
+        ref._declared = (*others, declaration)
+        commits.irregular += 1
 
 
 class Note:
@@ -359,9 +373,14 @@ def make_ref(ref_type: type[_R], value: Any, collection: Hashable, note: Note) -
 
 
 def _unpickle(
-    ref_type: type, value: Any, collection: Hashable, name: str | None
+    ref_type: type,
+    value: Any,
+    collection: Hashable,
+    name: str | None,
+    declared: tuple[Declaration | None, ...] | None = None,
 ) -> Ref:
-    return make_ref(ref_type, value, collection, Note(name, None))
+    known = tuple(declaration for declaration in declared or () if declaration)
+    return make_ref(ref_type, value, collection, Note(name, known or None))
 
 
 class Value:

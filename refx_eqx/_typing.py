@@ -6,20 +6,93 @@ and the axis names in it are those of the running jaxtyping context.
 """
 
 import functools
+import types
 from typing import Annotated, Any, ClassVar, get_args, get_origin, TypeVar, Union
 
+import jax
+import jax.tree_util as jtu
 import jaxtyping
 from beartype.door import is_bearable
+from beartype.roar import BeartypeDecorHintException
 
 
 def conforms(value: Any, hint: Any) -> bool:
-    """Whether `value` is of the type `hint`, under the axis names bound so far."""
+    """Whether `value` is of the type `hint`, under the axis names bound so far.
+
+    As beartype, and in every item of a tuple, list or dict: beartype looks at one of them,
+    drawn at random.
+    """
     if hint is Any:
         return True
-    if isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray):
-        # The same answer as beartype's, without its set-up.
-        return isinstance(value, hint)
-    return is_bearable(value, hint)
+    if isinstance(hint, type) and not isinstance(hint, types.GenericAlias):
+        if issubclass(hint, jaxtyping.AbstractArray):
+            # The same answer as beartype's, without its set-up.
+            return isinstance(value, hint)
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(conforms(value, member) for member in args)
+    if origin is Annotated and not any(map(_is_validator, args[1:])):
+        return conforms(value, args[0])
+    items = _items(value, origin, args)
+    if items is not None:
+        return all(conforms(item, item_hint) for item, item_hint in items)
+    try:
+        return is_bearable(value, hint)
+    except BeartypeDecorHintException:
+        return True  # an annotation that means nothing at run time
+
+
+def _is_validator(metadata: Any) -> bool:
+    return type(metadata).__module__.startswith("beartype.")
+
+
+def _items(value: Any, origin: Any, args: tuple) -> list[tuple[Any, Any]] | None:
+    """The items of a container, each with its type. `None` if it is none that we know, or
+    not the one that is asked for."""
+    if origin not in (tuple, list, dict) or not isinstance(value, origin):
+        return None
+    if origin is dict:
+        key, item = args
+        return [*zip(value, (key,) * len(value))] + [(v, item) for v in value.values()]
+    if origin is list or args[1:] == (Ellipsis,):
+        return [(item, args[0]) for item in value]
+    return list(zip(value, args)) if len(value) == len(args) else None
+
+
+def why_not_of_type(value: Any, hint: Any) -> str | None:
+    """The reason why `value` is not of the type `hint`; or `None`.
+
+    The reason is empty where there is no more to say than that it is not.
+    """
+    try:
+        if conforms(value, hint):
+            return None
+    except (jaxtyping.AnnotationError, AttributeError, NameError):
+        # An axis such as "n+1" whose "n" is bound nowhere: there is nothing to hold it to.
+        return None
+    explain = getattr(hint, "__instancecheck_str__", None)
+    reason = "" if explain is None else explain(value)
+    reason, of_dtypes, _ = reason.partition(", not any of ")
+    if of_dtypes:  # it goes on with every dtype there is
+        reason += f", which is no {hint.dtype.__name__}"
+    if "the underlying array type" in reason:
+        reason = f"it is a {type(value).__name__}, not a {hint_text(hint.array_type)}"
+    return reason
+
+
+def _is_shape_only(value: Any) -> bool:
+    """Whether this is the value of a model that was made without its memory."""
+    leaves = jtu.tree_leaves(value)
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+
+
+def hint_text(hint: Any) -> str:
+    """A type as the user wrote it: `Float[Array, "out in"]`."""
+    is_class = isinstance(hint, type) and not isinstance(hint, types.GenericAlias)
+    text = hint.__name__ if is_class else str(hint)
+    for prefix in ("jaxtyping.", "typing.", "jaxlib._jax."):
+        text = text.replace(prefix, "")
+    return text.replace("'", '"')
 
 
 class RefHint(type):
@@ -34,7 +107,11 @@ class RefHint(type):
         return type(bases[0])(name, bases, namespace, **kwargs)
 
     def __instancecheck__(cls, obj: Any) -> bool:
-        return isinstance(obj, cls.ref_type) and conforms(obj.value, cls.value_hint)
+        if not isinstance(obj, cls.ref_type):
+            return False
+        # Not `obj.value`: the type of a ref may be asked where its value may not be read.
+        value = obj._value
+        return conforms(value, cls.value_hint) or _is_shape_only(value)
 
     def __subclasscheck__(cls, other: type) -> bool:
         return other is cls or issubclass(other, cls.ref_type)
