@@ -49,6 +49,7 @@ from ._partition import (
     tree_partition as tree_partition,
 )
 from ._ref import Index as Index, Ref as Ref, Value as Value
+from ._rng import Rngs as Rngs
 from ._transforms import (
     associative_scan as associative_scan,
     axes as axes,

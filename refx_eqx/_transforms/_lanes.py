@@ -27,10 +27,15 @@ def is_key(x: jax.Array) -> bool:
     return x.dtype == raw.dtype and x.shape[-1:] == raw.shape
 
 
+# Folded in before the number of the lane. Without it the key of lane 3 would be the one
+# that a user, or a stream of `Rngs`, gets by folding in 3.
+_OF_LANES = 0x6C616E65
+
+
 def fold_in(keys: jax.Array, lane: jax.Array) -> jax.Array:
     """Keys of one lane, for keys of any shape."""
     is_typed = jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
-    one = jr.fold_in
+    one: Any = lambda key, lane: jr.fold_in(jr.fold_in(key, _OF_LANES), lane)
     for _ in range(keys.ndim if is_typed else keys.ndim - 1):
         one = jax.vmap(one, in_axes=(0, None))
     return one(keys, lane)

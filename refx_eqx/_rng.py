@@ -1,0 +1,154 @@
+"""`Rngs`: named streams of randomness, whose state is in refs.
+
+Both refs of a stream are of collection "rng". What that means under `filter_vmap`, `scan`
+and `map` is said in `_transforms/_lanes.py`.
+"""
+
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array
+
+from . import _trace
+from ._field import field
+from ._module import Module
+from ._ref import Ref
+
+
+_trace.register_exclusion(__file__)
+
+DEFAULT = "default"
+
+
+class RngStream(Module):
+    """One stream of a [`refx_eqx.Rngs`][]: call it for a fresh key.
+
+    The key stays what it was made with, and the count says how many keys were drawn. So a
+    stream can be checkpointed, and set back: `stream.count.value = jnp.array(0)`.
+
+    !!! Example
+
+        ```python
+        import refx_eqx as rx
+
+        stream = rx.Rngs(0).default
+        first, second = stream(), stream()
+        assert stream.count.value == 2 and first != second
+        ```
+
+    **Arguments:**
+
+    - `key`: a key of `jax.random`, typed or raw. One of the default implementation is held
+        as raw data, which every checkpoint format can store.
+    """
+
+    key: Ref[Array] = field(collection="rng")
+    # Signed, so that it is never taken for a raw key.
+    count: Ref[Array] = field(collection="rng")
+
+    def __init__(self, key: Array):
+        is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        if is_typed and key.dtype == jax.eval_shape(lambda: jr.key(0)).dtype:
+            key = jr.key_data(key)
+        self.key = key
+        self.count = jnp.zeros((), jnp.int32)
+
+    def __call__(self) -> Array:
+        """A fresh key, typed."""
+        key = self.key.value
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            key = jr.wrap_key_data(key)
+        count = self.count.value
+        self.count.value = count + 1
+        return jr.fold_in(key, count)
+
+
+class Rngs(Module):
+    """Named streams of randomness.
+
+    `rngs.dropout()` is a fresh key of the stream `dropout`: no key is split or threaded by
+    hand. A name without a stream of its own draws from the default stream, if there is
+    one.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import jax.random as jr
+        import refx_eqx as rx
+
+        rngs = rx.Rngs(0, dropout=1)  # a default stream, and one for dropout
+        weight = jr.normal(rngs.params(), (3,))  # from the default stream
+        assert rngs.dropout() != rngs.dropout()
+
+        def dropout(rngs, x):
+            return jnp.where(jr.bernoulli(rngs.dropout(), 0.5, x.shape), 2 * x, 0)
+
+        # Each lane draws its own mask, and the next call others.
+        rx.filter_vmap(dropout, in_axes=(None, 0))(rngs, jnp.ones((4, 3)))
+        assert rngs.dropout.count.value == 3
+        ```
+
+    It is a [`refx_eqx.Module`][], so it can be a field of a model, or an argument. Its refs
+    are of collection `"rng"`: the lifted transforms carry them, as all refs. Under
+    [`refx_eqx.filter_vmap`][] each lane has keys of its own, and under
+    [`refx_eqx.scan`][] and [`refx_eqx.map`][] each step; `in_axes=rx.axes(rng=None, ...)`
+    asks for the same in all.
+
+    **Arguments:**
+
+    - `default`: the seed of the default stream; may be left out. By position.
+    - `**streams`: the seed of each named stream: an `int`, or a key of `jax.random`.
+        Streams of equal seeds and different names are different.
+
+    **Raises:**
+
+    - `AttributeError`: when a stream is asked for that there is not, and there is no
+        default stream either.
+    """
+
+    streams: dict[str, RngStream]
+
+    def __init__(self, default: Any = None, /, **streams: Any):
+        if default is not None:
+            if DEFAULT in streams:
+                raise TypeError(
+                    "`rx.Rngs`: the default stream was given twice, by position and as "
+                    "`default=`. Give it once."
+                )
+            streams = {DEFAULT: default, **streams}
+        for name in streams:
+            if hasattr(Module, name) or name == "streams":
+                raise ValueError(
+                    f"`rx.Rngs`: a stream cannot be called {name!r}, because a module has "
+                    "an attribute of that name. Choose another name."
+                )
+        self.streams = {
+            name: RngStream(_key_of(name, seed)) for name, seed in streams.items()
+        }
+
+    def __getattr__(self, name: str) -> RngStream:
+        # Called for what is not found in the ordinary way. Names with an underscore belong
+        # to Python and its tools, which ask for many that are not there.
+        if name.startswith("_") or name == "streams":
+            raise AttributeError(name)
+        stream = self.streams.get(name, self.streams.get(DEFAULT))
+        if stream is None:
+            raise AttributeError(
+                f"`rx.Rngs` has no stream {name!r}, and no default stream: it has "
+                f"{', '.join(map(repr, self.streams)) or 'none'}. Make it with one: "
+                f"`rx.Rngs({name}=seed)` or `rx.Rngs(seed)`."
+            )
+        return stream
+
+
+def _key_of(name: str, seed: Any) -> Array:
+    is_key = hasattr(seed, "dtype") and (
+        jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) or seed.ndim > 0
+    )
+    key = seed if is_key else jr.key(seed)
+    # So that one seed for several streams does not give the same numbers twice.
+    return jr.fold_in(key, zlib.crc32(name.encode()))
