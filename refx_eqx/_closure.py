@@ -101,9 +101,12 @@ def flatten(tree: Any) -> tuple[list[Any], Carried]:
 
 def may_carry(leaf: Any) -> bool:
     kind = type(leaf)
-    if kind is types.FunctionType:
-        return leaf.__closure__ is not None
-    return kind is types.MethodType or kind is functools.partial
+    if kind not in _CALLABLES:
+        return False
+    return kind is not types.FunctionType or leaf.__closure__ is not None
+
+
+_CALLABLES = frozenset((types.FunctionType, types.MethodType, functools.partial))
 
 
 def _flatten(leaves: list, treedef: Any, out: list, numbers: dict[int, int]) -> Carried:

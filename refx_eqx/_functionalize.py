@@ -40,11 +40,15 @@ _UNWRITTEN: Any = object()
 
 def is_traced_in_ref(leaf: Any) -> bool:
     """Which leaves of the value of a ref are traced: what JAX can trace."""
+    if type(leaf) is _trace.ConcreteArray:
+        return True
     return eqx.is_array_like(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def is_traced(leaf: Any) -> bool:
     """Which leaves beside refs are traced: arrays, as in Equinox."""
+    if type(leaf) is _trace.ConcreteArray:
+        return True
     return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
 
 
@@ -82,6 +86,12 @@ class Slot(NamedTuple):
     inside: tuple[Any, tuple] | None
 
 
+@functools.lru_cache(maxsize=4096)
+def _slot_of_array(ref_type: type[Ref], collection: Hashable, declared: Any) -> Slot:
+    """The slot of a ref to one array: the same object each time, quick to compare."""
+    return Slot(ref_type, collection, declared, None)
+
+
 def split_value(value: Any) -> tuple[tuple | None, list[Any]]:
     """The value of a ref as `(inside, arrays)`."""
     if is_traced_in_ref(value):
@@ -113,7 +123,7 @@ class Structure:
     - `codes`: what each leaf is;
     - `statics`: the static leaves, in order;
     - `slots`: the structure of each ref. Equal numbers in `codes` are the sharing;
-    - `notes`: what the refs are called. Not a part of the key.
+    - `notes`: what the refs are called, where that is kept. Not a part of the key.
     """
 
     __slots__ = (
@@ -133,7 +143,7 @@ class Structure:
         codes: tuple[int, ...],
         statics: tuple[Static, ...],
         slots: tuple[Slot, ...],
-        notes: list[Note],
+        notes: list[Note] | None = None,
     ):
         self.parts = parts
         self.codes = codes
@@ -229,13 +239,15 @@ class _Reader:
                 self.codes.append(STATIC)
                 self.statics.append(Static(leaf))
 
-    def structure(self, slots: tuple[Slot, ...]) -> Structure:
+    def structure(
+        self, slots: list[Slot], notes: list[Note] | None = None
+    ) -> Structure:
         return Structure(
             tuple(self.parts),
             tuple(self.codes),
             tuple(self.statics),
-            slots,
-            [note_of(ref) for ref in self.refs],
+            tuple(slots),
+            notes,
         )
 
 
@@ -266,7 +278,7 @@ class Opened:
         self.values = values
         self.arrays = arrays
         self.spans = spans
-        self.structure = reader.structure(tuple(slots))
+        self.structure = reader.structure(slots)
         self.trace = _trace.current_trace()
         # What `filter_jit` learnt of this call before it compiles.
         self.traced: Any = None
@@ -275,7 +287,8 @@ class Opened:
         """The body of the lifted transform `name`, on these arrays. See `run_body`."""
         __tracebackhide__ = True
         with _trace.running_body(name, self.refs, self.trace, transparent):
-            return run_body(self.structure, name, arrays)
+            notes = [note_of(ref) for ref in self.refs]
+            return run_body(self.structure, notes, name, arrays)
 
     def refs_after(self, outcome: "Outcome", arrays: list[Any]) -> list[Ref]:
         """Copies of the refs, as they would be after `finish`. Nothing is written.
@@ -332,15 +345,22 @@ def open_refs(reader: _Reader) -> Opened:
     started = commits.count
     values, slots, spans = [], [], []
     arrays = list(reader.bare)
+    trace, in_body = _trace.current_trace(), bool(_trace.thread.state.bodies)
     for ref in reader.refs:
-        if not _trace.is_at_home(ref._trace):
+        if in_body or ref._trace() is not trace:
             check_readable(ref)
         value = ref._value
         values.append(value)
-        inside, its_arrays = split_value(value)
-        spans.append((len(arrays), len(arrays) + len(its_arrays)))
-        arrays.extend(its_arrays)
-        slots.append(Slot(type(ref), ref._collection, ref._declared, inside))
+        start = len(arrays)
+        if type(value) is _trace.ConcreteArray:
+            arrays.append(value)
+            slot = _slot_of_array(type(ref), ref._collection, ref._declared)
+        else:
+            inside, its_arrays = split_value(value)
+            arrays.extend(its_arrays)
+            slot = Slot(type(ref), ref._collection, ref._declared, inside)
+        spans.append((start, len(arrays)))
+        slots.append(slot)
     opened = Opened(reader, values, arrays, spans, slots)
     opened.commit = started
     return opened
@@ -416,7 +436,9 @@ class OutcomeInfo:
 jtu.register_pytree_node(OutcomeInfo, lambda info: ((), info), lambda info, _: info)
 
 
-def run_body(structure: Structure, name: str, arrays: list[Any]) -> Outcome:
+def run_body(
+    structure: Structure, notes: list[Note], name: str, arrays: list[Any]
+) -> Outcome:
     """Calls the function of an opened call on inner refs, made of these arrays.
 
     The refs are owned by the running trace. This is a pure function of `arrays`.
@@ -429,7 +451,7 @@ def run_body(structure: Structure, name: str, arrays: list[Any]) -> Outcome:
     rest = iter(arrays)
     bare = [next(rest) for _ in range(structure.n_bare)]
     inner = []
-    for slot, note in zip(structure.slots, structure.notes):
+    for slot, note in zip(structure.slots, notes):
         value = join_value(slot.inside, rest)
         inner.append(make_ref(slot.ref_type, value, slot.collection, note))
     before = [ref._value for ref in inner]
@@ -537,7 +559,8 @@ def _open_result(result: Any, inner: list[Ref], name: str) -> tuple[list, Outcom
         inside, its_arrays = split_value(ref._value)
         slots.append(Slot(type(ref), ref._collection, ref._declared, inside))
         out.extend(its_arrays)
-    return out, OutcomeInfo(reader.structure(tuple(slots)), carried, [])
+    notes = [note_of(ref) for ref in reader.refs]
+    return out, OutcomeInfo(reader.structure(slots, notes), carried, [])
 
 
 def close_result(outcome: Outcome, refs: list[Ref]) -> Any:
@@ -566,7 +589,10 @@ class Disturbed(Exception):
 def updates_of(outcome: Outcome, refs: list[Ref]) -> list[tuple[Ref, Any]]:
     """The refs of a call that were written, each with its new value."""
     arrays = iter(outcome.updates)
-    return [(refs[i], join_value(inside, arrays)) for i, inside in outcome.info.written]
+    return [
+        (refs[i], next(arrays) if inside is None else join_value(inside, arrays))
+        for i, inside in outcome.info.written
+    ]
 
 
 def commit(
@@ -584,8 +610,11 @@ def commit(
     - `updates`: the refs to write, with their new values.
     """
     __tracebackhide__ = True
+    trace, state = _trace.current_trace(), _trace.thread.state
+    quiet = not state.bodies and not state.guards
     for ref, _ in updates:
-        check_writable(ref)
+        if not (quiet and ref._trace() is trace):
+            check_writable(ref)
     with commits.lock:
         if commits.count != started and not all(
             ref._value is value for ref, value in zip(refs, values)
