@@ -123,7 +123,7 @@ class Structure:
     - `codes`: what each leaf is;
     - `statics`: the static leaves, in order;
     - `slots`: the structure of each ref. Equal numbers in `codes` are the sharing;
-    - `notes`: what the refs are called, where that is kept. Not a part of the key.
+    - `notes`: what the refs are called. Not a part of the key.
     """
 
     __slots__ = (
@@ -143,7 +143,7 @@ class Structure:
         codes: tuple[int, ...],
         statics: tuple[Static, ...],
         slots: tuple[Slot, ...],
-        notes: list[Note] | None = None,
+        notes: list[Note],
     ):
         self.parts = parts
         self.codes = codes
@@ -239,15 +239,13 @@ class _Reader:
                 self.codes.append(STATIC)
                 self.statics.append(Static(leaf))
 
-    def structure(
-        self, slots: list[Slot], notes: list[Note] | None = None
-    ) -> Structure:
+    def structure(self, slots: list[Slot]) -> Structure:
         return Structure(
             tuple(self.parts),
             tuple(self.codes),
             tuple(self.statics),
             tuple(slots),
-            notes,
+            [note_of(ref) for ref in self.refs],
         )
 
 
@@ -287,8 +285,7 @@ class Opened:
         """The body of the lifted transform `name`, on these arrays. See `run_body`."""
         __tracebackhide__ = True
         with _trace.running_body(name, self.refs, self.trace, transparent):
-            notes = [note_of(ref) for ref in self.refs]
-            return run_body(self.structure, notes, name, arrays)
+            return run_body(self.structure, name, arrays)
 
     def refs_after(self, outcome: "Outcome", arrays: list[Any]) -> list[Ref]:
         """Copies of the refs, as they would be after `finish`. Nothing is written.
@@ -436,9 +433,7 @@ class OutcomeInfo:
 jtu.register_pytree_node(OutcomeInfo, lambda info: ((), info), lambda info, _: info)
 
 
-def run_body(
-    structure: Structure, notes: list[Note], name: str, arrays: list[Any]
-) -> Outcome:
+def run_body(structure: Structure, name: str, arrays: list[Any]) -> Outcome:
     """Calls the function of an opened call on inner refs, made of these arrays.
 
     The refs are owned by the running trace. This is a pure function of `arrays`.
@@ -451,7 +446,7 @@ def run_body(
     rest = iter(arrays)
     bare = [next(rest) for _ in range(structure.n_bare)]
     inner = []
-    for slot, note in zip(structure.slots, notes):
+    for slot, note in zip(structure.slots, structure.notes):
         value = join_value(slot.inside, rest)
         inner.append(make_ref(slot.ref_type, value, slot.collection, note))
     before = [ref._value for ref in inner]
@@ -559,8 +554,7 @@ def _open_result(result: Any, inner: list[Ref], name: str) -> tuple[list, Outcom
         inside, its_arrays = split_value(ref._value)
         slots.append(Slot(type(ref), ref._collection, ref._declared, inside))
         out.extend(its_arrays)
-    notes = [note_of(ref) for ref in reader.refs]
-    return out, OutcomeInfo(reader.structure(slots, notes), carried, [])
+    return out, OutcomeInfo(reader.structure(slots), carried, [])
 
 
 def close_result(outcome: Outcome, refs: list[Ref]) -> Any:
