@@ -1,5 +1,7 @@
 """`filter_checkpoint` is exact: value, gradient and final refs are those of the function."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -78,7 +80,8 @@ def test_the_recomputation_is_there():
     policy = jax.checkpoint_policies.everything_saveable
 
     def n_sines(fn):
-        lowered = rx.filter_jit(rx.filter_value_and_grad(fn)).lower(model, x)
+        step: Any = rx.filter_jit(rx.filter_value_and_grad(fn))
+        lowered = step.lower(model, x)
         return lowered.as_text().count("stablehlo.sine")
 
     assert n_sines(rx.filter_checkpoint(body)) == n_sines(body) + 1
@@ -171,7 +174,7 @@ def test_a_failure_writes_nothing():
 
 def test_a_ref_reached_by_a_global_name_is_refused():
     outer = rx.Ref(jnp.array(1.0), "params")
-    namespace = {"outer": outer}
+    namespace: dict[str, Any] = {"outer": outer}
     exec("def f(x):\n    return outer.value * x", namespace)
     with pytest.raises(rx.TraceLevelError, match="body of `filter_checkpoint`.*global"):
         rx.filter_checkpoint(namespace["f"])(jnp.array(1.0))

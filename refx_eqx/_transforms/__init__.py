@@ -22,4 +22,9 @@ from ._lift import lift as lift
 from ._loops import fori_loop as fori_loop, while_loop as while_loop
 from ._map import map as map
 from ._scan import scan as scan
+from ._staging import (
+    filter_closure_convert as filter_closure_convert,
+    filter_make_jaxpr as filter_make_jaxpr,
+    filter_pure_callback as filter_pure_callback,
+)
 from ._vmap import filter_vmap as filter_vmap

@@ -37,9 +37,9 @@ _trace.register_exclusion(__file__)
 
 
 class _Place(NamedTuple):
-    """A ref in a tree: the `index`-th of it, whose arrays are at `start` and after."""
+    """A ref in a tree: the `number`-th of it, whose arrays are at `start` and after."""
 
-    index: int
+    number: int
     is_first: bool
     slot: Slot
     note: Note
@@ -48,8 +48,8 @@ class _Place(NamedTuple):
     def node(self, value: Any) -> Value | Index:
         slot = self.slot
         if self.is_first:
-            return Value(value, self.index, slot.collection, slot.ref_type, self.note)
-        return Index(self.index, slot.collection, slot.ref_type, self.note)
+            return Value(value, self.number, slot.collection, slot.ref_type, self.note)
+        return Index(self.number, slot.collection, slot.ref_type, self.note)
 
 
 class Layout:

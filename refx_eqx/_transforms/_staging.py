@@ -1,0 +1,341 @@
+"""`filter_make_jaxpr`, `filter_closure_convert` and `filter_pure_callback`."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.extend.core
+import jax.tree_util as jtu
+
+from .. import _trace
+from .._errors import describe, StructureError
+from .._functionalize import (
+    call,
+    DYNAMIC,
+    is_traced,
+    Lifted,
+    name_of,
+    open_call,
+    Opened,
+    Outcome,
+    OutcomeInfo,
+    Structure,
+)
+from .._ref import Ref
+from ._layout import layout_of_args, rebuild, Result, result_of
+
+
+_trace.register_exclusion(__file__)
+
+
+class _MakeJaxpr(Lifted):
+    transform_name = "filter_make_jaxpr"
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        __tracebackhide__ = True
+        opened = open_call(self.__wrapped__, args, kwargs)
+        order = _argument_order(opened, len(args))
+        found: dict[str, Any] = {}
+
+        def flat(arrays: list[Any]) -> list[Any]:
+            __tracebackhide__ = True
+            everything = list(opened.arrays)
+            for i, x in zip(order, arrays):
+                everything[i] = x
+            outcome = opened.run("filter_make_jaxpr", everything, transparent=False)
+            result: Result = result_of(opened, outcome, everything)
+            positions = result.layout.positions()
+            found.update(layout=result.layout, positions=positions, info=outcome.info)
+            return [result.arrays[i] for i in positions] + outcome.updates
+
+        given = [opened.arrays[i] for i in order]
+        jaxpr, types = jax.make_jaxpr(flat, return_shape=True)(given)
+        layout = found["layout"]
+        out_struct = layout.fill(dict(zip(found["positions"], types)))
+        return jaxpr, out_struct, _statics(found["info"].result, layout.treedef)
+
+
+def _argument_order(opened: Opened, n_args: int) -> list[int]:
+    """The flat arrays that are inputs of the program, in the order of the leaves of the
+    derefed arguments; then what only the function holds. Its bare arrays are constants."""
+    order = layout_of_args(opened, n_args).positions()
+    n_of_fn = opened.structure.codes[: opened.structure.sizes[0]].count(DYNAMIC)
+    seen = {*order, *range(n_of_fn)}
+    return order + [i for i in range(len(opened.arrays)) if i not in seen]
+
+
+def _statics(structure: Structure, treedef: Any) -> Any:
+    """The result with `None` for all that is an array or a ref."""
+    (part,) = structure.parts
+    statics: Iterator[Any] = iter(structure.statics)
+    leaves = [
+        None if code >= DYNAMIC else next(statics).obj for code in structure.codes
+    ]
+    if part.nodes:
+        return jtu.tree_unflatten(treedef, [None] * treedef.num_leaves)
+    return jtu.tree_unflatten(treedef, leaves)
+
+
+def filter_make_jaxpr(fun: Callable[..., Any]) -> Callable[..., tuple[Any, Any, Any]]:
+    """As `equinox.filter_make_jaxpr`, by reference: the program that a function is.
+
+    Nothing is computed, and nothing is written.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        def f(count, x):
+            count.value += 1
+            return x * 2
+
+        count = rx.Ref(jnp.array(0))
+        jaxpr, out_struct, _ = rx.filter_make_jaxpr(f)(count, jnp.ones(3))
+        assert out_struct.shape == (3,)
+        assert len(jaxpr.in_avals) == 2  # `count` and `x`
+        assert len(jaxpr.out_avals) == 2  # the result, and the new value of `count`
+        assert count.value == 0
+        ```
+
+    **Arguments:**
+
+    - `fun`: the function. Its arguments and its result may be anything.
+
+    **Returns:**
+
+    A function with the arguments of `fun`, whose arrays may be `jax.ShapeDtypeStruct`s. It
+    returns a triple:
+
+    - a `ClosedJaxpr`. Its inputs are the leaves of `rx.deref` of the positional arguments,
+        then the arrays of the keyword arguments and of the refs that only the function
+        holds. Its outputs are the leaves of `rx.deref(result)`, then the new values of the
+        refs that are written, in the order in which the call first meets them;
+    - the derefed result, with `jax.ShapeDtypeStruct`s in place of arrays;
+    - the result with all that is not an array, and `None` elsewhere.
+
+    **Raises:**
+
+    When called:
+
+    - `TraceLevelError`: if `fun` touches a ref that it reaches through a global name.
+    """
+    return _MakeJaxpr(fun)
+
+
+class _ClosureConverted(eqx.Module):
+    """What `filter_closure_convert` returns. A pytree: of the arrays and the refs that the
+    function held, and of the tracers that it closed over."""
+
+    held: list[Any]
+    consts: list[Any]
+    jaxpr: Any = eqx.field(static=True)
+    structure: Structure = eqx.field(static=True)
+    types: tuple[jax.ShapeDtypeStruct, ...] = eqx.field(static=True)
+    info: OutcomeInfo = eqx.field(static=True)
+    out_treedef: Any = eqx.field(static=True)
+    name: str = eqx.field(static=True)
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        __tracebackhide__ = True
+
+        def transform(opened: Opened) -> Outcome:
+            __tracebackhide__ = True
+            if opened.structure != self.structure or _types(opened) != self.types:
+                raise StructureError(
+                    f"`{self.name}` was closure-converted for arguments of another "
+                    f"structure: it was called with {eqx.tree_pformat((args, kwargs))}. "
+                    "Call it with arguments like the example arguments (the same sharing "
+                    "of refs, shapes, dtypes and static values), or convert it again."
+                )
+            run = jax.extend.core.jaxpr_as_fun(self.jaxpr(self.consts))
+            out = run(*opened.arrays)
+            outs, updates = jtu.tree_unflatten(self.out_treedef, out)
+            return Outcome(outs, updates, self.info)
+
+        return call(self.held, args, kwargs, transform)
+
+
+class _Jaxpr:
+    """A jaxpr without its constants: equal only to itself."""
+
+    __slots__ = ("jaxpr",)
+
+    def __init__(self, jaxpr: Any):
+        self.jaxpr = jaxpr
+
+    def __call__(self, consts: list[Any]) -> Any:
+        return jax.extend.core.ClosedJaxpr(self.jaxpr, consts)
+
+
+def _types(opened: Opened) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return tuple(
+        jax.ShapeDtypeStruct(x.shape, x.dtype)
+        for x in jax.eval_shape(lambda x: x, opened.arrays)
+    )
+
+
+def filter_closure_convert(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """As `equinox.filter_closure_convert`, by reference: a function that closes over nothing,
+    but has what `fn` closed over among its leaves.
+
+    The refs that `fn` holds or closes over are among them too: it reads and writes the
+    same refs as `fn` does. Here nothing is written.
+
+    !!! Example
+
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        count = rx.Ref(jnp.array(0))
+
+        @jax.jit
+        def f(x):
+            y = 2 * x
+
+            def g(n, a):
+                n.value += 1
+                return a + y
+
+            inner = rx.Ref(jnp.array(0))
+            converted = rx.filter_closure_convert(g, inner, x)
+            assert converted.consts[0] is y
+            return converted(inner, x) + inner.value
+
+        assert f(jnp.array(3.0)) == 10.0
+        ```
+
+    **Arguments:**
+
+    - `fn`: the function to convert. Called as `fn(*args, **kwargs)`.
+    - `*args`, `**kwargs`: example arguments, which may hold `jax.ShapeDtypeStruct`s.
+
+    **Returns:**
+
+    A function with the arguments of `fn`, which is a pytree. It takes arguments of the
+    structure, shapes and dtypes of the example.
+
+    **Raises:**
+
+    - `StructureError`: by the returned function, if its arguments are not like the example.
+    """
+    __tracebackhide__ = True
+    opened = open_call(fn, args, kwargs)
+
+    def flat(*arrays: Any) -> tuple[list[Any], list[Any], OutcomeInfo]:
+        __tracebackhide__ = True
+        run = opened.run("filter_closure_convert", list(arrays), transparent=False)
+        return run.out, run.updates, run.info
+
+    jaxpr, (out, updates, info) = jax.make_jaxpr(flat, return_shape=True)(
+        *opened.arrays
+    )
+    codes = opened.structure.codes[: opened.structure.sizes[0]]
+    held = [x for x, code in zip(opened.leaves, codes) if code >= DYNAMIC]
+    return _ClosureConverted(
+        held,
+        list(jaxpr.consts),
+        _Jaxpr(jaxpr.jaxpr),
+        open_call(held, args, kwargs).structure,
+        _types(opened),
+        info,
+        jtu.tree_structure((out, updates)),
+        name_of(fn),
+    )
+
+
+def filter_pure_callback(
+    callback: Callable[..., Any],
+    *args: Any,
+    result_shape_dtypes: Any,
+    sharding: Any = None,
+    vmap_method: str | None = None,
+    vectorized: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """As `equinox.filter_pure_callback`, for arguments that hold refs: calls a Python
+    function from inside of a compiled program.
+
+    The callback gets refs that hold the values of this moment. It is pure, so it may read
+    them and not write them.
+
+    !!! Example
+
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import numpy as np
+        import refx_eqx as rx
+
+        w = rx.Ref(jnp.array(2.0), "params")
+
+        @rx.filter_jit
+        def f(w, x):
+            return rx.filter_pure_callback(
+                lambda w, x: np.asarray(w.value) * np.asarray(x),
+                w,
+                x,
+                result_shape_dtypes=jax.ShapeDtypeStruct((), jnp.float32),
+            )
+
+        assert f(w, jnp.array(3.0)) == 6.0
+        ```
+
+    **Arguments:**
+
+    - `callback`: the Python function to call, as `callback(*args, **kwargs)`.
+    - `*args`, `**kwargs`: its arguments, which may be anything. So may the refs and arrays
+        that it closes over.
+    - `result_shape_dtypes`: the result, with `jax.ShapeDtypeStruct`s in place of arrays.
+    - `sharding`, `vmap_method`, `vectorized`: as in `jax.pure_callback`.
+
+    **Returns:**
+
+    The result of the callback.
+
+    **Raises:**
+
+    When the program runs:
+
+    - `StructureError`: if the callback writes a ref. JAX raises it as a run-time error.
+    """
+    __tracebackhide__ = True
+    opened = open_call(callback, args, kwargs)
+    structure = opened.structure
+    # The structure holds functions weakly; the program may outlive this call.
+    keep_alive = [static.obj for static in structure.statics]
+    types, statics = eqx.partition(result_shape_dtypes, is_traced)
+
+    def run(arrays: list[Any], keep_alive: Any = keep_alive) -> Any:
+        trees, refs = rebuild(structure, arrays)
+        before = [ref._value for ref in refs]
+        fn, *inner_args, inner_kwargs = trees
+        out = fn(*inner_args, **inner_kwargs)
+        _refuse_writes(refs, before)
+        out_arrays, out_statics = eqx.partition(out, eqx.is_array)
+        if not eqx.tree_equal(out_statics, statics):
+            raise StructureError(
+                "The callback of `filter_pure_callback` must return what "
+                f"`result_shape_dtypes` says: {eqx.tree_pformat(result_shape_dtypes)}; it "
+                f"returned {eqx.tree_pformat(out)}."
+            )
+        return out_arrays
+
+    options = dict(sharding=sharding, vmap_method=vmap_method, vectorized=vectorized)
+    given = {key: x for key, x in options.items() if x is not None}
+    arrays = jax.pure_callback(run, types, opened.arrays, **given)
+    return eqx.combine(arrays, statics)
+
+
+def _refuse_writes(refs: list[Ref], before: list[Any]) -> None:
+    for ref, old in zip(refs, before):
+        if ref._value is not old:
+            raise StructureError(
+                f"A pure callback cannot write {describe(ref._name, ref._collection)}: "
+                "JAX may call it more than once, or not at all. Return the new value, and "
+                "write it outside of the callback."
+            )

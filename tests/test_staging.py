@@ -1,0 +1,152 @@
+"""`filter_make_jaxpr`, `filter_closure_convert`, `filter_pure_callback`."""
+
+import equinox as eqx
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import refx_eqx as rx
+
+
+def test_make_jaxpr_without_refs_is_that_of_equinox():
+    def f(tree, x, *, flag):
+        return {"a": tree["x"] * x, "flag": flag, "n": 3}
+
+    args = {"x": jnp.ones(2), "text": "a"}, jax.ShapeDtypeStruct((2,), jnp.float32)
+    ours = rx.filter_make_jaxpr(f)(*args, flag=True)
+    theirs = eqx.filter_make_jaxpr(f)(*args, flag=True)
+    assert str(ours[0]) == str(theirs[0])
+    assert ours[1:] == theirs[1:]
+
+
+def test_make_jaxpr_takes_derefed_leaves_and_returns_what_is_written():
+    w, count, held = (
+        rx.Ref(jnp.array([1.0, 2.0])),
+        rx.Ref(jnp.array(0)),
+        rx.Ref(jnp.array(5.0)),
+    )
+
+    def f(model, x):
+        model["count"].value += 1
+        return rx.Ref(model["w"].value * x * held.value), model["w"], "text"
+
+    model, x = {"count": count, "w": w, "z": w}, jnp.array(3.0)
+    jaxpr, struct, static = rx.filter_make_jaxpr(f)(model, x)
+    assert count.value == 0
+    inputs = [*jax.tree.leaves(rx.deref((model, x))), held.value]
+    made, same, new_count = jax.extend.core.jaxpr_as_fun(jaxpr)(*inputs)
+    assert jnp.array_equal(made, jnp.array([15.0, 30.0]))
+    assert jnp.array_equal(same, w.value) and new_count == 1
+    assert struct[0].value.shape == struct[1].value.shape == (2,)
+    assert struct[2] is None and static == (None, None, "text")
+
+
+def test_closure_convert_reads_and_writes_the_same_refs():
+    w, count = rx.Ref(jnp.array(2.0), "params"), rx.Ref(jnp.array(0))
+
+    def f(count, x):
+        count.value += 1
+        return w.value * x
+
+    converted = rx.filter_closure_convert(f, count, jnp.array(1.0))
+    assert count.value == 0
+    assert converted(count, jnp.array(3.0)) == 6.0 and count.value == 1
+    w.value = jnp.array(5.0)
+    other = rx.Ref(jnp.array(7))
+    assert converted(other, jnp.array(3.0)) == 15.0
+    assert other.value == 8 and count.value == 1
+    # It is a pytree, so a lifted transform carries the refs in it.
+    assert rx.filter_jit(lambda c, n, x: c(n, x))(converted, count, jnp.array(1.0)) == 5
+    assert count.value == 2
+
+
+def test_closure_convert_hoists_tracers_and_is_traced_once(trace_counter):
+    counted = trace_counter(lambda a, y: a + y)
+
+    @jax.grad
+    def f(x):
+        z = x * 2
+        g = rx.filter_closure_convert(lambda a: counted(a, z), x)
+        assert [c is z for c in g.consts] == [True]
+        return g(x) + g(x)
+
+    assert f(1.0) == 6.0
+    assert counted.counter.count == 1
+
+
+def test_closure_convert_refuses_other_arguments():
+    a, b = rx.Ref(jnp.array(1.0)), rx.Ref(jnp.array(2.0))
+
+    def f(a, b):
+        a.value = b.value
+        return a.value
+
+    converted = rx.filter_closure_convert(f, a, b)
+    match = "`.*f` was closure-converted for arguments of another structure"
+    with pytest.raises(rx.StructureError, match=match):
+        converted(a, a)
+    with pytest.raises(rx.StructureError, match=match):
+        converted(a, rx.Ref(jnp.ones(2)))
+    # The remedy: convert it again.
+    assert rx.filter_closure_convert(f, a, a)(a, a) == 1.0
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, rx.filter_jit], ids=["eager", "jit"])
+def test_pure_callback_reads_the_values_of_the_moment(wrap):
+    w, hidden = rx.Ref(jnp.array(2.0), "params"), rx.Ref(jnp.array(10.0))
+
+    def host(tree, x, *, scale):
+        total = np.asarray(tree["w"].value) * np.asarray(x) + np.asarray(hidden.value)
+        return {"y": np.float32(total * scale), "text": "a"}
+
+    @wrap
+    def f(w, x):
+        w.value = w.value + 1.0
+        return rx.filter_pure_callback(
+            host,
+            {"w": w},
+            x,
+            scale=2,
+            result_shape_dtypes={"y": jax.ShapeDtypeStruct((), "float32"), "text": "a"},
+        )
+
+    assert f(w, jnp.array(3.0)) == {"y": 38.0, "text": "a"}
+    hidden.value = jnp.array(0.0)
+    assert f(w, jnp.array(3.0)) == {"y": 24.0, "text": "a"}
+
+
+def test_pure_callback_under_vmap():
+    w = rx.Ref(jnp.array(2.0), "params")
+
+    def f(w, x):
+        return rx.filter_pure_callback(
+            lambda w, x: np.float32(np.asarray(w.value) * np.asarray(x)),
+            w,
+            x,
+            result_shape_dtypes=jax.ShapeDtypeStruct((), "float32"),
+            vmap_method="sequential",
+        )
+
+    out = rx.filter_vmap(f, in_axes=(None, 0))(w, jnp.arange(3.0))
+    assert jnp.array_equal(out, 2 * jnp.arange(3.0))
+
+
+def test_pure_callback_refuses_writes_and_other_results():
+    w = rx.Ref(jnp.array(2.0), "params")
+    struct = jax.ShapeDtypeStruct((), "float32")
+
+    def write(w):
+        w.value = w.value + 1
+        return np.float32(0)
+
+    def call(callback):
+        out = rx.filter_pure_callback(callback, w, result_shape_dtypes=struct)
+        jax.block_until_ready(out)
+
+    with pytest.raises(Exception, match="cannot write .*'params'.*Return the new"):
+        call(write)
+    with pytest.raises(Exception, match="must return what `result_shape_dtypes` says"):
+        call(lambda w: "text")
+    assert w.value == 2.0
