@@ -12,7 +12,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, get_args, get_origin, TypeVar, Union
+from typing import Annotated, Any, get_args, get_origin, TypeVar, Union
 
 import equinox as eqx
 import jaxtyping
@@ -486,6 +486,7 @@ def _enclosing_locals(module: dict) -> list[dict]:
 
 def resolve_annotation(owner: type, annotation: Any) -> Any:
     """The annotation itself, where `from __future__ import annotations` left a string."""
-    if not isinstance(annotation, str) or "ClassVar" in annotation:
-        return ClassVar if isinstance(annotation, str) else annotation
-    return eval(annotation, {}, _Namespace(owner))
+    for _ in range(2):  # An annotation in quotes is a string in a string there.
+        if isinstance(annotation, str):
+            annotation = eval(annotation, {}, _Namespace(owner))
+    return annotation
