@@ -287,11 +287,11 @@ def test_a_ref_in_place_of_an_array_is_refused_by_name(use):
     assert use(ref.value) == 0.0  # the remedy
 
 
-def test_arithmetic_on_a_ref_is_refused():
-    ref = rx.Ref(jnp.ones(2), "params")
+def test_arithmetic_on_a_ref_is_a_type_error():
+    ref = rx.Ref(jnp.ones(2))
     with pytest.raises(TypeError, match="unsupported operand"):
         ref + 1  # type: ignore[operator]
-    with pytest.raises(rx.TraceLevelError, match=NOT_AN_ARRAY):
+    with pytest.raises(TypeError, match="unsupported operand"):
         jnp.ones(2) * ref  # type: ignore[operator]
 
 
