@@ -395,6 +395,8 @@ class Value:
     - `index`: the number of the ref in its tree. Static.
     - `collection`: the collection of the ref. Static.
     - `ref_type`: the class of the ref. Static.
+    - `note`: the name of the ref and its declared type, for messages and checks. No part of
+        the structure.
 
     !!! Example
 
@@ -443,6 +445,8 @@ class Index:
     - `index`: the number of the ref in its tree. Static.
     - `collection`: the collection of the ref. Static.
     - `ref_type`: the class of the ref. Static.
+    - `note`: the name of the ref and its declared type, for messages and checks. No part of
+        the structure.
 
     **Raises:**
 
