@@ -1,6 +1,6 @@
 """Shared, mutable, typed references for Equinox."""
 
-import importlib.metadata
+from importlib.metadata import version as _version
 
 from ._batched import Batched as Batched
 from ._config import config as config
@@ -78,4 +78,4 @@ from ._transforms import (
 )
 
 
-__version__ = importlib.metadata.version("refx_eqx")
+__version__ = _version("refx_eqx")
