@@ -274,8 +274,10 @@ def staged_equations() -> Iterator[Any]:
     """
     frame = getattr(core.trace_ctx.trace, "frame", None)
     for equation in () if frame is None else frame.tracing_eqns:
-        if isinstance(equation, weakref.ReferenceType):
-            equation = equation()  # `None` for one whose results nobody holds
+        # A weak reference, whose referent is `None` if nobody holds the results; an
+        # equation with effects as it is (JAX 0.10.1 on), or in a function (JAX 0.10.0).
+        if callable(equation):
+            equation = equation()
         if equation is not None:
             yield equation
 
