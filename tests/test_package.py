@@ -1,0 +1,304 @@
+"""The package as a whole: what an import does, who imports whom, and what is public."""
+
+import ast
+import dataclasses
+import inspect
+import pathlib
+import re
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+import refx_eqx as rx
+
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / "refx_eqx"
+
+
+def run_python(code: str) -> str:
+    """Runs `code` in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# Importing
+
+
+def test_importing_starts_no_backend():
+    out = run_python(
+        """
+        import refx_eqx
+        import jax.extend.backend
+        from jax._src import xla_bridge
+        print(xla_bridge.backends_are_initialized())
+        import jax.numpy as jnp
+        jnp.zeros(1)
+        print(xla_bridge.backends_are_initialized())
+        """
+    )
+    assert out.split() == ["False", "True"]
+
+
+def test_importing_takes_no_longer_than_importing_equinox():
+    code = """
+        from time import perf_counter
+        start = perf_counter()
+        import equinox
+        between = perf_counter()
+        import refx_eqx
+        print(between - start, perf_counter() - between)
+        """
+    runs = [tuple(map(float, run_python(code).split())) for _ in range(4)]
+    equinox, ours = (min(times) for times in zip(*runs))
+    assert ours < equinox
+
+
+def test_importing_changes_nothing_for_others():
+    out = run_python(
+        """
+        import logging, os, random, sys, threading, warnings
+        import jax, equinox, jaxtyping, beartype.door
+
+        def state():
+            return dict(
+                config={name: jax.config._read(name) for name in jax.config.values},
+                warnings=list(warnings.filters),
+                environment=dict(os.environ),
+                random=random.getstate(),
+                threads=threading.active_count(),
+                root_logger=(logging.root.level, list(logging.root.handlers)),
+                hooks=(sys.excepthook, sys.displayhook, list(sys.meta_path)),
+                path=list(sys.path),
+                recursion=sys.getrecursionlimit(),
+            )
+
+        before = state()
+        import refx_eqx
+        after = state()
+        print([name for name in before if before[name] != after[name]])
+        """
+    )
+    assert out.strip() == "[]"
+
+
+def test_the_version_is_that_of_the_project():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert re.search(rf'^version = "{re.escape(rx.__version__)}"$', text, re.MULTILINE)
+    assert (PACKAGE / "py.typed").exists()
+
+
+# Layers: a file imports only from its own room and from those before it. What is not
+# listed is built on top of all of them.
+
+ROOMS = [
+    {"_errors", "_trace", "_config"},
+    {"_typing", "_axis_names", "_declaration"},
+    {"_ref"},
+    {"_deref"},
+    {"_batched", "_field", "_instance", "_module"},
+    {"_filters", "_partition"},
+    {"_closure", "_functionalize"},
+    {"_transforms"},
+]
+
+
+def modules() -> dict[str, set[str]]:
+    """Each module of the package, such as `_transforms._jit`, with those it imports."""
+    found = {}
+    for file in PACKAGE.rglob("*.py"):
+        here = file.relative_to(PACKAGE).with_suffix("").parts
+        imported = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = here[: len(here) - node.level]
+                if node.module:
+                    imported.add(".".join((*base, *node.module.split("."))))
+                else:
+                    imported |= {".".join((*base, a.name)) for a in node.names}
+        found[".".join(here)] = imported
+    return found
+
+
+def room_of(module: str) -> int:
+    top = module.split(".")[0]
+    return next((i for i, room in enumerate(ROOMS) if top in room), len(ROOMS))
+
+
+def test_imports_follow_the_layers():
+    wrong = [
+        f"{module} imports {other}"
+        for module, imported in modules().items()
+        for other in imported
+        if module != "__init__" and room_of(other) > room_of(module)
+    ]
+    assert wrong == []
+
+
+def test_the_rooms_are_those_of_the_package():
+    names = {module.split(".")[0] for module in modules()}
+    assert set().union(*ROOMS) <= names
+
+
+def test_there_are_no_import_cycles():
+    graph = modules()
+    finished: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path, module))
+        if module in graph and module not in finished:
+            for other in graph[module]:
+                visit(other, (*path, module))
+            finished.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_only_one_file_touches_the_internals_of_jax():
+    touching = set()
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.Attribute) and node.attr == "_src":
+                names = ["jax._src"]
+            if any(name.split(".")[:2] == ["jax", "_src"] for name in names):
+                touching.add(file.name)
+    assert touching == {"_trace.py"}
+
+
+# The surface
+
+PUBLIC = sorted(name for name in dir(rx) if not name.startswith("_"))
+
+
+def test_no_name_is_public_by_accident():
+    (tree,) = [ast.parse((PACKAGE / "__init__.py").read_text())]
+    exported = set()
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            for alias in node.names:
+                assert alias.asname == alias.name, (
+                    f"write `{alias.name} as {alias.name}`"
+                )
+                exported.add(alias.name)
+    assert set(PUBLIC) == exported
+
+
+def documented() -> set[str]:
+    pages = [page.read_text() for page in (ROOT / "docs" / "api").glob("*.md")]
+    return set(re.findall(r"^::: refx_eqx\.(\w+)$", "\n".join(pages), re.MULTILINE))
+
+
+def test_the_docs_have_every_public_name_and_no_other():
+    assert documented() == set(PUBLIC)
+
+
+def is_error(thing) -> bool:
+    return isinstance(thing, type) and issubclass(thing, Exception)
+
+
+FUNCTIONS = [name for name in PUBLIC if inspect.isfunction(getattr(rx, name))]
+CLASSES = [
+    name
+    for name in PUBLIC
+    if inspect.isclass(getattr(rx, name)) and not is_error(getattr(rx, name))
+]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_says_what_it_takes_and_returns_with_an_example(name):
+    function = getattr(rx, name)
+    text = inspect.getdoc(function) or ""
+    assert "!!! Example" in text and "```python" in text
+    # "As for [`refx_eqx.scan`][]": the text of that one counts too.
+    for other in re.findall(r"as for\s+\[`refx_eqx\.(\w+)`\]", text):
+        text += inspect.getdoc(getattr(rx, other)) or ""
+    parameters = list(inspect.signature(function).parameters.values())
+    _, _, arguments = text.partition("**Arguments:**")
+    for parameter in parameters:
+        assert f"`{parameter.name}`" in arguments or (
+            f"`*{parameter.name}`" in arguments or f"`**{parameter.name}`" in arguments
+        ), f"{name}: `{parameter.name}` is not documented"
+    # What gives nothing back says so by its annotation.
+    returns = inspect.signature(function).return_annotation
+    assert "**Returns:**" in text or returns is None or name == "mutable"
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_class_has_a_docstring_with_its_arguments(name):
+    cls = getattr(rx, name)
+    text = inspect.getdoc(cls) or ""
+    assert len(text) > 40
+    if "__init__" in vars(cls) and not dataclasses.is_dataclass(cls):
+        for parameter in list(inspect.signature(cls).parameters):
+            assert f"`{parameter}`" in text or f"`**{parameter}`" in text, parameter
+
+
+def test_every_error_has_a_docstring_of_its_own():
+    errors = [getattr(rx, name) for name in PUBLIC if is_error(getattr(rx, name))]
+    assert len(errors) >= 7
+    texts = {error.__doc__ for error in errors}
+    assert None not in texts and len(texts) == len(errors)
+
+
+# Garbage
+
+
+def test_making_and_calling_a_model_leaves_no_garbage_cycles():
+    out = run_python(
+        """
+        import gc
+        import jax, jax.numpy as jnp, refx_eqx as rx
+        from jaxtyping import Array, Float, Int
+
+        class Linear(rx.Module):
+            weight: rx.Param[Float[Array, "n n"]]
+            tied: rx.Param[Float[Array, "n n"]]
+            uses: rx.Ref[Int[Array, ""]] = rx.field(collection="counts")
+
+            def __init__(self, n):
+                self.weight = jnp.ones((n, n))
+                self.tied = self.weight
+                self.uses = jnp.array(0)
+
+            def __call__(self, x):
+                self.uses.value += 1
+                return self.tied[...] @ (self.weight[...] @ x)
+
+        @rx.filter_jit
+        def step(model, x):
+            return jnp.sum(model(x))
+
+        x = jnp.ones(2)
+
+        def once():
+            model = Linear(2)
+            model(x)
+            step(model, x)
+            rx.reref(rx.deref(model))
+            rx.clone(model)
+            rx.combine(*rx.partition(model, "params"))
+
+        once()
+        once()
+        gc.collect()
+        gc.disable()
+        once()
+        print(gc.collect())
+        """
+    )
+    assert out.strip() == "0"
