@@ -143,30 +143,33 @@ def leaf_axes(spec: Any, tree: Any, what: str) -> list[Any]:
     that is still to be called on the arrays of a ref."""
     __tracebackhide__ = True
 
-    def resolve(axis: Any, subtree: Any) -> Any:
+    # Not a tree: `None` is an axis here, and no leaf of the tree that has it.
+    found: list[Any] = []
+
+    def resolve(axis: Any, subtree: Any) -> None:
+        leaves = jtu.tree_leaves(subtree)
         if axis is None or isinstance(axis, int):
-            return jtu.tree_map(lambda _: axis, subtree)
-        if isinstance(axis, axes):
-            pairs, treedef = leaves_with_paths(subtree)
-            return treedef.unflatten([axis.of(*pair) for pair in pairs])
-        if callable(axis):
-            return jtu.tree_map(
-                lambda leaf: axis if isinstance(leaf, Ref) else axis(leaf), subtree
+            found.extend(axis for _ in leaves)
+        elif isinstance(axis, axes):
+            pairs, _ = leaves_with_paths(subtree)
+            found.extend(axis.of(*pair) for pair in pairs)
+        elif callable(axis):
+            found.extend(axis if isinstance(x, Ref) else axis(x) for x in leaves)
+        else:
+            raise ValueError(
+                f"`{what}` must consist of None, ints, functions of a leaf and "
+                f"`rx.axes`, and it has {axis!r}."
             )
-        raise ValueError(
-            f"`{what}` must consist of None, ints, functions of a leaf and `rx.axes`, "
-            f"and it has {axis!r}."
-        )
 
     try:
-        resolved = jtu.tree_map(resolve, spec, tree, is_leaf=_is_none)
+        jtu.tree_map(resolve, spec, tree, is_leaf=_is_none)
     except ValueError as e:
         if "must consist of" in str(e):
             raise
         raise StructureError(
             f"`{what}` must be a prefix of the tree that it is for. JAX says: {e}"
         ) from None
-    return jtu.tree_leaves(resolved, is_leaf=_is_none)
+    return found
 
 
 def array_axis(axis: Any, array: Any) -> int | None:
