@@ -1,0 +1,416 @@
+"""What is traced again and what is not; and that nothing is kept that should be dropped."""
+
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+import weakref
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import pytest
+from jaxtyping import Array
+
+import refx_eqx as rx
+
+
+ONES, ZEROS, ZERO = jnp.ones((3, 3)), jnp.zeros(3), jnp.array(0, jnp.int32)
+
+
+class Block(rx.Module):
+    weight: rx.Param[Array]
+    bias: rx.Param[Array]
+    calls: rx.Ref[Array] = rx.field(collection="counts")
+    slope: float | None
+
+    def __init__(self):
+        self.weight = ONES
+        self.bias = ZEROS
+        self.slope = 1.0
+        self.calls = ZERO
+
+    def __call__(self, x):
+        self.calls.value += 1
+        return self.weight.value @ x + self.bias.value
+
+
+class Stack(rx.Module):
+    blocks: list
+    named: dict
+
+
+def make_stack():
+    return Stack([Block(), Block()], {"head": Block()})
+
+
+def _apply(model, x):
+    for block in model.blocks:
+        x = block(x)
+    return model.named["head"](x)
+
+
+@pytest.fixture
+def counted(trace_counter):
+    f = trace_counter(_apply)
+    return rx.filter_jit(f), f.counter
+
+
+X = jnp.ones(3)
+
+
+# Not traced again.
+
+
+def _same_model():
+    model = make_stack()
+    return model, model
+
+
+def _new_model():
+    return make_stack(), make_stack()
+
+
+def _tree_at_copy():
+    model = make_stack()
+    weight = rx.clone(model.blocks[0].weight)
+    model2 = eqx.tree_at(lambda m: m.blocks[0].weight, model, weight)
+    return model, model2, eqx.tree_at(lambda m: m.named["head"], model2, Block())
+
+
+def _tree_map_copy():
+    model = make_stack()
+    return model, jax.tree.map(lambda ref: ref, model)
+
+
+def _clone():
+    model = make_stack()
+    return model, rx.clone(model)
+
+
+def _same_module_with_another_value():
+    model = make_stack()
+    other = make_stack()
+    other.blocks[1].weight.value = jnp.zeros((3, 3))
+    return model, other
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        _same_model,
+        _new_model,
+        _tree_at_copy,
+        _tree_map_copy,
+        _clone,
+        _same_module_with_another_value,
+    ],
+    ids=lambda f: f.__name__.strip("_"),
+)
+def test_an_equal_structure_is_not_traced_again(models, counted):
+    f, counter = counted
+    for model in models():
+        for _ in range(2):
+            assert jnp.array_equal(f(model, X), _apply(rx.clone(model), X))
+    assert counter.count == 1
+
+
+def test_wrapping_anew_does_not_trace_again(trace_counter):
+    f = trace_counter(_apply)
+    model = make_stack()
+    for _ in range(3):
+        rx.filter_jit(f)(model, X)
+    assert f.counter.count == 1
+
+
+def test_a_function_made_anew_is_another_function(trace_counter):
+    counts = []
+    for k in range(3):
+
+        def f(ref, k=k):
+            return ref.value + k
+
+        counted = trace_counter(f)
+        assert rx.filter_jit(counted)(rx.Ref(jnp.array(0))) == k
+        counts.append(counted.counter.count)
+    assert counts == [1, 1, 1]
+
+
+def test_a_bound_method_of_each_object_is_one_program():
+    count = 0
+
+    class Model(rx.Module):
+        w: rx.Param[Array]
+
+        def f(self, x):
+            nonlocal count
+            count += 1
+            return self.w.value * x
+
+    for i in range(3):
+        assert rx.filter_jit(Model(jnp.array(float(i))).f)(jnp.array(2.0)) == 2.0 * i
+    assert count == 1
+
+
+def test_closures_with_refs_of_equal_structure_are_one_program_each(trace_counter):
+    f = trace_counter(lambda ref: ref.value)
+
+    def make(value):
+        ref = rx.Ref(jnp.array(value))
+        return rx.filter_jit(lambda: f(ref))
+
+    a, b = make(1.0), make(2.0)
+    for _ in range(2):
+        assert a() == 1.0 and b() == 2.0
+    assert f.counter.count <= 2
+
+
+# Traced again.
+
+
+def _another_sharing():
+    model = make_stack()
+    tied = eqx.tree_at(lambda m: m.blocks[1], model, model.blocks[0])
+    return model, tied
+
+
+def _another_shape():
+    model = make_stack()
+    model.named["head"].weight.value = jnp.ones((5, 3))
+    model.named["head"].bias.value = jnp.ones(5)
+    return make_stack(), model
+
+
+def _another_dtype():
+    model = make_stack()
+    model.named["head"].calls.value = jnp.array(0, jnp.int16)
+    return make_stack(), model
+
+
+def _another_collection():
+    model = make_stack()
+    frozen = rx.Ref(jnp.ones((3, 3)), "frozen")
+    return model, eqx.tree_at(lambda m: m.blocks[0].weight, model, frozen)
+
+
+def _another_ref_type():
+    class Special(rx.Ref):
+        pass
+
+    model = make_stack()
+    special = Special(jnp.ones((3, 3)), "params")
+    return model, eqx.tree_at(lambda m: m.blocks[0].weight, model, special)
+
+
+def _another_static_value():
+    model = make_stack()
+    return model, eqx.tree_at(lambda m: m.blocks[0].slope, model, 1)
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        _another_sharing,
+        _another_shape,
+        _another_dtype,
+        _another_collection,
+        _another_ref_type,
+        _another_static_value,
+    ],
+    ids=lambda f: f.__name__.strip("_"),
+)
+def test_another_structure_is_traced_again_once(models, counted):
+    f, counter = counted
+    for model in models():
+        model = rx.clone(model)
+        assert jnp.array_equal(f(model, X), _apply(rx.clone(model), X))
+    assert counter.count == 2
+
+
+def test_both_sharings_are_kept(counted):
+    f, counter = counted
+    untied, tied = _another_sharing()
+    for _ in range(3):
+        f(rx.clone(untied), X)
+        f(rx.clone(tied), X)
+    assert counter.count == 2
+
+
+def test_a_weakly_typed_value_is_another_type(trace_counter):
+    f = trace_counter(lambda ref: ref.value * 1)
+    jitted = rx.filter_jit(f)
+    for value in (0, jnp.array(0, jnp.int32)) * 2:
+        ref = rx.Ref(value)
+        assert jitted(ref).weak_type is isinstance(value, int)
+    assert f.counter.count == 2
+
+
+def test_sharing_between_arguments_is_a_part_of_the_structure(trace_counter):
+    f = trace_counter(lambda a, b: a.value + b.value)
+    jitted = rx.filter_jit(f)
+    a, b = rx.Ref(jnp.array(1)), rx.Ref(jnp.array(2))
+    pairs = [(a, b), (a, a), (b, a), (b, b)]
+    assert [int(jitted(*pair)) for pair in pairs] == [3, 2, 3, 4]
+    assert f.counter.count == 2
+
+
+# Nothing is kept.
+
+
+def _collect():
+    for _ in range(3):
+        gc.collect()
+
+
+def test_many_models_come_and_go():
+    f = rx.filter_jit(_apply)
+    f(make_stack(), X)
+    alive: weakref.WeakSet = weakref.WeakSet()
+    _collect()
+    before = len(gc.get_objects())
+    for i in range(1000):
+        model = make_stack()
+        if i % 10 == 0:
+            f(model, X)
+            alive.add(model.blocks[0])
+        alive.add(model.named["head"].weight)
+    del model
+    _collect()
+    assert len(alive) == 0
+    assert len(gc.get_objects()) - before < 300
+
+
+def test_a_model_dies_at_once_without_the_collector():
+    # Its arrays are large: they must not wait for the garbage collector.
+    f = rx.filter_jit(_apply)
+    f(make_stack(), X)
+    _collect()
+    gc.disable()
+    try:
+        model = make_stack()
+        f(model, X)
+        watched = [
+            weakref.ref(model),
+            weakref.ref(model.blocks[0]),
+            weakref.ref(model.blocks[0].weight),
+        ]
+        del model
+        assert [ref() for ref in watched] == [None] * len(watched)
+    finally:
+        gc.enable()
+
+
+def test_old_values_die_at_once():
+    f = rx.filter_jit(lambda ref, x: setattr(ref, "value", ref.value + x))
+    ref = rx.Ref(jnp.zeros(3))
+    f(ref, jnp.ones(3))
+    gc.disable()
+    try:
+        old = weakref.ref(ref.value)
+        f(ref, jnp.ones(3))
+        assert old() is None
+    finally:
+        gc.enable()
+
+
+def test_the_programs_of_a_dead_function_die():
+    def make():
+        constant = jnp.arange(3.0) + 1.0  # lives in the program
+
+        def f(ref):
+            ref.value = ref.value + constant
+
+        rx.filter_jit(f)(rx.Ref(jnp.zeros(3)))
+        return weakref.ref(f), weakref.ref(constant)
+
+    make()
+    watched = make()
+    _collect()
+    assert [ref() for ref in watched] == [None, None]
+
+
+def test_many_functions_come_and_go():
+    def make():
+        ref = rx.Ref(jnp.zeros(3))
+
+        @rx.filter_jit
+        def f(x):
+            ref.value = ref.value + x
+
+        f(jnp.ones(3))
+        return weakref.ref(f.__wrapped__), weakref.ref(ref)
+
+    watched = [ref for _ in range(20) for ref in make()]
+    _collect()
+    assert not any(ref() is not None for ref in watched)
+
+
+def test_a_failed_trace_keeps_nothing():
+    @rx.filter_jit
+    def f(model):
+        model.blocks[0].weight.value += 1.0
+        raise KeyError("mine")
+
+    def fail():
+        model = make_stack()
+        with pytest.raises(KeyError):
+            f(model)
+        return weakref.ref(model.blocks[0].weight)
+
+    watched = fail()
+    _collect()
+    assert watched() is None
+
+
+# Across processes.
+
+
+_PROGRAM = """
+    import jax, jax.numpy as jnp, refx_eqx as rx
+
+    hits = []
+    jax.monitoring.register_event_listener(
+        lambda name, **_: hits.append(name) if name.endswith("cache_hits") else None
+    )
+
+    class Model(rx.Module):
+        w: rx.Param[jax.Array]
+
+    @rx.filter_jit(donate="refs")
+    def a_step(model, x):
+        model.w.value = jnp.sin(model.w.value) @ x
+
+    model = Model(jnp.eye(3))
+    a_step(model, jnp.eye(3))
+    jax.config.update("jax_enable_compilation_cache", False)
+    print(len(hits), float(model.w.value[0, 0]))
+"""
+
+
+def test_a_new_process_finds_the_program_in_the_compilation_cache(tmp_path):
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "JAX_CHECK_TRACER_LEAKS": "0",
+    }
+
+    def run():
+        out = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(_PROGRAM)],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert out.returncode == 0, out.stderr
+        hits, value = out.stdout.split()
+        stored = {name for name in os.listdir(tmp_path) if "a_step" in name}
+        return int(hits), float(value), {n for n in stored if not n.endswith("atime")}
+
+    _, first, stored = run()
+    hits, second, stored_after = run()
+    assert first == second
+    assert len(stored) == 1 and stored_after == stored
+    assert hits >= 1

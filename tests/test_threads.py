@@ -1,0 +1,186 @@
+"""Several threads: the outcome is that of some order of the calls, or a clear error."""
+
+import concurrent.futures
+import contextlib
+import threading
+
+import jax.numpy as jnp
+import pytest
+
+import refx_eqx as rx
+
+
+N_THREADS = 4
+
+
+def _in_threads(work, n=N_THREADS):
+    """Runs `work(i)` in `n` threads at once; the results, or the first exception."""
+    barrier = threading.Barrier(n)
+
+    def start(i):
+        barrier.wait()
+        return work(i)
+
+    with concurrent.futures.ThreadPoolExecutor(n) as pool:
+        return list(pool.map(start, range(n)))
+
+
+def _increment(count):
+    count.value += 1
+    return count.value
+
+
+def test_four_threads_times_200_increments_make_800():
+    count = rx.Ref(jnp.array(0))
+    step = rx.filter_jit(_increment)
+
+    def work(_):
+        return [int(step(count)) for _ in range(200)]
+
+    seen = [n for part in _in_threads(work) for n in part]
+    assert count.value == 800
+    # Every call saw what the one before it, in some order, had left.
+    assert sorted(seen) == list(range(1, 801))
+
+
+def test_two_refs_that_are_written_together_stay_together():
+    a, b = rx.Ref(jnp.array(0)), rx.Ref(jnp.array(0))
+
+    @rx.filter_jit
+    def step(a, b):
+        a.value += 1
+        b.value += 2
+        return b.value - 2 * a.value
+
+    def work(_):
+        return [int(step(a, b)) for _ in range(50)]
+
+    assert all(n == 0 for part in _in_threads(work) for n in part)
+    assert (a.value, b.value) == (200, 400)
+
+
+def test_calls_on_different_refs_do_not_disturb_each_other():
+    refs = [rx.Ref(jnp.array(0)) for _ in range(N_THREADS)]
+    step = rx.filter_jit(_increment)
+
+    def work(i):
+        for _ in range(100):
+            step(refs[i])
+
+    _in_threads(work)
+    assert [int(ref.value) for ref in refs] == [100] * N_THREADS
+
+
+def test_a_transform_that_only_reads_sees_one_moment():
+    a, b = rx.Ref(jnp.array(0)), rx.Ref(jnp.array(0))
+
+    @rx.filter_jit
+    def write(a, b):
+        a.value += 1
+        b.value += 1
+
+    @rx.filter_jit
+    def read(a, b):
+        return a.value - b.value
+
+    def work(i):
+        if i == 0:
+            for _ in range(100):
+                write(a, b)
+            return []
+        return [int(read(a, b)) for _ in range(100)]
+
+    assert all(n == 0 for part in _in_threads(work) for n in part)
+
+
+def test_two_threads_trace_at_once():
+    def work(i):
+        ref = rx.Ref(jnp.zeros(3 + i))
+        inside = threading.Event()
+
+        @rx.filter_jit
+        def f(ref):
+            inside.set()
+            meet.wait(timeout=30)  # both are in the middle of their trace here
+            ref.value += i
+            return ref.shape
+
+        shape = f(ref)
+        assert inside.is_set()
+        return shape, float(ref.value[0])
+
+    meet = threading.Barrier(2)
+    assert _in_threads(work, 2) == [((3,), 0.0), ((4,), 1.0)]
+
+
+def test_two_threads_trace_the_same_function_at_once():
+    meet = threading.Barrier(2)
+    count = rx.Ref(jnp.array(0))
+
+    @rx.filter_jit
+    def f(count):
+        # It breaks if JAX lets only one of them trace.
+        with contextlib.suppress(threading.BrokenBarrierError):
+            meet.wait(timeout=2)
+        count.value += 1
+
+    _in_threads(lambda i: f(count), 2)
+    assert count.value == 2
+
+
+def test_mutable_is_a_matter_of_one_thread():
+    guarded, free = rx.Ref(jnp.array(0)), rx.Ref(jnp.array(0))
+    entered, written = threading.Event(), threading.Event()
+
+    def work(i):
+        if i == 0:
+            with rx.mutable(False):
+                entered.set()
+                assert written.wait(timeout=30)
+                with pytest.raises(rx.ImmutableError):
+                    rx.filter_jit(_increment)(guarded)
+        else:
+            assert entered.wait(timeout=30)
+            free.value += 1
+            rx.filter_jit(_increment)(free)
+            written.set()
+
+    _in_threads(work, 2)
+    assert guarded.value == 0 and free.value == 2
+
+
+def test_donating_threads_with_a_lock_are_right():
+    state, lock = rx.Ref(jnp.zeros(10)), threading.Lock()
+
+    @rx.filter_jit(donate="refs")
+    def step(state):
+        state.value += 1.0
+
+    def work(_):
+        for _ in range(50):
+            with lock:
+                step(state)
+
+    _in_threads(work)
+    assert jnp.array_equal(state.value, jnp.full(10, 200.0))
+
+
+def test_an_eager_write_meanwhile_is_not_lost():
+    ref, inside, go_on = rx.Ref(jnp.array(1)), threading.Event(), threading.Event()
+
+    @rx.filter_jit
+    def double(ref):
+        inside.set()
+        assert go_on.wait(timeout=30)
+        ref.value *= 2
+
+    def work(i):
+        if i == 0:
+            double(ref)
+        else:
+            assert inside.wait(timeout=30)
+            ref.value = jnp.array(10)
+            go_on.set()
+
+    _in_threads(work, 2)
+    assert ref.value == 20
