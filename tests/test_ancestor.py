@@ -51,7 +51,7 @@ def test_guide_refs_share_in_plain_python():
 
 
 def test_guide_a_write_in_jit_does_not_leak_a_tracer():
-    ref = rx.Ref(1)
+    ref: rx.Ref[Any] = rx.Ref(1)
 
     @jax.jit
     def f():
@@ -124,7 +124,7 @@ def test_readme_getting_started():
 
 
 def test_readme_trace_level_awareness():
-    ref = rx.Ref(1)
+    ref: rx.Ref[Any] = rx.Ref(1)
 
     @jax.jit
     def f():
