@@ -300,6 +300,19 @@ def is_batched(x: Any) -> bool:
     )
 
 
+def mapped_over(x: Any) -> tuple[bool, ...]:
+    """For each of the innermost vmaps that are running, from the inside out: whether `x`
+    differs from lane to lane of it."""
+    over = []
+    trace = core.trace_ctx.trace
+    while isinstance(trace, BatchTrace):
+        mine = isinstance(x, BatchTracer) and x._trace is trace
+        over.append(mine and x.batch_dim is not None)
+        x = x.val if mine else x
+        trace = trace.parent_trace
+    return tuple(over)
+
+
 def refuse_as_array(cls: type, refuse: Callable[[Any], Any]) -> None:
     """Makes JAX call `refuse(x)` when it meets an `x` of type `cls` as an array.
 
