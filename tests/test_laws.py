@@ -11,6 +11,7 @@ import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import (
     arrays,
@@ -91,7 +92,7 @@ def _renumber(tree: Any, numbers: Any) -> Any:
     return tree
 
 
-@law(250)
+@law(150)
 @hypothesis.given(specs().flatmap(lambda s: st.tuples(st.just(s), changed(s))))
 def test_treedefs_are_equal_iff_structure_sharing_collections_and_types_are(pair):
     a, b = (jax.tree.structure(rx.deref(build(spec))) for spec in pair)
@@ -198,13 +199,19 @@ def test_round_trips_keep_values_and_sharing(round_trip, spec):
     assert not set(refs_of(tree)) & set(refs_of(again))
 
 
+def _zero(x: Any) -> Any:
+    if isinstance(x, np.ndarray | jax.Array):
+        return x * np.zeros_like(x)
+    return type(x)(0) if eqx.is_array_like(x) else x
+
+
 @law(30)
 @hypothesis.given(specs())
 def test_update_refs_from_a_clone_restores_every_value(spec):
     tree = build(spec)
     saved = rx.deref(rx.clone(tree))
     for ref in refs_of(tree):
-        ref.value = jax.tree.map(lambda x: x * 1, ref.value)  # other objects
+        ref.value = jax.tree.map(_zero, ref.value)
     rx.update_refs(tree, saved)
     assert_same_tree(rx.reref(saved), tree)
 
