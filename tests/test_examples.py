@@ -9,21 +9,23 @@ from pathlib import Path
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
-# Each example with a setting that is quick, and the files that it writes.
+# Each example, with arguments that make it quick.
 QUICK = {
-    "train_digits.py": (("--epochs", "10"), ("digits.eqx", "digits.png")),
+    "train_digits.py": ("--epochs", "10"),
+    "ema_and_lora.py": ("--steps", "200"),
 }
 
 
-def run(name: str, out: Path) -> str:
+def run(name: str, *arguments: str) -> str:
     """Runs an example under the defaults of JAX, not those of the tests; what it prints."""
-    arguments, _ = QUICK[name]
     strict = {"JAX_CHECK_TRACER_LEAKS", "XLA_FLAGS"}
+    env = {k: v for k, v in os.environ.items() if k not in strict}
+    terminal = {"PYTHONIOENCODING": "utf-8", "COLUMNS": "100"}
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments, "--out", str(out)],
-        env={k: v for k, v in os.environ.items() if k not in strict},
+        [sys.executable, str(EXAMPLES / name), *QUICK[name], *arguments],
+        env=env | terminal,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
@@ -43,7 +45,7 @@ def test_every_example_is_run_here():
 
 
 def test_train_digits_learns_and_its_checkpoint_has_the_same_accuracy(tmp_path):
-    printed = run("train_digits.py", tmp_path)
+    printed = run("train_digits.py", "--out", str(tmp_path))
     shown = percentages(printed)
     assert shown["trained model"] >= 97
     assert shown["restored checkpoint"] == shown["trained model"]
@@ -53,3 +55,15 @@ def test_train_digits_learns_and_its_checkpoint_has_the_same_accuracy(tmp_path):
     assert printed.count("second.kernel") == 1
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "digits.eqx").stat().st_size > 4 * 14_816
+
+
+def test_ema_and_lora_adapts_to_the_mirror_and_averages_both_ways():
+    printed = run("ema_and_lora.py")
+    rows = re.findall(r"([\d,]+) (params|lora) +│ +([\d.]+)% │ +([\d.]+)%", printed)
+    numbers = [(n, wrt, float(plain), float(mirror)) for n, wrt, plain, mirror in rows]
+    trained, average, adapted, adapted_average = numbers
+    for _, wrt, plain, mirror in (trained, average):
+        assert wrt == "params" and plain > 85 and mirror < 60
+    for _, wrt, plain, mirror in (adapted, adapted_average):
+        assert wrt == "lora" and plain < 70 and mirror > 80
+    assert (trained[0], adapted[0]) == ("26,122", "4,688")
