@@ -165,10 +165,13 @@ def test_a_failed_branch_changes_nothing():
 
 def test_results_of_different_structure_are_refused():
     with pytest.raises(
-        rx.StructureError, match=r"`true_fun` returns \*, and `false_fun` returns \(\*, \*\)"
+        rx.StructureError,
+        match=r"`true_fun` returns \*, and `false_fun` returns \(\*, \*\)",
     ):
         rx.cond(True, lambda: 1.0, lambda: (1.0, 2.0))
-    with pytest.raises(rx.StructureError, match="branch 0 returns.*and branch 2 returns"):
+    with pytest.raises(
+        rx.StructureError, match="branch 0 returns.*and branch 2 returns"
+    ):
         rx.switch(0, [lambda: 1.0, lambda: 2.0, lambda: None])
 
 
@@ -187,7 +190,9 @@ def test_results_with_different_static_leaves_are_refused():
 
 def test_a_ref_made_in_one_branch_only_is_refused_and_the_remedies_run():
     a, b = refs()
-    message = r"`true_fun` returns a new ref.*'made'.*, and `false_fun` returns an array"
+    message = (
+        r"`true_fun` returns a new ref.*'made'.*, and `false_fun` returns an array"
+    )
     with pytest.raises(rx.StructureError, match=message):
         rx.cond(True, lambda: rx.Ref(a.value, "made"), lambda: a.value)
     made = rx.cond(True, lambda: rx.Ref(a.value, "m"), lambda: rx.Ref(b.value, "m"))
@@ -206,7 +211,9 @@ def test_different_refs_of_the_caller_are_refused():
 def test_new_refs_of_different_kinds_are_refused():
     message = "a new ref.*'x'.*, and `false_fun` returns a new ref.*'y'"
     with pytest.raises(rx.StructureError, match=message):
-        rx.cond(True, lambda: rx.Ref(jnp.ones(2), "x"), lambda: rx.Ref(jnp.ones(2), "y"))
+        rx.cond(
+            True, lambda: rx.Ref(jnp.ones(2), "x"), lambda: rx.Ref(jnp.ones(2), "y")
+        )
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,9 @@ def test_a_write_in_the_condition_is_refused():
         ref.value += 1
         return x < 3
 
-    with pytest.raises(rx.StructureError, match="`cond_fun` writes.*'counts'.*only read"):
+    with pytest.raises(
+        rx.StructureError, match="`cond_fun` writes.*'counts'.*only read"
+    ):
         rx.while_loop(cond, lambda x: x + 1, 0)
     assert ref.value == 0
 
@@ -126,7 +128,9 @@ def test_a_ref_that_changes_dtype_is_refused():
         ref.value = ref.value + jnp.ones(2, jnp.int32)
         return args[-1]
 
-    with pytest.raises(rx.StructureError, match="'counts'.*step.*i32.*before.*i32.2. after"):
+    with pytest.raises(
+        rx.StructureError, match="'counts'.*step.*i32.*before.*i32.2. after"
+    ):
         rx.while_loop(lambda x: True, body, 0)
     for upper in [3, jnp.array(3)]:
         with pytest.raises(rx.StructureError, match="`fori_loop` carries.*'counts'"):

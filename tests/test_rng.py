@@ -136,7 +136,15 @@ def vmapped_twice(rngs):
     return rx.filter_vmap(lambda x: vmapped(rngs))(jnp.zeros(3))
 
 
-SPLIT = [vmapped, scanned, mapped, mapped_in_batches, closed_over, nested, vmapped_twice]
+SPLIT = [
+    vmapped,
+    scanned,
+    mapped,
+    mapped_in_batches,
+    closed_over,
+    nested,
+    vmapped_twice,
+]
 
 
 @pytest.mark.parametrize("jit", [False, True])

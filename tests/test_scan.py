@@ -374,7 +374,10 @@ def test_a_collective_inside_of_a_step_under_vmap():
     def f(x):
         return rx.scan(lambda c, _: (c + jax.lax.psum(x, "i"), None), 0.0, length=2)[0]
 
-    assert rx.filter_vmap(f, axis_name="i")(jnp.array([1.0, 2.0])).tolist() == [6.0, 6.0]
+    assert rx.filter_vmap(f, axis_name="i")(jnp.array([1.0, 2.0])).tolist() == [
+        6.0,
+        6.0,
+    ]
 
 
 def test_a_failed_step_changes_nothing():
@@ -437,7 +440,9 @@ def test_a_ref_that_changes_dtype_is_refused_and_the_remedies_run():
         ref.value = ref.value.astype(jnp.float32) + x
         return ref, None
 
-    with pytest.raises(rx.StructureError, match=r"i32\[\] before the step, and f32\[\]"):
+    with pytest.raises(
+        rx.StructureError, match=r"i32\[\] before the step, and f32\[\]"
+    ):
         rx.scan(step, ref, jnp.ones(3))
 
     def fixed(ref, x):
@@ -486,7 +491,9 @@ def test_a_carry_of_another_structure_is_refused(init, new, message):
 def test_another_ref_in_the_carry_is_refused():
     a, b = rx.Ref(jnp.array(0.0), "a"), rx.Ref(jnp.array(1.0), "b")
     with pytest.raises(rx.StructureError, match=r"`\['x'\]`.*'a'.*'b'.*from `\['y'\]`"):
-        rx.scan(lambda c, _: ({"x": c["y"], "y": c["x"]}, None), {"x": a, "y": b}, length=2)
+        rx.scan(
+            lambda c, _: ({"x": c["y"], "y": c["x"]}, None), {"x": a, "y": b}, length=2
+        )
     with pytest.raises(rx.StructureError, match="own refs, each at its place"):
         rx.scan(lambda c, _: (rx.Ref(c.value, "a"), None), a, length=2)
 
@@ -509,7 +516,9 @@ def test_the_number_of_steps_must_be_known_and_agree():
         rx.scan(lambda c, x: (c, None), 0.0)
     with pytest.raises(ValueError, match=r"length=4.*size 3.*Leave out `length`"):
         rx.scan(lambda c, x: (c, None), 0.0, jnp.zeros(3), length=4)
-    with pytest.raises(rx.StructureError, match="different sizes: 3 of an array, and 2"):
+    with pytest.raises(
+        rx.StructureError, match="different sizes: 3 of an array, and 2"
+    ):
         rx.scan(lambda c, x: (c, None), 0.0, (jnp.zeros(3), jnp.zeros(2)))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import keyword
 from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
@@ -108,6 +109,14 @@ class axes:
         if self.default is not _UNSET:
             given.append(f"default={self.default!r}")
         return f"rx.axes({', '.join(given)})"
+
+
+def axes_text(ref: Ref, axis: int | None) -> str:
+    """How to give the collection of `ref` this axis; for messages."""
+    name = ref._collection
+    if isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name):
+        return f"rx.axes({name}={axis}, default=None)"
+    return f"rx.axes({{{name!r}: {axis}}}, default=None)"
 
 
 class _Same:
@@ -226,7 +235,7 @@ def call_axes(opened: Opened, args: tuple, in_axes: Any, name: str) -> Axes:
                         f"`{name}` met {describe(leaf._name, leaf._collection)} with two "
                         f"axes: {earlier!r} in {earlier_where}, {axis!r} in {where}. One "
                         "ref is one parameter: give it one axis, for example by its "
-                        f"collection: `rx.axes({leaf._collection}=...)`."
+                        f"collection, as in `{axes_text(leaf, 0)}`."
                     )
     flat, split = list(bare), []
     for number, (start, stop) in enumerate(opened.spans):

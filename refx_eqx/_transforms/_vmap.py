@@ -19,7 +19,15 @@ from .._functionalize import (
     Opened,
     Outcome,
 )
-from ._axes import array_axis, Axes, call_axes, leaf_axes, named_in_axes, ref_axis
+from ._axes import (
+    array_axis,
+    Axes,
+    axes_text,
+    call_axes,
+    leaf_axes,
+    named_in_axes,
+    ref_axis,
+)
 from ._lanes import is_key, split_keys
 
 
@@ -189,16 +197,11 @@ def _update_axes(opened: Opened, outcome: Outcome, axes: Axes, name: str) -> lis
                 raise StructureError(
                     f"{describe(ref._name, ref._collection)} is broadcast by `{name}`, and "
                     "was written with a value that differs from lane to lane. Either map "
-                    f"it: `in_axes=rx.axes({_keyword(ref)}=0, ...)`, with a leading axis; "
-                    "or write one value for all lanes, such as `jax.lax.pmean(value, "
-                    "axis_name)`."
+                    "it, with a value for each lane: pass it in an argument whose "
+                    f"`in_axes` is `{axes_text(ref, 0)}`; or write one value for all "
+                    "lanes, such as `jax.lax.pmean(value, axis_name)`."
                 )
     return found
-
-
-def _keyword(ref: Any) -> str:
-    text = str(ref._collection)
-    return text if text.isidentifier() else "default"
 
 
 @overload
@@ -239,6 +242,9 @@ def filter_vmap(
     axis. A ref that is broadcast may be written with one value for all lanes. The refs of
     the function itself, and of what it closes over, are broadcast. Refs made inside come
     out with a new axis; refs of the caller that are returned are the caller's own.
+
+    A broadcast ref of collection `"rng"` is split by lane: each lane sees the key with its
+    own number folded in. See [`refx_eqx.Rngs`][].
 
     !!! Example
 
