@@ -78,7 +78,7 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """What lifting costs, against `jax.jit` on a flat list."""
-    session.install("-e", ".[tests]")
+    session.install("-e", ".[examples,tests]")
     session.run("python", "-m", "tests.benchmarks", *session.posargs)
 
 

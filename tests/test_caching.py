@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import weakref
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -14,6 +15,10 @@ import pytest
 from jaxtyping import Array
 
 import refx_eqx as rx
+
+
+# With `.lower` and `__wrapped__`, which a `Callable` does not have for type checkers.
+filter_jit: Any = rx.filter_jit
 
 
 ONES, ZEROS, ZERO = jnp.ones((3, 3)), jnp.zeros(3), jnp.array(0, jnp.int32)
@@ -269,6 +274,7 @@ def test_many_models_come_and_go():
     alive: weakref.WeakSet = weakref.WeakSet()
     _collect()
     before = len(gc.get_objects())
+    model = None
     for i in range(1000):
         model = make_stack()
         if i % 10 == 0:
@@ -334,7 +340,7 @@ def test_many_functions_come_and_go():
     def make():
         ref = rx.Ref(jnp.zeros(3))
 
-        @rx.filter_jit
+        @filter_jit
         def f(x):
             ref.value = ref.value + x
 

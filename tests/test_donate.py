@@ -1,6 +1,7 @@
 """`filter_jit(donate=...)`: old buffers are reused, and nothing that is needed is lost."""
 
 import warnings
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -8,6 +9,10 @@ import jax.numpy as jnp
 import pytest
 
 import refx_eqx as rx
+
+
+# With `.lower` and `__wrapped__`, which a `Callable` does not have for type checkers.
+filter_jit: Any = rx.filter_jit
 
 
 def make_ref(value=0.0, collection="state"):
@@ -71,12 +76,12 @@ def test_donated_calls_follow_one_another():
 
 def test_the_program_aliases_its_input_with_its_output():
     a, b = make_ref(0.0), make_ref(1.0)
-    compiled = rx.filter_jit(_step, donate="refs").lower(a, b, jnp.ones(4)).compile()
+    compiled = filter_jit(_step, donate="refs").lower(a, b, jnp.ones(4)).compile()
     assert "input_output_alias" in compiled.as_text()
     old = a.value
     assert compiled(a, b, jnp.ones(4)) == 8.0
     assert old.is_deleted() and a.value[0] == 2.0
-    plain = rx.filter_jit(_step).lower(a, b, jnp.ones(4)).compile()
+    plain = filter_jit(_step).lower(a, b, jnp.ones(4)).compile()
     assert "input_output_alias" not in plain.as_text()
 
 
@@ -205,6 +210,15 @@ def test_a_failed_check_loses_nothing():
             assert not a.value.is_deleted() and a.value[0] == 1.0
         f(a, jnp.ones(4))
         assert a.value[0] == 2.0
+
+
+def test_a_value_that_was_donated_elsewhere_is_a_clear_error():
+    a = make_ref(1.0)
+    jax.jit(lambda x: x + 1.0, donate_argnums=0)(a.value)
+    text = r"The buffer of an unnamed ref \(collection 'state'\) is gone.*copy it"
+    for donate in ("none", "refs"):
+        with pytest.raises(rx.ConcurrencyError, match=text):
+            rx.filter_jit(_step, donate=donate)(a, make_ref(), jnp.ones(4))
 
 
 def test_the_remedy_for_a_donated_value_runs():

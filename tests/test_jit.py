@@ -2,6 +2,7 @@
 
 import functools
 import time
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -12,6 +13,10 @@ import pytest
 from jaxtyping import Array
 
 import refx_eqx as rx
+
+
+# With `.lower` and `__wrapped__`, which a `Callable` does not have for type checkers.
+filter_jit: Any = rx.filter_jit
 
 
 class Linear(rx.Module):
@@ -64,15 +69,15 @@ def test_a_ref_that_is_not_written_keeps_its_very_array():
 
 def test_only_what_was_written_is_an_output_of_the_program():
     linear, x = make_linear(), jnp.ones(3)
-    lowered = rx.filter_jit(lambda m, x: m(x)).lower(linear, x)
+    lowered = filter_jit(lambda m, x: m(x)).lower(linear, x)
     shapes = [leaf.shape for leaf in jax.tree.leaves(lowered.out_info)]
     assert shapes == [(2,), ()]  # the result and the counter, not the weight
-    lowered = rx.filter_jit(lambda m, x: m.weight.value @ x).lower(linear, x)
+    lowered = filter_jit(lambda m, x: m.weight.value @ x).lower(linear, x)
     assert [leaf.shape for leaf in jax.tree.leaves(lowered.out_info)] == [(2,)]
 
 
 def test_grad_of_a_written_counter_does_not_return_the_parameters():
-    @rx.filter_jit
+    @filter_jit
     def step(model, x):
         grads = rx.filter_grad(lambda m, x: jnp.sum(m(x)), wrt="params")(model, x)
         return jnp.sum(grads.weight.value)
@@ -84,7 +89,7 @@ def test_grad_of_a_written_counter_does_not_return_the_parameters():
 def test_writing_back_the_same_value_is_no_write():
     linear = make_linear()
 
-    @rx.filter_jit
+    @filter_jit
     def f(m):
         m.weight.value = m.weight.value
 
@@ -289,6 +294,14 @@ def test_arrays_beside_refs_are_traced_numpy_too(trace_counter):
     assert f.counter.count == 1
 
 
+def test_an_unhashable_static_value_is_a_clear_error():
+    f = rx.filter_jit(lambda ref, k: ref.value + len(k))
+    ref = make_count()
+    with pytest.raises(TypeError, match=r"Cannot cache on the static value \{1, 2\}"):
+        f(ref, {1, 2})
+    assert f(ref, frozenset({1, 2})) == 2  # the remedy
+
+
 def test_keyword_arguments_are_carried():
     count = make_count()
 
@@ -381,7 +394,7 @@ def test_a_closure_variable_that_is_bound_anew_is_noticed():
 
 
 def test_the_result_has_the_name_and_the_text_of_the_function():
-    @rx.filter_jit
+    @filter_jit
     def f(x):
         """Text."""
         return x
@@ -631,7 +644,7 @@ def test_a_closure_variable_bound_anew_inside_is_refused():
 
 def test_a_compiled_program_writes_back():
     linear, x = make_linear(), jnp.ones(3)
-    compiled = rx.filter_jit(lambda m, x: m(x)).lower(linear, x).compile()
+    compiled = filter_jit(lambda m, x: m(x)).lower(linear, x).compile()
     assert linear.uses.value == 0
     expected = linear.weight.value @ x
     assert jnp.allclose(compiled(linear, x), expected)
@@ -644,7 +657,7 @@ def test_a_compiled_program_writes_back():
 
 def test_a_compiled_program_refuses_another_sharing():
     a, b = make_count(), make_count()
-    jitted = rx.filter_jit(lambda a, b: a.value + b.value)
+    jitted = filter_jit(lambda a, b: a.value + b.value)
     compiled = jitted.lower(a, b).compile()
     assert compiled(a, b) == 0
     text = "was compiled for arguments of another structure"
@@ -656,7 +669,7 @@ def test_a_compiled_program_refuses_another_sharing():
 def test_lowering_writes_nothing_and_takes_keywords():
     count = make_count()
 
-    @rx.filter_jit
+    @filter_jit
     def f(count, *, k):
         count.value += k
 
@@ -679,15 +692,15 @@ def test_options_are_checked():
 
 
 def test_options_are_passed_on_to_jax():
-    @rx.filter_jit(compiler_options={"xla_cpu_enable_fast_math": False})
+    @filter_jit(compiler_options={"xla_cpu_enable_fast_math": False})
     def f(x):
         return x + 1
 
     assert f(jnp.array(1)) == 2
 
-    unused = rx.filter_jit(lambda ref: 1, keep_unused=True).lower(make_count())
+    unused = filter_jit(lambda ref: 1, keep_unused=True).lower(make_count())
     assert "%arg0" in unused.as_text()
-    assert "%arg0" not in rx.filter_jit(lambda ref: 1).lower(make_count()).as_text()
+    assert "%arg0" not in filter_jit(lambda ref: 1).lower(make_count()).as_text()
 
 
 def test_a_call_with_jit_disabled_runs_as_plain_python():

@@ -1,5 +1,7 @@
 """A model with a tied weight, trained, against the same thing by hand in JAX and Optax."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -112,7 +114,8 @@ def test_training_a_tied_model_equals_training_by_hand(donate):
 
 def test_a_tied_weight_has_one_optimiser_slot():
     model = Tied(5, 3, key=jr.key(0))
-    adam = OPTIMISER.init(_params(model))[0]
+    state: Any = OPTIMISER.init(_params(model))
+    adam = state[0]
     assert [x.shape for x in jax.tree.leaves(adam.mu)] == [(5, 3), (3, 3)]
     assert [x.shape for x in jax.tree.leaves(adam.nu)] == [(5, 3), (3, 3)]
 

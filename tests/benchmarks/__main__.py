@@ -6,6 +6,7 @@ Prints one line for each piece of work. The results are kept for each version of
 
 import argparse
 import importlib.metadata
+import time
 
 from . import _compile, _problems, _report
 from ._contenders import contenders
@@ -13,9 +14,10 @@ from ._harness import ratios
 from ._problems import Problem
 
 
-def _run(problem: Problem, rounds: int, block: float) -> dict[str, float]:
+def _run(problem: Problem, kind: str, rounds: int, block: float) -> dict[str, float]:
     runs = {name: make(problem) for name, make in contenders().items()}
-    return ratios(runs, rounds, block)
+    clock = time.process_time if kind == "calls" else time.perf_counter
+    return ratios(runs, rounds, block, clock)
 
 
 def _versions() -> dict[str, str]:
@@ -62,7 +64,7 @@ def main() -> None:
     for kind, its_problems in problems.items():
         for problem in its_problems:
             if options.only in problem.name:
-                show(kind, {problem.name: _run(problem, rounds, block)})
+                show(kind, {problem.name: _run(problem, kind, rounds, block)})
     if options.only in "compilation":
         show("compilation", _compile.compilation(50 if quick else 200, rounds // 5))
     if options.only in "memory":

@@ -114,7 +114,7 @@ def memory(problem: Problem | None = None) -> dict[str, dict[str, float]]:
 
     def refs(donate: Any) -> int:
         model = rx.as_refs(layers)
-        jitted = rx.filter_jit(by_reference, donate=donate)
+        jitted: Any = rx.filter_jit(by_reference, donate=donate)
         return _bytes(jitted.lower(model, problem.x).compile())
 
     donated = jax.jit(by_hand, donate_argnums=0).lower(layers, problem.x).compile()

@@ -5,6 +5,7 @@ result. It is written as the documentation of each library would have it, with n
 between the caller and the library's own compiled function.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -185,6 +186,6 @@ def contenders() -> dict[str, Callable[[Problem], Step]]:
     if hasattr(nnx, "cached_partial"):
         found["nnx.cached_partial"] = _nnx_cached
     found["nnx.jit"] = _nnx_jit
-    if "graph" in nnx.jit.__kwdefaults__:
+    if "graph" in inspect.signature(nnx.jit).parameters:
         found["nnx.jit, tree mode"] = _nnx_tree_mode
     return found

@@ -35,7 +35,7 @@ installed is left out. "Tree mode" is `nnx.jit(..., graph=False)`.
 """
 
 _NOTES = {
-    "calls": "A call with next to no computation: the time of the call itself.",
+    "calls": "A call with next to no computation: the processor time of the call itself.",
     "steps": "Whole steps. A training step is a gradient and Adam; everything is written. "
     "The models are small, so that the call still counts.",
     "compilation": "Tracing and compiling a training step of a deep network, as multiples "
