@@ -472,7 +472,7 @@ def _check_collection(ref: Ref, new: Ref | Value | Index, path: tuple) -> None:
 
 def _check_fits(ref: Ref, value: Any, path: tuple) -> None:
     """Same structure, shapes and dtypes as the present value of `ref`."""
-    old = ref._value
+    old = ref.value
     old_leaves, old_def = jtu.tree_flatten(old)
     new_leaves, new_def = jtu.tree_flatten(value)
     fits = old_def == new_def and all(map(_same_kind, old_leaves, new_leaves))
