@@ -25,9 +25,12 @@ def conforms(value: Any, hint: Any) -> bool:
     if hint is Any:
         return True
     if isinstance(hint, type) and not isinstance(hint, types.GenericAlias):
-        if issubclass(hint, jaxtyping.AbstractArray):
-            # The same answer as beartype's, without its set-up.
+        # The same answer as beartype's, without its set-up. And without its lock, which is
+        # not re-entrant (beartype 0.23): it calls our `__instancecheck__` while it holds it.
+        try:
             return isinstance(value, hint)
+        except TypeError:  # a `TypedDict`, a protocol that is not for run time
+            pass
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(conforms(value, member) for member in args)
