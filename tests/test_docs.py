@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import jax
 import pytest
+
 import refx_eqx as rx
 
 
@@ -100,12 +101,11 @@ def run_page(text: str, file: Path) -> None:
         for i, block in enumerate(blocks):
             if block.language == "python":
                 printed, error = run(block, namespace, file)
-                after = blocks[i + 1] if i + 1 < len(blocks) else None
-                is_shown = after is not None and after.language == "text"
-                if error is not None and not is_shown:
+                after = blocks[i + 1 : i + 2]
+                shown = [block.text for block in after if block.language == "text"]
+                if error is not None and not shown:
                     raise error
-                expected = after.text if is_shown else ""
-                assert words(as_shown(printed, error)) == words(expected)
+                assert words(as_shown(printed, error)) == words("".join(shown))
             elif block.language == "text":
                 # Its own block compared it.
                 assert i > 0 and blocks[i - 1].language == "python"
