@@ -374,19 +374,21 @@ def map_declared(
     if isinstance(declared, Declared):
         return fn(declared, value, where)
     _check_container(declared, value, where)
-    keys = list(value) if isinstance(value, Mapping) else range(len(value))
+    container: Any = value  # which pyright takes for a possible `None` until here
+    keys = list(value) if isinstance(value, Mapping) else range(len(container))
     items = declared.items * len(keys) if declared.is_same_for_all else declared.items
     new = {
-        key: map_declared(fn, item, value[key], f"{where}[{key!r}]")
+        key: map_declared(fn, item, container[key], f"{where}[{key!r}]")
         for key, item in zip(keys, items)
     }
-    if all(new[key] is value[key] for key in keys):
-        return value
+    if all(new[key] is container[key] for key in keys):
+        return container
+    kind: Any = type(container)
     if isinstance(value, Mapping):
-        return type(value)(new)  # type: ignore[call-arg]
+        return kind(new)
     if hasattr(value, "_fields"):  # a named tuple
-        return type(value)(*new.values())
-    return type(value)(new.values())
+        return kind(*new.values())
+    return kind(new.values())
 
 
 def _check_container(declared: Container, value: Any, where: str) -> None:
