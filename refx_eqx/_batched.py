@@ -1,5 +1,6 @@
 """`Batched[Linear, "n"]`: the type of a stack of modules, as `filter_vmap(Linear)` makes."""
 
+import operator
 from typing import Any, TYPE_CHECKING
 
 import jax
@@ -40,11 +41,11 @@ class BatchedHint(type):
             )
         (sizes,) = found
         stand_in = np.broadcast_to(np.zeros((), np.int8), sizes)
-        explain = jaxtyping.Shaped[np.ndarray, cls.axes].__instancecheck_str__
-        return explain(stand_in)
+        hint: Any = jaxtyping.Shaped[np.ndarray, cls.axes]  # to pyright an `Annotated`
+        return hint.__instancecheck_str__(stand_in)
 
     def __reduce__(cls):
-        return Batched.__class_getitem__, ((cls.inside, cls.axes),)
+        return operator.getitem, (Batched, (cls.inside, cls.axes))
 
 
 def _count(n: int) -> str:

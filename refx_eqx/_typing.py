@@ -40,7 +40,8 @@ def conforms(value: Any, hint: Any) -> bool:
     if items is not None:
         return all(conforms(item, item_hint) for item, item_hint in items)
     try:
-        return is_bearable(value, hint)
+        # (pyright: `hint` may be any object that stands for a type.)
+        return is_bearable(value, hint)  # pyright: ignore[reportArgumentType]
     except BeartypeDecorHintException:
         return True  # an annotation that means nothing at run time
 
@@ -54,7 +55,7 @@ def _items(value: Any, origin: Any, args: tuple) -> list[tuple[Any, Any]] | None
     not the one that is asked for."""
     if origin not in (tuple, list, dict) or not isinstance(value, origin):
         return None
-    if origin is dict:
+    if isinstance(value, dict):
         key, item = args
         return [*zip(value, (key,) * len(value))] + [(v, item) for v in value.values()]
     if origin is list or args[1:] == (Ellipsis,):
