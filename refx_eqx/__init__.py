@@ -56,6 +56,8 @@ from ._transforms import (
     cond as cond,
     filter_checkpoint as filter_checkpoint,
     filter_closure_convert as filter_closure_convert,
+    filter_custom_jvp as filter_custom_jvp,
+    filter_custom_vjp as filter_custom_vjp,
     filter_eval_shape as filter_eval_shape,
     filter_grad as filter_grad,
     filter_hessian as filter_hessian,

@@ -8,6 +8,10 @@ from ._autodiff import (
 from ._axes import axes as axes
 from ._branches import cond as cond, switch as switch
 from ._checkpoint import filter_checkpoint as filter_checkpoint
+from ._custom import (
+    filter_custom_jvp as filter_custom_jvp,
+    filter_custom_vjp as filter_custom_vjp,
+)
 from ._derivatives import (
     filter_hessian as filter_hessian,
     filter_jacfwd as filter_jacfwd,

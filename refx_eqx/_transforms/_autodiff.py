@@ -1,7 +1,7 @@
 """`filter_grad` and `filter_value_and_grad`."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Concatenate, Literal, overload, ParamSpec, TypeVar
 
 import equinox as eqx
@@ -9,6 +9,16 @@ import jax
 
 from .. import _trace
 from .._functionalize import call, DYNAMIC, Lifted, Opened, Outcome
+from ._backward import (
+    BackwardWrite,
+    moved,
+    new_channels,
+    seeded,
+    with_backward_writes,
+    with_channels,
+    with_outer_channels,
+    without_channels,
+)
 from ._layout import (
     differentiable,
     first_of,
@@ -42,25 +52,49 @@ class _ValueAndGrad(Lifted):
         def transform(opened: Opened) -> Outcome:
             __tracebackhide__ = True
             wrt = options["wrt"]
-            layout = layout_of_first(opened)
-            positions = differentiable(opened, layout, first, wrt)
+            plain, outer = without_channels(opened)
+            layout = layout_of_first(plain)
+            positions = differentiable(plain, layout, first, wrt)
             if not positions:
                 raise nothing_to_differentiate(name, self.__wrapped__, wrt)
-
-            def differentiated(arrays: list[Any]) -> tuple[Any, Outcome]:
-                __tracebackhide__ = True
-                outcome = opened.run(name, replaced(opened.arrays, positions, arrays))
-                return _scalar(outcome, options["has_aux"], name), outcome
-
-            value_and_grad = jax.value_and_grad(
-                differentiated, has_aux=True, **options["gradkwargs"]
-            )
-            (_, outcome), grads = value_and_grad([opened.arrays[i] for i in positions])
+            # The collections of which a backward rule writes a ref: tracing tells.
+            collections: list[Hashable] = []
+            while True:
+                try:
+                    outcome, grads = self._differentiate(plain, positions, collections)
+                    break
+                except BackwardWrite as e:
+                    if e.collection in collections:
+                        raise
+                    collections.append(e.collection)
             found["grads"] = layout.fill(Sparse(zip(positions, grads)))
-            return outcome
+            return with_outer_channels(outcome, outer)
 
         out = call(self.__wrapped__, args, kwargs, transform)
         return self._result(out, found["grads"])
+
+    def _differentiate(
+        self, plain: Opened, positions: list[int], collections: list[Hashable]
+    ) -> tuple[Outcome, list[Any]]:
+        """The outcome and the gradients, with channels for the refs of `collections`."""
+        __tracebackhide__ = True
+        name, options = self.transform_name, self.options
+
+        def differentiated(diff: list[Any], channels: dict) -> tuple[Any, Outcome]:
+            __tracebackhide__ = True
+            opened = with_channels(plain, channels)
+            where = moved(plain, opened, positions)
+            outcome = opened.run(name, replaced(opened.arrays, where, diff))
+            value = _scalar(outcome, options["has_aux"], name)
+            return seeded(value, outcome, plain, channels)
+
+        value_and_grad = jax.value_and_grad(
+            differentiated, argnums=(0, 1), has_aux=True, **options["gradkwargs"]
+        )
+        diff = [plain.arrays[i] for i in positions]
+        channels = new_channels(plain, collections)
+        (_, outcome), (grads, ends) = value_and_grad(diff, channels)
+        return with_backward_writes(outcome, ends), grads
 
     def _result(self, out: Any, grads: Any) -> Any:
         return out, grads

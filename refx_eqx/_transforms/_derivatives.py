@@ -16,6 +16,7 @@ import jax.tree_util as jtu
 from .. import _trace
 from .._errors import StructureError
 from .._functionalize import call, Lifted, Opened, Outcome
+from ._backward import stripped
 from ._layout import (
     differentiable,
     first_of,
@@ -122,7 +123,7 @@ def filter_jvp(
         found["tangents"] = dict(zip(found["moved"], out))
         return outcome
 
-    out = call(fn, args, kwargs, transform)
+    out = call(fn, args, kwargs, stripped(transform))
     return out, found["layout"].fill(Sparse(found["tangents"]))
 
 
@@ -326,7 +327,7 @@ def filter_vjp(
         )
         return outcome
 
-    result = call(fun, primals, {}, transform)
+    result = call(fun, primals, {}, stripped(transform))
     if has_aux:
         out, aux = result
         return out, found["vjp"], aux
@@ -387,7 +388,7 @@ def filter_linearize(
         )
         return outcome
 
-    result = call(fun, primals, {}, transform)
+    result = call(fun, primals, {}, stripped(transform))
     if has_aux:
         out, aux = result
         return out, found["jvp"], aux
@@ -425,7 +426,7 @@ class _Matrix(Lifted):
             )
             return outcome
 
-        out = call(self.__wrapped__, args, kwargs, transform)
+        out = call(self.__wrapped__, args, kwargs, stripped(transform))
         return (found["matrix"], out[1]) if has_aux else found["matrix"]
 
 

@@ -81,18 +81,19 @@ class Layout:
     def _by_leaf(self) -> list[Sequence[int]]:
         return [_positions(place) for place in self.places]
 
-    def fill(self, values: Any) -> Any:
-        """The derefed tree, with `values[i]` for the array at position `i`."""
+    def fill(self, values: Any, other: Any = None) -> Any:
+        """The derefed tree, with `values[i]` for the array at position `i`, and `other` for
+        what is not an array."""
         leaves = []
         for place in self.places:
             if isinstance(place, _Place):
                 value = None
                 if place.is_first:
                     found = (values[i] for i in _positions(place))
-                    value = _join(place.slot.inside, found)
+                    value = _join(place.slot.inside, found, other)
                 leaves.append(place.node(value))
             else:
-                leaves.append(None if place is None else values[place])
+                leaves.append(other if place is None else values[place])
         return jtu.tree_unflatten(self.treedef, leaves)
 
     def read(self, tree: Any, what: str) -> dict[int, Any]:
@@ -146,12 +147,12 @@ def _positions(place: Any) -> Sequence[int]:
     return () if place is None else (place,)
 
 
-def _join(inside: tuple | None, values: Iterator[Any]) -> Any:
-    """As `join_value`, with `None` for what is static."""
+def _join(inside: tuple | None, values: Iterator[Any], other: Any) -> Any:
+    """As `join_value`, with `other` for what is static."""
     if inside is None:
         return next(values)
     treedef, statics = inside
-    leaves = [next(values) if static is None else None for static in statics]
+    leaves = [next(values) if static is None else other for static in statics]
     return jtu.tree_unflatten(treedef, leaves)
 
 
@@ -252,15 +253,18 @@ def layout_of_first(opened: Opened) -> Layout:
 class Result(NamedTuple):
     """The result of a body: its layout, and flat arrays that the layout is for.
 
-    The arrays of a ref of the caller that is returned are those that it ends with.
+    The arrays of a ref of the caller that is returned are those that it ends with. `made`
+    has the positions of all others: of those in the `out` of the outcome.
     """
 
     layout: Layout
     arrays: list[Any]
+    made: list[int]
 
 
-def result_of(opened: Opened, outcome: Outcome, arrays: list[Any]) -> Result:
-    """The result of a body that was run on `arrays`."""
+def result_of(opened: Any, outcome: Outcome, arrays: list[Any]) -> Result:
+    """The result of a body that was run on `arrays`. Of the call, `opened`, only the
+    `structure` and the `spans` are used."""
     info = outcome.info
     structure = info.result
     out, rest = iter(outcome.out), iter(outcome.updates)
@@ -269,6 +273,7 @@ def result_of(opened: Opened, outcome: Outcome, arrays: list[Any]) -> Result:
         for number, inside in info.written
     }
     flat = [next(out) for _ in range(structure.n_bare)]
+    made = list(range(len(flat)))
     slots, starts = [], []
     for i, slot in enumerate(structure.slots):
         number = info.carried.get(i)
@@ -285,9 +290,11 @@ def result_of(opened: Opened, outcome: Outcome, arrays: list[Any]) -> Result:
         slots.append(slot._replace(inside=inside))
         starts.append(len(flat))
         flat.extend(its_arrays)
+        if number is None:
+            made.extend(range(starts[-1], len(flat)))
     (part,) = structure.parts
     (places,) = _places(structure, 0, 1, slots, starts)
-    return Result(Layout(part.treedef, places), flat)
+    return Result(Layout(part.treedef, places), flat, made)
 
 
 def differentiable(
