@@ -33,7 +33,8 @@ class Config:
             weight: rx.Param[Float[Array, "out in"]]
 
         with rx.config(check_types=False):
-            Linear(jnp.zeros(3))  # of the wrong rank, and nobody looks
+            linear = Linear(jnp.zeros(3))  # of the wrong rank, and nobody looks
+        assert linear.weight.shape == (3,)
         ```
 
     Assigning to `rx.config.check_types` sets it for the whole program. The `with` block
