@@ -2,11 +2,13 @@
 
 import gc
 import weakref
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+
 import refx_eqx as rx
 
 
@@ -121,7 +123,7 @@ def test_what_a_branch_writes_weakly_takes_the_type_of_the_other():
     assert ref.value.dtype == jnp.bfloat16 and ref.value == 0
 
 
-def test_no_second_trace_for_an_equal_structure(trace_counter):
+def test_no_second_trace_for_an_equal_structure(trace_counter: Any):
     @trace_counter
     def add(a, b):
         a.value += b.value

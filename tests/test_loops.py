@@ -1,9 +1,12 @@
 """`while_loop` and `fori_loop`."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+
 import refx_eqx as rx
 
 
@@ -80,7 +83,7 @@ def test_while_loop_under_vmap_and_jvp():
     assert jax.jvp(f, (1.0,), (1.0,))[1] == 8.0
 
 
-def test_while_loop_does_not_trace_again(trace_counter):
+def test_while_loop_does_not_trace_again(trace_counter: Any):
     steps = ref_of(0)
 
     @trace_counter
@@ -148,11 +151,11 @@ def test_another_ref_in_the_carry_is_refused():
 
 def test_fori_loop_without_refs_is_jaxs():
     body = lambda i, c: (c[0] + i, c[1] * 2.0)
-    for bounds in [(0, 5), (2, 5), (5, 2), (jnp.int8(1), jnp.int8(3))]:
-        init = jnp.zeros((), jnp.result_type(*bounds)), 1.0
-        ours = rx.fori_loop(*bounds, body, init)
-        assert eqx.tree_equal(ours, jax.lax.fori_loop(*bounds, body, init))
-        traced = jax.jit(lambda a, b: rx.fori_loop(a, b, body, init))(*bounds)
+    for lower, upper in [(0, 5), (2, 5), (5, 2), (jnp.int8(1), jnp.int8(3))]:
+        init = jnp.zeros((), jnp.result_type(lower, upper)), 1.0
+        ours = rx.fori_loop(lower, upper, body, init)
+        assert eqx.tree_equal(ours, jax.lax.fori_loop(lower, upper, body, init))
+        traced = jax.jit(lambda a, b: rx.fori_loop(a, b, body, init))(lower, upper)
         assert eqx.tree_equal(ours, traced)
     assert rx.fori_loop(0, 5, body, (0, 1.0), unroll=2)[1] == 32.0
 
@@ -196,7 +199,7 @@ def test_a_fori_loop_with_known_bounds_is_differentiable():
     assert rx.filter_grad(f)(rx.Ref(jnp.float32(2.0))).value == 12.0
 
 
-def test_fori_loop_does_not_trace_again(trace_counter):
+def test_fori_loop_does_not_trace_again(trace_counter: Any):
     @trace_counter
     def body(i, ref):
         ref.value += i

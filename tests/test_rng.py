@@ -2,12 +2,14 @@
 
 import io
 import pickle
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
+
 import refx_eqx as rx
 
 
@@ -88,7 +90,7 @@ def test_another_implementation_of_keys():
     assert all_different(out) and rngs.default.count.value == 2
 
 
-def test_under_jit_it_counts_and_does_not_trace_again(trace_counter):
+def test_under_jit_it_counts_and_does_not_trace_again(trace_counter: Any):
     drawn = trace_counter(draw)
     jitted, rngs, eager = rx.filter_jit(drawn), rx.Rngs(0), rx.Rngs(0)
     for _ in range(3):

@@ -1,12 +1,14 @@
 """`scan`, `map` and `associative_scan`."""
 
 import functools
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
+
 import refx_eqx as rx
 
 
@@ -72,7 +74,7 @@ def test_a_weakly_typed_carry_becomes_what_a_step_makes_of_it():
     xs = jnp.arange(3, dtype=jnp.bfloat16)
     carry, _ = rx.scan(lambda c, x: (c + x, None), 0.0, xs)
     assert carry.dtype == jnp.bfloat16 and carry == 3
-    ref = rx.Ref(0.0)
+    ref: rx.Ref[Any] = rx.Ref(0.0)
 
     def step(ref, x):
         ref.value += x
@@ -241,7 +243,7 @@ def test_a_stack_of_layers_that_share_one_ref_trains():
         losses.append(value)
         layers.own.value -= 0.01 * grads.own.value
         layers.shared.value -= 0.01 * grads.shared.value
-    assert all(later < earlier for earlier, later in zip(losses, losses[1:]))
+    assert sorted(losses, reverse=True) == losses
     assert layers.uses.value.tolist() == [6, 6, 6, 6]
 
 
@@ -296,7 +298,7 @@ def test_a_ref_may_hold_a_pytree_with_static_parts():
     assert ref.value["x"] == 4.0 and ref.value["name"] == "a"
 
 
-def test_no_second_trace_for_an_equal_structure(trace_counter):
+def test_no_second_trace_for_an_equal_structure(trace_counter: Any):
     @trace_counter
     def step(carry, layer):
         return layer(carry), None
@@ -314,7 +316,7 @@ def test_no_second_trace_for_an_equal_structure(trace_counter):
     assert step.counter.count == 2
 
 
-def test_another_sharing_is_another_program(trace_counter):
+def test_another_sharing_is_another_program(trace_counter: Any):
     @trace_counter
     def step(carry, refs):
         a, b = refs
@@ -327,7 +329,7 @@ def test_another_sharing_is_another_program(trace_counter):
     assert step.counter.count == 2
 
 
-def test_no_second_trace_under_an_eager_grad(trace_counter):
+def test_no_second_trace_under_an_eager_grad(trace_counter: Any):
     @trace_counter
     def step(carry, x):
         return carry * x, None
@@ -338,7 +340,7 @@ def test_no_second_trace_under_an_eager_grad(trace_counter):
     assert step.counter.count == 1
 
 
-def test_a_partial_is_opened(trace_counter):
+def test_a_partial_is_opened(trace_counter: Any):
     @trace_counter
     def step(w, carry, x):
         return carry * w, None
@@ -372,12 +374,11 @@ def test_nested_in_itself_and_in_every_transform():
 
 def test_a_collective_inside_of_a_step_under_vmap():
     def f(x):
-        return rx.scan(lambda c, _: (c + jax.lax.psum(x, "i"), None), 0.0, length=2)[0]
+        zero = jnp.zeros(())
+        return rx.scan(lambda c, _: (c + jax.lax.psum(x, "i"), None), zero, length=2)[0]
 
-    assert rx.filter_vmap(f, axis_name="i")(jnp.array([1.0, 2.0])).tolist() == [
-        6.0,
-        6.0,
-    ]
+    out = rx.filter_vmap(f, axis_name="i")(jnp.array([1.0, 2.0]))
+    assert out.tolist() == [6.0, 6.0]
 
 
 def test_a_failed_step_changes_nothing():
@@ -500,7 +501,8 @@ def test_another_ref_in_the_carry_is_refused():
 
 def test_a_step_that_does_not_return_a_pair_is_refused():
     with pytest.raises(TypeError, match=r"must return a pair `\(carry, y\)`"):
-        rx.scan(lambda c, x: c, jnp.zeros(2), length=2)
+        step: Any = lambda carry, x: carry
+        rx.scan(step, jnp.zeros(2), length=2)
 
 
 def test_one_ref_both_sliced_and_carried_is_refused():
@@ -566,7 +568,9 @@ def test_map_carries_what_it_does_not_slice():
     assert ref.value == 3.0
 
 
-def test_map_in_batches_counts_batches_and_refuses_a_write_by_element(trace_counter):
+def test_map_in_batches_counts_batches_and_refuses_a_write_by_element(
+    trace_counter: Any,
+):
     ref = rx.Ref(jnp.array(0), "counts")
 
     @trace_counter
@@ -588,7 +592,7 @@ def test_map_in_batches_counts_batches_and_refuses_a_write_by_element(trace_coun
         rx.map(by_element, jnp.arange(4), batch_size=2)
 
 
-def test_map_does_not_trace_again(trace_counter):
+def test_map_does_not_trace_again(trace_counter: Any):
     @trace_counter
     def f(x):
         return x.value
@@ -635,7 +639,7 @@ def test_associative_scan_refuses_writes_and_refs_as_elements():
     assert rx.associative_scan(add, rx.snapshot(elems))["x"].tolist() == [1.0, 2.0, 3.0]
 
 
-def test_associative_scan_does_not_trace_again(trace_counter):
+def test_associative_scan_does_not_trace_again(trace_counter: Any):
     @trace_counter
     def f(a, b):
         return a + b

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
+
 import refx_eqx as rx
 
 
