@@ -54,6 +54,9 @@ class _Nothing:
 
 
 NOTHING = _Nothing()
+"""What is at a place of a tree that has no leaf there: a pytree without leaves. See
+[`refx_eqx.partition`][] and [`refx_eqx.update_refs`][]."""
+
 jtu.register_pytree_node(
     _Nothing, lambda _: ((), None), lambda _aux, _children: NOTHING
 )
