@@ -186,7 +186,10 @@ class _Custom:
         )
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self if instance is None else eqx.Partial(self, instance)
+        if instance is None:
+            return self
+        method: Any = self
+        return eqx.Partial(method, instance)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({name_of(self.__wrapped__)})"
