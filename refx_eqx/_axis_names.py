@@ -42,7 +42,7 @@ NO_NAMES = AxisNames()
 
 
 @contextlib.contextmanager
-def scope(names: AxisNames = NO_NAMES, instance: Any = None) -> Iterator[None]:
+def name_scope(names: AxisNames = NO_NAMES, instance: Any = None) -> Iterator[None]:
     """While it lasts, `names` are bound, and what is checked binds more.
 
     **Arguments:**

@@ -23,7 +23,7 @@ import jaxtyping
 import numpy as np
 
 from . import _trace
-from ._axis_names import AxisNames, names_bound, NO_NAMES, scope
+from ._axis_names import AxisNames, name_scope, names_bound
 from ._config import config
 from ._errors import describe, RefTypeError
 from ._typing import hint_text, why_not_of_type
@@ -47,11 +47,11 @@ class DeclaredType:
         self.field = field
         self.number = number
         self.hint = hint
-        # Whether all that counts is shape and dtype.
-        self.by_shape = isinstance(hint, type) and (
-            hint is jax.Array or issubclass(hint, jaxtyping.AbstractArray)
-        )
         text = hint_text(hint)
+        # Whether all that counts is shape and dtype.
+        self.by_shape = "self." not in text and (
+            hint is jax.Array or isinstance(hint, type(jaxtyping.AbstractArray))
+        )
         # The names in the hint, and the attributes that it has as `{self.name}`.
         self._words = (
             frozenset(re.findall(r"\w+", text)),
@@ -106,7 +106,7 @@ class Declaration:
         """Why `value`, without these axes, is not of this type; or `None`."""
         leaves, treedef = jtu.tree_flatten(value)
         if not axes and not any(map(_is_placeholder, leaves)):
-            with scope(self.names):
+            with name_scope(self.names):
                 return why_not_of_type(value, self.type.hint)
         if any(_is_sized(x) and len(x.shape) < len(axes) for x in leaves):
             return "it has fewer axes than the stack that it is written to"
@@ -115,7 +115,7 @@ class Declaration:
         def judge(arrays: list[Any]) -> None:
             rest = iter(arrays)
             one = [next(rest) if _is_sized(x) else x for x in leaves]
-            with scope(self.names):
+            with name_scope(self.names):
                 reason = why_not_of_type(
                     jtu.tree_unflatten(treedef, one), self.type.hint
                 )
@@ -194,7 +194,9 @@ def check_write(ref: Any, value: Any) -> Any:
     """
     __tracebackhide__ = True
     old = ref._value
-    if isinstance(old, jax.Array) and isinstance(value, jax.Array):
+    if isinstance(value, jax.Array) and (
+        type(old) is type(value) or isinstance(old, jax.Array)
+    ):
         # The common case: as what is there, which was checked before.
         same = old.shape == value.shape and old.dtype == value.dtype
         if same and all(d.type.by_shape for d in ref._declared):

@@ -18,7 +18,7 @@ import equinox as eqx
 import jaxtyping
 
 from . import _trace
-from ._axis_names import scope
+from ._axis_names import name_scope
 from ._batched import BatchedHint
 from ._config import config
 from ._declaration import check_new, Declaration, DeclaredType
@@ -130,7 +130,7 @@ class RefSpec:
         value = self.convert(value, self.owner_name)
         if self.is_ref_field and not self.checked_by_module and config.check_types:
             for ref, where, declared in self.refs_in(value, self.owner_name):
-                with scope():
+                with name_scope():
                     check_declared(ref, where, declared)
                     names = declared.type.names()
                 declare(ref, Declaration(declared.type, names))

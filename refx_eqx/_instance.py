@@ -11,12 +11,12 @@ import equinox as eqx
 import jax
 
 from . import _trace
-from ._axis_names import AxisNames, names_bound, NO_NAMES, scope, union
+from ._axis_names import AxisNames, name_scope, names_bound, NO_NAMES, union
 from ._batched import BatchedHint
 from ._config import config
 from ._declaration import Declaration
 from ._errors import RefTypeError
-from ._field import check_declared, plain_hints, RefSpec
+from ._field import check_declared, Declared, plain_hints, RefSpec
 from ._ref import declare, Ref
 from ._typing import hint_text, why_not_of_type
 
@@ -29,6 +29,8 @@ class _Plan(NamedTuple):
 
     of_refs: tuple[tuple[str, RefSpec], ...]
     plain: tuple[tuple[str, Any], ...]
+    # What was found right before, by the shapes and dtypes of the refs.
+    known: dict[tuple, tuple[Declaration | None, ...]]
 
 
 _plans: weakref.WeakKeyDictionary[type, _Plan] = weakref.WeakKeyDictionary()
@@ -45,7 +47,7 @@ def _plan_of(cls: type) -> _Plan:
                 of_refs.append((name, spec))
             elif name in hints and field._field_type.name == "_FIELD":
                 plain.append((name, hints[name]))
-        plan = _plans[cls] = _Plan(tuple(of_refs), tuple(plain))
+        plan = _plans[cls] = _Plan(tuple(of_refs), tuple(plain), {})
     return plan
 
 
@@ -61,8 +63,15 @@ def check_instance(instance: Any) -> None:
     if not plan.of_refs and not plan.plain:
         return
     fields, class_name = vars(instance), type(instance).__name__
+    shapes = _shapes_of(plan, fields)
+    if shapes in plan.known:
+        for (name, _), declaration in zip(plan.of_refs, plan.known[shapes]):
+            if declaration is not None:
+                declare(fields[name], declaration)
+        return
     checked = []
-    with scope(instance=instance):
+    declarations: dict[tuple, Declaration] = {}
+    with name_scope(instance=instance):
         for name, hint in plan.plain:
             _check_plain(fields[name], hint, f"{class_name}.{name}")
         for name, spec in plan.of_refs:
@@ -72,7 +81,36 @@ def check_instance(instance: Any) -> None:
         # Only now are all names bound.
         for ref, declared_type in checked:
             names = declared_type.names(instance)
-            declare(ref, Declaration(declared_type, names))
+            declarations[id(ref), declared_type] = Declaration(declared_type, names)
+    for ref, declared_type in checked:
+        declare(ref, declarations[id(ref), declared_type])
+    if shapes is not None and len(plan.known) < _MAX_KNOWN:
+        plan.known[shapes] = tuple(
+            declarations.get((id(fields[name]), *spec.declared_types))
+            for name, spec in plan.of_refs
+        )
+
+
+_MAX_KNOWN = 1000
+
+
+def _shapes_of(plan: _Plan, fields: dict[str, Any]) -> tuple | None:
+    """The shapes and dtypes of the refs, if nothing else matters to the check."""
+    if plan.plain:
+        return None
+    shapes: list[Any] = []
+    for name, spec in plan.of_refs:
+        declared, ref = spec.declared, fields[name]
+        if not isinstance(declared, Declared) or not declared.type.by_shape:
+            return None
+        if ref is None and declared.optional:
+            shapes.append(None)
+            continue
+        value = ref._value if isinstance(ref, declared.ref_type) else None
+        if not isinstance(value, jax.Array):
+            return None
+        shapes.append((value.shape, value.dtype))
+    return tuple(shapes)
 
 
 def _check_plain(value: Any, hint: Any, where: str) -> None:

@@ -8,7 +8,7 @@ ref is a `Value` at its first place and an `Index` at every later one.
 import copy
 import threading
 import types
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any, Generic, overload, Self, TYPE_CHECKING, TypeVar
 
 import equinox as eqx
