@@ -127,6 +127,10 @@ def run_scan(
 
 def _first(x: Any) -> jax.ShapeDtypeStruct:
     """What a slice of `x` along the leading axis is."""
+    if len(x):
+        # By JAX itself, which knows of more than shape and dtype: over which axes of a
+        # `shard_map` it varies.
+        return jax.eval_shape(lambda x: x[0], x)
     kind = kind_of(jax.typeof(x))
     return jax.ShapeDtypeStruct(kind.shape[1:], kind.dtype, weak_type=kind.weak)
 
