@@ -7,6 +7,7 @@ node makes a new function, of the same code, with new cells. Cells without refs 
 very same objects, so `nonlocal` works on them.
 """
 
+import dis
 import functools
 import types
 import weakref
@@ -62,10 +63,29 @@ class _Same:
         return id(self.obj)
 
 
+class _Kept:
+    """A cell that is kept as it is; equal when it is the same cell, of the same content."""
+
+    __slots__ = ("cell", "key")
+
+    def __init__(self, cell: types.CellType, is_rebound: bool):
+        self.cell = cell
+        self.key = None if is_rebound else _content_key(cell)
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, _Kept) and (
+            self.cell is other.cell and self.key == other.key
+        )
+
+    def __hash__(self) -> int:
+        return hash((id(self.cell), self.key))
+
+
 class _Function(tuple):
     """A function: `(number, code, globals, cells, extras, carried)`.
 
-    `cells` has the cell that is kept, or `None` for one whose content is carried.
+    `cells` has the cell that is kept, or `None` for one whose content is carried. `extras`
+    are its looks, defaults and attributes.
     """
 
     __slots__ = ()
@@ -113,7 +133,7 @@ def _flatten(leaves: list, treedef: Any, out: list, numbers: dict[int, int]) -> 
     nodes = []
     for leaf in leaves:
         node = None
-        if may_carry(leaf) and _carries(leaf):
+        if may_carry(leaf) and _reaches_ref(leaf):
             node = _open(leaf, out, numbers)
         else:
             out.append(leaf)
@@ -137,17 +157,44 @@ def _open(leaf: Any, out: list, numbers: dict[int, int]) -> Any:
     if number is not None:
         return _Again(number)
     number = numbers[id(leaf)] = len(numbers)
+    rebound = _rebound_cells(_reachable_functions(leaf))
     kept, contents = [], []
     for cell in leaf.__closure__:
         if _is_filled(cell) and _reaches_ref(cell.cell_contents):
             kept.append(None)
             contents.append(cell.cell_contents)
         else:
-            kept.append(_Same(cell))
-    extras = _Same(leaf.__defaults__), _Same(leaf.__kwdefaults__), leaf.__qualname__
+            kept.append(_Kept(cell, id(cell) in rebound))
+    looks = _Looks((name, getattr(leaf, name)) for name in _LOOKS)
+    own = ((k, _Same(v)) for k, v in vars(leaf).items() if k != "__wrapped__")
+    defaults = _Same(leaf.__defaults__), _Same(leaf.__kwdefaults__)
     carried = _sub(contents, out, numbers)
     globals_ = _Same(leaf.__globals__)
-    return _Function((number, leaf.__code__, globals_, tuple(kept), extras, carried))
+    return _Function(
+        (
+            number,
+            leaf.__code__,
+            globals_,
+            tuple(kept),
+            (looks, *defaults, *own),
+            carried,
+        )
+    )
+
+
+_LOOKS = "__annotations__", "__doc__", "__module__", "__name__", "__qualname__"
+
+
+class _Looks(tuple):
+    """What a function is called, and the like. Any two are equal: it computes nothing."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Looks)
+
+    def __hash__(self) -> int:
+        return 0
 
 
 def _is_filled(cell: types.CellType) -> bool:
@@ -184,10 +231,6 @@ def _reaches_ref(tree: Any) -> bool:
     return False
 
 
-def _carries(leaf: Any) -> bool:
-    return _reaches_ref(leaf)
-
-
 def unflatten(structure: Carried, leaves: list[Any]) -> Any:
     """The tree again. Each function that carries refs is a new one, with new cells."""
     if not structure.nodes:
@@ -215,13 +258,14 @@ def _close(node: Any, leaves: Iterator[Any], made: dict[int, Any]) -> Any:
         func, args, keywords = _unflatten(node[0], leaves, made)
         return functools.partial(func, *args, **keywords)
     number, code, globals_, kept, extras, carried = node
-    defaults, kwdefaults, qualname = extras
-    cells = tuple(types.CellType() if cell is None else cell.obj for cell in kept)
-    fn = types.FunctionType(
-        code, globals_.obj, code.co_name, defaults.obj, closure=cells
-    )
+    looks, defaults, kwdefaults, *own = extras
+    cells = tuple(types.CellType() if keep is None else keep.cell for keep in kept)
+    fn = types.FunctionType(code, globals_.obj, argdefs=defaults.obj, closure=cells)
     fn.__kwdefaults__ = kwdefaults.obj
-    fn.__qualname__ = qualname
+    for name, value in looks:
+        setattr(fn, name, value)
+    for name, held in own:
+        setattr(fn, name, held.obj)
     # Before the cells are filled: a recursive function is in one of them.
     made[number] = fn
     contents = iter(_unflatten(carried, leaves, made))
@@ -235,11 +279,123 @@ def static_key(leaf: Any) -> Any:
     """What stands for a static leaf in the key of a cache.
 
     Two leaves have equal keys only if a program traced with the one is right for the
-    other: `1`, `1.0` and `True` are equal in Python, and so are `0.0` and `-0.0`. A
-    function is held weakly, so that a cache does not keep it alive.
+    other: `1`, `1.0` and `True` are equal in Python, and so are `0.0` and `-0.0`. What a
+    function closes over is a part of its key: a cell that is bound to something else makes
+    another function of it. A function is held weakly, so that a cache does not keep it
+    alive.
     """
     if isinstance(leaf, types.FunctionType):
-        return weakref.ref(leaf)
+        return weakref.ref(leaf), _closure_key(leaf) if leaf.__closure__ else None
     if isinstance(leaf, float | complex):
         return type(leaf), repr(leaf)
     return type(leaf), leaf
+
+
+def _closure_key(fn: types.FunctionType) -> tuple:
+    functions = _reachable_functions(fn)
+    rebound = _rebound_cells(functions)
+    return tuple(
+        _content_key(cell)
+        for function in functions
+        for cell in function.__closure__ or ()
+        if id(cell) not in rebound
+    )
+
+
+def _reachable_functions(fn: types.FunctionType) -> list[types.FunctionType]:
+    """`fn` and the functions that are in its cells, and in theirs."""
+    functions, seen = [fn], {id(fn)}
+    for function in functions:
+        for cell in function.__closure__ or ():
+            content = cell.cell_contents if _is_filled(cell) else None
+            if isinstance(content, types.FunctionType) and id(content) not in seen:
+                seen.add(id(content))
+                functions.append(content)
+    return functions
+
+
+def _rebound_cells(functions: list[types.FunctionType]) -> set[int]:
+    """The cells that these functions bind anew themselves (`nonlocal count; count += 1`).
+
+    They are no input of a function but a side effect, which JAX runs once a trace.
+    """
+    return {
+        id(cell)
+        for function in functions
+        if function.__closure__
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__)
+        if name in _rebound_names(function.__code__)
+    }
+
+
+_rebound: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _rebound_names(code: types.CodeType) -> frozenset[str]:
+    names = _rebound.get(code)
+    if names is None:
+        found = {
+            instruction.argval
+            for instruction in dis.get_instructions(code)
+            if instruction.opname in ("STORE_DEREF", "DELETE_DEREF")
+        }
+        for constant in code.co_consts:
+            if isinstance(constant, types.CodeType):
+                found |= _rebound_names(constant)
+        names = _rebound[code] = frozenset(found & set(code.co_freevars))
+    return names
+
+
+_EMPTY = object()
+
+
+def _content_key(cell: types.CellType) -> Any:
+    """What stands for the content of a cell. A container or an array is itself: like JAX,
+    we do not notice a list that is appended to."""
+    content = cell.cell_contents if _is_filled(cell) else _EMPTY
+    if content is None or isinstance(
+        content, bool | int | float | complex | str | bytes
+    ):
+        return static_key(content)
+    return _Identity(content)
+
+
+class _Identity:
+    """Stands for an object; equal for the same object. Holds it weakly if it can."""
+
+    __slots__ = ("_id", "_obj")
+
+    def __init__(self, obj: Any):
+        self._id = id(obj)
+        try:
+            self._obj = weakref.ref(obj)
+        except TypeError:
+            self._obj = functools.partial(_itself, obj)
+
+    def __eq__(self, other: Any) -> bool:
+        if self is other:
+            return True
+        # What a dead object was is equal to nothing: its id may be another's by now.
+        mine = self._obj()
+        return (
+            isinstance(other, _Identity) and mine is not None and mine is other._obj()
+        )
+
+    def __hash__(self) -> int:
+        return self._id
+
+
+def _itself(obj: Any) -> Any:
+    return obj
+
+
+def same_content(cell: types.CellType, key: Any) -> bool:
+    """Whether a cell still has the content that `content_key` saw."""
+    return _content_key(cell) == key
+
+
+def watched_cells(fn: types.FunctionType) -> list[tuple[types.CellType, Any]]:
+    """The cells of a function whose content matters, each with the key of its content."""
+    rebound = _rebound_cells(_reachable_functions(fn))
+    cells = (cell for cell in fn.__closure__ or () if id(cell) not in rebound)
+    return [(cell, _content_key(cell)) for cell in cells]

@@ -15,8 +15,10 @@ others. `finish` is the only place where a caller's ref is written: all at once,
 
 import contextlib
 import functools
+import types
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import equinox as eqx
 import jax
@@ -36,6 +38,9 @@ DYNAMIC = -1
 STATIC = -2
 
 _UNWRITTEN: Any = object()
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 def is_traced_in_ref(leaf: Any) -> bool:
@@ -59,12 +64,13 @@ class Static:
 
     def __init__(self, obj: Any):
         self.key = static_key(obj)
-        # A function is held by its key, weakly.
-        self._obj = None if callable(self.key) else obj
+        self._obj = weakref.ref(obj) if isinstance(obj, types.FunctionType) else obj
 
     @property
     def obj(self) -> Any:
-        return self.key() if callable(self.key) else self._obj
+        obj = self._obj
+        # No leaf is a weak reference itself: JAX could not compare it.
+        return obj() if isinstance(obj, weakref.ref) else obj
 
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, Static) and self.key == other.key
@@ -636,9 +642,8 @@ def call(
     __tracebackhide__ = True
     for _ in range(_MAX_TRIES):
         opened = open_call(fn, args, kwargs, is_dynamic)
-        outcome = transform(opened)
         try:
-            return opened.finish(outcome)
+            return opened.finish(transform(opened))
         except Disturbed:
             continue
     raise ConcurrencyError(
@@ -683,7 +688,7 @@ class Lifted:
                 ((jtu.GetAttrKey("__wrapped__"), x.__wrapped__),),
                 _Options(x.options),
             ),
-            lambda aux, children: cls(children[0], **aux.options),
+            lambda aux, children: cls(*children, **aux.options),
         )
 
 
@@ -708,7 +713,7 @@ class _Options:
             return hash(tuple(self.options))
 
 
-def functionalize(fn: Callable) -> Callable[..., tuple[Any, Any]]:
+def functionalize(fn: Callable[_P, _T]) -> Callable[_P, tuple[_T, Any]]:
     """The pure function that the lifted transforms are made of, to use by hand.
 
     !!! Example

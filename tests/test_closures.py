@@ -542,3 +542,60 @@ def test_a_global_function_reached_by_closure_is_refused_too():
         rx.TraceLevelError, match=r"through a global name is not carried"
     ):
         rx.filter_jit(lambda x: fn(x))(ONE)
+
+
+def test_a_cell_that_is_bound_to_something_else_makes_another_program():
+    ref, scale, array = rx.Ref(jnp.array(1.0)), 2.0, jnp.array(1.0)
+    traces = 0
+
+    @rx.filter_jit
+    def f(x):
+        nonlocal traces
+        traces += 1
+        return ref.value * scale * array * x
+
+    x = jnp.array(1.0)
+    assert [float(f(x)) for _ in range(4)] == [2.0] * 4 and traces == 1
+    scale = 3.0
+    assert [float(f(x)) for _ in range(4)] == [3.0] * 4 and traces == 2
+    scale = 2.0
+    assert [float(f(x)) for _ in range(4)] == [2.0] * 4 and traces == 2
+    array = jnp.array(5.0)
+    assert [float(f(x)) for _ in range(4)] == [10.0] * 4 and traces == 3
+
+
+def test_a_cell_of_a_function_that_is_passed_is_part_of_the_program():
+    scale = 2.0
+
+    def g(x):
+        return x * scale
+
+    apply = rx.filter_jit(lambda g, x: g(x))
+    x = jnp.array(1.0)
+    assert [float(apply(g, x)) for _ in range(4)] == [2.0] * 4
+    scale = 5.0
+    assert [float(apply(g, x)) for _ in range(4)] == [5.0] * 4
+
+
+def test_a_scan_sees_a_cell_that_was_bound_to_something_else():
+    scale = 2.0
+
+    def step(carry, x):
+        return carry * scale, x
+
+    xs = jnp.zeros(2)
+    assert rx.scan(step, jnp.array(1.0), xs)[0] == 4.0
+    scale = 3.0
+    assert rx.scan(step, jnp.array(1.0), xs)[0] == 9.0
+
+
+def test_a_function_that_carries_refs_keeps_its_attributes():
+    ref = rx.Ref(jnp.array(2.0))
+
+    def f(x):
+        """Says so."""
+        return ref.value * f.scale * x, f.__doc__, f.__name__
+
+    f.scale = 3.0  # pyright: ignore[reportFunctionMemberAccess]
+    out, doc, name = rx.filter_jit(f)(jnp.array(1.0))
+    assert (float(out), doc, name) == (6.0, "Says so.", "f")

@@ -271,3 +271,29 @@ def test_a_ref_with_a_pytree_value_is_right_after():
     for _ in range(3):
         f(a)
     assert a.value["x"][0] == 3.0 and a.value["n"] == 4
+
+
+def test_a_value_that_was_donated_elsewhere_is_a_clear_error():
+    a = make_ref(1.0)
+    jax.jit(lambda x: x + 1.0, donate_argnums=0)(a.value)
+    text = r"The buffer of an unnamed ref \(collection 'state'\) is gone.*copy it"
+    for donate in ("none", "refs"):
+        with pytest.raises(rx.ConcurrencyError, match=text):
+            rx.filter_jit(_step, donate=donate)(a, make_ref(), jnp.ones(4))
+
+
+def test_the_buffers_of_a_value_with_several_arrays_are_reused():
+    state = rx.Ref({"mu": jnp.zeros(3), "nu": [jnp.ones(3)], "name": "adam"})
+    old = jax.tree.leaves(state.value)
+
+    @rx.filter_jit(donate="refs")
+    def step(state):
+        mu, nu = state.value["mu"], state.value["nu"][0]
+        state.value = {"mu": mu + 1.0, "nu": [nu], "name": "adam"}
+
+    step(state)
+    assert old[0].is_deleted()
+    assert jnp.array_equal(state.value["mu"], jnp.ones(3))
+    step(state)
+    assert jnp.array_equal(state.value["mu"], jnp.full(3, 2.0))
+    assert jnp.array_equal(state.value["nu"][0], jnp.ones(3))

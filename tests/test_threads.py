@@ -184,3 +184,25 @@ def test_an_eager_write_meanwhile_is_not_lost():
 
     _in_threads(work, 2)
     assert ref.value == 20
+
+
+def test_donating_threads_are_right_or_refused():
+    state = rx.Ref(jnp.zeros(1000))
+
+    @rx.filter_jit(donate="refs")
+    def step(state):
+        state.value += 1.0
+
+    def work(_):
+        done = 0
+        for _ in range(50):
+            try:
+                step(state)
+                done += 1
+            except rx.ConcurrencyError as e:
+                assert "donated" in str(e)
+        return done
+
+    done = sum(_in_threads(work))
+    assert done >= 1
+    assert jnp.array_equal(state.value, jnp.full(1000, float(done)))

@@ -122,7 +122,7 @@ class Compiled:
                 if outcome.info.waits:
                     jax.block_until_ready((outcome.out, outcome.updates))
             except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as e:
-                explain(e, opened)
+                explain(e, opened.refs, opened.values)
                 raise
             return outcome
 

@@ -201,7 +201,7 @@ class Plan:
     # What could have changed: `(container, its items then)`.
     lists: list[tuple[list, tuple]]
     dicts: list[tuple[dict, tuple, tuple]]
-    cells: list[tuple[types.CellType, Any]]
+    cells: list[tuple[types.CellType, Any]]  # with the key of the content then
     # Weak references to the modules that the key has by identity.
     guards: list[weakref.ref]
     # Of the last outcome: its info, and the refs that it writes, or `None` if some of them
@@ -230,7 +230,7 @@ class Plan:
             if any(
                 type(ref._value) is not _trace.ConcreteArray
                 or ref._collection != slot.collection
-                or ref._declared is not slot.declared
+                or ref._declared != slot.declared
                 for ref, slot in zip(self.refs, self.slots)
             ):
                 return False
@@ -243,7 +243,7 @@ class Plan:
         for items, keys, then in self.dicts:
             if tuple(items) != keys or not all(map(is_, items.values(), then)):
                 return False
-        return all(_same_content(cell, content) for cell, content in self.cells)
+        return all(_closure.same_content(cell, key) for cell, key in self.cells)
 
     def call(self, arrays: list[Any], state: _trace.ThreadState) -> Any:
         """Makes the call with these arrays beside the refs, on the thread of `state`."""
@@ -257,19 +257,16 @@ class Plan:
             values = [ref._value for ref in refs]
             calls.append(self.opened)
             try:
-                out, updates, info = self.run(arrays + values if arrays else values)
-                if info.waits:
-                    jax.block_until_ready((out, updates))
-            except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as e:
-                explain(e, self.opened)
-                raise
-            finally:
-                calls.pop()
-            known, written = self.last
-            if known is not info:
-                written = _written_refs(self.opened, info)
-                self.last = info, written
-            try:
+                try:
+                    out, updates, info = self.run(arrays + values if arrays else values)
+                    if info.waits:
+                        jax.block_until_ready((out, updates))
+                finally:
+                    calls.pop()
+                known, written = self.last
+                if known is not info:
+                    written = _written_refs(self.opened, info)
+                    self.last = info, written
                 if written is None:
                     # A value that is not one array: the general way.
                     outcome = Outcome(out, updates, info)
@@ -280,7 +277,7 @@ class Plan:
                     if commits.count != started and not all(
                         ref._value is value for ref, value in zip(refs, values)
                     ):
-                        raise Disturbed
+                        continue
                     commits.count += 1
                     for ref, value in zip(written, updates):
                         ref._value = value
@@ -288,6 +285,12 @@ class Plan:
                     lock.release()
             except Disturbed:
                 continue
+            except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as e:
+                try:
+                    explain(e, refs, values)
+                except Disturbed:
+                    continue
+                raise
             if info.treedef is None:
                 return close_result(Outcome(out, updates, info), refs)
             return info.treedef.unflatten(out)
@@ -298,24 +301,6 @@ def _written_refs(opened: Opened, info: OutcomeInfo) -> list[Ref] | None:
     if any(inside is not None for _, inside in info.written):
         return None
     return [opened.refs[number] for number, _ in info.written]
-
-
-_NOTHING_TO_CARRY = (bool, int, float, complex, str, bytes, type(None), types.CodeType)
-
-
-def _same_content(cell: types.CellType, content: Any) -> bool:
-    try:
-        now = cell.cell_contents
-    except ValueError:
-        return content is _EMPTY
-    # A counter that the function keeps in its closure changes all the time, and carries
-    # nothing.
-    return now is content or (
-        type(now) in _NOTHING_TO_CARRY and type(content) in _NOTHING_TO_CARRY
-    )
-
-
-_EMPTY: Any = object()
 
 
 class _Given(int):
@@ -377,21 +362,13 @@ class _Walk:
                 continue
             if type(leaf) is types.FunctionType and leaf.__closure__:
                 self._seen.add(id(leaf))
-                for cell in leaf.__closure__:
-                    self._cell(cell)
+                self._plan.cells += _closure.watched_cells(leaf)
+                for content in _closure.inside(leaf):
+                    self.tree(content)
             elif _closure.may_carry(leaf):
                 self._seen.add(id(leaf))
                 for inside in _closure.inside(leaf):
                     self.tree(inside)
-
-    def _cell(self, cell: types.CellType) -> None:
-        try:
-            content = cell.cell_contents
-        except ValueError:
-            content = _EMPTY
-        self._plan.cells.append((cell, content))
-        if content is not _EMPTY:
-            self.tree(content)
 
     def _visit(self, x: Any) -> bool:
         kind = type(x)

@@ -16,11 +16,13 @@ import equinox as eqx
 import jax
 import jax.extend.core
 import jax.numpy as jnp
+from jax.tree_util import tree_leaves as leaves
 
 from .. import _trace
 from .._errors import ConcurrencyError, describe
 from .._functionalize import (
     dispatching,
+    Disturbed,
     DYNAMIC,
     Lifted,
     n_arrays,
@@ -29,6 +31,7 @@ from .._functionalize import (
     running_call,
     Structure,
 )
+from .._ref import Ref
 
 
 _trace.register_exclusion(__file__)
@@ -92,7 +95,7 @@ class Program:
                 # A failed check must leave every ref at its old value.
                 jax.block_until_ready((out, updates))
         except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as e:
-            explain(e, opened)
+            explain(e, opened.refs, opened.values)
             raise
         return Outcome(out, updates, info)
 
@@ -200,12 +203,13 @@ class Variant:
         new_arrays = iter(updates)
         for number, inside in info.written:
             start, stop = opened.spans[number]
-            # One array in, one array out: for anything else the buffers cannot be matched.
             new = [next(new_arrays) for _ in range(n_arrays(inside))]
-            if number not in in_first and inside is None and stop - start == 1:
-                old = arrays[start]
-                if eqx.is_array(old) and _same_buffer_type(old, new[0]):
-                    donated.add(start)
+            # A value of another structure has no buffer that could be matched with it.
+            if number in in_first or inside != self._structure.slots[number].inside:
+                continue
+            for i, after in zip(range(start, stop), new):
+                if eqx.is_array(arrays[i]) and _same_buffer_type(arrays[i], after):
+                    donated.add(i)
         return Split(
             tuple(i for i in every if i in donated),
             tuple(i for i in every if i not in donated),
@@ -216,7 +220,7 @@ def _same_buffer_type(old: Any, new: Any) -> bool:
     return old.shape == new.shape and old.dtype == new.dtype
 
 
-def _bare_to_donate(structure: Structure, donate: Donate) -> list[int]:
+def _bare_to_donate(structure: Structure, donate: str) -> list[int]:
     """The positions of the arrays beside refs that this mode donates."""
     if donate in ("none", "refs"):
         return []
@@ -271,8 +275,18 @@ def _has_runtime_check(equations: Iterable[Any]) -> bool:
 _CHECK_FAILED = "_EquinoxRuntimeError: "
 
 
-def explain(error: Exception, opened: Opened) -> None:
-    """Raises a better error in place of JAX's, where there is one to be had."""
+def explain(error: Exception, refs: list[Ref], values: list[Any]) -> None:
+    """Raises a better error in place of JAX's, where there is one to be had.
+
+    `values` are those of `refs` that the call read.
+
+    **Raises:**
+
+    - `equinox.EquinoxRuntimeError`: if a run-time check failed.
+    - `Disturbed`: if another thread donated a value after it was read, and has written the
+        new one: the call must run again.
+    - `ConcurrencyError`: if a value was donated, and there is no new one.
+    """
     __tracebackhide__ = True
     text = str(error)
     if _CHECK_FAILED in text:
@@ -280,18 +294,20 @@ def explain(error: Exception, opened: Opened) -> None:
         # Equinox's advice (to use `filter_jit`) behind it.
         message = text.split(_CHECK_FAILED, 1)[1].split("\n\n\n-----", 1)[0]
         raise eqx.EquinoxRuntimeError(message) from None
-    if type(error) is ValueError:
+    if "deleted" not in text and "donate" not in text:
         return
-    for ref in opened.refs:
-        value = ref._value
-        if isinstance(value, jax.Array) and not _trace.is_tracer(value):
-            if value.is_deleted():
-                raise ConcurrencyError(
-                    f"The buffer of {describe(ref._name, ref._collection)} is gone: it was "
-                    "donated by a call that has not come back on another thread, or that "
-                    "failed. Guard calls that donate with a lock; if it was one thread, "
-                    "the value was also held elsewhere and donated there: copy it."
-                ) from error
+    for ref, value in zip(refs, values):
+        if any(
+            type(x) is _trace.ConcreteArray and x.is_deleted() for x in leaves(value)
+        ):
+            if ref._value is not value:
+                raise Disturbed from None
+            raise ConcurrencyError(
+                f"The buffer of {describe(ref._name, ref._collection)} is gone: it was "
+                "donated by a call that has not come back on another thread, or that "
+                "failed. Guard calls that donate with a lock; if it was one thread, the "
+                "value was also held elsewhere and donated there: copy it."
+            ) from error
 
 
 class _QuietChecks(logging.Filter):
