@@ -242,6 +242,14 @@ def test_a_key_in_a_ref_is_split_and_may_be_written(make):
     assert ref.shape == make(0).shape and ref.dtype == make(0).dtype
 
 
+def test_the_key_of_a_lane_is_none_that_folding_in_gives():
+    ref = rx.Ref(jr.key(0), "rng")
+    f = lambda ref, x: jr.uniform(ref.value)
+    out = rx.filter_vmap(f, in_axes=(None, 0))(ref, jnp.zeros(3))
+    folded = [jr.uniform(jr.fold_in(ref.value, i)) for i in range(3)]
+    assert all_different([*out, *folded])
+
+
 def test_only_keys_of_collection_rng_are_split():
     ref = rx.Ref(jr.key(0), "other")
     f = lambda ref, x: jr.uniform(ref.value)
