@@ -110,4 +110,4 @@ def bind_in_methods(cls: type, names_of: Callable[[Any], AxisNames]) -> None:
             _bind(memos, names_of(instance))
         return memos
 
-    _decorator.push_shape_memo = push_shape_memo
+    setattr(_decorator, "push_shape_memo", push_shape_memo)  # noqa: B010 (it is private)

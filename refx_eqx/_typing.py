@@ -80,7 +80,7 @@ def why_not_of_type(value: Any, hint: Any) -> str | None:
     if of_dtypes:  # it goes on with every dtype there is
         reason += f", which is no {hint.dtype.__name__}"
     if "the underlying array type" in reason:
-        reason = f"it is a {type(value).__name__}, not a {hint_text(hint.array_type)}"
+        reason = f"its type is {type(value).__name__}, not {hint_text(hint.array_type)}"
     return reason
 
 

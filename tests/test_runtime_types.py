@@ -1,5 +1,10 @@
 """Declared types at run time: in signatures, at construction, in methods, for stacks."""
 
+# What is wrong on purpose here is wrong to a static checker too.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportInvalidTypeArguments=false, reportInvalidTypeForm=false
+# pyright: reportOptionalMemberAccess=false
+
 import copy
 import dataclasses
 import importlib
