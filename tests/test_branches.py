@@ -238,6 +238,15 @@ def test_a_ref_left_with_different_structures_is_refused():
         rx.cond(True, writes("a"), writes("b"), a, b)
 
 
+def test_a_predicate_that_is_no_scalar_is_refused():
+    with pytest.raises(
+        TypeError, match=r"predicate must be a scalar.*bool\[2\].*where"
+    ):
+        rx.cond(jnp.ones(2, bool), lambda: 1, lambda: 2)
+    with pytest.raises(TypeError, match=r"index must be a scalar.*i32\[2\]"):
+        rx.switch(jnp.zeros(2, jnp.int32), [lambda: 1, lambda: 2])
+
+
 def test_switch_needs_a_branch():
     with pytest.raises(ValueError, match="at least one branch"):
         rx.switch(0, [])

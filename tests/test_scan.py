@@ -544,6 +544,19 @@ def test_a_global_ref_is_refused():
         rx.scan(lambda c, x: (c + A_GLOBAL.value, None), 0.0, length=2)
 
 
+def test_a_function_in_the_carry_keeps_its_refs():
+    ref = rx.Ref(jnp.zeros(()), "state")
+
+    def add(x):
+        ref.value += x
+        return ref.value
+
+    carry, ys = rx.scan(lambda c, x: (c, c["f"](x)), {"f": add}, jnp.ones(3))
+    assert ys.tolist() == [1.0, 2.0, 3.0]
+    carry["f"](1.0)  # it closes over the caller's own ref again
+    assert ref.value == 4.0
+
+
 # map
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -146,7 +147,7 @@ def _joined(kinds: list[Kind], names: list[str], what: str, name: str) -> Kind:
         raise StructureError(
             f"`{name}`: the branches must agree on the shape and dtype of {what}: it is "
             f"{kinds[0]!r} after {names[0]}, and {kinds[i]!r} after {names[i]}. Make it the "
-            "same in each, for example with `x.astype(...)`."
+            "same in each, for example with `x.astype(...)` or `x.reshape(...)`."
         )
     return kind
 
@@ -326,7 +327,7 @@ def cond(
         make = lambda: Program("cond", _run_cond)
         return program_of_all(branches, "cond", make)(opened)
 
-    args = (jnp.asarray(pred), *branches, *operands)
+    args = (_scalar(pred, "cond", "predicate"), *branches, *operands)
     return call(_cond_branch, args, {}, transform)
 
 
@@ -390,4 +391,16 @@ def switch(index: Any, branches: Sequence[Callable[..., _T]], *operands: Any) ->
         __tracebackhide__ = True
         return program_of_all(fns, "switch", lambda: Program("switch", run))(opened)
 
-    return call(_switch_branch, (jnp.asarray(index), fns, *operands), {}, transform)
+    args = (_scalar(index, "switch", "index"), fns, *operands)
+    return call(_switch_branch, args, {}, transform)
+
+
+def _scalar(x: Any, name: str, what: str) -> jax.Array:
+    __tracebackhide__ = True
+    x = jnp.asarray(x)
+    if x.shape != ():
+        raise TypeError(
+            f"`{name}`: the {what} must be a scalar, and it is {eqx.tree_pformat(x)}. To "
+            "choose for each element, use `jnp.where`, or `rx.filter_vmap`."
+        )
+    return x

@@ -212,7 +212,7 @@ def _changed_kind(
         f"`{name}` carries {what} from step to step, so a step must keep its shape and "
         f"dtype: it is {before!r} before the step, and {after!r} after it. Make it "
         f"{after!r} before the loop, or {remedy} in the step, for example with "
-        "`x.astype(...)`."
+        "`x.astype(...)` or `x.reshape(...)`."
     )
 
 
