@@ -441,6 +441,7 @@ def update_refs(target: Any, source: Any) -> None:
         value = new.value if isinstance(new, (Ref, Value)) else new
         if not isinstance(new, Ref) and not jtu.tree_leaves(value):
             continue  # `Value(None)`: this ref was filtered out of the source
+        check_writable(ref)  # before its value is looked at, which may be forbidden too
         _check_fits(ref, value, path)
         where = path_text(path)
         _, earlier, at = new_values.setdefault(id(ref), (ref, value, where))
