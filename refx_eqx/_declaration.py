@@ -77,11 +77,13 @@ class Declaration:
     program compiled for the one serves the other.
     """
 
-    __slots__ = ("names", "type")
+    __slots__ = ("_hash", "names", "type")
 
     def __init__(self, declared_type: DeclaredType, names: AxisNames):
         self.type = declared_type
         self.names = names
+        # Asked for on every call of a program on modules that it has not seen.
+        self._hash = hash((id(declared_type), names))
 
     def __eq__(self, other: Any) -> bool:
         if self is other:
@@ -91,7 +93,7 @@ class Declaration:
         )
 
     def __hash__(self) -> int:
-        return hash((id(self.type), self.names))
+        return self._hash
 
     def __repr__(self) -> str:
         names = f" with {self.names}" if any(self.names) else ""
