@@ -411,6 +411,9 @@ jtu.register_pytree_node(
 )
 
 
+RETURNS_NONE = jtu.tree_structure(None)
+
+
 class OutcomeInfo:
     """What a body did, beside the arrays. Equal only to itself.
 
@@ -434,6 +437,8 @@ class OutcomeInfo:
         (part,) = result.parts
         only_arrays = result.n_bare == len(result.codes) and not part.nodes
         self.treedef = part.treedef if only_arrays else None
+        if self.treedef == RETURNS_NONE:
+            self.treedef = RETURNS_NONE  # to be told by identity
 
 
 jtu.register_pytree_node(OutcomeInfo, lambda info: ((), info), lambda info, _: info)

@@ -37,6 +37,7 @@ from .._functionalize import (
     Opened,
     Outcome,
     OutcomeInfo,
+    RETURNS_NONE as _NONE,
     updates_of,
 )
 from .._ref import commits, Ref
@@ -291,6 +292,8 @@ class Plan:
                 except Disturbed:
                     continue
                 raise
+            if info.treedef is _NONE:
+                return None
             if info.treedef is None:
                 return close_result(Outcome(out, updates, info), refs)
             return info.treedef.unflatten(out)
