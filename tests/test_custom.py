@@ -266,6 +266,74 @@ def test_backward_rules_run_in_reverse_order_on_one_state(outer, inner):
     assert log.value == 1234865
 
 
+def scanned(fn):
+    def loss(x, log):
+        return rx.scan(lambda c, i: (fn(c, log, i), None), x, jnp.arange(1, 4))[0]
+
+    return loss
+
+
+def looped(fn):
+    return lambda x, log: rx.fori_loop(1, 4, lambda i, c: fn(c, log, i), x)
+
+
+def branching(fn):
+    def loss(x, log):
+        def step(c, i):
+            return rx.cond(i == 2, lambda c: fn(c, log, i), lambda c: c, c), None
+
+        return rx.scan(step, x, jnp.arange(1, 4))[0]
+
+    return loss
+
+
+def in_lanes(fn):
+    # Each lane writes the same: one value for all.
+    def loss(x, log):
+        return jnp.sum(rx.filter_vmap(lambda y: fn(y * x, log))(jnp.arange(2.0)))
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    "make, log_of_calls",
+    [
+        (lambda f: scanned(f), [1, 2, 3]),
+        (lambda f: scanned(rx.filter_checkpoint(f)), [1, 2, 3]),
+        (lambda f: rx.filter_checkpoint(scanned(rx.filter_jit(f))), [1, 2, 3]),
+        (lambda f: looped(f), [1, 2, 3]),
+        (lambda f: branching(f), [2]),
+        (lambda f: in_lanes(scanned(f)), [1, 2, 3]),
+        (lambda f: in_lanes(rx.filter_jit(scanned(f))), [1, 2, 3]),
+    ],
+    ids=["scan", "scan-ckpt", "ckpt-scan-jit", "fori", "cond", "vmap", "vmap-jit"],
+)
+def test_backward_writes_through_other_transforms(make, log_of_calls):
+    @rx.filter_custom_vjp
+    def record(x, log, i):
+        log.value = log.value * 7 + i
+        return x
+
+    @record.def_fwd
+    def _(perturbed, x, log, i):
+        log.value = log.value * 7 + i
+        return x, i
+
+    @record.def_bwd
+    def _(i, grad, perturbed, x, log, same_i):
+        log.value = log.value * 5 + i
+        return grad
+
+    expected = 0
+    for i in log_of_calls:
+        expected = expected * 7 + i
+    for i in reversed(log_of_calls):
+        expected = expected * 5 + i
+    log = rx.Ref(jnp.array(0), "log")
+    rx.filter_grad(make(record))(jnp.array(1.0), log)
+    assert log.value == expected
+
+
 def test_under_scan_the_state_is_threaded_through_the_steps():
     model = make_state()
 
@@ -327,8 +395,33 @@ def test_under_vmap_with_one_value_for_all_lanes():
         assert grads["w"].value == 40.0 and model["amax"].value == 12.0
 
 
-def test_under_vmap_a_value_for_each_lane_is_refused_or_mapped():
+@pytest.mark.parametrize("inner", [bare, rx.filter_jit, rx.filter_checkpoint])
+def test_under_vmap_the_gradient_of_what_is_broadcast_is_the_sum(inner):
+    @rx.filter_custom_vjp
+    def product(wx, amax):
+        return wx[0].value * wx[1]
+
+    product.def_fwd(lambda perturbed, wx, amax: (wx[0].value * wx[1], None))
+
+    @product.def_bwd
+    def _(residuals, grad, perturbed, wx, amax):
+        w, x = wx
+        amax.value = jnp.maximum(amax.value, jax.lax.pmax(jnp.abs(grad), "batch"))
+        return grad * x, grad * w.value
+
+    def loss(w, amax, xs):
+        one = inner(lambda x: product((w, x), amax) ** 2)
+        return jnp.sum(rx.filter_vmap(one, axis_name="batch")(xs))
+
+    w, amax = rx.Ref(jnp.array(2.0), "params"), rx.Ref(jnp.array(0.0), "fp8")
+    grads = rx.filter_grad(loss, wrt="params")(w, amax, xs)
+    assert grads.value == 40.0 and amax.value == 12.0
+
+
+@pytest.mark.parametrize("inner", [bare, rx.filter_jit, rx.filter_checkpoint])
+def test_under_vmap_a_value_for_each_lane_is_refused_or_mapped(inner):
     def loss(model, xs, in_axes):
+        @inner
         def one(model, x):
             return watched(model, model["w"].value * x) ** 2
 
@@ -337,7 +430,8 @@ def test_under_vmap_a_value_for_each_lane_is_refused_or_mapped():
     model = make_state()
     match = "`watch` writes .*'fp8'.*broadcast by `filter_vmap`.*lane to lane"
     with pytest.raises(rx.StructureError, match=match):
-        rx.filter_grad(loss, wrt="params")(model, xs, None)
+        with jax.check_tracer_leaks(False):
+            rx.filter_grad(loss, wrt="params")(model, xs, None)
     assert model["amax"].value == 0.0
     # The remedy: map it.
     model["amax"].value, model["n"].value = jnp.zeros(2), jnp.zeros(2, int)
@@ -350,6 +444,7 @@ def test_under_vmap_a_value_for_each_lane_is_refused_or_mapped():
 def test_inside_of_vmap_each_lane_has_its_own_state():
     def step(model, x):
         def loss(model, x):
+            model["amax"].value = jnp.array(0.0)
             return watched(model, model["w"].value * x) ** 2
 
         return rx.filter_grad(loss, wrt="params")(model, x)["w"].value

@@ -1,5 +1,7 @@
 """`filter_grad` and `filter_value_and_grad`, by reference."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -196,9 +198,11 @@ def test_what_is_refused():
     with pytest.raises(TypeError, match="must return one scalar to differentiate. For"):
         rx.filter_grad(lambda m: (jnp.array(1.0), 2))(model)
     with pytest.raises(TypeError, match="`filter_grad.*must return a pair"):
-        rx.filter_grad(lambda m: jnp.array(1.0), has_aux=True)(model)
+        alone: Any = lambda m: jnp.array(1.0)
+        rx.filter_grad(alone, has_aux=True)(model)
     with pytest.raises(TypeError, match="first argument, which must be passed by pos"):
-        rx.filter_grad(loss)(model=model, x=x)
+        untyped: Any = rx.filter_grad(loss)
+        untyped(model=model, x=x)
     # The remedy of the first.
     _, of_x = rx.filter_grad(lambda both: loss(*both))((model, x))
     assert jnp.array_equal(of_x, model["encoder"].value ** 2)

@@ -201,15 +201,15 @@ def new_channels(opened: Opened, collections: Iterable[Hashable]) -> dict[int, A
     """A channel of zeros for each ref of these collections, by number."""
     wanted = list(collections)
     return {
-        i: jtu.tree_map(_zeros, encode(value))
+        i: jtu.tree_map(lambda x: _mapped_like(jnp.zeros_like(x), x), encode(value))
         for i, (value, slot) in enumerate(zip(opened.values, opened.structure.slots))
         if slot.collection in wanted and has_channel(value)
     }
 
 
-def _zeros(x: Any) -> Any:
-    # Not `zeros_like`: under a `vmap`, the channel is mapped where the value is.
-    return jnp.where(jnp.zeros(x.shape, bool), x, jnp.zeros(x.shape, x.dtype))
+def _mapped_like(x: Any, y: Any) -> Any:
+    """`x`, mapped under a `vmap` if `y` is."""
+    return jnp.where(jnp.zeros(x.shape, bool), y, x)
 
 
 def updates_by_number(outcome: Outcome) -> dict[int, Any]:
@@ -272,7 +272,8 @@ def seeded(
     for i in channels.keys() & updates.keys():
         end = updates[i]
         ends[i], updates[i] = end.channel, end.value
-        values[i] = jax.lax.stop_gradient(encode(end.value))
+        seeds = jtu.tree_map(_mapped_like, encode(end.value), end.channel)
+        values[i] = jax.lax.stop_gradient(seeds)
     return _seed(loss, ends, values), with_updates(outcome, updates)
 
 

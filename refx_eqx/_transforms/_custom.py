@@ -375,8 +375,7 @@ class _Forward:
     - `statics`: what of the residuals is not an array;
     - `layout`: of the result; `made`: where the arrays that the rule returned are in it, and
         whether each has a derivative;
-    - `written`: the numbers of the refs that it wrote;
-    - `mapped`: over which of the running vmaps each channel is mapped.
+    - `written`: the numbers of the refs that it wrote.
     """
 
     perturbed: list[bool]
@@ -385,7 +384,6 @@ class _Forward:
     layout: Layout
     made: list[tuple[int, bool]]
     written: set[int]
-    mapped: dict[int, list[tuple[bool, ...]]]
 
 
 class filter_custom_vjp(_Custom):
@@ -488,7 +486,10 @@ class filter_custom_vjp(_Custom):
             plain, channels = without_channels(opened)
             frame = _Frame("filter_custom_vjp", self.__wrapped__, plain)
             flat = _custom_vjp(frame, layout_of_first(plain))
-            out, updates, threaded = flat(plain.arrays, channels)
+            carriers = {i: x for i, x in enumerate(plain.arrays) if is_inexact(x)}
+            if channels:
+                carriers = _spread(plain.arrays, carriers)
+            out, updates, threaded = flat(plain.arrays, carriers, channels)
             assert frame.info is not None
             # What is written is not differentiated; the channels are.
             outcome = Outcome(out, jax.lax.stop_gradient(updates), frame.info)
@@ -505,17 +506,26 @@ class filter_custom_vjp(_Custom):
 def _custom_vjp(frame: _Frame, layout: Layout) -> Callable:
     positions = set(layout.positions())
 
+    # The function reads `arrays`; their cotangents go to the `carriers`, which are the
+    # inexact ones of them again. See `_spread`.
     @jax.custom_vjp
-    def flat(arrays: list[Any], channels: dict[int, Any]) -> tuple[list, list, dict]:
+    def flat(
+        arrays: list[Any], carriers: dict[int, Any], channels: dict[int, Any]
+    ) -> tuple[list, list, dict]:
         __tracebackhide__ = True
+        del carriers
         outcome = frame.run_forward(
             arrays, lambda rules, *a, **k: rules.fn(*a, **k), "the function"
         )
         return (*_arrays_of(outcome), channels)
 
-    def forward(arrays: list[Any], channels: dict[int, Any]) -> tuple:
+    def forward(
+        arrays: list[Any], carriers: dict[int, Any], channels: dict[int, Any]
+    ) -> tuple:
         __tracebackhide__ = True
-        perturbed = [x.perturbed and is_inexact(x.value) for x in arrays]
+        perturbed = [
+            i in carriers and carriers[i].perturbed for i in range(len(arrays))
+        ]
         arrays = [x.value for x in arrays]
         channels = jtu.tree_map(lambda x: x.value, channels)
         flags = layout.fill(perturbed, other=False)
@@ -541,7 +551,6 @@ def _custom_vjp(frame: _Frame, layout: Layout) -> Callable:
             result.layout,
             [(i, is_inexact(x)) for i, x in zip(result.made, out)],
             {i for i, _ in outcome.info.written},
-            {i: _mapped(channel) for i, channel in channels.items()},
         )
         return (out, updates, channels), _Residuals((kept, arrays), rest)
 
@@ -556,11 +565,12 @@ def _custom_vjp(frame: _Frame, layout: Layout) -> Callable:
             (i, _derivative(ct, inexact))
             for (i, inexact), ct in zip(forward.made, of_out)
         )
-        none: list[Any] = [None] * len(arrays)
+        none = [None] * len(arrays)
+        inexact = [i for i, x in enumerate(arrays) if is_inexact(x)]
         wanted = any(forward.perturbed[i] for i in positions)
         if not wanted or all(ct is None for ct in grad_out.values()):
             # JAX would not have called the rule: only a channel brought us here.
-            return none, {i: live.get(i) for i in ends}
+            return none, dict.fromkeys(inexact), {i: live.get(i) for i in ends}
         present = _values(frame, arrays)
         for i, end in live.items():
             present[i] = decode(end, present[i])
@@ -583,14 +593,32 @@ def _custom_vjp(frame: _Frame, layout: Layout) -> Callable:
             forward.written | new.keys(),
         )
         for i, value in new.items():
-            live[i] = _written(frame, i, value, present[i], forward.mapped, live)
+            live[i] = _written(frame, i, value, present[i], live.get(i))
         grads = layout.read(found["grad"], "The gradient that a backward rule returns")
-        for i, grad in grads.items():
-            none[i] = grad if forward.perturbed[i] else None
-        return none, {i: live.get(i) for i in ends}
+        of_carriers = {
+            i: grads.get(i) if forward.perturbed[i] else None for i in inexact
+        }
+        return none, of_carriers, {i: live.get(i) for i in ends}
 
     flat.defvjp(forward, backward, symbolic_zeros=True)
     return flat
+
+
+def _spread(arrays: list[Any], carriers: dict[int, Any]) -> dict[int, Any]:
+    """The same carriers, mapped under a `vmap` if any of the arrays is.
+
+    Under `vmap`, the cotangent of something that is not mapped is a sum over the lanes, and
+    that of a channel must be none. JAX refuses a rule that has both (since 0.12), for it
+    cannot tell them apart. So the sums are taken before: by what makes the carriers mapped.
+    Where there is no `vmap`, the compiler removes it.
+    """
+    differs = jnp.zeros((), bool)
+    for x in arrays:
+        if jnp.size(x) > 0:
+            is_key = jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
+            first = jnp.ravel(jax.random.key_data(x) if is_key else x)[0]
+            differs = differs | (first != first)
+    return {i: jnp.where(differs, x, x) for i, x in carriers.items()}
 
 
 def _has_zeros(tree: Any) -> bool:
@@ -629,13 +657,11 @@ def _refuse_refs(frame: _Frame, residuals: Any) -> None:
             )
 
 
-def _written(
-    frame: _Frame, i: int, value: Any, old: Any, mapped: dict, live: dict
-) -> Any:
-    """The channel of what a backward rule wrote."""
+def _written(frame: _Frame, i: int, value: Any, old: Any, end: Any) -> Any:
+    """What a backward rule wrote, for its channel. `end` came along the channel."""
     __tracebackhide__ = True
     which = f"The backward rule of `{frame.fn_name}` writes {frame.describe(i)}"
-    if i not in live:
+    if end is None:
         raise BackwardWrite(
             frame.structure.slots[i].collection,
             f"{which}, and what differentiates it here cannot bring the value out. Take "
@@ -650,7 +676,8 @@ def _written(
             "shape and the dtype: convert the value, or make the ref as it is to be."
         )
     channel = encode(value)
-    for new_over, old_over in zip(_mapped(channel), mapped[i]):
+    # What comes along a channel is mapped where the channel is.
+    for new_over, old_over in zip(_mapped(channel), _mapped(end)):
         if any(a and not b for a, b in zip(new_over, old_over)):
             raise StructureError(
                 f"{which}, which is broadcast by `filter_vmap`, with a value that differs "
