@@ -437,7 +437,7 @@ class OutcomeInfo:
         (part,) = result.parts
         only_arrays = result.n_bare == len(result.codes) and not part.nodes
         self.treedef = part.treedef if only_arrays else None
-        if self.treedef == RETURNS_NONE:
+        if only_arrays and part.treedef == RETURNS_NONE:
             self.treedef = RETURNS_NONE  # to be told by identity
 
 
