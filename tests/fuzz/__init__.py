@@ -1,0 +1,11 @@
+"""Random programs, run with the lifted transforms and in plain Python, and compared.
+
+- `program.py`: what a program is, and its text;
+- `generate.py`: a random program for a seed;
+- `interpret.py`: what both interpretations have in common;
+- `lifted.py`: with the transforms of this library, and `plain.py`: with loops and ifs;
+- `compare.py`: one seed, run both ways;
+- `shrink.py`: a smaller program that fails alike.
+
+`python -m tests.fuzz --minutes 60 --seed 0` runs them for an hour.
+"""

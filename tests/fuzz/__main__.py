@@ -1,0 +1,85 @@
+"""`python -m tests.fuzz --minutes 60 --seed 0`: random programs, for so long."""
+
+import argparse
+import collections
+import time
+
+import equinox as eqx
+import jax
+
+from .compare import check
+from .generate import generate
+from .program import text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="tests.fuzz", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=0, help="the first one")
+    parser.add_argument("--count", type=int, help="so many seeds, however long it takes")
+    parser.add_argument("--show", action="store_true", help="print the first program")
+    args = parser.parse_args()
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    if args.show:
+        print(text(generate(args.seed)))
+
+    start = time.monotonic()
+    outcomes, kinds = collections.Counter(), collections.Counter()
+    transforms: collections.Counter[str] = collections.Counter()
+    examples: dict[str, tuple[int, str]] = {}
+    n = 0
+
+    def summary() -> None:
+        minutes = (time.monotonic() - start) / 60
+        print(f"\n== {n} programs in {minutes:.1f} minutes")
+        for outcome, count in outcomes.most_common():
+            print(f"  {outcome:10} {count:6}  {100 * count / n:5.1f} %")
+        for kind, count in kinds.most_common():
+            seed, detail = examples[kind]
+            print(f"  {count:6}  {kind}\n          seed {seed}: {detail[:300]}")
+        print("  transforms:", dict(transforms.most_common()), flush=True)
+
+    last = start
+    while True:
+        if args.count is not None and n >= args.count:
+            break
+        if args.count is None and time.monotonic() - start > 60 * args.minutes:
+            break
+        seed = args.seed + n
+        program = generate(seed)
+        report = check(program)
+        n += 1
+        outcomes[report.outcome] += 1
+        for name in _transforms(program.top):
+            transforms[name] += 1
+        if report.outcome != "equal":
+            kind = f"{report.outcome}: {report.kind}"
+            kinds[kind] += 1
+            examples.setdefault(kind, (seed, report.detail))
+        if report.outcome in ("wrong", "invalid"):
+            print(f"\n-- {report.outcome}\n{text(program)}\n{report.detail[-3000:]}", flush=True)
+        if n % 50 == 0:
+            # Compiled programs add up.
+            jax.clear_caches()
+            eqx.clear_caches()
+        if time.monotonic() - last > 60:
+            last = time.monotonic()
+            summary()
+    summary()
+    raise SystemExit(1 if outcomes["wrong"] or outcomes["invalid"] else 0)
+
+
+def _transforms(s) -> list[str]:
+    inner = [
+        name
+        for block in s.blocks
+        for statement in block.body
+        if hasattr(statement, "transform")
+        for name in _transforms(statement)
+    ]
+    return [s.transform, *inner]
+
+
+if __name__ == "__main__":
+    main()

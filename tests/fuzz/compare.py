@@ -1,0 +1,225 @@
+"""One program, run both ways."""
+
+import dataclasses
+import re
+import traceback
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import refx_eqx as rx
+
+from .interpret import Env, Interpreter
+from .lifted import Lifted
+from .plain import Place, Plain, Refused
+from .program import Program
+
+
+@dataclasses.dataclass
+class Report:
+    """- `outcome`: "equal", "refused", "invalid" (the program has no meaning in plain Python
+        either, by a fault of the generator) or "wrong";
+    - `kind`: of the refusal, or what is wrong;
+    - `detail`: the message."""
+
+    outcome: str
+    kind: str = ""
+    detail: str = ""
+
+
+class Wrong(Exception):
+    """The two interpretations differ."""
+
+
+# What a refusal says, and the reason for it in plain Python.
+REFUSALS = [
+    ("differs from lane to lane", "lanes"),
+    ("met .* with two axes", "two axes"),
+    ("the results differ at", "branches"),
+    ("a step must return", "carry"),
+    ("found nothing to differentiate", "nothing to differentiate"),
+]
+
+# Transforms that do not trace again on a second call.
+STAGED = {
+    "jit", "checkpoint", "scan", "map", "fori", "while_", "cond", "switch",
+}
+
+
+def initial(program: Program, round_: int) -> tuple[list[Any], Any]:
+    rng = np.random.default_rng([program.seed, round_])
+    values = []
+    for spec in program.pool:
+        if spec.dtype == "i32":
+            values.append(jnp.asarray(rng.integers(0, 4, spec.shape), jnp.int32))
+        else:
+            values.append(jnp.asarray(rng.uniform(-1, 1, spec.shape), jnp.float32))
+    return values, jnp.asarray(rng.uniform(-1, 1, (2,)), jnp.float32)
+
+
+def check(program: Program) -> Report:
+    """Runs a program several times, in both ways: twice, after a write from outside, and
+    with another sharing."""
+    session = _Session(program)
+    try:
+        session.run()
+    except _Refusal as e:
+        return Report("refused", e.kind, str(e.error))
+    except Wrong as e:
+        return Report("wrong", str(e).split(":")[0], str(e))
+    except _Invalid as e:
+        return Report("invalid", str(e).split("\n")[0], str(e))
+    return Report("equal")
+
+
+class _Refusal(Exception):
+    def __init__(self, kind: str, error: Exception):
+        self.kind = kind
+        self.error = error
+
+
+class _Invalid(Exception):
+    pass
+
+
+class _Session:
+    def __init__(self, program: Program):
+        self.program = program
+        self.plain, self.lifted = Plain(), Lifted()
+        # The ref for each number in the heap of the plain one, and the other way.
+        self.refs: dict[int, rx.Ref] = {}
+        self.numbers: dict[int, int] = {}
+        self.seen: list[tuple[Place, rx.Ref]] = []
+
+    def know(self, place: Place, ref: rx.Ref, where: str) -> None:
+        number = self.numbers.setdefault(id(ref), place.i)
+        other = self.refs.setdefault(place.i, ref)
+        if number != place.i or other is not ref:
+            raise Wrong(f"sharing: {where} is another ref than in plain Python")
+        self.seen.append((place, ref))
+
+    def envs(self, places: dict[str, int], pool: list) -> tuple[Env, Env]:
+        plain: Env = {n: pool[i][0] for n, i in places.items()}
+        lifted: Env = {n: pool[i][1] for n, i in places.items()}
+        return plain, lifted
+
+    def make_pool(self, values: list[Any]) -> list[tuple[Place, rx.Ref]]:
+        pool = []
+        for i, (spec, value) in enumerate(zip(self.program.pool, values)):
+            place = self.plain.new(value, spec.collection)
+            ref = rx.Ref(value, spec.collection)
+            self.know(place, ref, f"pool {i}")
+            pool.append((place, ref))
+        return pool
+
+    def run(self) -> None:
+        program, top = self.program, self.program.top
+        values, x = initial(program, 0)
+        pool = self.make_pool(values)
+        plain_env, lifted_env = self.envs(program.places, pool)
+        plain_env["x0"] = lifted_env["x0"] = x
+        made = self.lifted.make(top, lifted_env)
+
+        self.both(made, plain_env, lifted_env, "first call")
+        traces = dict(self.lifted.traces)
+        mine = [id(block) for block in top.blocks]
+        # Where the function closes over the array, another one is another function.
+        is_kept = any(block.kept for block in top.blocks)
+
+        def check_traces(which: str) -> None:
+            if top.transform in STAGED:
+                for block in mine:
+                    if self.lifted.traces.get(block, 0) != traces.get(block, 0):
+                        raise Wrong(f"retraced: {which}, {top.transform}")
+
+        self.both(made, plain_env, lifted_env, "second call")
+        if not self.is_fresh(top.transform):
+            check_traces("second call")
+
+        for place, ref in pool:
+            value = ref.value
+            new = value + 2 if value.dtype == jnp.int32 else 0.5 * value + 0.1
+            ref.value = new
+            self.plain.write(place, new)
+        _, x = initial(program, 1)
+        plain_env["x0"] = lifted_env["x0"] = x
+        if is_kept:
+            # What it closes over is bound to what it was.
+            plain_env["x0"] = lifted_env["x0"] = initial(program, 0)[1]
+        self.both(made, plain_env, lifted_env, "call after a write")
+        if not self.is_fresh(top.transform):
+            check_traces("call after a write")
+
+        if any(block.closed for block in top.blocks):
+            return
+        values, _ = initial(program, 2)
+        pool = self.make_pool(values)
+        for which, places in (("new", program.places), ("other", program.again)):
+            plain_env, lifted_env = self.envs(places, pool)
+            plain_env["x0"] = lifted_env["x0"] = initial(program, 0)[1]
+            self.both(made, plain_env, lifted_env, f"call with {which} refs")
+            if which == "new" and not self.is_fresh(top.transform):
+                check_traces("call with new refs")
+
+    def is_fresh(self, transform: str) -> bool:
+        return False
+
+    def both(self, made: Any, plain_env: Env, lifted_env: Env, which: str) -> None:
+        plain, top = self.plain, self.program.top
+        plain_env, lifted_env = dict(plain_env), dict(lifted_env)
+        before = list(plain.heap)
+        plain.reasons.clear()
+        refused = None
+        try:
+            values, places = plain.apply(top, plain_env)
+        except Refused as e:
+            refused = str(e)
+        except Exception as e:
+            raise _Invalid(f"{type(e).__name__}: {e}\n{traceback.format_exc()}") from e
+        try:
+            out, refs = self.lifted.call_made(made, top, lifted_env)
+        except rx.RefError as e:
+            if top.transform != "plain_call":
+                # All or nothing.
+                for number, ref in self.refs.items():
+                    if not same(ref.value, before[number]):
+                        raise Wrong(f"half done: {which}, after {e}") from e
+            for pattern, reason in REFUSALS:
+                if re.search(pattern, str(e), re.DOTALL):
+                    if reason not in plain.reasons and refused is None:
+                        raise Wrong(f"refused without a reason: {reason}: {e}") from e
+                    soft = "" if refused else " (plain Python agrees)"
+                    raise _Refusal(reason + soft, e) from None
+            raise Wrong(f"refused: {type(e).__name__}: {e}") from e
+        except Exception as e:
+            if refused is None or True:
+                text = "".join(traceback.format_exception(e))
+                raise Wrong(f"raised {type(e).__name__}: {which}: {e}\n{text}") from e
+        if refused is not None:
+            raise Wrong(f"not refused: {refused}")
+        if len(out) != len(values):
+            raise Wrong(f"result: {len(out)} values for {len(values)}")
+        for i, (a, b) in enumerate(zip(values, out)):
+            compare(a, b, f"value {i} of {which}")
+        for i, (place, ref) in enumerate(zip(places, refs, strict=True)):
+            self.know(place, ref, f"ref {i} of {which}")
+        for place, ref in self.seen:
+            compare(plain.heap[place.i], ref.value, f"ref {place.i} after {which}")
+            if ref.collection != plain.collections[place.i]:
+                raise Wrong(f"collection: of ref {place.i} after {which}")
+
+
+def same(a: jax.Array, b: jax.Array) -> bool:
+    return a.shape == b.shape and bool(np.array_equal(a, b, equal_nan=True))
+
+
+def compare(expected: Any, found: Any, where: str) -> None:
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        raise Wrong(
+            f"type: {where}: {found.dtype}{found.shape}, and in plain Python "
+            f"{expected.dtype}{expected.shape}"
+        )
+    if not np.allclose(expected, found, rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise Wrong(f"value: {where}: {found}, and in plain Python {expected}")

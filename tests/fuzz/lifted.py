@@ -1,0 +1,341 @@
+"""The interpretation with the transforms of this library."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+import refx_eqx as rx
+
+from .interpret import (
+    choice,
+    Env,
+    fit,
+    flat,
+    Interpreter,
+    LANES,
+    number,
+    pack,
+    seed_vector,
+    test,
+    unpack,
+)
+from .program import Apply, Block
+
+
+class Holder(rx.Module):
+    """A block as a module: what a function would close over is in a field."""
+
+    closed: Any
+    kept: Any
+    block: Any = eqx.field(static=True)
+    style: str = eqx.field(static=True)
+    machine: Any = eqx.field(static=True)
+
+    def method(self, refs: Any, sliced: Any, inputs: Any) -> Any:
+        closed = {**self.closed, **self.kept}
+        return self.machine.body(self.block, closed, self.style, refs, sliced, inputs)
+
+    __call__ = method
+
+
+class Lifted(Interpreter):
+    """`traces` counts how often each block was run by Python."""
+
+    def __init__(self):
+        self.traces: dict[int, int] = {}
+
+    def is_ref(self, x):
+        return isinstance(x, rx.Ref)
+
+    def read(self, ref):
+        return ref.value
+
+    def write(self, ref, value):
+        ref.value = value
+
+    def set_first(self, ref, value):
+        ref[0] = value
+
+    def new(self, value, collection):
+        return rx.Ref(value, collection)
+
+    def is_same(self, a, b):
+        return a is b
+
+    def apply(self, s, env):
+        return self.call_made(self.make(s, env), s, env)
+
+    def call_made(self, made: Callable, s: Apply, env: Env) -> tuple:
+        refs = [env[name] for name in s.refs]
+        sliced = [env[name] for name in s.sliced]
+        inputs = tuple(self.value(e, env) for e in s.inputs)
+        values, out = made(refs, sliced, inputs)
+        return list(values), list(out)
+
+    def body(self, block, closed, style, refs, sliced, inputs) -> Any:
+        self.traces[id(block)] = self.traces.get(id(block), 0) + 1
+        return self.call(
+            block, closed, unpack(refs, style), unpack(sliced, style), inputs
+        )
+
+    def function(self, block: Block, s: Apply, env: Env) -> Callable:
+        closed = {name: env[name] for name in block.closed}
+        kept = {name: env[name] for name in block.kept}
+        style = s.style
+        if s.how in ("method", "module"):
+            holder = Holder(closed, kept, block, style, self)
+            return holder.method if s.how == "method" else holder
+        if s.how == "one cell":
+            both = {**closed, **kept}
+
+            def fn(refs: Any, sliced: Any, inputs: Any) -> Any:
+                return self.body(block, both, style, refs, sliced, inputs)
+
+        else:
+
+            def fn(refs: Any, sliced: Any, inputs: Any) -> Any:
+                return self.body(block, closed | kept, style, refs, sliced, inputs)
+
+        return fn
+
+    def make(self, s: Apply, env: Env) -> Callable[[list, list, tuple], tuple]:
+        """The transformed function, from refs, refs to slice, and arrays."""
+        fns = [self.function(block, s, env) for block in s.blocks]
+        return getattr(self, s.transform)(s, *fns)
+
+    def plain_call(self, s: Apply, f: Callable) -> Callable:
+        p = s.style
+        return lambda refs, sliced, inputs: f(pack(refs, p), pack(sliced, p), inputs)
+
+    def jit(self, s: Apply, f: Callable) -> Callable:
+        return self.plain_call(s, rx.filter_jit(f))
+
+    def checkpoint(self, s: Apply, f: Callable) -> Callable:
+        return self.plain_call(s, rx.filter_checkpoint(f))
+
+    def _grad(self, s: Apply, f: Callable) -> Callable:
+        def loss(refs, sliced, inputs):
+            values, out = f(refs, sliced, inputs)
+            return jnp.sum(number(values[0])), (values, out)
+
+        return loss
+
+    def grad(self, s: Apply, f: Callable) -> Callable:
+        loss = self._grad(s, f)
+        g = self.plain_call(
+            s, rx.filter_grad(loss, has_aux=True, wrt=s.option("wrt"))
+        )
+
+        def run(refs, sliced, inputs):
+            grads, (values, out) = g(refs, sliced, inputs)
+            return [flat(jax.tree.leaves(grads)), *values], out
+
+        return run
+
+    def value_and_grad(self, s: Apply, f: Callable) -> Callable:
+        loss = self._grad(s, f)
+        g = rx.filter_value_and_grad(loss, has_aux=True, wrt=s.option("wrt"))
+        g = self.plain_call(s, g)
+
+        def run(refs, sliced, inputs):
+            (value, (values, out)), grads = g(refs, sliced, inputs)
+            return [value, flat(jax.tree.leaves(grads)), *values], out
+
+        return run
+
+    def _floats(self, s: Apply, f: Callable) -> Callable:
+        """`f` as a function that returns floating-point arrays, and refs beside them."""
+
+        def floats(refs, inputs):
+            values, out = f(refs, pack([], s.style), inputs)
+            return tuple(map(number, values)), out
+
+        return floats
+
+    def vjp(self, s: Apply, f: Callable) -> Callable:
+        floats = self._floats(s, f)
+
+        def run(refs, sliced, inputs):
+            out, pullback, aux = rx.filter_vjp(
+                floats, pack(refs, s.style), inputs, has_aux=True
+            )
+            cotangents = tuple(seed_vector(x, k) for k, x in enumerate(out))
+            return [flat(jax.tree.leaves(pullback(cotangents))), *out], aux
+
+        return run
+
+    def _tangents(self, s: Apply, refs: list, inputs: tuple) -> tuple:
+        seen, tangents = set(), []
+        for k, ref in enumerate(refs):
+            is_first = id(ref) not in seen
+            is_float = jnp.issubdtype(ref.dtype, jnp.floating)
+            tangent = seed_vector(ref.value, k) if is_first and is_float else None
+            tangents.append(tangent)
+            seen.add(id(ref))
+        of_inputs = tuple(
+            seed_vector(x, k) if jnp.issubdtype(x.dtype, jnp.floating) else None
+            for k, x in enumerate(inputs)
+        )
+        return pack(tangents, s.style), of_inputs
+
+    def jvp(self, s: Apply, f: Callable) -> Callable:
+        def whole(refs, inputs):
+            return f(refs, pack([], s.style), inputs)
+
+        def run(refs, sliced, inputs):
+            (values, out), (of_values, of_refs) = rx.filter_jvp(
+                whole, (pack(refs, s.style), inputs), self._tangents(s, refs, inputs)
+            )
+            zeros = lambda t, x: jnp.zeros_like(x) if t is None else t
+            found = [zeros(t, number(x)) for t, x in zip(of_values, values)]
+            for node, ref in zip(of_refs, out):
+                if isinstance(node, rx.Value):
+                    if jnp.issubdtype(ref.dtype, jnp.floating):
+                        found.append(zeros(node.value, ref.value))
+            return [flat(found), *values], out
+
+        return run
+
+    def linearize(self, s: Apply, f: Callable) -> Callable:
+        floats = self._floats(s, f)
+
+        def run(refs, sliced, inputs):
+            tangents = self._tangents(s, refs, inputs)
+            out, pushforward, aux = rx.filter_linearize(
+                floats, pack(refs, s.style), inputs, has_aux=True
+            )
+            return [flat(jax.tree.leaves(pushforward(*tangents))), *out], aux
+
+        return run
+
+    def _matrix(self, s: Apply, f: Callable, transform: Callable) -> Callable:
+        floats = self._floats(s, f)
+        if transform is rx.filter_hessian:
+            one = lambda refs, inputs: jnp.sum(floats(refs, inputs)[0][0])
+            with_aux = lambda refs, inputs: (one(refs, inputs), ())
+        else:
+            with_aux = floats
+        g = transform(with_aux, has_aux=True)
+
+        def run(refs, sliced, inputs):
+            matrix, aux = g(pack(refs, s.style), inputs)
+            return [flat(jax.tree.leaves(matrix))], aux
+
+        return run
+
+    def jacfwd(self, s: Apply, f: Callable) -> Callable:
+        return self._matrix(s, f, rx.filter_jacfwd)
+
+    def jacrev(self, s: Apply, f: Callable) -> Callable:
+        return self._matrix(s, f, rx.filter_jacrev)
+
+    def hessian(self, s: Apply, f: Callable) -> Callable:
+        return self._matrix(s, f, rx.filter_hessian)
+
+    def vmap(self, s: Apply, f: Callable) -> Callable:
+        size = LANES if s.option("sized") else None
+        if not s.option("by_collection"):
+            return self.plain_call(
+                s, rx.filter_vmap(f, in_axes=(None, 0, 0), axis_size=size)
+            )
+
+        # All refs in one tree: their collection tells which are sliced.
+        def one_tree(refs, inputs):
+            plain, sliced = refs
+            return f(plain, sliced, inputs)
+
+        axes = rx.axes(layers=0, default=None)
+        g = rx.filter_vmap(one_tree, in_axes=(axes, 0), axis_size=size)
+        p = s.style
+        return lambda refs, sliced, inputs: g((pack(refs, p), pack(sliced, p)), inputs)
+
+    def scan(self, s: Apply, f: Callable) -> Callable:
+        p = s.style
+
+        def step(carry, x):
+            (refs, v), (sliced, inputs) = carry, x
+            (new, *ys), out, after = f(refs, sliced, (v, *inputs))
+            return (pack(after, p), fit(new, v.shape)), (ys, out)
+
+        def run(refs, sliced, inputs):
+            v, *xs = inputs
+            (_, v), (ys, out) = rx.scan(
+                step,
+                (pack(refs, p), v),
+                (pack(sliced, p), tuple(xs)),
+                LANES if s.option("sized") else None,
+                bool(s.option("reverse")),
+            )
+            return [v, *ys], out
+
+        return run
+
+    def map(self, s: Apply, f: Callable) -> Callable:
+        def step(x):
+            sliced, inputs = x
+            return f(pack([], s.style), sliced, inputs)
+
+        def run(refs, sliced, inputs):
+            xs = pack(sliced, s.style), inputs
+            return rx.map(step, xs, batch_size=s.option("batch_size"))
+
+        return run
+
+    def fori(self, s: Apply, f: Callable) -> Callable:
+        p = s.style
+
+        def body(i, carry):
+            refs, v = carry
+            (new,), _, after = f(refs, pack([], p), (v, i))
+            return pack(after, p), fit(new, v.shape)
+
+        def run(refs, sliced, inputs):
+            lower, upper = s.option("bounds")
+            carry = pack(refs, p), inputs[0]
+            _, v = rx.fori_loop(lower, upper, body, carry)
+            return [v], []
+
+        return run
+
+    def while_(self, s: Apply, f: Callable) -> Callable:
+        p, n = s.style, s.option("steps")
+
+        def test_fn(carry):
+            refs, i, v = carry
+            total = sum((jnp.sum(number(r.value)) for r in unpack(refs, p)), 0.0)
+            return (i < n) & (total < 50.0)
+
+        def body(carry):
+            refs, i, v = carry
+            (new,), _, after = f(refs, pack([], p), (v, i))
+            return pack(after, p), i + 1, fit(new, v.shape)
+
+        def run(refs, sliced, inputs):
+            carry = pack(refs, p), jnp.int32(0), inputs[0]
+            _, i, v = rx.while_loop(test_fn, body, carry)
+            return [i, v], []
+
+        return run
+
+    def cond(self, s: Apply, f: Callable, g: Callable) -> Callable:
+        p = s.style
+
+        def run(refs, sliced, inputs):
+            pred, *rest = inputs
+            pred = test(pred, s.option("threshold"))
+            return rx.cond(pred, f, g, pack(refs, p), pack([], p), tuple(rest))
+
+        return run
+
+    def switch(self, s: Apply, *fns: Callable) -> Callable:
+        p = s.style
+
+        def run(refs, sliced, inputs):
+            index, *rest = inputs
+            index = choice(index, len(fns))
+            return rx.switch(index, fns, pack(refs, p), pack([], p), tuple(rest))
+
+        return run
