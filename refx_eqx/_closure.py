@@ -133,7 +133,8 @@ def _flatten(leaves: list, treedef: Any, out: list, numbers: dict[int, int]) -> 
     nodes = []
     for leaf in leaves:
         node = None
-        if may_carry(leaf) and _reaches_ref(leaf):
+        # A partial is always opened: what was bound in it are arguments like others.
+        if type(leaf) is functools.partial or (may_carry(leaf) and _reaches_ref(leaf)):
             node = _open(leaf, out, numbers)
         else:
             out.append(leaf)
@@ -281,14 +282,25 @@ def static_key(leaf: Any) -> Any:
     Two leaves have equal keys only if a program traced with the one is right for the
     other: `1`, `1.0` and `True` are equal in Python, and so are `0.0` and `-0.0`. What a
     function closes over is a part of its key: a cell that is bound to something else makes
-    another function of it. A function is held weakly, so that a cache does not keep it
-    alive.
+    another function of it.
     """
+    held = weakly(leaf)
     if isinstance(leaf, types.FunctionType):
-        return weakref.ref(leaf), _closure_key(leaf) if leaf.__closure__ else None
+        return held, _closure_key(leaf) if leaf.__closure__ else None
     if isinstance(leaf, float | complex):
         return type(leaf), repr(leaf)
-    return type(leaf), leaf
+    return type(leaf), held
+
+
+def weakly(leaf: Any) -> Any:
+    """`leaf`, or a weak reference to it if it is equal to nothing but itself: a cache must
+    not keep a function alive."""
+    if type(leaf).__eq__ is object.__eq__ and not isinstance(leaf, weakref.ref):
+        try:
+            return weakref.ref(leaf)
+        except TypeError:
+            pass
+    return leaf
 
 
 def _closure_key(fn: types.FunctionType) -> tuple:

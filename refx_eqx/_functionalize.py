@@ -25,7 +25,7 @@ import jax
 import jax.tree_util as jtu
 
 from . import _closure, _trace
-from ._closure import Carried, static_key
+from ._closure import Carried, static_key, weakly
 from ._deref import deref, path_text, reref
 from ._errors import ConcurrencyError, describe, StructureError, TraceLevelError
 from ._ref import check_readable, check_writable, commits, make_ref, Note, note_of, Ref
@@ -62,14 +62,14 @@ class Static:
 
     __slots__ = ("_obj", "key")
 
-    def __init__(self, obj: Any):
+    def __init__(self, obj: Any, is_result: bool = False):
         self.key = static_key(obj)
-        self._obj = weakref.ref(obj) if isinstance(obj, types.FunctionType) else obj
+        # Nobody else may hold what was made inside of a function and returned.
+        self._obj = obj if is_result else weakly(obj)
 
     @property
     def obj(self) -> Any:
         obj = self._obj
-        # No leaf is a weak reference itself: JAX could not compare it.
         return obj() if isinstance(obj, weakref.ref) else obj
 
     def __eq__(self, other: Any) -> bool:
@@ -104,7 +104,7 @@ def split_value(value: Any) -> tuple[tuple | None, list[Any]]:
         return None, [value]
     leaves, treedef = jtu.tree_flatten(value)
     arrays = [x for x in leaves if is_traced_in_ref(x)]
-    statics = tuple(None if is_traced_in_ref(x) else Static(x) for x in leaves)
+    statics = tuple(None if is_traced_in_ref(x) else Static(x, True) for x in leaves)
     return (treedef, statics), arrays
 
 
@@ -217,8 +217,13 @@ def _count(part: Carried) -> int:
 class _Reader:
     """Classifies leaves, and numbers the refs among them by their first place."""
 
-    def __init__(self, is_dynamic: Callable[[Any], bool] = is_traced):
+    def __init__(
+        self,
+        is_dynamic: Callable[[Any], bool] = is_traced,
+        is_result: bool = False,
+    ):
         self.is_dynamic = is_dynamic
+        self.is_result = is_result
         self.parts: list[Carried] = []
         self.leaves: list[Any] = []
         self.codes: list[int] = []
@@ -243,7 +248,7 @@ class _Reader:
                 self.bare.append(leaf)
             else:
                 self.codes.append(STATIC)
-                self.statics.append(Static(leaf))
+                self.statics.append(Static(leaf, self.is_result))
 
     def structure(self, slots: list[Slot]) -> Structure:
         return Structure(
@@ -543,7 +548,7 @@ def _what_changed(structure: Structure, trees: list, placed: list) -> str:
 
 def _open_result(result: Any, inner: list[Ref], name: str) -> tuple[list, OutcomeInfo]:
     __tracebackhide__ = True
-    reader = _Reader()
+    reader = _Reader(is_result=True)
     reader.read(result)
     numbers = {id(ref): i for i, ref in enumerate(inner)}
     carried: dict[int, int] = {}

@@ -714,3 +714,29 @@ def test_a_call_with_jit_disabled_runs_as_plain_python():
     with jax.disable_jit():
         assert f(count) == 1.0
     assert count.value == 1
+
+
+def test_a_function_made_inside_comes_out():
+    out, made = rx.filter_jit(lambda x: (x, lambda: 7))(jnp.array(1.0))
+    assert out == 1.0 and made() == 7
+    again, made = rx.filter_jit(lambda x: (x, lambda: 7))(jnp.array(1.0))
+    assert again == 1.0 and made() == 7
+
+
+def test_a_ref_can_be_given_a_static_value_made_inside():
+    ref = rx.Ref({"x": jnp.array(1.0), "f": None})
+
+    @rx.filter_jit
+    def f(ref):
+        ref.value = {"x": ref.value["x"], "f": lambda: 3}
+
+    f(ref)
+    assert ref.value["f"]() == 3
+
+
+def test_the_arrays_bound_in_a_partial_are_traced(trace_counter):
+    f = trace_counter(lambda w, x: w * x)
+    for i in range(3):
+        part = functools.partial(f, jnp.array(float(i)))
+        assert rx.filter_jit(part)(jnp.array(2.0)) == 2.0 * i
+    assert f.counter.count == 1
