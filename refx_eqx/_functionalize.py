@@ -15,249 +15,36 @@ others. `finish` is the only place where a caller's ref is written: all at once,
 
 import contextlib
 import functools
-import types
-import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
-import equinox as eqx
-import jax
 import jax.tree_util as jtu
 
 from . import _closure, _trace
-from ._closure import Carried, static_key, weakly
 from ._deref import deref, path_text, reref
 from ._errors import ConcurrencyError, describe, StructureError, TraceLevelError
-from ._ref import check_readable, check_writable, commits, make_ref, Note, note_of, Ref
+from ._lifted import name_of
+from ._ref import check_readable, check_writable, commits, make_ref, note_of, Ref
+from ._structure import (
+    is_traced,
+    is_traced_in_ref,
+    join_value,
+    Outcome,
+    OutcomeInfo,
+    Reader,
+    Slot,
+    slot_of_array,
+    split_value,
+    Structure,
+)
 
 
 _trace.register_exclusion(__file__)
-
-# What a leaf is: the number of a ref (0, 1, ...), or one of these.
-DYNAMIC = -1
-STATIC = -2
 
 _UNWRITTEN: Any = object()
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-
-
-def is_traced_in_ref(leaf: Any) -> bool:
-    """Which leaves of the value of a ref are traced: what JAX can trace."""
-    if type(leaf) is _trace.ConcreteArray:
-        return True
-    return eqx.is_array_like(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
-
-
-def is_traced(leaf: Any) -> bool:
-    """Which leaves beside refs are traced: arrays, as in Equinox."""
-    if type(leaf) is _trace.ConcreteArray:
-        return True
-    return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
-
-
-class Static:
-    """A static leaf, with the key that stands for it (see `static_key`)."""
-
-    __slots__ = ("_obj", "key")
-
-    def __init__(self, obj: Any, is_result: bool = False):
-        self.key = static_key(obj)
-        # Nobody else may hold what was made inside of a function and returned.
-        self._obj = obj if is_result else weakly(obj)
-
-    @property
-    def obj(self) -> Any:
-        obj = self._obj
-        return obj() if isinstance(obj, weakref.ref) else obj
-
-    def __eq__(self, other: Any) -> bool:
-        return isinstance(other, Static) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-
-class Slot(NamedTuple):
-    """The structure of one ref, beside the arrays of its value.
-
-    `inside` is `None` where the value is one array, and else `(treedef, statics)`, with
-    `None` in `statics` for each leaf that is traced.
-    """
-
-    ref_type: type[Ref]
-    collection: Hashable
-    declared: Any
-    inside: tuple[Any, tuple] | None
-
-
-@functools.lru_cache(maxsize=4096)
-def _slot_of_array(ref_type: type[Ref], collection: Hashable, declared: Any) -> Slot:
-    """The slot of a ref to one array: the same object each time, quick to compare."""
-    return Slot(ref_type, collection, declared, None)
-
-
-def split_value(value: Any) -> tuple[tuple | None, list[Any]]:
-    """The value of a ref as `(inside, arrays)`."""
-    if is_traced_in_ref(value):
-        return None, [value]
-    leaves, treedef = jtu.tree_flatten(value)
-    arrays = [x for x in leaves if is_traced_in_ref(x)]
-    statics = tuple(None if is_traced_in_ref(x) else Static(x, True) for x in leaves)
-    return (treedef, statics), arrays
-
-
-def n_arrays(inside: tuple | None) -> int:
-    """How many arrays a value has."""
-    return 1 if inside is None else sum(static is None for static in inside[1])
-
-
-def join_value(inside: tuple | None, arrays: Iterator[Any]) -> Any:
-    """The opposite of `split_value`; takes what it needs from `arrays`."""
-    if inside is None:
-        return next(arrays)
-    treedef, statics = inside
-    leaves = [next(arrays) if static is None else static.obj for static in statics]
-    return jtu.tree_unflatten(treedef, leaves)
-
-
-class Structure:
-    """All of an opened call that is not an array: hashable, and the key of every cache.
-
-    - `parts`: the structure of the callable, of each argument, and of the keywords;
-    - `codes`: what each leaf is;
-    - `statics`: the static leaves, in order;
-    - `slots`: the structure of each ref. Equal numbers in `codes` are the sharing;
-    - `notes`: what the refs are called. Not a part of the key.
-    """
-
-    __slots__ = (
-        "_hash",
-        "codes",
-        "n_bare",
-        "notes",
-        "parts",
-        "sizes",
-        "slots",
-        "statics",
-    )
-
-    def __init__(
-        self,
-        parts: tuple[Carried, ...],
-        codes: tuple[int, ...],
-        statics: tuple[Static, ...],
-        slots: tuple[Slot, ...],
-        notes: list[Note],
-    ):
-        self.parts = parts
-        self.codes = codes
-        self.statics = statics
-        self.slots = slots
-        self.notes = notes
-        self.n_bare = codes.count(DYNAMIC)
-        self.sizes = [_count(part) for part in parts]
-        self._hash: int | None = None
-
-    def _key(self) -> tuple:
-        return self.parts, self.codes, self.statics, self.slots
-
-    def __hash__(self) -> int:
-        if self._hash is None:
-            for static in self.statics:
-                try:
-                    hash(static)
-                except TypeError:
-                    raise TypeError(
-                        f"Cannot cache on the static value {static.obj!r}: a "
-                        f"{type(static.obj).__name__} is not hashable. Make it hashable, "
-                        "or put the arrays in it into a pytree."
-                    ) from None
-            self._hash = hash(self._key())
-        return self._hash
-
-    def __eq__(self, other: Any) -> bool:
-        if self is other:
-            return True
-        return isinstance(other, Structure) and self._key() == other._key()
-
-    def close(self, arrays: Iterable[Any], refs: list[Ref]) -> list[Any]:
-        """The parts again, with these refs and arrays in them; and all of their leaves."""
-        dynamic, statics = iter(arrays), iter(self.statics)
-        leaves = []
-        for code in self.codes:
-            if code == DYNAMIC:
-                leaves.append(next(dynamic))
-            elif code == STATIC:
-                leaves.append(next(statics).obj)
-            else:
-                leaves.append(refs[code])
-        return leaves
-
-    def unflatten(self, leaves: list[Any]) -> list[Any]:
-        rest = iter(leaves)
-        return [
-            _closure.unflatten(part, [next(rest) for _ in range(n)])
-            for part, n in zip(self.parts, self.sizes)
-        ]
-
-
-def _count(part: Carried) -> int:
-    """How many leaves a part has, those inside of functions included."""
-    n = part.treedef.num_leaves
-    for node in part.nodes:
-        if node is not None:
-            n -= 1
-            if isinstance(node, tuple):
-                n += _count(node[-1])
-    return n
-
-
-class _Reader:
-    """Classifies leaves, and numbers the refs among them by their first place."""
-
-    def __init__(
-        self,
-        is_dynamic: Callable[[Any], bool] = is_traced,
-        is_result: bool = False,
-    ):
-        self.is_dynamic = is_dynamic
-        self.is_result = is_result
-        self.parts: list[Carried] = []
-        self.leaves: list[Any] = []
-        self.codes: list[int] = []
-        self.bare: list[Any] = []
-        self.statics: list[Static] = []
-        self.refs: list[Ref] = []
-        self._numbers: dict[int, int] = {}
-
-    def read(self, tree: Any) -> None:
-        leaves, carried = _closure.flatten(tree)
-        self.parts.append(carried)
-        self.leaves.extend(leaves)
-        for leaf in leaves:
-            if isinstance(leaf, Ref):
-                number = self._numbers.get(id(leaf))
-                if number is None:
-                    number = self._numbers[id(leaf)] = len(self.refs)
-                    self.refs.append(leaf)
-                self.codes.append(number)
-            elif self.is_dynamic(leaf):
-                self.codes.append(DYNAMIC)
-                self.bare.append(leaf)
-            else:
-                self.codes.append(STATIC)
-                self.statics.append(Static(leaf, self.is_result))
-
-    def structure(self, slots: list[Slot]) -> Structure:
-        return Structure(
-            tuple(self.parts),
-            tuple(self.codes),
-            tuple(self.statics),
-            tuple(slots),
-            [note_of(ref) for ref in self.refs],
-        )
 
 
 class Opened:
@@ -280,7 +67,7 @@ class Opened:
     )
 
     def __init__(
-        self, reader: _Reader, values: list[Any], arrays: list, spans: list, slots: list
+        self, reader: Reader, values: list[Any], arrays: list, spans: list, slots: list
     ):
         self.leaves = reader.leaves
         self.refs = reader.refs
@@ -339,7 +126,7 @@ def open_call(
     - `TraceLevelError`: if a ref may not be read here.
     """
     __tracebackhide__ = True
-    reader = _Reader(is_dynamic)
+    reader = Reader(is_dynamic)
     reader.read(fn)
     for arg in args:
         reader.read(arg)
@@ -347,7 +134,7 @@ def open_call(
     return open_refs(reader)
 
 
-def open_refs(reader: _Reader) -> Opened:
+def open_refs(reader: Reader) -> Opened:
     """Reads the refs that were found, at one moment."""
     __tracebackhide__ = True
     started = commits.count
@@ -362,7 +149,7 @@ def open_refs(reader: _Reader) -> Opened:
         start = len(arrays)
         if type(value) is _trace.ConcreteArray:
             arrays.append(value)
-            slot = _slot_of_array(type(ref), ref._collection, ref._declared)
+            slot = slot_of_array(type(ref), ref._collection, ref._declared)
         else:
             inside, its_arrays = split_value(value)
             arrays.extend(its_arrays)
@@ -391,62 +178,6 @@ def dispatching(opened: Opened) -> Iterator[None]:
 
 def running_call() -> Opened:
     return _trace.thread.state.calls[-1]
-
-
-class Outcome:
-    """What a body returns: a pytree node whose children are flat lists of arrays.
-
-    - `out`: the arrays of the result: those beside refs, then those of new refs;
-    - `updates`: the arrays of the refs that were written;
-    - `info`: all the rest. Made anew whenever the body is traced.
-    """
-
-    __slots__ = ("info", "out", "updates")
-
-    def __init__(self, out: list[Any], updates: list[Any], info: "OutcomeInfo"):
-        self.out = out
-        self.updates = updates
-        self.info = info
-
-
-jtu.register_pytree_node(
-    Outcome,
-    lambda x: ((x.out, x.updates), x.info),
-    lambda info, children: Outcome(children[0], children[1], info),
-)
-
-
-RETURNS_NONE = jtu.tree_structure(None)
-
-
-class OutcomeInfo:
-    """What a body did, beside the arrays. Equal only to itself.
-
-    - `result`: the structure of the result. The refs in it are numbered: first those of
-        the call, by `carried`, then the new ones.
-    - `carried`: for each ref of the result that the call carries, its number in the call.
-    - `written`: `(number in the call, inside of the new value)` of each ref written.
-
-    By itself it is a pytree node without children, which is how it gets out of `jax.jit`.
-    """
-
-    __slots__ = ("carried", "result", "treedef", "waits", "written")
-
-    def __init__(self, result: Structure, carried: dict[int, int], written: list):
-        self.result = result
-        self.carried = carried
-        self.written = written
-        # Whether a call must wait for run-time checks: `filter_jit` finds out.
-        self.waits = False
-        # The common case of a result that has arrays only.
-        (part,) = result.parts
-        only_arrays = result.n_bare == len(result.codes) and not part.nodes
-        self.treedef = part.treedef if only_arrays else None
-        if only_arrays and part.treedef == RETURNS_NONE:
-            self.treedef = RETURNS_NONE  # to be told by identity
-
-
-jtu.register_pytree_node(OutcomeInfo, lambda info: ((), info), lambda info, _: info)
 
 
 def run_body(structure: Structure, name: str, arrays: list[Any]) -> Outcome:
@@ -512,7 +243,7 @@ def _check_unchanged(
 ) -> None:
     """Refuses what could not be carried back: a list appended to, an entry replaced."""
     __tracebackhide__ = True
-    reader = _Reader()
+    reader = Reader()
     for tree in trees:
         reader.read(tree)
     same_parts = tuple(reader.parts) == structure.parts
@@ -548,7 +279,7 @@ def _what_changed(structure: Structure, trees: list, placed: list) -> str:
 
 def _open_result(result: Any, inner: list[Ref], name: str) -> tuple[list, OutcomeInfo]:
     __tracebackhide__ = True
-    reader = _Reader(is_result=True)
+    reader = Reader(is_result=True)
     reader.read(result)
     numbers = {id(ref): i for i, ref in enumerate(inner)}
     carried: dict[int, int] = {}
@@ -660,67 +391,6 @@ def call(
         f"Other threads changed the refs of `{name_of(fn)}` during each of {_MAX_TRIES} "
         "calls. Take turns: guard the calls with a lock."
     )
-
-
-def name_of(fn: Any) -> str:
-    fn = getattr(fn, "__wrapped__", fn)
-    return getattr(fn, "__qualname__", type(fn).__qualname__)
-
-
-class Lifted:
-    """The base of what a lifted transform returns: a callable, and a pytree.
-
-    The wrapped callable is its child, so the refs in a wrapped module or closure are seen
-    by whatever carries the lifted function in turn.
-    """
-
-    transform_name = "a lifted transform"
-
-    def __init__(self, fn: Any, **options: Any):
-        self.__wrapped__ = fn
-        self.options = options
-        functools.update_wrapper(self, fn, updated=())
-
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self if instance is None else eqx.Partial(self, instance)
-
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError("A lifted transform says what a call does.")
-
-    def __repr__(self) -> str:
-        return f"{self.transform_name}({name_of(self.__wrapped__)})"
-
-    def __init_subclass__(cls, **kwargs: Any):
-        super().__init_subclass__(**kwargs)
-        jtu.register_pytree_with_keys(
-            cls,
-            lambda x: (
-                ((jtu.GetAttrKey("__wrapped__"), x.__wrapped__),),
-                _Options(x.options),
-            ),
-            lambda aux, children: cls(*children, **aux.options),
-        )
-
-
-class _Options:
-    """The options of a lifted function, as the static part of a pytree."""
-
-    __slots__ = ("options",)
-
-    def __init__(self, options: dict[str, Any]):
-        self.options = options
-
-    def _key(self) -> tuple:
-        return tuple(sorted(self.options.items(), key=lambda item: item[0]))
-
-    def __eq__(self, other: Any) -> bool:
-        return isinstance(other, _Options) and self._key() == other._key()
-
-    def __hash__(self) -> int:
-        try:
-            return hash(self._key())
-        except TypeError:  # a list or a dict among the options
-            return hash(tuple(self.options))
 
 
 def functionalize(fn: Callable[_P, _T]) -> Callable[_P, tuple[_T, Any]]:

@@ -107,7 +107,7 @@ ROOMS = [
     {"_deref"},
     {"_batched", "_field", "_instance", "_module"},
     {"_filters", "_partition"},
-    {"_closure", "_functionalize"},
+    {"_closure", "_structure", "_lifted", "_functionalize"},
     {"_transforms"},
 ]
 

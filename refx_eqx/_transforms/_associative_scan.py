@@ -8,8 +8,9 @@ import jax.tree_util as jtu
 
 from .. import _trace
 from .._errors import describe, StructureError
-from .._functionalize import call, Opened, Outcome
+from .._functionalize import call, Opened
 from .._ref import Ref
+from .._structure import Outcome
 from ._program import Program, program_of
 from ._staged import (
     as_callable,

@@ -8,7 +8,9 @@ import equinox as eqx
 import jax
 
 from .. import _trace
-from .._functionalize import call, DYNAMIC, Lifted, Opened, Outcome
+from .._functionalize import call, Opened
+from .._lifted import Lifted
+from .._structure import DYNAMIC, Outcome
 from ._backward import (
     BackwardWrite,
     moved,

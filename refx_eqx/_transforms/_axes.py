@@ -14,8 +14,9 @@ from .. import _trace
 from .._closure import Carried
 from .._errors import describe, StructureError
 from .._filters import as_filter, Filter, leaves_with_paths, Path
-from .._functionalize import DYNAMIC, Opened
+from .._functionalize import Opened
 from .._ref import Ref
+from .._structure import DYNAMIC
 
 
 _trace.register_exclusion(__file__)

@@ -33,8 +33,9 @@ import wadler_lindig as wl
 
 from .. import _trace
 from .._errors import StructureError
-from .._functionalize import join_value, Opened, Outcome, split_value, Structure
+from .._functionalize import Opened
 from .._ref import Ref
+from .._structure import join_value, Outcome, split_value, Structure
 
 
 _trace.register_exclusion(__file__)

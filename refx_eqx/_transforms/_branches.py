@@ -10,16 +10,8 @@ import jax.tree_util as jtu
 
 from .. import _trace
 from .._errors import describe, StructureError
-from .._functionalize import (
-    call,
-    DYNAMIC,
-    n_arrays,
-    Opened,
-    Outcome,
-    OutcomeInfo,
-    STATIC,
-    Structure,
-)
+from .._functionalize import call, Opened
+from .._structure import DYNAMIC, n_arrays, Outcome, OutcomeInfo, STATIC, Structure
 from ._program import Program
 from ._staged import (
     as_callable,

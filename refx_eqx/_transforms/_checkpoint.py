@@ -7,7 +7,9 @@ from typing import Any, overload, ParamSpec, TypeVar
 import jax
 
 from .. import _trace
-from .._functionalize import call, Lifted, name_of, Opened, Outcome
+from .._functionalize import call, Opened
+from .._lifted import Lifted, name_of
+from .._structure import Outcome
 from ._program import Program, program_of
 
 

@@ -21,17 +21,10 @@ import jax.tree_util as jtu
 from .. import _trace
 from .._deref import path_text
 from .._errors import describe, StructureError
-from .._functionalize import (
-    call,
-    join_value,
-    name_of,
-    Opened,
-    Outcome,
-    OutcomeInfo,
-    run_body,
-    split_value,
-)
+from .._functionalize import call, Opened, run_body
+from .._lifted import name_of
 from .._ref import Ref
+from .._structure import join_value, Outcome, OutcomeInfo, split_value
 from ._backward import (
     BackwardWrite,
     Channelled,

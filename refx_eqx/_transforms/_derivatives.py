@@ -15,7 +15,9 @@ import jax.tree_util as jtu
 
 from .. import _trace
 from .._errors import StructureError
-from .._functionalize import call, Lifted, Opened, Outcome
+from .._functionalize import call, Opened
+from .._lifted import Lifted
+from .._structure import Outcome
 from ._backward import stripped
 from ._layout import (
     differentiable,

@@ -6,7 +6,8 @@ from typing import Any, TypeVar
 import jax
 
 from .. import _trace
-from .._functionalize import close_result, open_call, Outcome
+from .._functionalize import close_result, open_call
+from .._structure import Outcome
 
 
 _trace.register_exclusion(__file__)

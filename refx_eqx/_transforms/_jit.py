@@ -9,15 +9,9 @@ import jax
 
 from .. import _trace
 from .._errors import StructureError
-from .._functionalize import (
-    call,
-    Lifted,
-    name_of,
-    open_call,
-    Opened,
-    Outcome,
-    Structure,
-)
+from .._functionalize import call, open_call, Opened
+from .._lifted import Lifted, name_of
+from .._structure import Outcome, Structure
 from ._plan import NO_PLAN, Plans
 from ._program import apart, Donate, explain, Program, program_of, Split
 

@@ -19,18 +19,18 @@ from .. import _trace
 from .._closure import Carried
 from .._errors import describe, StructureError
 from .._filters import choose, leaves_with_paths
-from .._functionalize import (
+from .._functionalize import Opened
+from .._lifted import name_of
+from .._ref import Index, make_ref, Note, Ref, Value
+from .._structure import (
     DYNAMIC,
     is_traced_in_ref,
     join_value,
     n_arrays,
-    name_of,
-    Opened,
     Outcome,
     Slot,
     Structure,
 )
-from .._ref import Index, make_ref, Note, Ref, Value
 
 
 _trace.register_exclusion(__file__)

@@ -9,17 +9,9 @@ import jax.tree_util as jtu
 
 from .. import _trace
 from .._errors import describe, StructureError
-from .._functionalize import (
-    call,
-    dispatching,
-    DYNAMIC,
-    Lifted,
-    n_arrays,
-    Opened,
-    Outcome,
-    running_call,
-    Structure,
-)
+from .._functionalize import call, dispatching, Opened, running_call
+from .._lifted import Lifted
+from .._structure import DYNAMIC, n_arrays, Outcome, Structure
 
 
 _trace.register_exclusion(__file__)

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 
 from .. import _trace
 from .._errors import describe, StructureError
-from .._functionalize import call, name_of, Opened, Outcome
+from .._functionalize import call, Opened
+from .._lifted import name_of
+from .._structure import Outcome
 from ._axes import Axes
 from ._program import Program, program_of
 from ._scan import run_scan

@@ -7,7 +7,8 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from .. import _trace
-from .._functionalize import call, n_arrays, Opened, Outcome
+from .._functionalize import call, Opened
+from .._structure import n_arrays, Outcome
 from ._axes import Axes, call_axes, ref_axis
 from ._program import Program, program_of
 from ._scan import n_steps, run_scan

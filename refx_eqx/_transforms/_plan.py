@@ -31,16 +31,13 @@ from .._functionalize import (
     close_result,
     commit,
     Disturbed,
-    is_traced,
-    Lifted,
     open_call,
     Opened,
-    Outcome,
-    OutcomeInfo,
-    RETURNS_NONE as _NONE,
     updates_of,
 )
+from .._lifted import Lifted
 from .._ref import commits, Ref
+from .._structure import is_traced, Outcome, OutcomeInfo, RETURNS_NONE as _NONE
 from ._program import explain, Program
 
 

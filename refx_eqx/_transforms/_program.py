@@ -20,18 +20,10 @@ from jax.tree_util import tree_leaves as leaves
 
 from .. import _trace
 from .._errors import ConcurrencyError, describe
-from .._functionalize import (
-    dispatching,
-    Disturbed,
-    DYNAMIC,
-    Lifted,
-    n_arrays,
-    Opened,
-    Outcome,
-    running_call,
-    Structure,
-)
+from .._functionalize import dispatching, Disturbed, Opened, running_call
+from .._lifted import Lifted
 from .._ref import Ref
+from .._structure import DYNAMIC, n_arrays, Outcome, Structure
 
 
 _trace.register_exclusion(__file__)
@@ -327,7 +319,7 @@ logging.getLogger("jax._src.callback").addFilter(_QuietChecks())
 _programs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def _anchor(fn: Any) -> Any:
+def anchor(fn: Any) -> Any:
     """The object whose life a program shares: the Python function that is run."""
     while True:
         if isinstance(fn, types.FunctionType):
@@ -344,7 +336,7 @@ def _anchor(fn: Any) -> Any:
 
 def program_of(fn: Any, key: Hashable, make: Callable[[], Program]) -> Program:
     """The program of `fn` under `key` (the transform and its options); made if need be."""
-    programs = _programs.setdefault(_anchor(fn), {})
+    programs = _programs.setdefault(anchor(fn), {})
     try:
         program = programs.get(key)
     except TypeError:  # an option that is not hashable: not kept

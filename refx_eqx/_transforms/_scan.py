@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from .. import _trace
-from .._functionalize import call, name_of, Opened, Outcome
+from .._functionalize import call, Opened
+from .._lifted import name_of
+from .._structure import Outcome
 from ._axes import Axes, call_axes, ref_axis
 from ._lanes import split_keys
 from ._program import Program, program_of

@@ -19,9 +19,10 @@ import jax.tree_util as jtu
 from .. import _closure, _trace
 from .._deref import path_text
 from .._errors import describe, StructureError
-from .._functionalize import DYNAMIC, is_traced, n_arrays, Opened, Outcome, Static
+from .._functionalize import Opened
 from .._ref import Ref
-from ._program import _anchor, Program
+from .._structure import DYNAMIC, is_traced, n_arrays, Outcome, Static
+from ._program import anchor, Program
 
 
 _trace.register_exclusion(__file__)
@@ -350,7 +351,7 @@ def program_of_all(
     programs: dict[Hashable, Program] = {}
     for fn in fns:
         programs, level = level.setdefault(
-            _anchor(fn), ({}, weakref.WeakKeyDictionary())
+            anchor(fn), ({}, weakref.WeakKeyDictionary())
         )
     program = programs.get(key)
     if program is None:

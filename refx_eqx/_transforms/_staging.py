@@ -10,19 +10,10 @@ import jax.tree_util as jtu
 
 from .. import _trace
 from .._errors import describe, StructureError
-from .._functionalize import (
-    call,
-    DYNAMIC,
-    is_traced,
-    Lifted,
-    name_of,
-    open_call,
-    Opened,
-    Outcome,
-    OutcomeInfo,
-    Structure,
-)
+from .._functionalize import call, open_call, Opened
+from .._lifted import Lifted, name_of
 from .._ref import Ref
+from .._structure import DYNAMIC, is_traced, Outcome, OutcomeInfo, Structure
 from ._layout import layout_of_args, rebuild, Result, result_of
 
 

@@ -10,15 +10,9 @@ import jax.numpy as jnp
 
 from .. import _trace
 from .._errors import describe, StructureError
-from .._functionalize import (
-    call,
-    close_result,
-    DYNAMIC,
-    Lifted,
-    n_arrays,
-    Opened,
-    Outcome,
-)
+from .._functionalize import call, close_result, Opened
+from .._lifted import Lifted
+from .._structure import DYNAMIC, n_arrays, Outcome
 from ._axes import (
     array_axis,
     Axes,
