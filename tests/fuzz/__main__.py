@@ -16,7 +16,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="tests.fuzz", description=__doc__)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0, help="the first one")
-    parser.add_argument("--count", type=int, help="so many seeds, however long it takes")
+    parser.add_argument(
+        "--count", type=int, help="so many seeds, however long it takes"
+    )
     parser.add_argument("--show", action="store_true", help="print the first program")
     args = parser.parse_args()
     jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -58,7 +60,10 @@ def main() -> None:
             kinds[kind] += 1
             examples.setdefault(kind, (seed, report.detail))
         if report.outcome in ("wrong", "invalid"):
-            print(f"\n-- {report.outcome}\n{text(program)}\n{report.detail[-3000:]}", flush=True)
+            print(
+                f"\n-- {report.outcome}\n{text(program)}\n{report.detail[-3000:]}",
+                flush=True,
+            )
         if n % 50 == 0:
             # Compiled programs add up.
             jax.clear_caches()

@@ -137,9 +137,7 @@ class Generator:
         shape = self.rng.choice([(2,), (2,), (), (3,)])
         parts = tuple(self.expr(refs, arrays, 1) for _ in range(LANES))
         # Lanes should differ.
-        parts = tuple(
-            Mix(part, Const(0.3 * i - 0.4)) for i, part in enumerate(parts)
-        )
+        parts = tuple(Mix(part, Const(0.3 * i - 0.4)) for i, part in enumerate(parts))
         return Stack(parts, shape)
 
     #
@@ -147,14 +145,19 @@ class Generator:
     #
 
     def statement(
-        self, refs: dict, arrays: list[str], depth: int, inside: frozenset, fixed: set,
+        self,
+        refs: dict,
+        arrays: list[str],
+        depth: int,
+        inside: frozenset,
+        fixed: set,
         broadcast: set,
     ) -> list[Statement]:
         rng = self.rng
-        if depth and self.chance(0.33):
+        if depth and self.chance(0.45):
             return [self.apply(refs, arrays, depth, inside, broadcast=broadcast)]
         # A broadcast ref is written seldom: mostly that is refused.
-        writable = [n for n in refs if n not in broadcast or self.chance(0.04)]
+        writable = [n for n in refs if n not in broadcast or self.chance(0.3)]
         floats = [n for n in writable if refs[n].dtype == "f32"]
         ints = [n for n in refs if refs[n].dtype == "i32"]
         kind = rng.random()
@@ -186,7 +189,7 @@ class Generator:
                 for b in refs
                 if a != b
                 and (refs[a].dtype, refs[a].shape) == (refs[b].dtype, refs[b].shape)
-                and (not {a, b} & fixed or self.chance(0.01))
+                and (not {a, b} & fixed or self.chance(0.15))
                 and (a in broadcast) == (b in broadcast)
             ]
             if pairs:
@@ -222,7 +225,9 @@ class Generator:
         out: list[str] | None = None,
         size: int = 3,
     ) -> tuple[Block, dict]:
-        refs = {n: dataclasses.replace(outer[n], made=False, whole=None) for n in closed}
+        refs = {
+            n: dataclasses.replace(outer[n], made=False, whole=None) for n in closed
+        }
         refs |= params
         own = dict(refs)
         refs |= sliced
@@ -301,7 +306,7 @@ class Generator:
             n
             for n in names
             if n not in is_sliced
-            and ((refs[n].dtype, refs[n].shape) not in types or self.chance(0.02))
+            and ((refs[n].dtype, refs[n].shape) not in types or self.chance(0.15))
             and not (options.get("by_collection") and refs[n].collection == "layers")
         ]
         passed = [n for n in rest if self.chance(0.6)]
@@ -316,7 +321,9 @@ class Generator:
             rest = [n for n in rest if refs[n].collection != "layers"]
         chance = 0.25 if kind != "map" else 0.6
         n_blocks = {"cond": 2, "switch": rng.randint(2, 3)}.get(kind, 1)
-        closed_of = [[n for n in rest if self.chance(chance)][:4] for _ in range(n_blocks)]
+        closed_of = [
+            [n for n in rest if self.chance(chance)][:4] for _ in range(n_blocks)
+        ]
         kept_of = [[n for n in arrays if self.chance(0.3)] for _ in range(n_blocks)]
 
         inner = lambda n: dataclasses.replace(refs[n], made=False, whole=None)
@@ -380,8 +387,13 @@ class Generator:
         if kind == "while_":
             options["steps"] = rng.randint(0, 3)
 
+        if self.chance(0.2):
+            options["wrapped"] = rng.choice(["jit", "checkpoint"])
+        if top and kind == "jit" and self.chance(0.3):
+            options["donate"] = "refs"
+
         by_lane = kind == "vmap" or bool(options.get("batch_size"))
-        size = max(1, depth + (0 if n_blocks == 1 else -1))
+        size = max(2, depth + (1 if n_blocks == 1 else 0))
         blocks: list[Block] = []
         out: list[str] | None = [] if kind in ("fori", "while_", "hessian") else None
         outs: list[Known] = []
@@ -389,10 +401,17 @@ class Generator:
             if n_blocks > 1:
                 # Mostly, all branches return the same refs.
                 out = [n for n in params if self.chance(0.3)] if not blocks else out
-                if blocks and self.chance(0.02):
+                if blocks and self.chance(0.2):
                     out = out[::-1]
             block, after = self.block(
-                params, slices, bound, refs, closed, kept, depth, below,
+                params,
+                slices,
+                bound,
+                refs,
+                closed,
+                kept,
+                depth,
+                below,
                 broadcast=by_lane,
                 outer_broadcast=self._inner_broadcast(
                     broadcast, passed, params, closed
@@ -403,9 +422,7 @@ class Generator:
                 size=size,
             )
             if n_blocks > 1:
-                fitted = [
-                    (e.a if isinstance(e, Fit) else e) for e in block.values
-                ]
+                fitted = [(e.a if isinstance(e, Fit) else e) for e in block.values]
                 block = dataclasses.replace(
                     block, values=tuple(Fit(e, (2,)) for e in fitted)
                 )
@@ -427,7 +444,11 @@ class Generator:
                 new = dataclasses.replace(known)
             out_refs[self.name("r")] = new
         extra = {
-            "value_and_grad": 2, "grad": 1, "vjp": 1, "jvp": 1, "linearize": 1,
+            "value_and_grad": 2,
+            "grad": 1,
+            "vjp": 1,
+            "jvp": 1,
+            "linearize": 1,
             "while_": 1,
         }.get(kind, 0)
         n_out = n_values + extra

@@ -1,6 +1,6 @@
 """The interpretation with the transforms of this library."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -104,6 +104,12 @@ class Lifted(Interpreter):
     def make(self, s: Apply, env: Env) -> Callable[[list, list, tuple], tuple]:
         """The transformed function, from refs, refs to slice, and arrays."""
         fns = [self.function(block, s, env) for block in s.blocks]
+        wrap = {
+            None: lambda f: f,
+            "jit": rx.filter_jit,
+            "checkpoint": rx.filter_checkpoint,
+        }
+        fns = [wrap[s.option("wrapped")](f) for f in fns]
         return getattr(self, s.transform)(s, *fns)
 
     def plain_call(self, s: Apply, f: Callable) -> Callable:
@@ -111,7 +117,8 @@ class Lifted(Interpreter):
         return lambda refs, sliced, inputs: f(pack(refs, p), pack(sliced, p), inputs)
 
     def jit(self, s: Apply, f: Callable) -> Callable:
-        return self.plain_call(s, rx.filter_jit(f))
+        donate = s.option("donate") or "none"
+        return self.plain_call(s, rx.filter_jit(f, donate=donate))
 
     def checkpoint(self, s: Apply, f: Callable) -> Callable:
         return self.plain_call(s, rx.filter_checkpoint(f))
@@ -125,9 +132,7 @@ class Lifted(Interpreter):
 
     def grad(self, s: Apply, f: Callable) -> Callable:
         loss = self._grad(s, f)
-        g = self.plain_call(
-            s, rx.filter_grad(loss, has_aux=True, wrt=s.option("wrt"))
-        )
+        g = self.plain_call(s, rx.filter_grad(loss, has_aux=True, wrt=s.option("wrt")))
 
         def run(refs, sliced, inputs):
             grads, (values, out) = g(refs, sliced, inputs)

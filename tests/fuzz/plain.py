@@ -22,7 +22,7 @@ from .interpret import (
     seed_vector,
     test,
 )
-from .program import Apply, Block
+from .program import Apply
 
 
 class Place:
@@ -357,7 +357,9 @@ class Plain(Interpreter):
             return ys, out
 
         order = range(LANES)
-        results = self.steps(s, sliced, order[::-1] if s.option("reverse") else order, step)
+        results = self.steps(
+            s, sliced, order[::-1] if s.option("reverse") else order, step
+        )
         ys = [jnp.stack(parts) for parts in zip(*(ys for ys, _ in results))]
         return [carry[0], *ys], self._stack_new(base, [out for _, out in results])
 
@@ -462,6 +464,4 @@ class Plain(Interpreter):
 
     def switch(self, s, closed, refs, sliced, inputs) -> tuple:
         index, *rest = inputs
-        return self.branch(
-            s, closed, refs, rest, int(choice(index, len(s.blocks)))
-        )
+        return self.branch(s, closed, refs, rest, int(choice(index, len(s.blocks))))
