@@ -40,6 +40,7 @@ from ._filters import (
 )
 from ._functionalize import functionalize as functionalize
 from ._module import Module as Module
+from ._opened import Index as Index, Value as Value
 from ._partition import (
     combine as combine,
     get_partition as get_partition,
@@ -48,7 +49,7 @@ from ._partition import (
     partition as partition,
     tree_partition as tree_partition,
 )
-from ._ref import Index as Index, Ref as Ref, Value as Value
+from ._ref import Ref as Ref
 from ._rng import Rngs as Rngs
 from ._transforms import (
     associative_scan as associative_scan,

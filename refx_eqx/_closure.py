@@ -16,7 +16,8 @@ from typing import Any
 
 import jax.tree_util as jtu
 
-from ._ref import is_opened, Ref
+from ._opened import is_opened
+from ._ref import Ref
 
 
 class Carried:

@@ -16,18 +16,8 @@ import jax.tree_util as jtu
 from . import _trace
 from ._declaration import check_rebuilt
 from ._errors import CollectionError, describe, StructureError
-from ._ref import (
-    check_value,
-    check_writable,
-    commits,
-    Index,
-    is_opened,
-    is_ref,
-    make_ref,
-    note_of,
-    Ref,
-    Value,
-)
+from ._opened import Index, is_opened, note_of, Value
+from ._ref import check_value, check_writable, commits, is_ref, make_ref, Ref
 
 
 _trace.register_exclusion(__file__)
@@ -204,7 +194,9 @@ def reref(tree: _T) -> _T:
 
 def _close(node: Value) -> Ref:
     __tracebackhide__ = True
-    ref = make_ref(node.ref_type, node.value, node.collection, node.note)
+    ref = make_ref(
+        node.ref_type, node.value, node.collection, node.note.name, node.note.declared
+    )
     check_rebuilt(ref)
     return ref
 

@@ -23,7 +23,8 @@ import jax.tree_util as jtu
 
 from . import _trace
 from ._errors import describe, StructureError
-from ._ref import is_opened, make_ref, Ref, Value
+from ._opened import is_opened, Value
+from ._ref import make_ref, Ref
 
 
 _trace.register_exclusion(__file__)
@@ -259,7 +260,13 @@ def leaves_with_paths(tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
 def as_closed(leaves: list[Any]) -> list[Any]:
     """The leaves with refs in place of `Value` and `Index` nodes, for a filter to see."""
     refs = {
-        leaf.index: make_ref(leaf.ref_type, leaf.value, leaf.collection, leaf.note)
+        leaf.index: make_ref(
+            leaf.ref_type,
+            leaf.value,
+            leaf.collection,
+            leaf.note.name,
+            leaf.note.declared,
+        )
         for leaf in leaves
         if isinstance(leaf, Value)
     }

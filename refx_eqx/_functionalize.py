@@ -24,7 +24,8 @@ from . import _closure, _trace
 from ._deref import deref, path_text, reref
 from ._errors import ConcurrencyError, describe, StructureError, TraceLevelError
 from ._lifted import name_of
-from ._ref import check_readable, check_writable, commits, make_ref, note_of, Ref
+from ._opened import is_opened, Value
+from ._ref import check_readable, check_writable, commits, make_ref, Ref
 from ._structure import (
     is_traced,
     is_traced_in_ref,
@@ -97,7 +98,11 @@ class Opened:
             value = new.get(i, _UNWRITTEN)
             if value is _UNWRITTEN:
                 value = join_value(slot.inside, iter(arrays[slice(*self.spans[i])]))
-            copies.append(make_ref(slot.ref_type, value, slot.collection, note_of(ref)))
+            copies.append(
+                make_ref(
+                    slot.ref_type, value, slot.collection, ref._name, ref._declared
+                )
+            )
         return copies
 
     def finish(self, outcome: "Outcome") -> Any:
@@ -195,7 +200,9 @@ def run_body(structure: Structure, name: str, arrays: list[Any]) -> Outcome:
     inner = []
     for slot, note in zip(structure.slots, structure.notes):
         value = join_value(slot.inside, rest)
-        inner.append(make_ref(slot.ref_type, value, slot.collection, note))
+        inner.append(
+            make_ref(slot.ref_type, value, slot.collection, note.name, note.declared)
+        )
     before = [ref._value for ref in inner]
     snapshots = [_value_leaves(value) for value in before]
     leaves = structure.close(bare, inner)
@@ -318,7 +325,11 @@ def close_result(outcome: Outcome, refs: list[Ref]) -> Any:
             closed.append(refs[carried[i]])
         else:
             value = join_value(slot.inside, rest)
-            closed.append(make_ref(slot.ref_type, value, slot.collection, note))
+            closed.append(
+                make_ref(
+                    slot.ref_type, value, slot.collection, note.name, note.declared
+                )
+            )
     (result,) = structure.unflatten(structure.close(bare, closed))
     return result
 
@@ -455,8 +466,6 @@ def functionalize(fn: Callable[_P, _T]) -> Callable[_P, tuple[_T, Any]]:
 
 def _replace_values(closed: Any, opened: Any, value: Callable[[Ref], Any]) -> Any:
     """`opened`, the derefed form of `closed`, with `value(ref)` in each `Value`."""
-    from ._ref import is_opened, Value
-
     refs = jtu.tree_leaves(closed)
     nodes, treedef = jtu.tree_flatten(opened, is_leaf=is_opened)
     replaced = []

@@ -14,7 +14,8 @@ from . import _trace
 from ._deref import NOTHING
 from ._errors import StructureError
 from ._filters import as_closed, choose, dotted, key_text, leaves_with_paths, Path
-from ._ref import is_opened, Ref
+from ._opened import is_opened
+from ._ref import Ref
 
 
 _trace.register_exclusion(__file__)

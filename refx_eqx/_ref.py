@@ -1,8 +1,7 @@
-"""`Ref`, and the two pytree nodes it is opened into at a JAX boundary.
+"""`Ref`: a shared, mutable cell, and what is asked before it is read or written.
 
 A `Ref` is a *leaf*: JAX never looks inside it. So a tree of refs may hold one ref at two
-places, and the two are one parameter. What JAX carries is the opened tree, in which each
-ref is a `Value` at its first place and an `Index` at every later one.
+places, and the two are one parameter.
 """
 
 import copy
@@ -208,11 +207,10 @@ class Ref(Generic[_T]):
         return jnp.size(_array_like(self))
 
     def __copy__(self) -> Self:
-        return make_ref(type(self), self.value, self._collection, note_of(self))
+        return _like(self, self.value)
 
     def __deepcopy__(self, memo: dict) -> Self:
-        value = copy.deepcopy(self.value, memo)
-        return make_ref(type(self), value, self._collection, note_of(self))
+        return _like(self, copy.deepcopy(self.value, memo))
 
     def __reduce__(self):
         state = type(self), self.value, self._collection, self._name, self._declared
@@ -330,34 +328,13 @@ def declare(ref: Ref, declaration: Declaration) -> None:
         commits.irregular += 1
 
 
-class Note:
-    """What a ref says of itself, beside its structure: its name and its declared type.
-
-    It rides along in the treedef of a derefed tree without being part of it: any two notes
-    are equal. (Treedefs are equal for equal structure, sharing, collections and ref types.)
-    """
-
-    __slots__ = ("declared", "name")
-
-    def __init__(self, name: str | None, declared: Any):
-        self.name = name
-        self.declared = declared
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Note)
-
-    def __hash__(self) -> int:
-        return 0
-
-    def __repr__(self) -> str:
-        return f"Note({self.name!r})"
-
-
-def note_of(ref: Ref) -> Note:
-    return Note(ref._name, ref._declared)
-
-
-def make_ref(ref_type: type[_R], value: Any, collection: Hashable, note: Note) -> _R:
+def make_ref(
+    ref_type: type[_R],
+    value: Any,
+    collection: Hashable,
+    name: str | None,
+    declared: tuple[Declaration, ...] | None,
+) -> _R:
     """A new ref, owned by the running trace, whose value is not checked.
 
     JAX rebuilds trees with leaves of its own choice (`None`, `True`, `object()`, a
@@ -366,10 +343,15 @@ def make_ref(ref_type: type[_R], value: Any, collection: Hashable, note: Note) -
     ref = object.__new__(ref_type)
     ref._value = value
     ref._collection = collection
-    ref._name = note.name
-    ref._declared = note.declared
+    ref._name = name
+    ref._declared = declared
     ref._trace = _trace.current_trace_ref()
     return ref
+
+
+def _like(ref: _R, value: Any) -> _R:
+    """A new ref that differs from `ref` by its value alone."""
+    return make_ref(type(ref), value, ref._collection, ref._name, ref._declared)
 
 
 def _unpickle(
@@ -380,156 +362,7 @@ def _unpickle(
     declared: tuple[Declaration | None, ...] | None = None,
 ) -> Ref:
     known = tuple(declaration for declaration in declared or () if declaration)
-    return make_ref(ref_type, value, collection, Note(name, known or None))
-
-
-class Value:
-    """A ref opened at its first place in a tree: a pytree node with the value as child.
-
-    Made by [`refx_eqx.deref`][]. Everything but the value is structure: two treedefs are
-    equal only when `index`, `collection` and `ref_type` are.
-
-    **Arguments:**
-
-    - `value`: the value of the ref. Traced as JAX traces any pytree.
-    - `index`: the number of the ref in its tree. Static.
-    - `collection`: the collection of the ref. Static.
-    - `ref_type`: the class of the ref. Static.
-    - `note`: the name of the ref and its declared type, for messages and checks. No part of
-        the structure.
-
-    !!! Example
-
-        ```python
-        import refx_eqx as rx
-
-        ref = rx.Ref(1.0, collection="params")
-        first, second = rx.deref((ref, ref))
-        assert isinstance(first, rx.Value) and first.value == 1.0
-        assert isinstance(second, rx.Index) and second.index == first.index
-        ```
-    """
-
-    __slots__ = ("collection", "index", "note", "ref_type", "value")
-
-    def __init__(
-        self,
-        value: Any,
-        index: int,
-        collection: Hashable = None,
-        ref_type: type[Ref] = Ref,
-        note: Note = Note(None, None),
-    ):
-        self.value = value
-        self.index = index
-        self.collection = collection
-        self.ref_type = ref_type
-        self.note = note
-
-    def __repr__(self) -> str:
-        return _node_repr(self, f"{eqx.tree_pformat(self.value)}, ")
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is Value and bool(eqx.tree_equal(self, other))
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-class Index:
-    """A ref opened at a later place in a tree: a pytree node without children.
-
-    Made by [`refx_eqx.deref`][]. The value is in the `Value` of the same `index`.
-
-    **Arguments:**
-
-    - `index`: the number of the ref in its tree. Static.
-    - `collection`: the collection of the ref. Static.
-    - `ref_type`: the class of the ref. Static.
-    - `note`: the name of the ref and its declared type, for messages and checks. No part of
-        the structure.
-
-    **Raises:**
-
-    - `ValueError`: when its `.value` is read.
-
-    !!! Example
-
-        ```python
-        import refx_eqx as rx
-
-        ref = rx.Ref(1.0)
-        _, index = rx.deref((ref, ref))
-        assert isinstance(index, rx.Index) and index.index == 0
-        ```
-    """
-
-    __slots__ = ("collection", "index", "note", "ref_type")
-
-    def __init__(
-        self,
-        index: int,
-        collection: Hashable = None,
-        ref_type: type[Ref] = Ref,
-        note: Note = Note(None, None),
-    ):
-        self.index = index
-        self.collection = collection
-        self.ref_type = ref_type
-        self.note = note
-
-    @property
-    def value(self) -> Any:
-        raise ValueError(
-            f"Cannot get value of Index {self.index} "
-            f"({describe(self.note.name, self.collection)}): a shared ref keeps its value "
-            "at its first place in the tree. Call `rx.reref` on the whole tree."
-        )
-
-    def __repr__(self) -> str:
-        return _node_repr(self, "")
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is Index and _structure(self) == _structure(other)
-
-    def __hash__(self) -> int:
-        return hash(_structure(self))
-
-
-def _structure(node: "Value | Index") -> tuple[int, Hashable, type[Ref]]:
-    return node.index, node.collection, node.ref_type
-
-
-def _node_repr(node: "Value | Index", value: str) -> str:
-    return (
-        f"{type(node).__name__}({value}index={node.index}, "
-        f"collection={node.collection!r}, ref_type={node.ref_type.__name__})"
-    )
-
-
-def is_opened(x: Any) -> "TypeIs[Value | Index]":
-    """Whether `x` is a `Value` or an `Index`. For use as an `is_leaf`."""
-    return isinstance(x, (Value, Index))
-
-
-_VALUE_KEY = jtu.GetAttrKey("value")
-
-
-def _unflatten_value(aux: tuple, children: Iterable[Any]) -> Value:
-    (value,) = children
-    return Value(value, *aux)
-
-
-jtu.register_pytree_with_keys(
-    Value,
-    lambda node: (((_VALUE_KEY, node.value),), (*_structure(node), node.note)),
-    _unflatten_value,
-    lambda node: ((node.value,), (*_structure(node), node.note)),
-)
-jtu.register_pytree_with_keys(
-    Index,
-    lambda node: ((), (*_structure(node), node.note)),
-    lambda aux, _: Index(*aux),
-)
+    return make_ref(ref_type, value, collection, name, known or None)
 
 
 def _refuse_as_array(ref: Ref) -> Any:

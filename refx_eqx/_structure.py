@@ -17,7 +17,8 @@ import jax.tree_util as jtu
 
 from . import _closure, _trace
 from ._closure import Carried, static_key, weakly
-from ._ref import Note, note_of, Ref
+from ._opened import Note, note_of
+from ._ref import Ref
 
 
 _trace.register_exclusion(__file__)

@@ -104,6 +104,7 @@ ROOMS = [
     {"_errors", "_trace", "_config"},
     {"_typing", "_axis_names", "_declaration"},
     {"_ref"},
+    {"_opened"},
     {"_deref"},
     {"_batched", "_field", "_instance", "_module"},
     {"_filters", "_partition"},

@@ -21,7 +21,8 @@ from .._errors import describe, StructureError
 from .._filters import choose, leaves_with_paths
 from .._functionalize import Opened
 from .._lifted import name_of
-from .._ref import Index, make_ref, Note, Ref, Value
+from .._opened import Index, Note, Value
+from .._ref import make_ref, Ref
 from .._structure import (
     DYNAMIC,
     is_traced_in_ref,
@@ -363,7 +364,13 @@ def rebuild(structure: Structure, arrays: list[Any]) -> tuple[list[Any], list[Re
     rest = iter(arrays)
     bare = [next(rest) for _ in range(structure.n_bare)]
     refs = [
-        make_ref(slot.ref_type, join_value(slot.inside, rest), slot.collection, note)
+        make_ref(
+            slot.ref_type,
+            join_value(slot.inside, rest),
+            slot.collection,
+            note.name,
+            note.declared,
+        )
         for slot, note in zip(structure.slots, structure.notes)
     ]
     return structure.unflatten(structure.close(bare, refs)), refs
