@@ -379,6 +379,8 @@ def commit(
 _MAX_TRIES = 1000
 
 
+# JAX takes the frames of this library and its own out of a traceback that passes here.
+@_trace.api_boundary
 def call(
     fn: Any,
     args: tuple,

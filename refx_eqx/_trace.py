@@ -32,7 +32,10 @@ from jax._src import core
 from jax._src.array import ArrayImpl
 from jax._src.interpreters.ad import JVPTracer
 from jax._src.interpreters.batching import BatchTrace, BatchTracer
-from jax._src.traceback_util import register_exclusion as register_exclusion
+from jax._src.traceback_util import (
+    api_boundary as api_boundary,
+    register_exclusion as register_exclusion,
+)
 
 
 # A ref holds its trace weakly: a strong reference would keep a finished trace alive, and

@@ -740,3 +740,30 @@ def test_the_arrays_bound_in_a_partial_are_traced(trace_counter):
         part = functools.partial(f, jnp.array(float(i)))
         assert rx.filter_jit(part)(jnp.array(2.0)) == 2.0 * i
     assert f.counter.count == 1
+
+
+def test_a_traceback_shows_the_code_of_the_user():
+    ref = rx.Ref(jnp.array(1.0))
+
+    def body(x):
+        raise KeyError("mine")
+
+    def nested(ref, x):
+        return rx.filter_vmap(body)(x)
+
+    # `tracebackhide`, the default of JAX in a terminal, hides frames from IPython alone.
+    before = jax.config.jax_traceback_filtering
+    jax.config.update("jax_traceback_filtering", "remove_frames")
+    try:
+        with pytest.raises(KeyError) as caught:
+            rx.filter_jit(nested)(ref, jnp.ones(2))
+    finally:
+        jax.config.update("jax_traceback_filtering", before)
+    frames = [(entry.path.parent.name, entry.name) for entry in caught.traceback]
+    inside = [name for folder, name in frames if folder in ("refx_eqx", "_transforms")]
+    # The lifted function itself, which is what the user called.
+    assert inside == ["__call__"], frames
+    assert [name for _, name in frames if name in ("nested", "body")] == [
+        "nested",
+        "body",
+    ]
