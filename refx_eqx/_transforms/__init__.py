@@ -12,16 +12,14 @@ from ._custom import (
     filter_custom_jvp as filter_custom_jvp,
     filter_custom_vjp as filter_custom_vjp,
 )
-from ._derivatives import (
+from ._eval_shape import filter_eval_shape as filter_eval_shape
+from ._jacobian import (
     filter_hessian as filter_hessian,
     filter_jacfwd as filter_jacfwd,
     filter_jacrev as filter_jacrev,
-    filter_jvp as filter_jvp,
-    filter_linearize as filter_linearize,
-    filter_vjp as filter_vjp,
 )
-from ._eval_shape import filter_eval_shape as filter_eval_shape
 from ._jit import filter_jit as filter_jit
+from ._jvp import filter_jvp as filter_jvp, filter_linearize as filter_linearize
 from ._lift import lift as lift
 from ._loops import fori_loop as fori_loop, while_loop as while_loop
 from ._map import map as map
@@ -31,4 +29,5 @@ from ._staging import (
     filter_make_jaxpr as filter_make_jaxpr,
     filter_pure_callback as filter_pure_callback,
 )
+from ._vjp import filter_vjp as filter_vjp
 from ._vmap import filter_vmap as filter_vmap

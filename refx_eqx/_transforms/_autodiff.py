@@ -21,14 +21,8 @@ from ._backward import (
     with_outer_channels,
     without_channels,
 )
-from ._layout import (
-    differentiable,
-    first_of,
-    layout_of_first,
-    nothing_to_differentiate,
-    replaced,
-    Sparse,
-)
+from ._differentiable import differentiable, first_of, nothing_to_differentiate
+from ._layout import first_of_pair, layout_of_first, replaced, Sparse
 
 
 _trace.register_exclusion(__file__)
@@ -115,14 +109,7 @@ def _scalar(outcome: Outcome, has_aux: bool, name: str) -> Any:
     (part,) = result.parts
     codes = result.codes
     if has_aux:
-        children = part.treedef.children()
-        is_pair = part.treedef.node_data() and part.treedef.node_data()[0] is tuple
-        if not is_pair or len(children) != 2:
-            raise TypeError(
-                f"`{name}(..., has_aux=True)`: the function must return a pair "
-                "`(value, aux)`."
-            )
-        codes = codes[: children[0].num_leaves]
+        codes = codes[: first_of_pair(part.treedef, name).num_leaves]
     if len(codes) != 1 or codes[0] != DYNAMIC:
         if len(codes) == 1 and codes[0] < DYNAMIC:
             # A Python scalar: a constant, whose gradient is zero everywhere.

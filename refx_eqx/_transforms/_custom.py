@@ -35,15 +35,8 @@ from ._backward import (
     with_updates,
     without_channels,
 )
-from ._layout import (
-    first_of,
-    is_inexact,
-    Layout,
-    layout_of_args,
-    layout_of_first,
-    result_of,
-    Sparse,
-)
+from ._differentiable import first_of, is_inexact
+from ._layout import Layout, layout_of_args, layout_of_first, result_of, Sparse
 
 
 _trace.register_exclusion(__file__)

@@ -12,21 +12,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
-import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .. import _trace
 from .._closure import Carried
 from .._errors import describe, StructureError
-from .._filters import choose, leaves_with_paths
 from .._functionalize import Opened
-from .._lifted import name_of
 from .._opened import Index, Note, Value
-from .._ref import make_ref, Ref
+from .._ref import Ref
 from .._structure import (
     DYNAMIC,
-    is_traced_in_ref,
-    join_value,
     n_arrays,
     Outcome,
     Slot,
@@ -77,9 +72,10 @@ class Layout:
 
     def positions(self) -> list[int]:
         """The positions of all arrays of the tree, in its order."""
-        return [i for places in self._by_leaf() for i in places]
+        return [i for places in self.by_leaf() for i in places]
 
-    def _by_leaf(self) -> list[Sequence[int]]:
+    def by_leaf(self) -> list[Sequence[int]]:
+        """The positions of the arrays of each leaf."""
         return [_positions(place) for place in self.places]
 
     def fill(self, values: Any, other: Any = None) -> Any:
@@ -128,17 +124,35 @@ class Layout:
                 )
         return found
 
-    def first_of_pair(self, name: str) -> "Layout":
+    def read_tuple(self, trees: Sequence, what: str) -> dict[int, Any]:
+        """As `read`, of a tuple; `None` in place of a whole item is `None` everywhere."""
+        __tracebackhide__ = True
+        items = zip(self.treedef.children(), trees)
+        given = tuple(
+            jtu.tree_unflatten(child, [None] * child.num_leaves)
+            if tree is None
+            else tree
+            for child, tree in items
+        )
+        return self.read(given, what)
+
+    def first(self, name: str) -> "Layout":
         """Of the first half of a pair: what `has_aux` separates."""
         __tracebackhide__ = True
-        children = self.treedef.children()
-        node = self.treedef.node_data()
-        if node is None or node[0] is not tuple or len(children) != 2:
-            raise TypeError(
-                f"`{name}(..., has_aux=True)`: the function must return a pair "
-                "`(value, aux)`."
-            )
-        return Layout(children[0], self.places[: children[0].num_leaves])
+        treedef = first_of_pair(self.treedef, name)
+        return Layout(treedef, self.places[: treedef.num_leaves])
+
+
+def first_of_pair(treedef: Any, name: str) -> Any:
+    """Of the treedef of a result with `has_aux`, that of what is differentiated."""
+    __tracebackhide__ = True
+    children, node = treedef.children(), treedef.node_data()
+    if node is None or node[0] is not tuple or len(children) != 2:
+        raise TypeError(
+            f"`{name}(..., has_aux=True)`: the function must return a pair "
+            "`(value, aux)`."
+        )
+    return children[0]
 
 
 def _positions(place: Any) -> Sequence[int]:
@@ -279,10 +293,8 @@ def result_of(opened: Any, outcome: Outcome, arrays: list[Any]) -> Result:
     for i, slot in enumerate(structure.slots):
         number = info.carried.get(i)
         if number is None:
-            inside, its_arrays = (
-                slot.inside,
-                [next(out) for _ in range(n_arrays(slot.inside))],
-            )
+            inside = slot.inside
+            its_arrays = [next(out) for _ in range(n_arrays(inside))]
         elif number in written:
             inside, its_arrays = written[number]
         else:
@@ -298,51 +310,6 @@ def result_of(opened: Any, outcome: Outcome, arrays: list[Any]) -> Result:
     return Result(Layout(part.treedef, places), flat, made)
 
 
-def differentiable(
-    opened: Opened, layout: Layout, tree: Any, wrt: Any = None
-) -> list[int]:
-    """The positions of what is differentiated in a tree: its inexact arrays, of those that
-    `wrt` selects. A Python `float` in a ref is one of them, because it is one under `jit`.
-    """
-    selected = [0] * len(layout.places)
-    if wrt is not None:
-        pairs, _ = leaves_with_paths(tree)
-        leaves = [leaf for _, leaf in pairs]
-        selected = choose([path for path, _ in pairs], leaves, (wrt,))
-    return [
-        i
-        for places, answer in zip(layout._by_leaf(), selected)
-        for i in places
-        if answer == 0 and is_inexact(opened.arrays[i])
-    ]
-
-
-def first_of(args: tuple, name: str) -> Any:
-    """The first argument: what most of these transforms differentiate."""
-    if not args:
-        raise TypeError(
-            f"`{name}` differentiates the first argument, which must be passed by "
-            "position: none was given."
-        )
-    return args[0]
-
-
-def nothing_to_differentiate(name: str, fn: Any, wrt: Any) -> StructureError:
-    return StructureError(
-        f"`{name}` found nothing to differentiate in the first argument of "
-        f"`{name_of(fn)}`"
-        + ("" if wrt is None else f" for wrt={wrt!r}")
-        + ": it differentiates floating-point and complex arrays, in refs and beside them. "
-        "Pass what is to be differentiated first; a filter that is a predicate is called "
-        "with the ref, not with its value."
-    )
-
-
-def is_inexact(x: Any) -> bool:
-    """Whether `x` is array-like, and floating-point or complex."""
-    return is_traced_in_ref(x) and bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact))
-
-
 def replaced(arrays: list[Any], positions: Sequence[int], new: Sequence[Any]) -> list:
     """`arrays`, with `new` at these positions."""
     arrays = list(arrays)
@@ -356,21 +323,3 @@ class Sparse(dict):
 
     def __missing__(self, key: int) -> None:
         return None
-
-
-def rebuild(structure: Structure, arrays: list[Any]) -> tuple[list[Any], list[Ref]]:
-    """The callable, the arguments and the keywords of a call, made of other arrays; and the
-    new refs in them, owned by the running trace."""
-    rest = iter(arrays)
-    bare = [next(rest) for _ in range(structure.n_bare)]
-    refs = [
-        make_ref(
-            slot.ref_type,
-            join_value(slot.inside, rest),
-            slot.collection,
-            note.name,
-            note.declared,
-        )
-        for slot, note in zip(structure.slots, structure.notes)
-    ]
-    return structure.unflatten(structure.close(bare, refs)), refs

@@ -12,9 +12,16 @@ from .. import _trace
 from .._errors import describe, StructureError
 from .._functionalize import call, open_call, Opened
 from .._lifted import Lifted, name_of
-from .._ref import Ref
-from .._structure import DYNAMIC, is_traced, Outcome, OutcomeInfo, Structure
-from ._layout import layout_of_args, rebuild, Result, result_of
+from .._ref import make_ref, Ref
+from .._structure import (
+    DYNAMIC,
+    is_traced,
+    join_value,
+    Outcome,
+    OutcomeInfo,
+    Structure,
+)
+from ._layout import layout_of_args, Result, result_of
 
 
 _trace.register_exclusion(__file__)
@@ -302,7 +309,7 @@ def filter_pure_callback(
     types, statics = eqx.partition(result_shape_dtypes, is_traced)
 
     def run(arrays: list[Any], keep_alive: Any = keep_alive) -> Any:
-        trees, refs = rebuild(structure, arrays)
+        trees, refs = _rebuild(structure, arrays)
         before = [ref._value for ref in refs]
         fn, *inner_args, inner_kwargs = trees
         out = fn(*inner_args, **inner_kwargs)
@@ -330,3 +337,21 @@ def _refuse_writes(refs: list[Ref], before: list[Any]) -> None:
                 "JAX may call it more than once, or not at all. Return the new value, and "
                 "write it outside of the callback."
             )
+
+
+def _rebuild(structure: Structure, arrays: list[Any]) -> tuple[list[Any], list[Ref]]:
+    """The callable, the arguments and the keywords of a call, made of other arrays; and the
+    new refs in them, owned by the running trace."""
+    rest = iter(arrays)
+    bare = [next(rest) for _ in range(structure.n_bare)]
+    refs = [
+        make_ref(
+            slot.ref_type,
+            join_value(slot.inside, rest),
+            slot.collection,
+            note.name,
+            note.declared,
+        )
+        for slot, note in zip(structure.slots, structure.notes)
+    ]
+    return structure.unflatten(structure.close(bare, refs)), refs

@@ -1,0 +1,188 @@
+"""`filter_jacfwd`, `filter_jacrev` and `filter_hessian`: the matrices of derivatives."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+
+from .. import _trace
+from .._functionalize import call, Opened
+from .._lifted import Lifted
+from .._structure import Outcome
+from ._backward import stripped
+from ._differentiable import Differentiated, first_of, nothing_to_differentiate, Side
+from ._layout import layout_of_first
+
+
+_trace.register_exclusion(__file__)
+
+
+class _Jacobian(Lifted):
+    """The derivative of every array of the result by every array of the first argument."""
+
+    # The transforms of JAX that take it, one after the other.
+    steps: ClassVar[tuple[Callable[..., Any], ...]]
+
+    def __init__(self, fn: Any, *, has_aux: bool, wrt: Any, holomorphic: bool):
+        super().__init__(fn, has_aux=has_aux, wrt=wrt, holomorphic=holomorphic)
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        __tracebackhide__ = True
+        name, has_aux = self.transform_name, self.options["has_aux"]
+        first = first_of(args, name)
+        found: dict[str, Any] = {}
+
+        def transform(opened: Opened) -> Outcome:
+            __tracebackhide__ = True
+            wrt = self.options["wrt"]
+            layout = layout_of_first(opened)
+            fn = Differentiated(name, opened, layout, first, wrt, has_aux)
+            if not fn.arrays:
+                raise nothing_to_differentiate(name, self.__wrapped__, wrt)
+            derivative: Callable = fn
+            for step in self.steps:
+                derivative = step(
+                    derivative, has_aux=True, holomorphic=self.options["holomorphic"]
+                )
+            rows, outcome = derivative(fn.arrays)
+            depth = len(self.steps)
+            found["matrix"] = fn.outputs.fill(
+                [_fill_columns(fn.inputs, row, depth) for row in rows]
+            )
+            return outcome
+
+        out = call(self.__wrapped__, args, kwargs, stripped(transform))
+        return (found["matrix"], out[1]) if has_aux else found["matrix"]
+
+
+def _fill_columns(inputs: Side, row: Any, depth: int) -> Any:
+    """The trees of a row, as deep as derivatives were taken."""
+    if depth == 0:
+        return row
+    return inputs.fill([_fill_columns(inputs, x, depth - 1) for x in row])
+
+
+class _JacFwd(_Jacobian):
+    transform_name = "filter_jacfwd"
+    steps = (jax.jacfwd,)
+
+
+class _JacRev(_Jacobian):
+    transform_name = "filter_jacrev"
+    steps = (jax.jacrev,)
+
+
+class _Hessian(_Jacobian):
+    transform_name = "filter_hessian"
+    steps = (jax.jacrev, jax.jacfwd)
+
+
+def filter_jacfwd(
+    fun: Callable[..., Any],
+    has_aux: bool = False,
+    *,
+    wrt: Any = None,
+    holomorphic: bool = False,
+) -> Any:
+    """As `equinox.filter_jacfwd`, by reference: the Jacobian, by forward-mode
+    differentiation of all directions at once.
+
+    The function runs once, whatever the number of directions: a counter that it adds one to
+    is one more after the call. What it writes to a ref is written to the caller's ref.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        def f(model):
+            model["uses"].value += 1
+            return model["w"].value ** 2
+
+        model = {"w": rx.Ref(jnp.array([1.0, 2.0])), "uses": rx.Ref(jnp.array(0))}
+        jacobian = rx.filter_jacfwd(f)(model)
+        assert jnp.array_equal(jacobian["w"].value, jnp.diag(jnp.array([2.0, 4.0])))
+        assert jacobian["uses"].value is None and model["uses"].value == 1
+        ```
+
+    **Arguments:**
+
+    - `fun`: the function to differentiate by its first argument.
+    - `has_aux`: whether `fun` returns a pair `(out, aux)`, of which `out` is
+        differentiated.
+    - `wrt`: any filter, which narrows what is differentiated.
+    - `holomorphic`: as in `jax.jacfwd`; needed for complex arrays.
+
+    **Returns:**
+
+    A function with the arguments of `fun`, which returns the Jacobian, or `(jacobian,
+    aux)`. In place of each floating-point array of `rx.deref(out)` it has a tree of the
+    structure of `rx.deref(first_argument)`, with `None` for what is not differentiated. What
+    else there is in the result has `None`.
+
+    **Raises:**
+
+    When called:
+
+    - `StructureError`: if there is nothing to differentiate, or if `wrt` selects a ref at
+        one of its places and not at another.
+    """
+    return _JacFwd(fun, has_aux=has_aux, wrt=wrt, holomorphic=holomorphic)
+
+
+def filter_jacrev(
+    fun: Callable[..., Any],
+    has_aux: bool = False,
+    *,
+    wrt: Any = None,
+    holomorphic: bool = False,
+) -> Any:
+    """As `equinox.filter_jacrev`, by reference: the Jacobian, by reverse-mode
+    differentiation. The function runs once.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        w = rx.Ref(jnp.array([1.0, 2.0]), "params")
+        jacobian = rx.filter_jacrev(lambda w: jnp.sum(w.value**2))(w)
+        assert jnp.array_equal(jacobian.value, jnp.array([2.0, 4.0]))
+        ```
+
+    **Arguments:**, **Returns:**, **Raises:** as for [`refx_eqx.filter_jacfwd`][].
+    """
+    return _JacRev(fun, has_aux=has_aux, wrt=wrt, holomorphic=holomorphic)
+
+
+def filter_hessian(
+    fun: Callable[..., Any],
+    has_aux: bool = False,
+    *,
+    wrt: Any = None,
+    holomorphic: bool = False,
+) -> Any:
+    """As `equinox.filter_hessian`, by reference: the matrix of second derivatives. The
+    function runs once.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        w = rx.Ref(jnp.array([1.0, 2.0]), "params")
+        hessian = rx.filter_hessian(lambda w: jnp.sum(w.value**3))(w)
+        assert jnp.array_equal(hessian.value.value, jnp.diag(jnp.array([6.0, 12.0])))
+        ```
+
+    **Arguments:**, **Raises:** as for [`refx_eqx.filter_jacfwd`][].
+
+    **Returns:**
+
+    A function with the arguments of `fun`, which returns the Hessian, or `(hessian, aux)`:
+    a tree of the structure of the Jacobian, with such a tree again for each of its arrays.
+    """
+    return _Hessian(fun, has_aux=has_aux, wrt=wrt, holomorphic=holomorphic)

@@ -1,0 +1,195 @@
+"""`filter_jvp` and `filter_linearize`: tangents, from the arguments to the result."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+
+from .. import _trace
+from .._errors import StructureError
+from .._functionalize import call, Opened
+from .._structure import Outcome
+from ._backward import stripped
+from ._differentiable import Differentiated, is_inexact, Side, with_linear_map
+from ._layout import layout_of_args, replaced, result_of, Sparse
+
+
+_trace.register_exclusion(__file__)
+
+
+def filter_jvp(
+    fn: Callable[..., Any], primals: Sequence, tangents: Sequence, **kwargs: Any
+) -> tuple[Any, Any]:
+    """As `equinox.filter_jvp`, by reference. The function runs once: what it writes to a
+    ref is written to the caller's ref, the value without its tangent.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        def f(model, x):
+            model["uses"].value += 1
+            return model["w"].value * x
+
+        model = {"w": rx.Ref(jnp.array(3.0)), "uses": rx.Ref(jnp.array(0))}
+        tangents = {"w": jnp.array(1.0), "uses": None}
+        primals = (model, jnp.array(2.0))
+        out, tangent_out = rx.filter_jvp(f, primals, (tangents, None))
+        assert out == 6.0 and tangent_out == 2.0
+        assert model["uses"].value == 1
+        ```
+
+    **Arguments:**
+
+    - `fn`: the function to differentiate. Called as `fn(*primals, **kwargs)`.
+    - `primals`: its positional arguments.
+    - `tangents`: of the structure of `primals`, with `None` for a tangent of zero, and so
+        for all that is not a floating-point or complex number. At the place of a ref, the
+        tangent of its value: bare, or in a `Value`, as gradients have it. A ref that is at
+        several places has one tangent, at one of them.
+    - `**kwargs`: keyword arguments of `fn`, which are not differentiated.
+
+    **Returns:**
+
+    `(primals_out, tangents_out)`. The tangents have the structure of
+    `rx.deref(primals_out)`, with `None` for what does not depend on an input that has a
+    tangent. A ref of the caller that is returned has the tangent of the value it ends with.
+
+    **Raises:**
+
+    - `StructureError`: if the tangents are not of the structure of the primals, or if
+        something that cannot be differentiated has one.
+    """
+    __tracebackhide__ = True
+    if len(primals) != len(tangents):
+        raise StructureError(
+            f"`filter_jvp` takes one tangent for each primal: it was given {len(primals)} "
+            f"primals and {len(tangents)} tangents. Pass `None` for a tangent of zero."
+        )
+    args = tuple(map(_traced_where_differentiated, primals, tangents))
+    found: dict[str, Any] = {}
+
+    def transform(opened: Opened) -> Outcome:
+        __tracebackhide__ = True
+        layout = layout_of_args(opened, len(args))
+        given = layout.read_tuple(tangents, "The tangents")
+        positions = [i for i, t in given.items() if t is not None]
+        for i in positions:
+            if not is_inexact(opened.arrays[i]):
+                raise StructureError(
+                    "`filter_jvp`: the tangent of "
+                    f"{eqx.tree_pformat(opened.arrays[i])} must be `None`: only "
+                    "floating-point and complex numbers are differentiated."
+                )
+
+        def differentiated(arrays: list[Any]) -> tuple[list[Any], Outcome]:
+            __tracebackhide__ = True
+            everything = replaced(opened.arrays, positions, arrays)
+            outcome = opened.run("filter_jvp", everything)
+            result = result_of(opened, outcome, everything)
+            moved = [
+                i
+                for i, x in enumerate(result.arrays)
+                if _trace.has_tangent(x) and is_inexact(x)
+            ]
+            found.update(layout=result.layout, moved=moved)
+            return [result.arrays[i] for i in moved], outcome
+
+        primals_in = [opened.arrays[i] for i in positions]
+        tangents_in = [given[i] for i in positions]
+        _, out, outcome = jax.jvp(
+            differentiated, (primals_in,), (tangents_in,), has_aux=True
+        )
+        found["tangents"] = dict(zip(found["moved"], out))
+        return outcome
+
+    out = call(fn, args, kwargs, stripped(transform))
+    return out, found["layout"].fill(Sparse(found["tangents"]))
+
+
+def _traced_where_differentiated(primal: Any, tangent: Any) -> Any:
+    """Numbers of Python that have a tangent, as arrays."""
+    if isinstance(primal, float | complex) and tangent is not None:
+        return jnp.asarray(primal)
+    leaves, treedef = jtu.tree_flatten(primal)
+    if tangent is None or not any(isinstance(x, float | complex) for x in leaves):
+        return primal
+    try:
+        given = treedef.flatten_up_to(tangent)
+    except (ValueError, TypeError):
+        return primal  # the layout says what is wrong
+    return jtu.tree_unflatten(
+        treedef,
+        [
+            jnp.asarray(x) if isinstance(x, float | complex) and t is not None else x
+            for x, t in zip(leaves, given)
+        ],
+    )
+
+
+class _Pushforward(eqx.Module):
+    """What `filter_linearize` returns: from tangents of the primals to those of the result."""
+
+    linear: Any
+    inputs: Side = eqx.field(static=True)
+    outputs: Side = eqx.field(static=True)
+
+    def __call__(self, /, *tangents: Any) -> Any:
+        __tracebackhide__ = True
+        layout = self.inputs.layout
+        n = len(layout.treedef.children())
+        if len(tangents) != n:
+            raise StructureError(
+                f"The linear function of `filter_linearize` takes {n} tangents, one for "
+                f"each primal, and was given {len(tangents)}. Pass `None` for zero."
+            )
+        given = layout.read_tuple(tangents, "The tangents")
+        return self.outputs.fill(self.linear(self.inputs.select(given)))
+
+
+def _pushforward(fn: Differentiated) -> tuple[_Pushforward, Outcome]:
+    __tracebackhide__ = True
+    _, linear, outcome = jax.linearize(fn, fn.arrays, has_aux=True)
+    return _Pushforward(linear, fn.inputs, fn.outputs), outcome
+
+
+def filter_linearize(
+    fun: Callable[..., Any], *primals: Any, has_aux: bool = False, wrt: Any = None
+) -> Any:
+    """As `jax.linearize`, for any pytrees and by reference. The function runs once, and what
+    it writes to a ref is written to the caller's ref, once: at this call.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        w = rx.Ref(jnp.array(3.0), "params")
+        out, f_jvp = rx.filter_linearize(lambda w, x: w.value * x, w, jnp.array(2.0))
+        assert out == 6.0
+        assert f_jvp(jnp.array(1.0), None) == 2.0
+        assert f_jvp(None, jnp.array(1.0)) == 3.0
+        ```
+
+    **Arguments:**
+
+    - `fun`, `*primals`, `has_aux`, `wrt`: as for [`refx_eqx.filter_vjp`][].
+
+    **Returns:**
+
+    `(out, f_jvp)`, or `(out, f_jvp, aux)`. `f_jvp(*tangents)` takes tangents as
+    [`refx_eqx.filter_jvp`][] does, and returns the tangent of `out`: of the structure of
+    `rx.deref(out)`, with `None` for what has no derivative. It is a pytree.
+
+    **Raises:**
+
+    As [`refx_eqx.filter_vjp`][].
+    """
+    __tracebackhide__ = True
+    return with_linear_map("filter_linearize", _pushforward, fun, primals, has_aux, wrt)

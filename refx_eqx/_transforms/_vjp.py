@@ -1,0 +1,84 @@
+"""`filter_vjp`: cotangents, from the result to the arguments."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+
+from .. import _trace
+from .._structure import Outcome
+from ._differentiable import Differentiated, Side, with_linear_map
+
+
+_trace.register_exclusion(__file__)
+
+
+class _Pullback(eqx.Module):
+    """What `filter_vjp` returns: from cotangents of the result to those of the primals."""
+
+    linear: Any
+    inputs: Side = eqx.field(static=True)
+    outputs: Side = eqx.field(static=True)
+
+    def __call__(self, cotangents: Any, /) -> tuple:
+        __tracebackhide__ = True
+        given = self.outputs.layout.read(cotangents, "The cotangents")
+        (result,) = self.linear(self.outputs.select(given))
+        return self.inputs.fill(result)
+
+
+def _pullback(fn: Differentiated) -> tuple[_Pullback, Outcome]:
+    __tracebackhide__ = True
+    _, linear, outcome = jax.vjp(fn, fn.arrays, has_aux=True)
+    return _Pullback(linear, fn.inputs, fn.outputs), outcome
+
+
+def filter_vjp(
+    fun: Callable[..., Any], *primals: Any, has_aux: bool = False, wrt: Any = None
+) -> Any:
+    """As `equinox.filter_vjp`, by reference. The function runs once, and what it writes to a
+    ref is written to the caller's ref, once: at this call. The function that is returned
+    may be called later, and often; it reads and writes no ref.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        def f(model, x):
+            model["uses"].value += 1
+            return model["w"].value * x
+
+        model = {"w": rx.Ref(jnp.array(3.0)), "uses": rx.Ref(jnp.array(0))}
+        out, vjp_fn = rx.filter_vjp(f, model, jnp.array(2.0))
+        of_model, of_x = vjp_fn(jnp.array(1.0))
+        assert of_model["w"].value == 2.0 and of_x == 3.0
+        assert of_model["uses"].value is None and model["uses"].value == 1
+        ```
+
+    **Arguments:**
+
+    - `fun`: the function to differentiate. Called as `fun(*primals)`.
+    - `*primals`: its arguments. Their floating-point and complex arrays are
+        differentiated, in refs and beside them.
+    - `has_aux`: whether `fun` returns a pair `(out, aux)`, of which `out` is
+        differentiated.
+    - `wrt`: any filter, which narrows what is differentiated. The paths of a path filter
+        begin with the number of the argument.
+
+    **Returns:**
+
+    `(out, vjp_fn)`, or `(out, vjp_fn, aux)`. `vjp_fn` takes a cotangent of the structure of
+    `rx.deref(out)`, with `None` for zero and for what has no derivative. It returns a tuple
+    of the structure of `rx.deref(primals)`, with `None` for what is not differentiated. It
+    is a pytree, whose leaves are the residuals.
+
+    **Raises:**
+
+    - `StructureError`: if `wrt` selects a ref at one of its places and not at another; and
+        by `vjp_fn`, if the cotangent has another structure.
+    """
+    __tracebackhide__ = True
+    return with_linear_map("filter_vjp", _pullback, fun, primals, has_aux, wrt)
