@@ -64,7 +64,7 @@ def main() -> None:
                 f"\n-- {report.outcome}\n{text(program)}\n{report.detail[-3000:]}",
                 flush=True,
             )
-        if n % 50 == 0:
+        if n % 300 == 0:
             # Compiled programs add up.
             jax.clear_caches()
             eqx.clear_caches()

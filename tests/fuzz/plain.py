@@ -28,10 +28,11 @@ from .program import Apply
 class Place:
     """A ref: a number in the heap."""
 
-    __slots__ = ("i",)
+    __slots__ = ("collection", "i")
 
-    def __init__(self, i: int):
+    def __init__(self, i: int, collection: str | None):
         self.i = i
+        self.collection = collection
 
 
 class Refused(Exception):
@@ -49,13 +50,12 @@ def _is_equal(a: jax.Array, b: jax.Array) -> bool:
 
 
 class Plain(Interpreter):
-    """- `heap`: the value of each ref; `collections`: what each belongs to;
+    """- `heap`: the value of each ref;
     - `reasons`: why the library may refuse the program, though plain Python has a meaning.
     """
 
     def __init__(self):
         self.heap: list[jax.Array] = []
-        self.collections: list[Any] = []
         self.reasons: set[str] = set()
         # What a body may write is found by running it, also where it would not run.
         self.writes: list[set[int]] = []
@@ -76,9 +76,7 @@ class Plain(Interpreter):
 
     def new(self, value, collection):
         self.heap.append(value)
-        del self.collections[len(self.heap) - 1 :]
-        self.collections.append(collection)
-        return Place(len(self.heap) - 1)
+        return Place(len(self.heap) - 1, collection)
 
     def is_same(self, a, b):
         return a.i == b.i
@@ -113,13 +111,13 @@ class Plain(Interpreter):
 
     def rehearse(self, run: Callable[[], Any]) -> Any:
         """Runs, and undoes it. Only the reasons for a refusal stay."""
-        heap, collections = list(self.heap), list(self.collections)
+        heap = list(self.heap)
         try:
             return run()
         except Refused:
             return None
         finally:
-            self.heap, self.collections = heap, collections
+            self.heap = heap
 
     #
     # Derivatives.
@@ -155,11 +153,8 @@ class Plain(Interpreter):
 
     def grad_parts(self, s, closed, refs, sliced, inputs) -> tuple:
         wrt = s.option("wrt")
-        where = [
-            i
-            for i in self._distinct(refs)
-            if _is_float(self.heap[i]) and (wrt is None or self.collections[i] == wrt)
-        ]
+        wanted = [ref for ref in refs if wrt is None or ref.collection == wrt]
+        where = [i for i in self._distinct(wanted) if _is_float(self.heap[i])]
         if not where:
             self.refuse("nothing to differentiate")
         function, found = self.pure(s, closed, where, inputs, [])
@@ -289,32 +284,35 @@ class Plain(Interpreter):
         finally:
             written = self.writes.pop()
         self.heap = list(start)
-        for i in range(len(heaps[0])):
+        for i in range(base):
             ends = [heap[i] for heap in heaps]
-            if i >= base:
-                self.heap.append(jnp.stack(ends))
-            elif i in mapped:
+            if i in mapped:
                 self.heap[i] = start[i]
                 if i in written:
                     self.heap[i] = jnp.stack(ends)
             elif i in written:
                 # Not known to be one value before all lanes have run.
-                self.reasons.add("lanes")
+                self.reasons.add("lanes, of one value")
                 if not all(_is_equal(x, ends[0]) for x in ends):
                     self.refuse("lanes")
                 self.heap[i] = ends[0]
         values = [jnp.stack(of_lanes) for of_lanes in zip(*(r[0] for r in results))]
-        return values, results[0][1]
+        return values, self.stack_new(base, [out for _, out in results], heaps)
 
     def check_after(self, before: Sequence[Place], after: Sequence[Place]) -> None:
         if [x.i for x in before] != [x.i for x in after]:
             self.refuse("carry")
 
-    def _stack_new(self, base: int, steps: list[tuple[Place, ...]]) -> list[Place]:
-        """The refs that all steps return: new ones are stacked."""
+    def stack_new(
+        self, base: int, results: list[tuple[Place, ...]], heaps: list[list] | None = None
+    ) -> list[Place]:
+        """The refs that all lanes, or all steps, return: those made in them are stacked.
+
+        `base` is how many refs there were before; `heaps` is that of each lane."""
+        heaps = heaps or [self.heap] * len(results)
         made: dict[tuple, Place] = {}
         out = []
-        for places in zip(*steps):
+        for places in zip(*results):
             numbers = tuple(x.i for x in places)
             if all(i < base for i in numbers):
                 if len(set(numbers)) > 1:
@@ -322,8 +320,8 @@ class Plain(Interpreter):
                 out.append(places[0])
                 continue
             if numbers not in made:
-                stacked = jnp.stack([self.heap[i] for i in numbers])
-                made[numbers] = self.new(stacked, self.collections[numbers[0]])
+                ends = [heap[i] for heap, i in zip(heaps, numbers)]
+                made[numbers] = self.new(jnp.stack(ends), places[0].collection)
             out.append(made[numbers])
         return out
 
@@ -361,7 +359,7 @@ class Plain(Interpreter):
             s, sliced, order[::-1] if s.option("reverse") else order, step
         )
         ys = [jnp.stack(parts) for parts in zip(*(ys for ys, _ in results))]
-        return [carry[0], *ys], self._stack_new(base, [out for _, out in results])
+        return [carry[0], *ys], self.stack_new(base, [out for _, out in results])
 
     def map(self, s, closed, refs, sliced, inputs) -> tuple:
         base, size = len(self.heap), s.option("batch_size")
@@ -373,7 +371,7 @@ class Plain(Interpreter):
 
             results = self.steps(s, sliced, range(LANES), step)
             values = [jnp.stack(parts) for parts in zip(*(v for v, _ in results))]
-            return values, self._stack_new(base, [out for _, out in results])
+            return values, self.stack_new(base, [out for _, out in results])
         # Batches, one after the other; within one, lanes.
         mapped = self._distinct(sliced)
         stacks = [self.heap[i] for i in mapped]
@@ -401,7 +399,7 @@ class Plain(Interpreter):
                 continue
             if numbers not in made:
                 whole = jnp.concatenate([self.heap[i] for i in numbers])
-                made[numbers] = self.new(whole, self.collections[numbers[0]])
+                made[numbers] = self.new(whole, places[0].collection)
             out.append(made[numbers])
         return values, out
 
@@ -445,14 +443,20 @@ class Plain(Interpreter):
         base = len(self.heap)
         seen = []
         for block, mine in zip(s.blocks, closed):
-            run = lambda: self.call(block, mine, refs, (), inputs)
+
+            def run() -> list:
+                values, out = self.call(block, mine, refs, (), inputs)
+                types: list = [(x.shape, x.dtype) for x in values]
+                first: dict[int, int] = {}
+                for k, ref in enumerate(out):
+                    same = first.setdefault(ref.i, k)
+                    new = same, ref.collection, self.read(ref).shape
+                    types.append(ref.i if ref.i < base else new)
+                return types
+
             result = self.rehearse(run)
             if result is not None:
-                values, out = result
-                first: dict[int, int] = {}
-                new = [first.setdefault(x.i, k) for k, x in enumerate(out)]
-                which = [x.i if x.i < base else ("new", k) for x, k in zip(out, new)]
-                seen.append((which, [(x.shape, x.dtype) for x in values]))
+                seen.append(result)
         if any(x != seen[0] for x in seen):
             self.reasons.add("branches")
         return self.call(s.blocks[chosen], closed[chosen], refs, (), inputs)
