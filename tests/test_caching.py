@@ -171,6 +171,26 @@ def test_closures_with_refs_of_equal_structure_are_one_program_each(trace_counte
     assert f.counter.count <= 2
 
 
+def test_a_repeated_call_notices_what_a_closure_variable_is_bound_to():
+    class Options:
+        pass
+
+    ref, options = rx.Ref(jnp.array(1.0)), Options()
+
+    @rx.filter_jit
+    def f(ref):
+        return ref.value * (2.0 if options is None else 3.0)
+
+    assert [float(f(ref)) for _ in range(3)] == [3.0, 3.0, 3.0]
+    options = None  # and the old content is gone
+    assert [float(f(ref)) for _ in range(3)] == [2.0, 2.0, 2.0]
+    options = Options()
+    assert [float(f(ref)) for _ in range(3)] == [3.0, 3.0, 3.0]
+    del options
+    with pytest.raises(NameError):
+        f(ref)
+
+
 # Traced again.
 
 

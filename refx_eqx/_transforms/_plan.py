@@ -199,7 +199,7 @@ class Plan:
     # What could have changed: `(container, its items then)`.
     lists: list[tuple[list, tuple]]
     dicts: list[tuple[dict, tuple, tuple]]
-    cells: list[tuple[types.CellType, Any]]  # with the key of the content then
+    cells: list["_Watched"]
     # Weak references to the modules that the key has by identity.
     guards: list[weakref.ref]
     # Of the last outcome: its info, and the refs that it writes, or `None` if some of them
@@ -241,7 +241,7 @@ class Plan:
         for items, keys, then in self.dicts:
             if tuple(items) != keys or not all(map(is_, items.values(), then)):
                 return False
-        return all(_closure.same_content(cell, key) for cell, key in self.cells)
+        return all(_is_same(*watched) for watched in self.cells)
 
     def call(self, arrays: list[Any], state: _trace.ThreadState) -> Any:
         """Makes the call with these arrays beside the refs, on the thread of `state`."""
@@ -294,6 +294,30 @@ class Plan:
             if info.treedef is None:
                 return close_result(Outcome(out, updates, info), refs)
             return info.treedef.unflatten(out)
+
+
+# A cell of a closure, the key of its content then, and a weak reference to that content, or
+# `None` where there can be none.
+_Watched = tuple[types.CellType, Any, weakref.ref | None]
+
+
+def _watched(cell: types.CellType, key: Any) -> _Watched:
+    try:
+        return cell, key, weakref.ref(cell.cell_contents)
+    except (TypeError, ValueError):  # a number, a string, ...; an empty cell
+        return cell, key, None
+
+
+def _is_same(cell: types.CellType, key: Any, weak: weakref.ref | None) -> bool:
+    # Most contents are objects that stay: that is quicker seen than keys are compared.
+    content = None if weak is None else weak()
+    if content is not None:
+        try:
+            if cell.cell_contents is content:
+                return True
+        except ValueError:  # empty by now
+            return False
+    return _closure.same_content(cell, key)
 
 
 def _written_refs(opened: Opened, info: OutcomeInfo) -> list[Ref] | None:
@@ -362,7 +386,8 @@ class _Walk:
                 continue
             if type(leaf) is types.FunctionType and leaf.__closure__:
                 self._seen.add(id(leaf))
-                self._plan.cells += _closure.watched_cells(leaf)
+                watched = _closure.watched_cells(leaf)
+                self._plan.cells += [_watched(cell, key) for cell, key in watched]
                 for content in _closure.inside(leaf):
                     self.tree(content)
             elif _closure.may_carry(leaf):
