@@ -8,10 +8,8 @@ from ._autodiff import (
 from ._axes import axes as axes
 from ._branches import cond as cond, switch as switch
 from ._checkpoint import filter_checkpoint as filter_checkpoint
-from ._custom import (
-    filter_custom_jvp as filter_custom_jvp,
-    filter_custom_vjp as filter_custom_vjp,
-)
+from ._custom_jvp import filter_custom_jvp as filter_custom_jvp
+from ._custom_vjp import filter_custom_vjp as filter_custom_vjp
 from ._eval_shape import filter_eval_shape as filter_eval_shape
 from ._jacobian import (
     filter_hessian as filter_hessian,

@@ -22,20 +22,27 @@ that collection, and traces its function once more.
 """
 
 import copy
-import functools
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import wadler_lindig as wl
 
 from .. import _trace
 from .._errors import StructureError
 from .._functionalize import Opened
 from .._ref import Ref
 from .._structure import join_value, Outcome, split_value, Structure
+from ._channel import (
+    Channelled,
+    channelled_type,
+    decode,
+    encode,
+    has_channel,
+    plain_type,
+)
 
 
 _trace.register_exclusion(__file__)
@@ -47,105 +54,6 @@ class BackwardWrite(StructureError):
     def __init__(self, collection: Hashable, message: str):
         super().__init__(message)
         self.collection = collection
-
-
-class Channelled:
-    """The value of a ref, and its channel: for each array, the arrays that encode it."""
-
-    __slots__ = ("channel", "value")
-
-    def __init__(self, value: Any, channel: list[list[Any]]):
-        self.value = value
-        self.channel = channel
-
-    def __pdoc__(self, **kwargs: Any) -> Any:
-        return wl.pdoc(self.value, **kwargs)
-
-
-jtu.register_pytree_node(
-    Channelled,
-    lambda x: ((x.value, x.channel), None),
-    lambda _, children: Channelled(*children),
-)
-
-
-@functools.cache
-def _channelled_type(ref_type: type[Ref]) -> type[Ref]:
-    """A subclass of `ref_type` whose value may be a `Channelled`, and does not look it."""
-
-    cell = Ref.__dict__["_value"]
-
-    def read(self: Ref) -> Any:
-        __tracebackhide__ = True
-        value = ref_type.value.fget(self)  # type: ignore[attr-defined]
-        return value.value if type(value) is Channelled else value
-
-    def store(self: Ref, value: Any) -> None:
-        # Whoever writes, the channel stays. A new ref has nothing in its cell yet.
-        old = cell.__get__(self) if hasattr(self, "_value") else None
-        if type(old) is Channelled and type(value) is not Channelled:
-            value = Channelled(value, old.channel)
-        cell.__set__(self, value)
-
-    namespace = {
-        "__slots__": (),
-        "__module__": ref_type.__module__,
-        "__qualname__": ref_type.__qualname__,
-        "_value": property(cell.__get__, store),
-        "value": property(read, ref_type.value.fset),  # type: ignore[attr-defined]
-        "plain_type": ref_type,
-    }
-    return type(ref_type.__name__, (ref_type,), namespace)
-
-
-def _plain_type(ref_type: type[Ref]) -> type[Ref]:
-    return getattr(ref_type, "plain_type", ref_type)
-
-
-def encode(value: Any) -> list[list[Any]]:
-    """The arrays of the value of a ref as floating-point arrays, and exactly."""
-    return [_encode(jnp.asarray(x)) for x in split_value(value)[1]]
-
-
-def _encode(x: Any) -> list[Any]:
-    if jnp.issubdtype(x.dtype, jnp.inexact):
-        return [x]
-    if x.dtype == jnp.bool_:
-        return [x.astype(jnp.float32)]
-    # Sixteen bits are exact in a `float32`.
-    bits = jax.lax.bitcast_convert_type(x, _unsigned(x.dtype))
-    shifts = range(0, 8 * x.dtype.itemsize, 16)
-    return [((bits >> s) & 0xFFFF).astype(jnp.float32) for s in shifts]
-
-
-def _unsigned(dtype: Any) -> Any:
-    return jnp.dtype(f"uint{8 * dtype.itemsize}")
-
-
-def decode(channel: list[list[Any]], like: Any) -> Any:
-    """The value again, of the structure and dtypes of `like`."""
-    inside, arrays = split_value(like)
-    decoded = [_decode(c, jnp.asarray(x).dtype) for c, x in zip(channel, arrays)]
-    return join_value(inside, iter(decoded))
-
-
-def _decode(pieces: list[Any], dtype: Any) -> Any:
-    if jnp.issubdtype(dtype, jnp.inexact):
-        return pieces[0]
-    if dtype == jnp.bool_:
-        return pieces[0] != 0
-    unsigned = _unsigned(dtype)
-    bits = sum(
-        (piece.astype(unsigned) << (16 * i) for i, piece in enumerate(pieces)),
-        jnp.zeros((), unsigned),
-    )
-    return jax.lax.bitcast_convert_type(bits, dtype)
-
-
-def has_channel(value: Any) -> bool:
-    """Whether a channel can be made for a value: not for the keys of `jax.random`."""
-    dtypes = [jnp.asarray(x).dtype for x in split_value(value)[1]]
-    return not any(jnp.issubdtype(dtype, jax.dtypes.extended) for dtype in dtypes)
 
 
 def _reopened(opened: Opened, values: list[Any], types: list[type[Ref]]) -> Opened:
@@ -177,7 +85,7 @@ def without_channels(opened: Opened) -> tuple[Opened, dict[int, Any]]:
         for i, value in enumerate(opened.values)
         if type(value) is Channelled
     }
-    types = [_plain_type(slot.ref_type) for slot in opened.structure.slots]
+    types = [plain_type(slot.ref_type) for slot in opened.structure.slots]
     if not channels and all(
         a is slot.ref_type for a, slot in zip(types, opened.structure.slots)
     ):
@@ -194,7 +102,7 @@ def with_channels(opened: Opened, channels: dict[int, Any]) -> Opened:
     for i, (value, slot) in enumerate(zip(opened.values, opened.structure.slots)):
         is_open = i in channels
         values.append(Channelled(value, channels[i]) if is_open else value)
-        types.append(_channelled_type(slot.ref_type) if is_open else slot.ref_type)
+        types.append(channelled_type(slot.ref_type) if is_open else slot.ref_type)
     return _reopened(opened, values, types)
 
 
@@ -229,9 +137,7 @@ def with_updates(outcome: Outcome, updates: dict[int, Any]) -> Outcome:
     info = copy.copy(outcome.info)
     info.written = written
     result = info.result
-    slots = [
-        slot._replace(ref_type=_plain_type(slot.ref_type)) for slot in result.slots
-    ]
+    slots = [slot._replace(ref_type=plain_type(slot.ref_type)) for slot in result.slots]
     info.result = Structure(
         result.parts, result.codes, result.statics, tuple(slots), result.notes
     )
@@ -307,3 +213,60 @@ def with_outer_channels(outcome: Outcome, channels: dict[int, Any]) -> Outcome:
     for i in channels.keys() & updates.keys():
         updates[i] = Channelled(updates[i], channels[i])
     return with_updates(outcome, updates)
+
+
+def written_by_rule(
+    which: str, collection: Hashable, value: Any, old: Any, end: Any
+) -> Any:
+    """What a backward rule wrote to a ref, for its channel. `end` came along the channel;
+    `which` says who wrote what."""
+    __tracebackhide__ = True
+    if end is None:
+        raise BackwardWrite(
+            collection,
+            f"{which}, and what differentiates it here cannot bring the value out. Take "
+            "the derivative by `rx.filter_grad` or `rx.filter_value_and_grad`, of a function "
+            "that is given this ref, or closes over it.",
+        )
+    (inside, arrays), (old_inside, old_arrays) = split_value(value), split_value(old)
+    if inside != old_inside or _types(arrays) != _types(old_arrays):
+        raise StructureError(
+            f"{which} with {eqx.tree_pformat(value)}, where it holds "
+            f"{eqx.tree_pformat(old)}. A write in a backward rule keeps the structure, the "
+            "shape and the dtype: convert the value, or make the ref as it is to be."
+        )
+    channel = encode(value)
+    # What comes along a channel is mapped where the channel is.
+    for new_over, old_over in zip(_mapped(channel), _mapped(end)):
+        if any(a and not b for a, b in zip(new_over, old_over)):
+            raise StructureError(
+                f"{which}, which is broadcast by `filter_vmap`, with a value that differs "
+                "from lane to lane. Either map it, with `in_axes=`; or write one value for "
+                "all lanes, such as `jax.lax.pmax(value, axis_name)`."
+            )
+    return channel
+
+
+def _mapped(channel: Any) -> list[tuple[bool, ...]]:
+    return [_trace.mapped_over(x) for x in jtu.tree_leaves(channel)]
+
+
+def _types(arrays: list[Any]) -> list[tuple]:
+    return [(jnp.shape(x), jnp.result_type(x)) for x in arrays]
+
+
+def spread(arrays: list[Any], carriers: dict[int, Any]) -> dict[int, Any]:
+    """The same carriers, mapped under a `vmap` if any of the arrays is.
+
+    Under `vmap`, the cotangent of something that is not mapped is a sum over the lanes, and
+    that of a channel must be none. JAX refuses a rule that has both (since 0.12), for it
+    cannot tell them apart. So the sums are taken before: by what makes the carriers mapped.
+    Where there is no `vmap`, the compiler removes it.
+    """
+    differs = jnp.zeros((), bool)
+    for x in arrays:
+        if jnp.size(x) > 0:
+            is_key = jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
+            first = jnp.ravel(jax.random.key_data(x) if is_key else x)[0]
+            differs = differs | (first != first)
+    return {i: jnp.where(differs, x, x) for i, x in carriers.items()}

@@ -1,0 +1,146 @@
+"""`filter_custom_jvp`: a function whose tangents are given by a rule."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from .. import _trace
+from .._functionalize import call, Opened
+from .._lifted import name_of
+from .._structure import Outcome
+from ._backward import with_outer_channels, without_channels
+from ._custom_rules import (
+    arrays_of,
+    Custom,
+    derivative,
+    Frame,
+    pair_of,
+    Rules,
+    symbolic_zero,
+)
+from ._differentiable import is_inexact
+from ._layout import Layout, layout_of_args, result_of, Sparse
+
+
+_trace.register_exclusion(__file__)
+
+
+class filter_custom_jvp(Custom):
+    """As `equinox.filter_custom_jvp`, by reference.
+
+    What is written to a ref, by the function or by the rule that runs in its place, is
+    written to the caller's ref, once. It is not differentiated: return what is.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        @rx.filter_custom_jvp
+        def f(w, x, *, uses):
+            uses.value += 1
+            return w.value * x
+
+        @f.def_jvp
+        def f_jvp(primals, tangents, *, uses):
+            w, x = primals
+            t_w, t_x = tangents
+            assert t_x is None  # not differentiated below
+            return f(w, x, uses=uses), 10 * t_w.value * x
+
+        w, uses = rx.Ref(jnp.array(2.0), "params"), rx.Ref(jnp.array(0))
+        grads = rx.filter_grad(f)(w, jnp.array(3.0), uses=uses)
+        assert grads.value == 30.0 and uses.value == 1
+        ```
+
+    `def_jvp(rule)` sets the rule: `rule(primals, tangents, **kwargs)` returns `(out,
+    tangent_out)`.
+
+    - `primals` are the positional arguments. They hold refs, which the rule may read and
+        write; it must write the refs that the function writes, and no others.
+    - `tangents` has the structure of `rx.deref(primals)`, with `None` for what has no
+        tangent, or one of zero.
+    - `tangent_out` is to have the structure of `rx.deref(out)`, with `None` for zero.
+
+    **Arguments:**
+
+    - `fn`: the function. Its keyword arguments, and what it and the rule close over, are
+        not differentiated.
+
+    **Raises:**
+
+    When called:
+
+    - `RuntimeError`: if it has no rule.
+    - `StructureError`: if the rule does not return or write what the function does, or if
+        something is differentiated that the rule has no tangent for.
+    """
+
+    def def_jvp(self, fn_jvp: Callable) -> Callable:
+        """Sets the rule, and returns it."""
+        self._first = fn_jvp
+        return fn_jvp
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        __tracebackhide__ = True
+        if self._first is None:
+            raise RuntimeError(
+                f"`def_jvp` was not yet called for `{name_of(self.__wrapped__)}`."
+            )
+        n = len(args)
+
+        def transform(opened: Opened) -> Outcome:
+            __tracebackhide__ = True
+            plain, channels = without_channels(opened)
+            frame = Frame("filter_custom_jvp", self.__wrapped__, plain)
+            out, updates = _custom_jvp(frame, layout_of_args(plain, n))(plain.arrays)
+            assert frame.info is not None
+            outcome = Outcome(out, jax.lax.stop_gradient(updates), frame.info)
+            return with_outer_channels(outcome, channels)
+
+        return call(self._rules(), args, kwargs, transform)
+
+
+def _custom_jvp(frame: Frame, layout: Layout) -> Callable:
+    positions = set(layout.positions())
+
+    @jax.custom_jvp
+    def flat(arrays: list[Any]) -> tuple[list[Any], list[Any]]:
+        __tracebackhide__ = True
+        return arrays_of(frame.run_function(arrays))
+
+    def rule(primals: tuple, tangents: tuple) -> tuple:
+        __tracebackhide__ = True
+        (arrays,), (given,) = primals, tangents
+        given = {
+            i: derivative(t, is_inexact(x))
+            for i, (t, x) in enumerate(zip(given, arrays))
+        }
+        found: dict[str, Any] = {}
+
+        def run(rules: Rules, *args: Any, **kwargs: Any) -> Any:
+            __tracebackhide__ = True
+            pair = rules.first(args, layout.fill(given), **kwargs)
+            out, found["tangents"] = pair_of(frame, pair, "the rule", "tangent_out")
+            return out
+
+        outcome = frame.run_forward(arrays, run, "the rule")
+        frame.refuse_perturbed(
+            [i for i, t in given.items() if t is not None and i not in positions],
+            {i for i, _ in outcome.info.written},
+        )
+        result = result_of(frame, outcome, arrays)
+        t_out = Sparse(
+            result.layout.read(found["tangents"], "The tangents of the rule")
+        )
+        out, updates = arrays_of(outcome)
+        t_made = [
+            symbolic_zero(x) if t_out[i] is None else t_out[i]
+            for i, x in zip(result.made, out)
+        ]
+        return (out, updates), (t_made, [symbolic_zero(x) for x in updates])
+
+    flat.defjvp(rule, symbolic_zeros=True)
+    return flat

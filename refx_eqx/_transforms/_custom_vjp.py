@@ -1,0 +1,334 @@
+"""`filter_custom_vjp`: a function whose cotangents are given by a rule."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+
+from .. import _trace
+from .._deref import path_text
+from .._errors import describe, StructureError
+from .._functionalize import call, Opened
+from .._lifted import name_of
+from .._ref import Ref
+from .._structure import Outcome
+from ._backward import (
+    spread,
+    updates_by_number,
+    with_updates,
+    without_channels,
+    written_by_rule,
+)
+from ._channel import Channelled, decode
+from ._custom_rules import (
+    arrays_of,
+    Custom,
+    derivative,
+    Frame,
+    pair_of,
+    Rules,
+    SymbolicZero,
+)
+from ._differentiable import first_of, is_inexact
+from ._layout import Layout, layout_of_first, result_of, Sparse
+
+
+_trace.register_exclusion(__file__)
+
+
+class filter_custom_vjp(Custom):
+    """As `equinox.filter_custom_vjp`, by reference. The backward rule too may write a ref.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        @rx.filter_custom_vjp
+        def watch(x, largest):
+            return x
+
+        @watch.def_fwd
+        def watch_fwd(perturbed, x, largest):
+            return x, None
+
+        @watch.def_bwd
+        def watch_bwd(residuals, grad, perturbed, x, largest):
+            largest.value = jnp.maximum(largest.value, jnp.max(jnp.abs(grad)))
+            return grad
+
+        def loss(w, largest, x):
+            return jnp.sum(watch(w.value * x, largest) ** 2)
+
+        w, largest = rx.Ref(jnp.array(2.0), "params"), rx.Ref(jnp.array(0.0), "fp8")
+        grads = rx.filter_grad(loss)(w, largest, jnp.array([1.0, 3.0]))
+        assert grads.value == 40.0
+        assert largest.value == 12.0  # the gradient of `w.value * x` is [4, 12]
+        ```
+
+    `def_fwd(rule)` and `def_bwd(rule)` set the rules, with the arguments that they have in
+    Equinox:
+
+    - `fwd(perturbed, vjp_arg, *args, **kwargs)` returns `(out, residuals)`. `perturbed` has
+        the structure of `rx.deref(vjp_arg)`, with a bool for each leaf. `fwd` must write the
+        refs that the function writes, and no others. The residuals are any pytree without
+        refs: take their values.
+    - `bwd(residuals, grad_out, perturbed, vjp_arg, *args, **kwargs)` returns the gradient:
+        of the structure of `rx.deref(vjp_arg)`, with `None` for zero. `grad_out` has the
+        structure of `rx.deref(out)`, with `None` for zero.
+
+    What the function and the forward rule write is not differentiated: return what is.
+
+    **What the backward rule may do with refs.** It may write any ref that it is given or
+    closes over, if the derivative is taken by [`refx_eqx.filter_grad`][] or
+    [`refx_eqx.filter_value_and_grad`][], and that function carries the ref. The value is
+    there when these return; under `filter_jit`, `scan`, `cond`, `filter_vmap` and
+    `filter_checkpoint` too. The backward pass goes through the calls in reverse order. At
+    its beginning, the refs of a collection of which some ref is written have the values that
+    they have at the end of the function; each backward rule sees what those before it have
+    written. All other refs have, in a backward rule, the values that they had when the
+    function was called. A write keeps shape and dtype. Under `filter_vmap`, a ref that is
+    broadcast is written with one value for all lanes, such as one of `jax.lax.pmax`.
+
+    What it costs: the function that is differentiated is traced once more, when a backward
+    rule is found to write; and each ref of that collection takes twice its memory until the
+    backward pass is over.
+
+    **Arguments:**
+
+    - `fn`: the function. Only the first argument has a gradient.
+
+    **Raises:**
+
+    When called:
+
+    - `RuntimeError`: if a rule is missing.
+
+    When differentiated:
+
+    - `StructureError`: if the forward rule does not return or write what the function does;
+        if something other than the first argument is differentiated, and is no state that a
+        rule writes; if a ref is written in a backward pass that cannot bring the value out.
+    """
+
+    def def_fwd(self, fn_fwd: Callable) -> Callable:
+        """Sets the forward rule, and returns it."""
+        self._first = fn_fwd
+        return fn_fwd
+
+    def def_bwd(self, fn_bwd: Callable) -> Callable:
+        """Sets the backward rule, and returns it."""
+        self._second = fn_bwd
+        return fn_bwd
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        __tracebackhide__ = True
+        if self._first is None or self._second is None:
+            raise RuntimeError(
+                "`def_fwd` or `def_bwd` was not yet called for "
+                f"`{name_of(self.__wrapped__)}`."
+            )
+        first_of(args, "filter_custom_vjp")
+
+        def transform(opened: Opened) -> Outcome:
+            __tracebackhide__ = True
+            plain, channels = without_channels(opened)
+            frame = Frame("filter_custom_vjp", self.__wrapped__, plain)
+            flat = _Parts(frame, layout_of_first(plain)).joined()
+            carriers = {i: x for i, x in enumerate(plain.arrays) if is_inexact(x)}
+            if channels:
+                carriers = spread(plain.arrays, carriers)
+            out, updates, threaded = flat(plain.arrays, carriers, channels)
+            assert frame.info is not None
+            # What is written is not differentiated; the channels are.
+            outcome = Outcome(out, jax.lax.stop_gradient(updates), frame.info)
+            if not channels:
+                return outcome
+            new = updates_by_number(outcome)
+            for i, channel in threaded.items():
+                new[i] = Channelled(new.get(i, plain.values[i]), channel)
+            return with_updates(outcome, new)
+
+        return call(self._rules(), args, kwargs, transform)
+
+
+class _Residuals:
+    """What the forward rule hands to the backward rule: arrays, and all the rest."""
+
+    __slots__ = ("arrays", "rest")
+
+    def __init__(self, arrays: Any, rest: Any):
+        self.arrays = arrays
+        self.rest = rest
+
+
+jtu.register_pytree_node(
+    _Residuals,
+    lambda x: ((x.arrays,), x.rest),
+    lambda rest, children: _Residuals(children[0], rest),
+)
+
+
+@dataclasses.dataclass(eq=False)
+class _Forward:
+    """What the backward rule has to know of the forward rule, beside arrays.
+
+    - `perturbed`: which of the flat arrays are differentiated; `flags`: the same as a tree;
+    - `statics`: what of the residuals is not an array;
+    - `layout`: of the result; `made`: where the arrays that the rule returned are in it, and
+        whether each has a derivative;
+    - `written`: the numbers of the refs that it wrote.
+    """
+
+    perturbed: list[bool]
+    flags: Any
+    statics: Any
+    layout: Layout
+    made: list[tuple[int, bool]]
+    written: set[int]
+
+
+class _Parts:
+    """The three parts of a `jax.custom_vjp`, as functions of flat arrays.
+
+    The function reads `arrays`; their cotangents go to the `carriers`, which are the inexact
+    ones of them again. See `spread`. The `channels` are what a backward rule writes refs by.
+    """
+
+    def __init__(self, frame: Frame, layout: Layout):
+        self.frame = frame
+        self.layout = layout
+        self.positions = set(layout.positions())
+
+    def joined(self) -> Callable:
+        flat = jax.custom_vjp(self.function)
+        flat.defvjp(self.forward, self.backward, symbolic_zeros=True)
+        return flat
+
+    def function(
+        self, arrays: list[Any], carriers: dict[int, Any], channels: dict[int, Any]
+    ) -> tuple[list, list, dict]:
+        __tracebackhide__ = True
+        del carriers
+        return (*arrays_of(self.frame.run_function(arrays)), channels)
+
+    def forward(
+        self, arrays: list[Any], carriers: dict[int, Any], channels: dict[int, Any]
+    ) -> tuple:
+        __tracebackhide__ = True
+        perturbed = [
+            i in carriers and carriers[i].perturbed for i in range(len(arrays))
+        ]
+        arrays = [x.value for x in arrays]
+        channels = jtu.tree_map(lambda x: x.value, channels)
+        flags = self.layout.fill(perturbed, other=False)
+        found: dict[str, Any] = {}
+
+        def run(rules: Rules, *args: Any, **kwargs: Any) -> Any:
+            __tracebackhide__ = True
+            pair = rules.first(flags, *args, **kwargs)
+            out, found["residuals"] = pair_of(
+                self.frame, pair, "the forward rule", "residuals"
+            )
+            return out
+
+        outcome = self.frame.run_forward(arrays, run, "the forward rule")
+        _refuse_refs(self.frame, found["residuals"])
+        kept, statics = eqx.partition(found["residuals"], eqx.is_array)
+        result = result_of(self.frame, outcome, arrays)
+        out, updates = arrays_of(outcome)
+        rest = _Forward(
+            perturbed,
+            flags,
+            statics,
+            result.layout,
+            [(i, is_inexact(x)) for i, x in zip(result.made, out)],
+            {i for i, _ in outcome.info.written},
+        )
+        return (out, updates, channels), _Residuals((kept, arrays), rest)
+
+    def backward(self, residuals: _Residuals, cotangents: tuple) -> tuple:
+        __tracebackhide__ = True
+        forward: _Forward = residuals.rest
+        kept, arrays = residuals.arrays
+        of_out, _, ends = cotangents
+        # A channel that does not lead to the end of the function brings nothing.
+        live = {i: end for i, end in ends.items() if not _has_zeros(end)}
+        grad_out = Sparse(
+            (i, derivative(ct, inexact))
+            for (i, inexact), ct in zip(forward.made, of_out)
+        )
+        grads: dict[int, Any] = {}
+        wanted = any(forward.perturbed[i] for i in self.positions)
+        # Else JAX would not have called the rule: only a channel brought us here.
+        if wanted and any(ct is not None for ct in grad_out.values()):
+            residual = eqx.combine(kept, forward.statics)
+            grads, live = self.pull_back(forward, residual, arrays, grad_out, live)
+        of_carriers = {
+            i: grads.get(i) if forward.perturbed[i] else None
+            for i, x in enumerate(arrays)
+            if is_inexact(x)
+        }
+        none = [None] * len(arrays)
+        return none, of_carriers, {i: live.get(i) for i in ends}
+
+    def pull_back(
+        self,
+        forward: _Forward,
+        residuals: Any,
+        arrays: list[Any],
+        grad_out: Sparse,
+        ends: dict[int, Any],
+    ) -> tuple[dict[int, Any], dict[int, Any]]:
+        """Runs the backward rule. Returns the gradients by position, and the channels by
+        number: `ends` came along them, and what the rule wrote goes on."""
+        __tracebackhide__ = True
+        frame = self.frame
+        present = frame.values(arrays)
+        for i, end in ends.items():
+            present[i] = decode(end, present[i])
+        found: dict[str, Any] = {}
+
+        def run(rules: Rules, *args: Any, **kwargs: Any) -> None:
+            __tracebackhide__ = True
+            grad = forward.layout.fill(grad_out)
+            found["grad"] = rules.second(
+                residuals, grad, forward.flags, *args, **kwargs
+            )
+
+        outcome = frame.run(frame.with_values(arrays, present), run)
+        new = updates_by_number(outcome)
+        perturbed = [i for i, flag in enumerate(forward.perturbed) if flag]
+        frame.refuse_perturbed(
+            [i for i in perturbed if i not in self.positions],
+            forward.written | new.keys(),
+        )
+        written = {}
+        for i, value in new.items():
+            which = f"The backward rule of `{frame.fn_name}` writes {frame.describe(i)}"
+            collection = frame.structure.slots[i].collection
+            written[i] = written_by_rule(
+                which, collection, value, present[i], ends.get(i)
+            )
+        what = "The gradient that a backward rule returns"
+        return self.layout.read(found["grad"], what), {**ends, **written}
+
+
+def _has_zeros(tree: Any) -> bool:
+    return any(isinstance(x, SymbolicZero) for x in jtu.tree_leaves(tree))
+
+
+def _refuse_refs(frame: Frame, residuals: Any) -> None:
+    __tracebackhide__ = True
+    for path, leaf in jtu.tree_flatten_with_path(residuals)[0]:
+        if isinstance(leaf, Ref):
+            raise StructureError(
+                f"`{frame.name}`: the residuals of `{frame.fn_name}` hold "
+                f"{describe(leaf._name, leaf._collection)} at {path_text(path)}. Residuals "
+                "are values: return its `.value`, or use the ref that the backward rule is "
+                "given."
+            )
