@@ -226,7 +226,7 @@ def _check(ref: Any, declaration: Declaration, value: Any, old: Any) -> Any:
     elif _is_data(value) and declaration.extra_axes(value) is not None:
         return value  # in place of a `None`, in a tree that was partitioned
     reason = declaration.why_not(value, axes)
-    if reason is not None and isinstance(value, (bool, int, float, complex)):
+    if reason is not None and type(value) in (bool, int, float, complex):
         new = _as_array(value, old, declaration)
         if new is not None:
             return new
@@ -255,7 +255,7 @@ def check_new(
     if reason is None:
         return value
     declaration = Declaration(declared_type, declared_type.names())
-    if isinstance(value, (bool, int, float, complex)):
+    if type(value) in (bool, int, float, complex):
         new = _as_array(value, None, declaration)
         if new is not None:
             return new

@@ -192,8 +192,16 @@ def test_a_wrong_write_raises_and_changes_nothing(door, wrong):
 
 @pytest.mark.parametrize(
     "value",
-    [np.ones((2, 3), np.float32), [[1.0] * 3] * 2, "no", None, 1.0, True],
-    ids=["numpy", "list", "str", "none", "float", "bool"],
+    [
+        np.ones((2, 3), np.float32),
+        np.float64(1.0),  # a subclass of `float`
+        [[1.0] * 3] * 2,
+        "no",
+        None,
+        1.0,
+        True,
+    ],
+    ids=["numpy", "numpy float", "list", "str", "none", "float", "bool"],
 )
 def test_what_is_no_array_does_not_go_into_an_array(value):
     linear = Linear()
