@@ -1,16 +1,16 @@
 """The lifted transforms: one file a family, each a thin adapter on `_functionalize`."""
 
 from ._associative_scan import associative_scan as associative_scan
-from ._autodiff import (
-    filter_grad as filter_grad,
-    filter_value_and_grad as filter_value_and_grad,
-)
 from ._axes import axes as axes
 from ._branches import cond as cond, switch as switch
 from ._checkpoint import filter_checkpoint as filter_checkpoint
 from ._custom_jvp import filter_custom_jvp as filter_custom_jvp
 from ._custom_vjp import filter_custom_vjp as filter_custom_vjp
 from ._eval_shape import filter_eval_shape as filter_eval_shape
+from ._grad import (
+    filter_grad as filter_grad,
+    filter_value_and_grad as filter_value_and_grad,
+)
 from ._jacobian import (
     filter_hessian as filter_hessian,
     filter_jacfwd as filter_jacfwd,
