@@ -9,7 +9,7 @@ import jax
 
 from .compare import check
 from .generate import generate
-from .program import text
+from .program import text, transforms_of
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
         report = check(program)
         n += 1
         outcomes[report.outcome] += 1
-        for name in _transforms(program.top):
+        for name in transforms_of(program.top):
             transforms[name] += 1
         if report.outcome != "equal":
             kind = f"{report.outcome}: {report.kind}"
@@ -73,17 +73,6 @@ def main() -> None:
             summary()
     summary()
     raise SystemExit(1 if outcomes["wrong"] or outcomes["invalid"] else 0)
-
-
-def _transforms(s) -> list[str]:
-    inner = [
-        name
-        for block in s.blocks
-        for statement in block.body
-        if hasattr(statement, "transform")
-        for name in _transforms(statement)
-    ]
-    return [s.transform, *inner]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 
 import refx_eqx as rx
 
-from .interpret import Env
+from .interpret import Env, FLOAT
 from .lifted import Lifted
 from .plain import Place, Plain, Refused
 from .program import Program
@@ -60,11 +60,11 @@ def initial(program: Program, round_: int) -> tuple[list[Any], Any]:
     rng = np.random.default_rng([program.seed, round_])
     values = []
     for spec in program.pool:
-        if spec.dtype == "i32":
+        if spec.dtype == "int":
             values.append(jnp.asarray(rng.integers(0, 4, spec.shape), jnp.int32))
         else:
-            values.append(jnp.asarray(rng.uniform(-1, 1, spec.shape), jnp.float32))
-    return values, jnp.asarray(rng.uniform(-1, 1, (2,)), jnp.float32)
+            values.append(jnp.asarray(rng.uniform(-1, 1, spec.shape), FLOAT))
+    return values, jnp.asarray(rng.uniform(-1, 1, (2,)), FLOAT)
 
 
 def check(program: Program) -> Report:
@@ -72,7 +72,8 @@ def check(program: Program) -> Report:
     with another sharing."""
     session = _Session(program)
     try:
-        session.run()
+        with jax.enable_x64(True):
+            session.run()
     except _Refusal as e:
         return Report("refused", e.kind, str(e.error))
     except Wrong as e:
@@ -229,5 +230,5 @@ def compare(expected: Any, found: Any, where: str) -> None:
             f"type: {where}: {found.dtype}{found.shape}, and in plain Python "
             f"{expected.dtype}{expected.shape}"
         )
-    if not np.allclose(expected, found, rtol=1e-3, atol=1e-3, equal_nan=True):
+    if not np.allclose(expected, found, rtol=1e-8, atol=1e-10, equal_nan=True):
         raise Wrong(f"value: {where}: {found}, and in plain Python {expected}")

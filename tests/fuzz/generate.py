@@ -91,11 +91,11 @@ class Generator:
         for i in range(rng.randint(2, 5)):
             kind = rng.random()
             if kind < 0.25 and i:
-                pool.append(RefSpec("i32", rng.choice([(), (), (3,)]), "counts"))
+                pool.append(RefSpec("int", rng.choice([(), (), (3,)]), "counts"))
             else:
                 shape = rng.choice(SHAPES) if i else (2,)
                 collection = "layers" if shape[:1] == (3,) else rng.choice(COLLECTIONS)
-                pool.append(RefSpec("f32", shape, collection))
+                pool.append(RefSpec("float", shape, collection))
         pool = [
             dataclasses.replace(x, collection="layers") if x.shape[:1] == (3,) else x
             for x in pool
@@ -158,8 +158,8 @@ class Generator:
             return [self.apply(refs, arrays, depth, inside, broadcast=broadcast)]
         # A broadcast ref is written seldom: mostly that is refused.
         writable = [n for n in refs if n not in broadcast or self.chance(0.3)]
-        floats = [n for n in writable if refs[n].dtype == "f32"]
-        ints = [n for n in refs if refs[n].dtype == "i32"]
+        floats = [n for n in writable if refs[n].dtype == "float"]
+        ints = [n for n in refs if refs[n].dtype == "int"]
         kind = rng.random()
         if kind < 0.40 and floats:
             return [Write(rng.choice(floats), self.expr(refs, arrays))]
@@ -180,7 +180,7 @@ class Generator:
             e = Fit(self.expr(refs, arrays), shape)
             if shape[:1] == (3,):
                 collection = "layers"
-            refs[name] = Known("f32", shape, collection, None, True)
+            refs[name] = Known("float", shape, collection, None, True)
             return [New(name, e, collection)]
         if kind < 0.84:
             pairs = [
@@ -287,7 +287,9 @@ class Generator:
         if top:
             weights["jit"], weights["plain_call"] = 8, 1
         (kind,) = rng.choices(list(weights), list(weights.values()))
-        if kind in DIFFERENTIATES and not any(r.dtype == "f32" for r in refs.values()):
+        if kind in DIFFERENTIATES and not any(
+            r.dtype == "float" for r in refs.values()
+        ):
             kind = "jit"
         below = inside | {kind}
 
@@ -312,8 +314,8 @@ class Generator:
         passed = [n for n in rest if self.chance(0.6)]
         if kind == "map":
             passed = []
-        if kind in DIFFERENTIATES and not any(refs[n].dtype == "f32" for n in passed):
-            passed.append(rng.choice([n for n in names if refs[n].dtype == "f32"]))
+        if kind in DIFFERENTIATES and not any(refs[n].dtype == "float" for n in passed):
+            passed.append(rng.choice([n for n in names if refs[n].dtype == "float"]))
         if self.chance(0.15) and passed:
             passed.append(rng.choice(passed))
         passed, sliced = passed[:6], sliced[:4]
@@ -358,7 +360,7 @@ class Generator:
                 else:
                     options["sized"] = True
         if kind in ("cond", "switch"):
-            ints = [n for n in names if refs[n].dtype == "i32"]
+            ints = [n for n in names if refs[n].dtype == "int"]
             pred = self.expr(refs, arrays, 1)
             if ints and kind == "switch" and self.chance(0.6):
                 pred = Name(rng.choice(ints))
@@ -373,7 +375,7 @@ class Generator:
                 take(self.expr(refs, arrays, 1))
 
         if kind in ("grad", "value_and_grad"):
-            of = {refs[n].collection for n in passed if refs[n].dtype == "f32"}
+            of = {refs[n].collection for n in passed if refs[n].dtype == "float"}
             of -= {None}
             if of and self.chance(0.4):
                 options["wrt"] = rng.choice(sorted(of))

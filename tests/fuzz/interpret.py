@@ -34,23 +34,26 @@ Env = dict[str, Any]
 
 LANES = 3
 
+# So precise that rounding, which is another in each interpretation, never shows.
+FLOAT = jnp.float64
+
 
 def number(x: jax.Array) -> jax.Array:
     """As a floating-point array."""
     if jnp.issubdtype(x.dtype, jnp.floating):
         return x
-    return 0.1 * x.astype(jnp.float32)
+    return 0.1 * x.astype(FLOAT)
 
 
 def fit(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     x = number(x)
-    return x if x.shape == shape else jnp.broadcast_to(jnp.sum(x), shape)
+    return x if x.shape == shape else jnp.broadcast_to(jnp.mean(x), shape)
 
 
 def flat(arrays: Sequence[jax.Array]) -> jax.Array:
     """All of these in one vector."""
     parts = [jnp.ravel(x) for x in arrays]
-    return jnp.concatenate(parts) if parts else jnp.zeros(0)
+    return jnp.concatenate(parts) if parts else jnp.zeros(0, FLOAT)
 
 
 def test(x: jax.Array, threshold: float) -> jax.Array:
@@ -128,7 +131,7 @@ class Interpreter:
                 x = env[name]
                 return self.read(x) if self.is_ref(x) else x
             case Const(value):
-                return jnp.float32(value)
+                return FLOAT(value)
             case Sin(a):
                 return jnp.sin(number(self.value(a, env)))
             case Mix(a, b):
@@ -151,7 +154,7 @@ class Interpreter:
                 if isinstance(by, str):
                     more = self.read(env[by])
                     shape = self.read(env[ref]).shape
-                    more = jnp.broadcast_to(jnp.sum(more % 5), shape)
+                    more = jnp.broadcast_to(jnp.sum(more % 5, dtype=more.dtype), shape)
                 else:
                     more = by
                 self.write(env[ref], self.read(env[ref]) + more)

@@ -309,7 +309,7 @@ class Lifted(Interpreter):
         p, n = s.style, s.option("steps")
 
         def test_fn(carry):
-            refs, i, v = carry
+            refs, i, _ = carry
             total = sum((jnp.sum(number(r.value)) for r in unpack(refs, p)), 0.0)
             return (i < n) & (total < 50.0)
 

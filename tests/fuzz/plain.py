@@ -304,7 +304,10 @@ class Plain(Interpreter):
             self.refuse("carry")
 
     def stack_new(
-        self, base: int, results: list[tuple[Place, ...]], heaps: list[list] | None = None
+        self,
+        base: int,
+        results: list[tuple[Place, ...]],
+        heaps: list[list] | None = None,
     ) -> list[Place]:
         """The refs that all lanes, or all steps, return: those made in them are stacked.
 

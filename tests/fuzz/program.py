@@ -2,7 +2,7 @@
 
 A program is one transform, applied to a block. A block is a list of statements, which may
 apply transforms in turn. Names stand for refs and for arrays; an array that is needed in
-another shape is summed and broadcast, so that any expression may stand anywhere.
+another shape is averaged and broadcast, so that any expression may stand anywhere.
 """
 
 import dataclasses
@@ -192,6 +192,18 @@ class Program:
     again: dict[str, int]
     top: Apply
     seed: int
+
+
+def transforms_of(s: Apply) -> list[str]:
+    """The names of all transforms in it."""
+    inner = [
+        name
+        for block in s.blocks
+        for statement in block.body
+        if isinstance(statement, Apply)
+        for name in transforms_of(statement)
+    ]
+    return [s.transform, *inner]
 
 
 def text(program: Program) -> str:

@@ -1,0 +1,156 @@
+"""A fixed corpus of random programs: under the lifted transforms they give what plain Python
+gives, or they are refused for a reason. See `tests/fuzz`."""
+
+import collections
+import functools
+
+import jax
+import pytest
+from fuzz.compare import check, Report
+from fuzz.generate import generate, TRANSFORMS
+from fuzz.lifted import Lifted
+from fuzz.program import (
+    Apply,
+    Block,
+    Mix,
+    Name,
+    Product,
+    Program,
+    RefSpec,
+    Stack,
+    text,
+    transforms_of,
+    Write,
+)
+
+import refx_eqx as rx
+
+
+# Seeds, each with how deep transforms are nested in its program.
+CORPUS = [(seed, 1 + seed % 3) for seed in range(45)]
+
+
+@functools.cache
+def report_of(seed: int, depth: int) -> Report:
+    return check(generate(seed, depth))
+
+
+@pytest.mark.parametrize("seed, depth", CORPUS)
+def test_a_program_gives_what_plain_python_gives_or_is_refused(seed, depth):
+    report = report_of(seed, depth)
+    program = text(generate(seed, depth))
+    assert report.outcome in ("equal", "refused"), f"{program}\n{report.detail}"
+
+
+def test_most_programs_of_the_corpus_are_not_refused():
+    outcomes = collections.Counter(report_of(*key).outcome for key in CORPUS)
+    assert outcomes["equal"] > 0.7 * len(CORPUS)
+
+
+def test_the_corpus_has_every_transform():
+    used = {name for key in CORPUS for name in transforms_of(generate(*key).top)}
+    assert used >= set(TRANSFORMS)
+
+
+def test_a_seed_gives_the_same_program_each_time():
+    assert generate(7) == generate(7)
+    assert text(generate(7)) != text(generate(8))
+
+
+#
+# That a difference is seen. Here are transforms that are wrong, each in its way.
+#
+
+
+def program_of(transform: str, *, inputs: tuple = (), refs: tuple = ("p",)) -> Program:
+    """`p.value = sin(p.value * x)`, where `p` is the ref `m`, and `x` the value of `m` or
+    the first of the inputs."""
+    x = "x" if inputs else "p"
+    body = (Write("p", Product(Name("p"), Name(x))),)
+    names = ("x",) * len(inputs)
+    block = Block(("p",), (), names, (), (), body, (Name("p"),), refs)
+    out_refs = tuple(f"r{i}" for i in range(len(refs)))
+    top = Apply(
+        transform,
+        (block,),
+        ("m",),
+        (),
+        inputs,
+        "list",
+        "function",
+        (),
+        ("z",),
+        out_refs,
+    )
+    return Program((RefSpec("float", (2,), "params"),), {"m": 0}, {"m": 0}, top, 0)
+
+
+def by_value(self, s, f):
+    run = self.plain_call(s, f)
+    return lambda refs, sliced, inputs: run(rx.clone(refs), sliced, inputs)
+
+
+def without_cache(self, s, f):
+    fresh = lambda: rx.filter_jit(lambda *args: f(*args))
+    return lambda *args: self.plain_call(s, fresh())(*args)
+
+
+def untied(self, s, f):
+    run = self.plain_call(s, f)
+
+    def call(*args):
+        values, out = run(*args)
+        return values, rx.clone(out)
+
+    return call
+
+
+def first_lane(self, s, f):
+    def call(refs, sliced, inputs):
+        values, out = self.plain_call(s, f)(refs, sliced, [x[0] for x in inputs])
+        return [jax.numpy.stack([x] * 3) for x in values], out
+
+    return call
+
+
+def half_done(self, s, f):
+    def call(refs, sliced, inputs):
+        self.plain_call(s, f)(refs, sliced, [x[0] for x in inputs])
+        raise rx.StructureError("... differs from lane to lane")
+
+    return call
+
+
+BY_LANE = (Stack((Name("m"), Mix(Name("m"), Name("x0")), Name("x0")), (2,)),)
+
+
+@pytest.mark.parametrize(
+    "transform, wrong, inputs, kind",
+    [
+        ("jit", by_value, (), "value"),
+        ("jit", without_cache, (), "retraced"),
+        ("jit", untied, (), "sharing"),
+        ("vmap", first_lane, BY_LANE, "not refused"),
+        ("vmap", half_done, BY_LANE, "half done"),
+    ],
+    ids=lambda x: getattr(x, "__name__", None),
+)
+def test_a_wrong_transform_is_found_out(monkeypatch, transform, wrong, inputs, kind):
+    refs = ("p",) if wrong is untied else ()
+    program = program_of(transform, inputs=inputs, refs=refs)
+    assert check(program).outcome == ("refused" if inputs else "equal")
+    monkeypatch.setattr(Lifted, transform, wrong)
+    report = check(program)
+    assert (report.outcome, report.kind) == ("wrong", kind), report.detail
+
+
+def test_a_refusal_without_a_reason_is_found_out(monkeypatch):
+    def refuses(self, s, f):
+        def call(*args):
+            raise rx.StructureError("a step must return the carry")
+
+        return call
+
+    monkeypatch.setattr(Lifted, "jit", refuses)
+    report = check(program_of("jit"))
+    assert report.kind == "refused without a reason"
