@@ -12,7 +12,6 @@ from .. import _trace
 from .._errors import describe, StructureError
 from .._functionalize import call, Opened
 from .._structure import DYNAMIC, n_arrays, Outcome, OutcomeInfo, STATIC, Structure
-from ._program import Program
 from ._staged import (
     as_callable,
     bare_parts,
@@ -316,8 +315,7 @@ def cond(
 
     def transform(opened: Opened) -> Outcome:
         __tracebackhide__ = True
-        make = lambda: Program("cond", _run_cond)
-        return program_of_all(branches, "cond", make)(opened)
+        return program_of_all(branches, "cond", _run_cond)(opened)
 
     args = (_scalar(pred, "cond", "predicate"), *branches, *operands)
     return call(_cond_branch, args, {}, transform)
@@ -381,7 +379,7 @@ def switch(index: Any, branches: Sequence[Callable[..., _T]], *operands: Any) ->
 
     def transform(opened: Opened) -> Outcome:
         __tracebackhide__ = True
-        return program_of_all(fns, "switch", lambda: Program("switch", run))(opened)
+        return program_of_all(fns, "switch", run)(opened)
 
     args = (_scalar(index, "switch", "index"), fns, *operands)
     return call(_switch_branch, args, {}, transform)

@@ -149,8 +149,7 @@ def while_loop(
 
     def transform(opened: Opened) -> Outcome:
         __tracebackhide__ = True
-        make = lambda: Program("while_loop", _run_while)
-        return program_of_all(fns, "while_loop", make)(opened)
+        return program_of_all(fns, "while_loop", _run_while)(opened)
 
     args = (*fns, init_val, jnp.asarray(False))
     return call(_while_step, args, {}, transform)

@@ -7,7 +7,7 @@ refs that are written are carried, and those that are only read are constants, a
 
 import functools
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -344,16 +344,16 @@ _programs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def program_of_all(
-    fns: Iterable[Any], key: Hashable, make: Callable[[], Program]
+    fns: Iterable[Any], name: str, body: Callable[[Opened, list[Any]], Outcome]
 ) -> Program:
-    """The program of these functions under `key`; made if need be."""
+    """The program `name` of these functions; made of `body` if need be."""
     level: Any = _programs
-    programs: dict[Hashable, Program] = {}
+    programs: dict[str, Program] = {}
     for fn in fns:
         programs, level = level.setdefault(
             anchor(fn), ({}, weakref.WeakKeyDictionary())
         )
-    program = programs.get(key)
+    program = programs.get(name)
     if program is None:
-        program = programs[key] = make()
+        program = programs[name] = Program(name, body)
     return program
