@@ -51,6 +51,10 @@ from ._partition import (
 )
 from ._ref import Ref as Ref
 from ._rng import Rngs as Rngs
+from ._state_dict import (
+    load_state_dict as load_state_dict,
+    state_dict as state_dict,
+)
 from ._transforms import (
     associative_scan as associative_scan,
     axes as axes,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
@@ -434,8 +435,8 @@ def update_refs(target: Any, source: Any) -> None:
         if not isinstance(new, Ref) and not jtu.tree_leaves(value):
             continue  # `Value(None)`: this ref was filtered out of the source
         check_writable(ref)  # before its value is looked at, which may be forbidden too
-        _check_fits(ref, value, path)
         where = path_text(path)
+        check_fits(ref, value, "Cannot update refs", where, "the source")
         _, earlier, at = new_values.setdefault(id(ref), (ref, value, where))
         if earlier is not value:
             raise StructureError(
@@ -466,27 +467,33 @@ def _check_collection(ref: Ref, new: Ref | Value | Index, path: tuple) -> None:
         )
 
 
-def _check_fits(ref: Ref, value: Any, path: tuple) -> None:
+def check_fits(ref: Ref, value: Any, failure: str, place: str, source: str) -> None:
     """Same structure, shapes and dtypes as the present value of `ref`."""
+    __tracebackhide__ = True
     old = ref.value
     old_leaves, old_def = jtu.tree_flatten(old)
     new_leaves, new_def = jtu.tree_flatten(value)
     fits = old_def == new_def and all(map(_same_kind, old_leaves, new_leaves))
     if not fits:
         raise StructureError(
-            f"Cannot update refs: {describe(ref._name, ref._collection)} at "
-            f"{path_text(path)} holds {eqx.tree_pformat(old)}, and the source has "
-            f"{eqx.tree_pformat(value)}. If the change is meant, write it: "
-            "`ref.value = ...`."
+            f"{failure}: {describe(ref._name, ref._collection)} at {place} holds "
+            f"{eqx.tree_pformat(old)}, and {source} has {eqx.tree_pformat(value)}. If the "
+            "change is meant, write it: `ref.value = ...`."
         )
 
 
 def _same_kind(old: Any, new: Any) -> bool:
+    if isinstance(old, jax.ShapeDtypeStruct):  # in place of an array that is to come
+        found = getattr(new, "shape", None), getattr(new, "dtype", None)
+        return found == (old.shape, old.dtype)
     if not eqx.is_array_like(old):
         return not eqx.is_array_like(new)
     if not eqx.is_array_like(new):
         return False
     if not eqx.is_array(old) or not eqx.is_array(new):  # a Python scalar: weakly typed
-        old_kind, new_kind = (jnp.result_type(x).kind for x in (old, new))
-        return jnp.shape(old) == jnp.shape(new) and old_kind == new_kind
+        # NumPy has dtypes that JAX has not, such as that of a text.
+        old_dtype, new_dtype = (
+            x.dtype if hasattr(x, "dtype") else jnp.result_type(x) for x in (old, new)
+        )
+        return jnp.shape(old) == jnp.shape(new) and old_dtype.kind == new_dtype.kind
     return old.shape == new.shape and old.dtype == new.dtype

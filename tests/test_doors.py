@@ -137,6 +137,14 @@ def optimiser_step(linear, value):
     rx.update_refs(linear.weight, jax.tree.map(lambda _: value, new))
 
 
+def loaded_state(linear, value):
+    rx.load_state_dict(linear, rx.state_dict(linear) | {"weight": value})
+
+
+def loaded_state_of_numpy(linear, value):
+    loaded_state(linear, np.asarray(value))
+
+
 DOORS = [
     setter,
     ellipsis,
@@ -268,12 +276,17 @@ def test_a_part_of_a_value_keeps_its_shape():
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_an_update_that_does_not_fit_raises(wrong):
+@pytest.mark.parametrize(
+    "door",
+    [optimiser_step, loaded_state, loaded_state_of_numpy],
+    ids=lambda door: door.__name__,
+)
+def test_an_update_that_does_not_fit_raises(door, wrong):
     linear = Linear()
     before = values_in(linear)
     value, shown = WRONG[wrong]
     with pytest.raises(rx.StructureError) as info:
-        optimiser_step(linear, value)
+        door(linear, value)
     assert "`Linear.weight` (collection 'params')" in str(info.value)
     assert "f32[2,3]" in str(info.value) and shown in str(info.value)
     assert all(a is b for a, b in zip(values_in(linear), before))
@@ -401,6 +414,10 @@ LEGITIMATE = {
     "a scan over a derefed stack": _scan_over_stack,
     "the rows of a weight": _rows,
     "a step of optax": _optax_step,
+    "a state dict": lambda m, s: rx.load_state_dict(m, rx.state_dict(Linear())),
+    "a state dict of NumPy arrays": lambda m, s: rx.load_state_dict(
+        s, jax.tree.map(np.asarray, rx.state_dict(s))
+    ),
     "eqx.apply_updates": lambda m, s: rx.reref(
         eqx.apply_updates(rx.deref(m), rx.filter_grad(_loss)(m, jnp.ones(3)))
     ),

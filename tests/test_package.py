@@ -110,6 +110,7 @@ ROOMS = [
     {"_filters", "_partition"},
     {"_closure", "_structure", "_lifted", "_functionalize"},
     {"_transforms"},
+    {"_state_dict"},
 ]
 
 
