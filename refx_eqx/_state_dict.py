@@ -238,7 +238,7 @@ def _is_same(a: Any, b: Any) -> bool:
 def _is_same_leaf(a: Any, b: Any) -> bool:
     if a is b:
         return True
-    if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+    if _trace.is_tracer(a) or _trace.is_tracer(b):
         return False  # not known before the program runs
     if isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
         a, b = jax.random.key_data(a), jax.random.key_data(b)
