@@ -172,52 +172,65 @@ class _Session:
                 check_traces("call with new refs")
 
     def both(self, made: Any, plain_env: Env, lifted_env: Env, which: str) -> None:
-        plain, top = self.plain, self.program.top
-        plain_env, lifted_env = dict(plain_env), dict(lifted_env)
-        before = list(plain.heap)
-        plain.reasons.clear()
-        refused = None
-        try:
-            # Without checks of JAX, which cost time: it is no part of what is tested.
-            with jax.check_tracer_leaks(False):
-                values, places = plain.apply(top, plain_env)
-        except Refused as e:
-            refused = str(e)
-        except Exception as e:
-            raise _Invalid(f"{type(e).__name__}: {e}\n{traceback.format_exc()}") from e
-        try:
-            out, refs = self.lifted.call_made(made, top, lifted_env)
-        except rx.RefError as e:
-            if top.transform != "plain_call":
-                # All or nothing.
-                for number, ref in self.refs.items():
-                    if not same(ref.value, before[number]):
-                        raise Wrong(f"half done: {which}, after {e}") from e
-            for pattern, reason in REFUSALS:
-                if re.search(pattern, str(e), re.DOTALL):
-                    if refused is not None:
-                        raise _Refusal(reason, e) from None
-                    if reason in plain.reasons:
-                        raise _Refusal(reason + ", in what is only traced", e) from e
-                    if f"{reason}, of one value" in plain.reasons:
-                        raise _Refusal(f"{reason}, of one value", e) from e
-                    raise Wrong(f"refused without a reason: {reason}: {e}") from e
-            raise Wrong(f"refused: {type(e).__name__}: {e}") from e
-        except Exception as e:
-            text = "".join(traceback.format_exception(e))
-            raise Wrong(f"raised {type(e).__name__}: {which}: {e}\n{text}") from e
-        if refused is not None:
-            raise Wrong(f"not refused: {refused}")
-        if len(out) != len(values):
-            raise Wrong(f"result: {len(out)} values for {len(values)}")
-        for i, (a, b) in enumerate(zip(values, out)):
+        """Calls the program both ways, and compares all there is to see."""
+        before = list(self.plain.heap)
+        expected = self.run_plain(dict(plain_env))
+        found = self.run_lifted(made, dict(lifted_env), before, expected, which)
+        if isinstance(expected, Refused):
+            raise Wrong(f"not refused: {which}: {expected}")
+        (values, places), (out, refs) = expected, found
+        for i, (a, b) in enumerate(zip(values, out, strict=True)):
             compare(a, b, f"value {i} of {which}")
         for i, (place, ref) in enumerate(zip(places, refs, strict=True)):
             self.know(place, ref, f"ref {i} of {which}")
         for place, ref in self.seen:
-            compare(plain.heap[place.i], ref.value, f"ref {place.i} after {which}")
+            compare(self.plain.heap[place.i], ref.value, f"ref {place.i} after {which}")
             if ref.collection != place.collection:
                 raise Wrong(f"collection: of ref {place.i} after {which}")
+
+    def run_plain(self, env: Env) -> tuple[list, list] | Refused:
+        self.plain.reasons.clear()
+        result: Any = None
+        try:
+            # Without checks of JAX, which take time: plain Python is not what is tested.
+            with jax.check_tracer_leaks(False):
+                result = self.plain.apply(self.program.top, env)
+        except Refused as e:
+            return e
+        except Exception as e:
+            raise _Invalid(f"{type(e).__name__}: {e}\n{traceback.format_exc()}") from e
+        return result
+
+    def run_lifted(
+        self, made: Any, env: Env, before: list, expected: Any, which: str
+    ) -> tuple[list, list]:
+        top = self.program.top
+        try:
+            return self.lifted.call_made(made, top, env)
+        except rx.RefError as e:
+            if top.transform != "plain_call":
+                # All or nothing.
+                for i, ref in self.refs.items():
+                    if not same(ref.value, before[i]):
+                        raise Wrong(f"half done: {which}, after {e}") from e
+            raise _Refusal(self.reason_for(e, expected), e) from e
+        except Exception as e:
+            text = "".join(traceback.format_exception(e))
+            raise Wrong(f"raised {type(e).__name__}: {which}: {e}\n{text}") from e
+
+    def reason_for(self, error: rx.RefError, expected: Any) -> str:
+        """Why the library was right to refuse the program."""
+        reasons = self.plain.reasons
+        for pattern, reason in REFUSALS:
+            if re.search(pattern, str(error), re.DOTALL):
+                if isinstance(expected, Refused):
+                    return reason
+                if reason in reasons:
+                    return f"{reason}, in what is only traced"
+                if f"{reason}, of one value" in reasons:
+                    return f"{reason}, of one value"
+                raise Wrong(f"refused without a reason: {reason}: {error}") from error
+        raise Wrong(f"refused: {type(error).__name__}: {error}") from error
 
 
 def same(a: jax.Array, b: jax.Array) -> bool:

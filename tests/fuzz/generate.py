@@ -403,7 +403,7 @@ class Generator:
             if n_blocks > 1:
                 # Mostly, all branches return the same refs.
                 out = [n for n in params if self.chance(0.3)] if not blocks else out
-                if blocks and self.chance(0.2):
+                if blocks and out and self.chance(0.2):
                     out = out[::-1]
             block, after = self.block(
                 params,
