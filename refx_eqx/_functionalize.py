@@ -195,17 +195,9 @@ def run_body(structure: Structure, name: str, arrays: list[Any]) -> Outcome:
     - `StructureError`: if the function changed something that cannot be carried back.
     """
     __tracebackhide__ = True
-    rest = iter(arrays)
-    bare = [next(rest) for _ in range(structure.n_bare)]
-    inner = []
-    for slot, note in zip(structure.slots, structure.notes):
-        value = join_value(slot.inside, rest)
-        inner.append(
-            make_ref(slot.ref_type, value, slot.collection, note.name, note.declared)
-        )
+    leaves, inner = structure.fill(arrays)
     before = [ref._value for ref in inner]
     snapshots = [_value_leaves(value) for value in before]
-    leaves = structure.close(bare, inner)
     trees = structure.unflatten(leaves)
     fn, *args, kwargs = trees
 
@@ -316,21 +308,9 @@ def close_result(outcome: Outcome, refs: list[Ref]) -> Any:
     if outcome.info.treedef is not None:
         return jtu.tree_unflatten(outcome.info.treedef, outcome.out)
     structure = outcome.info.result
-    carried = outcome.info.carried
-    rest = iter(outcome.out)
-    bare = [next(rest) for _ in range(structure.n_bare)]
-    closed = []
-    for i, (slot, note) in enumerate(zip(structure.slots, structure.notes)):
-        if i in carried:
-            closed.append(refs[carried[i]])
-        else:
-            value = join_value(slot.inside, rest)
-            closed.append(
-                make_ref(
-                    slot.ref_type, value, slot.collection, note.name, note.declared
-                )
-            )
-    (result,) = structure.unflatten(structure.close(bare, closed))
+    own = {i: refs[number] for i, number in outcome.info.carried.items()}
+    leaves, _ = structure.fill(outcome.out, own)
+    (result,) = structure.unflatten(leaves)
     return result
 
 

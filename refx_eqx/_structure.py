@@ -8,7 +8,7 @@ and no function strongly.
 
 import functools
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -18,7 +18,7 @@ import jax.tree_util as jtu
 from . import _closure, _trace
 from ._closure import Carried, static_key, weakly
 from ._opened import Note, note_of
-from ._ref import Ref
+from ._ref import make_ref, Ref
 
 
 _trace.register_exclusion(__file__)
@@ -167,20 +167,40 @@ class Structure:
             return True
         return isinstance(other, Structure) and self._key() == other._key()
 
-    def close(self, arrays: Iterable[Any], refs: list[Ref]) -> list[Any]:
-        """The parts again, with these refs and arrays in them; and all of their leaves."""
-        dynamic, statics = iter(arrays), iter(self.statics)
+    def fill(
+        self, arrays: list[Any], given: Mapping[int, Ref] | None = None
+    ) -> tuple[list[Any], list[Ref]]:
+        """The leaves of all parts again, made of other arrays; and the refs among them.
+
+        They are new refs, owned by the running trace, but for those that are given by
+        their number.
+        """
+        rest = iter(arrays)
+        bare = iter([next(rest) for _ in range(self.n_bare)])
+        refs = []
+        for i, (slot, note) in enumerate(zip(self.slots, self.notes)):
+            if given is not None and i in given:
+                refs.append(given[i])
+                continue
+            value = join_value(slot.inside, rest)
+            refs.append(
+                make_ref(
+                    slot.ref_type, value, slot.collection, note.name, note.declared
+                )
+            )
+        statics = iter(self.statics)
         leaves = []
         for code in self.codes:
             if code == DYNAMIC:
-                leaves.append(next(dynamic))
+                leaves.append(next(bare))
             elif code == STATIC:
                 leaves.append(next(statics).obj)
             else:
                 leaves.append(refs[code])
-        return leaves
+        return leaves, refs
 
     def unflatten(self, leaves: list[Any]) -> list[Any]:
+        """The parts again, of their leaves."""
         rest = iter(leaves)
         return [
             _closure.unflatten(part, [next(rest) for _ in range(n)])

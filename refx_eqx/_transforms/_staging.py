@@ -12,11 +12,10 @@ from .. import _trace
 from .._errors import describe, StructureError
 from .._functionalize import call, open_call, Opened
 from .._lifted import Lifted, name_of
-from .._ref import make_ref, Ref
+from .._ref import Ref
 from .._structure import (
     DYNAMIC,
     is_traced,
-    join_value,
     Outcome,
     OutcomeInfo,
     Structure,
@@ -342,16 +341,5 @@ def _refuse_writes(refs: list[Ref], before: list[Any]) -> None:
 def _rebuild(structure: Structure, arrays: list[Any]) -> tuple[list[Any], list[Ref]]:
     """The callable, the arguments and the keywords of a call, made of other arrays; and the
     new refs in them, owned by the running trace."""
-    rest = iter(arrays)
-    bare = [next(rest) for _ in range(structure.n_bare)]
-    refs = [
-        make_ref(
-            slot.ref_type,
-            join_value(slot.inside, rest),
-            slot.collection,
-            note.name,
-            note.declared,
-        )
-        for slot, note in zip(structure.slots, structure.notes)
-    ]
-    return structure.unflatten(structure.close(bare, refs)), refs
+    leaves, refs = structure.fill(arrays)
+    return structure.unflatten(leaves), refs

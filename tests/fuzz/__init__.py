@@ -5,7 +5,6 @@
 - `interpret.py`: what both interpretations have in common;
 - `lifted.py`: with the transforms of this library, and `plain.py`: with loops and ifs;
 - `compare.py`: one seed, run both ways;
-- `shrink.py`: a smaller program that fails alike.
 
 `python -m tests.fuzz --minutes 60 --seed 0` runs them for an hour.
 """
