@@ -1,0 +1,23 @@
+"""The benchmarks run, and their page says what was measured."""
+
+import itertools
+
+from benchmarks import _report
+from benchmarks._harness import quieter_half, ratios
+
+
+def test_ratios_are_to_the_first_contender():
+    ticks = itertools.count()
+    runs = {"base": lambda: next(ticks), "other": lambda: [next(ticks) for _ in "abc"]}
+    found = ratios(runs, rounds=4, block=1.0, limit=60.0, clock=lambda: next(ticks))
+    # A block reads the clock twice: 2 ticks, and 4.
+    assert found == {"base": 1.0, "other": 2.0}
+
+
+def test_the_quieter_half_is_of_whole_rounds():
+    times = {"a": [1.0, 5.0, 1.1, 1.0], "b": [20.0, 20.0, 20.0, 90.0]}
+    assert quieter_half(times) == {"a": [1.0, 1.1], "b": [20.0, 20.0]}
+
+
+def test_the_page_is_what_was_measured():
+    assert _report.PAGE.read_text() == _report.page(_report.load())
