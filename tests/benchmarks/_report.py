@@ -66,7 +66,7 @@ _NOTES = {
     "steps": "Whole steps, by the clock on the wall. A training step is a gradient and "
     "Adam; everything is written. The models are small, so that the call still counts.",
     "compilation": "Tracing and compiling a training step of a deep network: processor time "
-    "as a multiple of that of the same network in plain Equinox.",
+    "as a multiple of that of the same network in plain Equinox, over a few rounds only.",
     "memory": "The peak memory of a training step with Adam, as the compiler plans it, as a "
     'multiple of that of `jax.jit` with `donate_argnums`. Ours is `donate="refs"`.',
     "dispatch": "The part of a computation of one second that is spent inside of the call, "
