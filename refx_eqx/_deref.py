@@ -436,6 +436,7 @@ def update_refs(target: Any, source: Any) -> None:
             continue  # `Value(None)`: this ref was filtered out of the source
         check_writable(ref)  # before its value is looked at, which may be forbidden too
         where = path_text(path)
+        check_value(ref, value)  # a broken declared type says more than a wrong shape
         check_fits(ref, value, "Cannot update refs", where, "the source")
         _, earlier, at = new_values.setdefault(id(ref), (ref, value, where))
         if earlier is not value:

@@ -199,8 +199,18 @@ def _checked(ref: Ref, key: str, value: Any) -> Any:
     __tracebackhide__ = True
     check_writable(ref)  # before its value is looked at, which may be forbidden too
     value = _as_held(ref.value, value)
-    check_fits(ref, value, "Cannot load the state", f"`{_shown(key)}`", "the state")
     try:
+        try:
+            check_fits(
+                ref, value, "Cannot load the state", f"`{_shown(key)}`", "the state"
+            )
+        except StructureError:
+            # A declared type that is broken too says more than a wrong shape.
+            if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+                check_value(ref, jnp.asarray(value))
+            else:
+                check_value(ref, value)
+            raise
         return check_value(ref, value)
     except RefTypeError as e:
         raise RefTypeError(f"Cannot load the state: at `{_shown(key)}`: {e}") from None

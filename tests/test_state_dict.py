@@ -214,7 +214,7 @@ def test_a_model_of_shapes_is_filled():
 
     shapes = rx.filter_eval_shape(make)
     wrong = rx.state_dict(make()) | {"encoder.weight": jnp.zeros(3)}
-    refuses(shapes, wrong, rx.StructureError, "`encoder.weight` holds")
+    refuses(shapes, wrong, rx.RefTypeError, "at `encoder.weight`: `Linear.weight`")
 
 
 # Keys
@@ -349,11 +349,30 @@ def test_a_key_of_a_ref_that_is_not_selected_is_unexpected():
 @pytest.mark.parametrize(
     "value, shown",
     [
-        (jnp.zeros(3), "f32[3]"),
-        (np.zeros(3, np.float32), "f32[3](numpy)"),
         (jnp.zeros(2, jnp.bfloat16), "bf16[2]"),
         (np.zeros(2), "f64[2](numpy)"),  # JAX would make a float32 of it
-        (np.zeros(2, np.int32), "i32[2](numpy)"),
+    ],
+)
+def test_another_dtype_of_the_declared_kind_is_refused_and_nothing_is_written(
+    value, shown
+):
+    # The last of the keys, so that there is something to write before it.
+    refuses(
+        make(),
+        rx.state_dict(make(5.0)) | {"layers.1.weight": value},
+        rx.StructureError,
+        "Cannot load the state: `Linear.weight` (collection 'params') at `layers.1.weight` "
+        f"holds f32[2], and the state has {shown}. If the change is meant, write it: "
+        "`ref.value = ...`.",
+    )
+
+
+@pytest.mark.parametrize(
+    "value, shown",
+    [
+        (jnp.zeros(3), "f32[3]"),
+        (np.zeros(3, np.float32), "f32[3]"),
+        (np.zeros(2, np.int32), "i32[2]"),
         (np.zeros(2, "V4"), "|V4[2](numpy)"),
         (0.0, "0.0"),
         ("no", "'no'"),
@@ -361,16 +380,23 @@ def test_a_key_of_a_ref_that_is_not_selected_is_unexpected():
         ([jnp.zeros(2)], "[f32[2]]"),
     ],
 )
-def test_another_shape_dtype_or_kind_is_refused_and_nothing_is_written(value, shown):
-    # The last of the keys, so that there is something to write before it.
-    model = make()
+def test_what_breaks_the_declared_type_is_refused_and_nothing_is_written(value, shown):
     refuses(
-        model,
+        make(),
         rx.state_dict(make(5.0)) | {"layers.1.weight": value},
+        rx.RefTypeError,
+        "Cannot load the state: at `layers.1.weight`: `Linear.weight` (collection "
+        f"'params') is declared `Float[Array, \"n\"]` with n=2, and cannot hold {shown}",
+    )
+
+
+def test_another_shape_is_refused_where_no_type_is_declared():
+    refuses(
+        {"w": rx.Ref(jnp.zeros(2), "params")},
+        {"w": jnp.zeros(3)},
         rx.StructureError,
-        "Cannot load the state: `Linear.weight` (collection 'params') at `layers.1.weight` "
-        f"holds f32[2], and the state has {shown}. If the change is meant, write it: "
-        "`ref.value = ...`.",
+        "Cannot load the state: an unnamed ref (collection 'params') at `w` holds f32[2], "
+        "and the state has f32[3]",
     )
 
 
