@@ -1,0 +1,345 @@
+"""A random call of a transform: which refs it is given, what its blocks return, and so on."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TYPE_CHECKING
+
+from .draw import Known, Scope
+from .interpret import LANES
+from .program import Apply, Block, Expr, Fit, Name
+
+
+if TYPE_CHECKING:
+    from .generate import Generator
+
+
+STYLES = ["list", "dict", "module", "nested"]
+HOWS = ["function", "function", "one cell", "method", "module"]
+
+
+class Call:
+    """A call of a transform, while it is drawn.
+
+    - `passed`, `sliced`: the names of the refs that are arguments, and of those that are
+        given in slices; `rest`: those that may be closed over;
+    - `inputs`: the arrays that are arguments, and `bound`: their names inside;
+    - `n_values`: how many arrays each block returns.
+    """
+
+    def __init__(self, gen: "Generator", scope: Scope, name: str, is_top: bool):
+        self.gen, self.rng = gen, gen.rng
+        self.scope = scope
+        self.name, self.kind = name, TRANSFORMS[name]
+        self.is_top = is_top
+        self.options: dict[str, Any] = {}
+        self.passed: list[str] = []
+        self.sliced: list[str] = []
+        self.rest: list[str] = []
+        self.inputs: list[Expr] = []
+        self.bound: list[str] = []
+        self.n_values = self.rng.randint(1, 2)
+        self.n_blocks = 1
+
+    def draw(self) -> Apply:
+        self.choose_refs()
+        self.kind.draw(self)
+        if self.gen.chance(0.2):
+            self.options["wrapped"] = self.rng.choice(["jit", "checkpoint"])
+        blocks, outs = self.blocks()
+        return self.finish(blocks, outs)
+
+    #
+    # Refs.
+    #
+
+    def choose_refs(self) -> None:
+        refs, chance = self.scope.refs, self.gen.chance
+        if self.kind.slices:
+            self.choose_slices()
+        # Two names may be one ref, so leave out all of the type of one that is sliced.
+        types = {refs[n].type for n in self.sliced}
+        self.rest = [
+            n
+            for n in refs
+            if n not in self.sliced
+            and (refs[n].type not in types or chance(0.15))
+            and not (
+                self.options.get("by_collection") and refs[n].collection == "layers"
+            )
+        ]
+        passed = self.gen.some(self.rest, 0.6) if self.kind.passes else []
+        if self.kind.derivative:
+            floats = self.scope.of("float")
+            if not set(floats) & set(passed):
+                passed.append(self.rng.choice(floats))
+        if passed and chance(0.15):
+            passed.append(self.rng.choice(passed))
+        self.passed, self.sliced = passed[:6], self.sliced[:4]
+
+    def choose_slices(self) -> None:
+        refs = self.scope.refs
+        stacked = [n for n in refs if refs[n].shape[:1] == (LANES,)]
+        self.sliced = self.gen.some(stacked, 0.6)
+        if self.name == "vmap" and self.gen.chance(0.4):
+            self.options["by_collection"] = True
+            self.sliced = [n for n in stacked if refs[n].collection == "layers"]
+
+    #
+    # What else the transforms take. Each of these is in the table below.
+    #
+
+    def take(self, e: Expr) -> None:
+        self.inputs.append(e)
+        self.bound.append(self.gen.name("x"))
+
+    def take_any(self) -> None:
+        for _ in range(self.rng.randint(0, 2)):
+            self.take(self.gen.expr(self.scope, 1))
+
+    def draw_call(self) -> None:
+        self.take_any()
+        if self.name == "jit" and self.is_top and self.gen.chance(0.3):
+            self.options["donate"] = "refs"
+
+    def draw_grad(self) -> None:
+        self.take_any()
+        refs = self.scope.refs
+        of = {refs[n].collection for n in self.passed if refs[n].dtype == "float"}
+        of -= {None}
+        if of and self.gen.chance(0.4):
+            self.options["wrt"] = self.rng.choice(sorted(map(str, of)))
+
+    def take_carry(self) -> None:
+        self.take(Fit(self.gen.expr(self.scope, 1), self.rng.choice([(2,), ()])))
+
+    def take_stacks(self) -> None:
+        """At least one thing that has a size, or the size itself."""
+        n_before = len(self.inputs)
+        if self.gen.chance(0.8):
+            self.take(self.gen.stack(self.scope))
+        if not self.sliced and len(self.inputs) == n_before:
+            if self.name == "map":
+                self.take(self.gen.stack(self.scope))
+            else:
+                self.options["sized"] = True
+
+    def draw_map(self) -> None:
+        self.take_stacks()
+        if self.gen.chance(0.4):
+            self.options["batch_size"] = self.rng.randint(1, 3)
+
+    def draw_scan(self) -> None:
+        self.take_carry()
+        self.take_stacks()
+        if self.gen.chance(0.25):
+            self.options["reverse"] = True
+
+    def take_carry_and_count(self) -> None:
+        self.take_carry()
+        self.bound.append(self.gen.name("i"))
+        self.n_values = 1
+
+    def draw_fori(self) -> None:
+        self.take_carry_and_count()
+        lower = self.rng.randint(0, 2)
+        self.options["bounds"] = (lower, lower + self.rng.choice([0, 1, 2, 3, 3]))
+
+    def draw_while(self) -> None:
+        self.take_carry_and_count()
+        self.options["steps"] = self.rng.randint(0, 3)
+
+    def draw_branches(self) -> None:
+        is_cond = self.name == "cond"
+        ints = self.scope.of("int")
+        pred = self.gen.expr(self.scope, 1)
+        if ints and not is_cond and self.gen.chance(0.6):
+            pred = Name(self.rng.choice(ints))
+        # Not bound: the branches are not given it.
+        self.inputs.append(pred)
+        if is_cond:
+            self.options["threshold"] = round(self.rng.uniform(-0.5, 0.5), 3)
+        if self.gen.chance(0.7):
+            self.take(Fit(self.gen.expr(self.scope, 1), (2,)))
+        self.n_values = self.rng.randint(0, 2)
+        self.n_blocks = 2 if is_cond else self.rng.randint(2, 3)
+
+    #
+    # Blocks.
+    #
+
+    def blocks(self) -> tuple[list[Block], list[Known]]:
+        """The blocks, and what is known of the refs that the last one returns."""
+        refs, gen = self.scope.refs, self.gen
+        params = {gen.name("p"): refs[n].inside() for n in self.passed}
+        slices = {
+            gen.name("s"): dataclasses.replace(
+                refs[n].inside(), shape=refs[n].shape[1:], whole=refs[n]
+            )
+            for n in self.sliced
+        }
+        # Names that are closed over by one branch and not by another.
+        chance = 0.25 if self.kind.passes else 0.6
+        closed_of = [gen.some(self.rest, chance)[:4] for _ in range(self.n_blocks)]
+        kept_of = [gen.some(self.scope.arrays, 0.3) for _ in range(self.n_blocks)]
+        blocks: list[Block] = []
+        returned = None if self.kind.returns_refs else ()
+        outs: list[Known] = []
+        for closed, kept in zip(closed_of, kept_of):
+            if self.n_blocks > 1:
+                returned = self.returned_by_branch(list(params), blocks)
+            inner = self.scope_of_block(params, slices, closed, kept)
+            block = gen.block(
+                inner,
+                Block(
+                    params=tuple(params),
+                    sliced=tuple(slices),
+                    inputs=tuple(self.bound),
+                    closed=tuple(closed),
+                    kept=tuple(kept),
+                    body=(),
+                    values=(),
+                    refs=(),
+                    loops=self.kind.loops,
+                ),
+                self.n_values,
+                returned,
+                largest=max(2, self.scope.depth + (self.n_blocks == 1)),
+            )
+            if self.n_blocks > 1:
+                # Branches must agree on the shapes.
+                values = [e.a if isinstance(e, Fit) else e for e in block.values]
+                fitted = tuple(Fit(e, (2,)) for e in values)
+                block = dataclasses.replace(block, values=fitted)
+            outs = [inner.refs[n] for n in block.refs]
+            blocks.append(block)
+        return blocks, outs
+
+    def returned_by_branch(self, params: list[str], before: list[Block]) -> tuple:
+        """Mostly, all branches return the same refs."""
+        if not before:
+            return tuple(self.gen.some(params, 0.3))
+        out = before[-1].refs
+        return out[::-1] if out and self.gen.chance(0.2) else out
+
+    def scope_of_block(
+        self, params: dict, slices: dict, closed: list[str], kept: list[str]
+    ) -> Scope:
+        own = {n: self.scope.refs[n].inside() for n in closed} | params
+        outer = self.scope.broadcast
+        if self.name == "vmap" or self.options.get("batch_size"):
+            broadcast = set(own)
+        else:
+            # What a vmap further out broadcasts, under its names inside.
+            passed = {p for p, n in zip(params, self.passed) if n in outer}
+            broadcast = passed | (outer & set(closed))
+        return Scope(
+            own | slices,
+            [*kept, *self.bound],
+            self.scope.depth - 1,
+            (*self.scope.path, self.name),
+            frozenset(params) if self.kind.loops else frozenset(),
+            broadcast,
+        )
+
+    #
+    # What comes out.
+    #
+
+    def known_outside(self, known: Known) -> Known:
+        if known.whole is not None:
+            return known.whole
+        if known.made and self.kind.slices:
+            return dataclasses.replace(known, shape=(LANES, *known.shape))
+        return known
+
+    def finish(self, blocks: list[Block], outs: list[Known]) -> Apply:
+        gen, scope = self.gen, self.scope
+        out_refs = {gen.name("r"): self.known_outside(known) for known in outs}
+        n_out = self.kind.n_out
+        n_out = self.n_values + self.kind.extra if n_out is None else n_out
+        out_values = [gen.name("z") for _ in range(n_out)]
+        scope.refs.update(out_refs)
+        # What comes out may be a broadcast ref again.
+        if scope.broadcast:
+            scope.broadcast |= {n for n, known in out_refs.items() if not known.made}
+        scope.arrays.extend(out_values)
+        return Apply(
+            self.name,
+            tuple(blocks),
+            tuple(self.passed),
+            tuple(self.sliced),
+            tuple(self.inputs),
+            self.rng.choice(STYLES),
+            self.rng.choice(HOWS),
+            tuple(self.options.items()),
+            tuple(out_values),
+            tuple(out_refs),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What the calls of a transform are like.
+
+    - `weight`: how often it is drawn;
+    - `draw`: draws its inputs and options;
+    - `derivative`: "reverse" or "forward", if it differentiates;
+    - `passes`: whether refs are arguments; `slices`: whether some are given in slices, and
+        what is made comes out stacked; `loops`: whether a step hands on its refs;
+    - `returns_refs`: whether refs can be returned;
+    - `extra`: how many arrays come out beside those that the block returns; `n_out`: how
+        many, whatever it returns.
+    """
+
+    weight: int
+    draw: Callable[[Call], None]
+    derivative: str = ""
+    passes: bool = True
+    slices: bool = False
+    loops: bool = False
+    returns_refs: bool = True
+    extra: int = 0
+    n_out: int | None = None
+
+
+TRANSFORMS = {
+    "jit": Kind(4, Call.draw_call),
+    "checkpoint": Kind(3, Call.draw_call),
+    "grad": Kind(3, Call.draw_grad, "reverse", extra=1),
+    "value_and_grad": Kind(2, Call.draw_grad, "reverse", extra=2),
+    "vjp": Kind(2, Call.take_any, "reverse", extra=1),
+    "jvp": Kind(2, Call.take_any, "forward", extra=1),
+    "linearize": Kind(2, Call.take_any, "reverse", extra=1),
+    "jacfwd": Kind(1, Call.take_any, "forward", n_out=1),
+    "jacrev": Kind(1, Call.take_any, "reverse", n_out=1),
+    "hessian": Kind(1, Call.take_any, "reverse", returns_refs=False, n_out=1),
+    "vmap": Kind(4, Call.take_stacks, slices=True),
+    "scan": Kind(4, Call.draw_scan, slices=True, loops=True),
+    "map": Kind(2, Call.draw_map, passes=False, slices=True),
+    "fori": Kind(3, Call.draw_fori, loops=True, returns_refs=False),
+    "while_": Kind(2, Call.draw_while, loops=True, returns_refs=False, extra=1),
+    "cond": Kind(3, Call.draw_branches),
+    "switch": Kind(2, Call.draw_branches),
+    # At the top only: no transform at all.
+    "plain_call": Kind(0, Call.draw_call),
+}
+
+
+def weights(path: tuple[str, ...], scope: Scope) -> dict[str, int]:
+    """How often each transform is drawn beneath those of `path`."""
+    found = {name: kind.weight for name, kind in TRANSFORMS.items()}
+    derivatives = [TRANSFORMS[name].derivative for name in path]
+    if not path:
+        found["jit"], found["plain_call"] = 8, 1
+    if "reverse" in derivatives:
+        found["while_"] = 0
+    for name, kind in TRANSFORMS.items():
+        if not kind.derivative:
+            continue
+        if any(derivatives):
+            # Derivatives of derivatives take long.
+            matrix = name in ("jacfwd", "jacrev", "hessian")
+            found[name] = 0 if matrix else 1
+        if not scope.of("float"):
+            found[name] = 0
+    return found
