@@ -4,7 +4,8 @@
 - `generate.py`: a random program for a seed, with `calls.py` for the calls of transforms, and
     `draw.py` for names and expressions;
 - `interpret.py`: what both interpretations have in common;
-- `lifted.py`: with the transforms of this library, and `plain.py`: with loops and ifs;
+- `lifted.py`: with the transforms of this library;
+- `plain.py`: with loops and ifs, of `heap.py`, `plain_derivatives.py` and `plain_lanes.py`;
 - `compare.py`: one seed, run both ways;
 
 `python -m tests.fuzz --minutes 60 --seed 0` runs them for an hour.

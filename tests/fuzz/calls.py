@@ -21,7 +21,7 @@ class Call:
     """A call of a transform, while it is drawn.
 
     - `passed`, `sliced`: the names of the refs that are arguments, and of those that are
-        given in slices; `rest`: those that may be closed over;
+        given in slices, with their `axes`; `rest`: those that may be closed over;
     - `inputs`: the arrays that are arguments, and `bound`: their names inside;
     - `n_values`: how many arrays each block returns.
     """
@@ -34,6 +34,8 @@ class Call:
         self.options: dict[str, Any] = {}
         self.passed: list[str] = []
         self.sliced: list[str] = []
+        # The axis of each of `sliced`.
+        self.axes: list[int | None] = []
         self.rest: list[str] = []
         self.inputs: list[Expr] = []
         self.bound: list[str] = []
@@ -74,15 +76,39 @@ class Call:
                 passed.append(self.rng.choice(floats))
         if passed and chance(0.15):
             passed.append(self.rng.choice(passed))
-        self.passed, self.sliced = passed[:6], self.sliced[:4]
+        self.passed = passed[:6]
+        if self.kind.slices and not self.options.get("by_collection"):
+            self.choose_axes()
 
     def choose_slices(self) -> None:
         refs = self.scope.refs
-        stacked = [n for n in refs if refs[n].shape[:1] == (LANES,)]
-        self.sliced = self.gen.some(stacked, 0.6)
+        stacked = [n for n in refs if LANES in refs[n].shape]
+        self.sliced = self.gen.some(stacked, 0.6)[:4]
         if self.name == "vmap" and self.gen.chance(0.4):
+            # All of them, or one would be met with two axes.
             self.options["by_collection"] = True
-            self.sliced = [n for n in stacked if refs[n].collection == "layers"]
+            layers = [n for n in stacked if refs[n].collection == "layers"]
+            self.sliced = [n for n in layers if refs[n].shape[0] == LANES][:4]
+        self.axes = [0] * len(self.sliced)
+
+    def choose_axes(self) -> None:
+        """An axis for each type, as two names of one type may be one ref."""
+        refs, chance = self.scope.refs, self.gen.chance
+        of_type: dict[tuple, int] = {}
+        for k, name in enumerate(self.sliced):
+            shape = refs[name].shape
+            fits = [i for i, n in enumerate(shape) if n == LANES]
+            axis = self.rng.choice(fits)
+            axis = axis - len(shape) if chance(0.2) else axis
+            if not chance(0.1):
+                axis = of_type.setdefault(refs[name].type, axis)
+            self.axes[k] = axis
+        # Among what is sliced there may be refs that are not.
+        for name in self.gen.some(self.rest, 0.1)[:2]:
+            self.sliced.append(name)
+            self.axes.append(None)
+        if any(axis != 0 for axis in self.axes):
+            self.options["axes"] = tuple(self.axes)
 
     #
     # What else the transforms take. Each of these is in the table below.
@@ -114,14 +140,23 @@ class Call:
 
     def take_stacks(self) -> None:
         """At least one thing that has a size, or the size itself."""
-        n_before = len(self.inputs)
-        if self.gen.chance(0.8):
-            self.take(self.gen.stack(self.scope))
-        if not self.sliced and len(self.inputs) == n_before:
-            if self.name == "map":
-                self.take(self.gen.stack(self.scope))
-            else:
-                self.options["sized"] = True
+        axes: list[int | None] = []
+        is_sized = any(axis is not None for axis in self.axes)
+        if self.gen.chance(0.8) or (self.name == "map" and not is_sized):
+            stack = self.gen.stack(self.scope, int(self.gen.chance(0.3)))
+            self.take(stack)
+            axes.append(stack.axis)
+        elif not is_sized:
+            self.options["sized"] = True
+        if self.gen.chance(0.15):
+            self.take(self.gen.expr(self.scope, 1))
+            axes.append(None)
+        if any(axis != 0 for axis in axes):
+            self.options["array_axes"] = tuple(axes)
+        if self.name == "vmap" and self.gen.chance(0.25):
+            self.options["out_axis"] = -1
+        if self.name == "vmap" and self.gen.chance(0.25):
+            self.options["same_rng"] = True
 
     def draw_map(self) -> None:
         self.take_stacks()
@@ -172,10 +207,8 @@ class Call:
         refs, gen = self.scope.refs, self.gen
         params = {gen.name("p"): refs[n].inside() for n in self.passed}
         slices = {
-            gen.name("s"): dataclasses.replace(
-                refs[n].inside(), shape=refs[n].shape[1:], whole=refs[n]
-            )
-            for n in self.sliced
+            gen.name("s"): known if axis is None else known.sliced(axis)
+            for known, axis in zip((refs[n].inside() for n in self.sliced), self.axes)
         }
         # Names that are closed over by one branch and not by another.
         chance = 0.25 if self.kind.passes else 0.6
@@ -227,11 +260,12 @@ class Call:
         own = {n: self.scope.refs[n].inside() for n in closed} | params
         outer = self.scope.broadcast
         if self.name == "vmap" or self.options.get("batch_size"):
-            broadcast = set(own)
+            whole = {s for s, axis in zip(slices, self.axes) if axis is None}
+            broadcast = set(own) | whole
         else:
             # What a vmap further out broadcasts, under its names inside.
-            passed = {p for p, n in zip(params, self.passed) if n in outer}
-            broadcast = passed | (outer & set(closed))
+            inside = [*zip(params, self.passed), *zip(slices, self.sliced)]
+            broadcast = {p for p, n in inside if n in outer} | (outer & set(closed))
         return Scope(
             own | slices,
             [*kept, *self.bound],
@@ -246,10 +280,13 @@ class Call:
     #
 
     def known_outside(self, known: Known) -> Known:
-        if known.whole is not None:
-            return known.whole
-        if known.made and self.kind.slices:
-            return dataclasses.replace(known, shape=(LANES, *known.shape))
+        if known.outside is not None:
+            return known.outside
+        if self.kind.slices:
+            shape = (LANES, *known.shape)
+            if self.options.get("out_axis"):
+                shape = (*known.shape, LANES)
+            return dataclasses.replace(known, shape=shape)
         return known
 
     def finish(self, blocks: list[Block], outs: list[Known]) -> Apply:

@@ -7,13 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 
 import refx_eqx as rx
 
-from .interpret import Env, FLOAT
+from .heap import Place, Refused
+from .interpret import Env, FLOAT, is_key, is_typed_key, LANES, raw
 from .lifted import Lifted
-from .plain import Place, Plain, Refused
+from .plain import Plain
 from .program import Program
 
 
@@ -40,6 +42,7 @@ REFUSALS = [
     ("the results differ at", "branches"),
     ("the branches must agree", "branches"),
     ("a step must return", "carry"),
+    ("a step must keep its shape and dtype", "carry type"),
     ("found nothing to differentiate", "nothing to differentiate"),
 ]
 
@@ -62,9 +65,21 @@ def initial(program: Program, round_: int) -> tuple[list[Any], Any]:
     for spec in program.pool:
         if spec.dtype == "int":
             values.append(jnp.asarray(rng.integers(0, 4, spec.shape), jnp.int32))
+        elif spec.dtype in ("key", "raw"):
+            key = jr.key(int(rng.integers(0, 1000)))
+            keys = jr.split(key, LANES) if LANES in spec.shape else key
+            values.append(keys if spec.dtype == "key" else jr.key_data(keys))
         else:
             values.append(jnp.asarray(rng.uniform(-1, 1, spec.shape), FLOAT))
     return values, jnp.asarray(rng.uniform(-1, 1, (2,)), FLOAT)
+
+
+def changed(value: Any) -> Any:
+    """Another value of the same type."""
+    if is_key(value):
+        new = raw(value) + jnp.uint32(1)
+        return jr.wrap_key_data(new) if is_typed_key(value) else new
+    return value + 2 if value.dtype == jnp.int32 else 0.5 * value + 0.1
 
 
 def check(program: Program) -> Report:
@@ -101,6 +116,8 @@ class _Session:
         self.refs: dict[int, rx.Ref] = {}
         self.numbers: dict[int, int] = {}
         self.seen: list[tuple[Place, rx.Ref]] = []
+        # The sharing and the types that there was a call with.
+        self.staged: set[tuple] = set()
 
     def know(self, place: Place, ref: rx.Ref, where: str) -> None:
         number = self.numbers.setdefault(id(ref), place.i)
@@ -126,50 +143,43 @@ class _Session:
 
     def run(self) -> None:
         program, top = self.program, self.program.top
-        values, x = initial(program, 0)
+        values, first_x = initial(program, 0)
         pool = self.make_pool(values)
         plain_env, lifted_env = self.envs(program.places, pool)
-        plain_env["x0"] = lifted_env["x0"] = x
+        plain_env["x0"] = lifted_env["x0"] = first_x
         made = self.lifted.make(top, lifted_env)
 
-        self.both(made, plain_env, lifted_env, "first call")
-        traces = dict(self.lifted.traces)
-        mine = [id(block) for block in top.blocks]
-        # Where the function closes over the array, another one is another function.
-        is_kept = any(block.kept for block in top.blocks)
+        def call(which: str, pool: list, x: Any, places: dict[str, int]) -> None:
+            plain_env, lifted_env = self.envs(places, pool)
+            plain_env["x0"] = lifted_env["x0"] = x
+            # What is staged is traced once for each sharing, and for the types of its refs.
+            sharing = tuple(places.items())
+            key = sharing, tuple(jax.typeof(ref.value) for _, ref in pool)
+            traces = dict(self.lifted.traces)
+            self.both(made, plain_env, lifted_env, which)
+            if top.transform in STAGED and key in self.staged:
+                if self.lifted.traces != traces:
+                    raise Wrong(f"retraced: {which}, {top.transform}")
+            self.staged.add(key)
 
-        def check_traces(which: str) -> None:
-            if top.transform in STAGED:
-                for block in mine:
-                    if self.lifted.traces.get(block, 0) != traces.get(block, 0):
-                        raise Wrong(f"retraced: {which}, {top.transform}")
-
-        self.both(made, plain_env, lifted_env, "second call")
-        check_traces("second call")
+        call("first call", pool, first_x, program.places)
+        call("second call", pool, first_x, program.places)
 
         for place, ref in pool:
-            value = ref.value
-            new = value + 2 if value.dtype == jnp.int32 else 0.5 * value + 0.1
+            new = changed(ref.value)
             ref.value = jnp.array(new, copy=True)
             self.plain.write(place, new)
-        _, x = initial(program, 1)
-        plain_env["x0"] = lifted_env["x0"] = x
-        if is_kept:
-            # What it closes over is bound to what it was.
-            plain_env["x0"] = lifted_env["x0"] = initial(program, 0)[1]
-        self.both(made, plain_env, lifted_env, "call after a write")
-        check_traces("call after a write")
+        # Where the function closes over the array, it is bound to what it was.
+        is_kept = any(block.kept for block in top.blocks)
+        x = first_x if is_kept else initial(program, 1)[1]
+        call("call after a write", pool, x, program.places)
 
         if any(block.closed for block in top.blocks):
             return
         values, _ = initial(program, 2)
         pool = self.make_pool(values)
-        for which, places in (("new", program.places), ("other", program.again)):
-            plain_env, lifted_env = self.envs(places, pool)
-            plain_env["x0"] = lifted_env["x0"] = initial(program, 0)[1]
-            self.both(made, plain_env, lifted_env, f"call with {which} refs")
-            if which == "new":
-                check_traces("call with new refs")
+        call("call with new refs", pool, first_x, program.places)
+        call("call with other refs", pool, first_x, program.again)
 
     def both(self, made: Any, plain_env: Env, lifted_env: Env, which: str) -> None:
         """Calls the program both ways, and compares all there is to see."""
@@ -234,6 +244,7 @@ class _Session:
 
 
 def same(a: jax.Array, b: jax.Array) -> bool:
+    a, b = raw(a), raw(b)
     return a.shape == b.shape and bool(np.array_equal(a, b, equal_nan=True))
 
 
@@ -243,5 +254,6 @@ def compare(expected: Any, found: Any, where: str) -> None:
             f"type: {where}: {found.dtype}{found.shape}, and in plain Python "
             f"{expected.dtype}{expected.shape}"
         )
+    expected, found = raw(expected), raw(found)
     if not np.allclose(expected, found, rtol=1e-8, atol=1e-10, equal_nan=True):
         raise Wrong(f"value: {where}: {found}, and in plain Python {expected}")

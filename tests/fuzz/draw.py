@@ -9,13 +9,13 @@ from .program import Const, Expr, Mix, Name, Product, Sin, Stack
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """What is known of a name of a ref: its type, and that of the ref outside, if it stands
-    for a slice. `made` says whether the ref was made in this block."""
+    """What is known of a name of a ref: its type, and what the block outside knows of it.
+    `made` says whether the ref was made in this block."""
 
     dtype: str
     shape: tuple[int, ...]
     collection: str | None
-    whole: "Known | None" = None
+    outside: "Known | None" = None
     made: bool = False
 
     @property
@@ -25,7 +25,13 @@ class Known:
 
     def inside(self) -> "Known":
         """The same ref, in a block that it is given to."""
-        return dataclasses.replace(self, made=False, whole=None)
+        return dataclasses.replace(self, made=False, outside=self)
+
+    def sliced(self, axis: int) -> "Known":
+        """A slice of it."""
+        shape = list(self.shape)
+        del shape[axis]
+        return dataclasses.replace(self, shape=tuple(shape))
 
 
 @dataclasses.dataclass
@@ -84,9 +90,9 @@ class Drawing:
         b = self.expr(scope, depth - 1)
         return Mix(a, b) if kind < 4 else Product(a, b)
 
-    def stack(self, scope: Scope) -> Expr:
+    def stack(self, scope: Scope, axis: int = 0) -> Stack:
         shape = self.rng.choice([(2,), (2,), (), (3,)])
         parts = tuple(self.expr(scope, 1) for _ in range(LANES))
         # Lanes should differ.
         parts = tuple(Mix(part, Const(0.3 * i - 0.4)) for i, part in enumerate(parts))
-        return Stack(parts, shape)
+        return Stack(parts, shape, min(axis, len(shape)))

@@ -6,13 +6,16 @@ from typing import Any
 from .calls import Call, TRANSFORMS, weights
 from .draw import Drawing, Known, Scope
 from .program import (
+    Apply,
     Block,
     Count,
+    Draw,
     Fit,
     Let,
     New,
     Program,
     RefSpec,
+    Retype,
     SetPart,
     Statement,
     Swap,
@@ -24,13 +27,16 @@ from .program import (
 
 __all__ = ["generate", "TRANSFORMS"]
 
-SHAPES: list[tuple[int, ...]] = [(2,), (2,), (), (3, 2), (3,), (3, 3)]
+SHAPES: list[tuple[int, ...]] = [(2,), (2,), (), (3, 2), (2, 3), (3,), (3, 3)]
 COLLECTIONS = ["params", "params", "stats", None]
 
 
 class Generator(Drawing):
     def program(self, depth: int) -> Program:
         rng = self.rng
+        # What a loose ref may become. Not all of these in one program: whether a weakly
+        # typed value is converted depends on what else may be written.
+        self.dtypes = rng.choice([("float64", "weak"), ("float64", "float32", "int32")])
         pool = [self.spec(i) for i in range(rng.randint(2, 5))]
         places = {f"m{i}": i for i in range(len(pool))}
         for i in range(len(pool), len(pool) + rng.randint(0, 2)):
@@ -50,14 +56,21 @@ class Generator(Drawing):
     def spec(self, i: int) -> RefSpec:
         """A ref that there is at first. The first one is a float."""
         rng = self.rng
-        if i and self.chance(0.25):
-            dtype, shape, collection = "int", rng.choice([(), (), (3,)]), "counts"
-        else:
-            dtype, shape = "float", rng.choice(SHAPES) if i else (2,)
-            collection = rng.choice(COLLECTIONS)
-        return RefSpec(dtype, shape, "layers" if shape[:1] == (3,) else collection)
+        kind = rng.random() if i else 1.0
+        if kind < 0.22:
+            collection = "rng" if self.chance(0.3) else "counts"
+            return RefSpec("int", rng.choice([(), (), (3,)]), collection)
+        if kind < 0.3:
+            return RefSpec("loose", (2,), "loose")
+        if kind < 0.38:
+            return RefSpec("key", rng.choice([(), (), (3,)]), "rng")
+        if kind < 0.44:
+            return RefSpec("raw", rng.choice([(2,), (2,), (3, 2)]), "rng")
+        shape = rng.choice(SHAPES) if i else (2,)
+        collection = "layers" if shape[:1] == (3,) else rng.choice(COLLECTIONS)
+        return RefSpec("float", shape, collection)
 
-    def call(self, scope: Scope, *, is_top: bool = False) -> Statement:
+    def call(self, scope: Scope, *, is_top: bool = False) -> Apply:
         of = weights(scope.path, scope)
         (name,) = self.rng.choices(list(of), list(of.values()))
         return Call(self, scope, name, is_top).draw()
@@ -123,9 +136,33 @@ class Generator(Drawing):
         shaped = [n for n in scope.of("float") if n in writable and scope.refs[n].shape]
         return SetPart(self.rng.choice(shaped), self.expr(scope, 1)) if shaped else None
 
+    def retype(self, scope: Scope, writable: list[str]) -> Statement | None:
+        loose = [n for n in scope.of("loose") if n in writable]
+        if not loose:
+            return None
+        dtype = self.rng.choice(self.dtypes)
+        shape = self.rng.choice([(2,), (2,), (), (3, 2)])
+        shape = () if dtype == "weak" else shape
+        return Retype(self.rng.choice(loose), self.expr(scope), shape, dtype)
+
+    def draw(self, scope: Scope, writable: list[str]) -> Statement | None:
+        # Each lane has its own key, so a broadcast one is written too.
+        types = [("key", ()), ("raw", (2,))]
+        keys = [n for n, known in scope.refs.items() if known.type in types]
+        counters = [n for n in scope.of("int") if not scope.refs[n].shape]
+        if not keys:
+            return None
+        how = self.rng.choice(["split", "count", "peek"])
+        if how == "count" and not counters:
+            how = "split"
+        counter = self.rng.choice(counters) if how == "count" else None
+        name, key = self.name("d"), self.rng.choice(keys)
+        scope.arrays.append(name)
+        return Draw(name, key, counter, how, self.rng.choice([(2,), ()]))
+
     def new(self, scope: Scope, writable: list[str]) -> Statement:
         name = self.name("n")
-        shape = self.rng.choice([(2,), (), (3,), (3, 2)])
+        shape = self.rng.choice([(2,), (), (3,), (3, 2), (2, 3)])
         collection = self.rng.choice(COLLECTIONS)
         collection = "layers" if shape[:1] == (3,) else collection
         e = Fit(self.expr(scope), shape)
@@ -165,6 +202,8 @@ STATEMENTS = {
     Generator.write: 40,
     Generator.count: 18,
     Generator.set_part: 8,
+    Generator.retype: 8,
+    Generator.draw: 12,
     Generator.new: 8,
     Generator.rename: 10,
     Generator.write_if_same: 4,

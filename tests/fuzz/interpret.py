@@ -6,12 +6,14 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 
 from .program import (
     Apply,
     Block,
     Const,
     Count,
+    Draw,
     Expr,
     Fit,
     Let,
@@ -19,6 +21,7 @@ from .program import (
     Name,
     New,
     Product,
+    Retype,
     SetPart,
     Sin,
     Stack,
@@ -38,10 +41,38 @@ LANES = 3
 FLOAT = jnp.float64
 
 
+def is_typed_key(x: Any) -> bool:
+    return bool(jnp.issubdtype(x.dtype, jax.dtypes.prng_key))
+
+
+def is_key(x: Any) -> bool:
+    return is_typed_key(x) or x.dtype == jnp.uint32
+
+
+def raw(x: Any) -> Any:
+    """The numbers of a key."""
+    return jr.key_data(x) if is_typed_key(x) else x
+
+
+def keys_like(x: Any, keys: Any) -> Any:
+    """These keys, typed if `x` is."""
+    return keys if is_typed_key(x) else jr.key_data(keys)
+
+
+def typed(x: Any) -> Any:
+    return x if is_typed_key(x) else jr.wrap_key_data(x)
+
+
 def number(x: jax.Array) -> jax.Array:
-    """As a floating-point array."""
+    """As an array of the one floating-point type."""
+    if x.dtype == FLOAT:
+        # Not weakly typed.
+        return x.astype(FLOAT)
     if jnp.issubdtype(x.dtype, jnp.floating):
-        return x
+        # Its derivative would be rounded, in another way in each interpretation.
+        return jax.lax.stop_gradient(x.astype(FLOAT))
+    if is_key(x):
+        x = raw(x) % 7
     return 0.1 * x.astype(FLOAT)
 
 
@@ -50,9 +81,17 @@ def fit(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return x if x.shape == shape else jnp.broadcast_to(jnp.mean(x), shape)
 
 
+def retyped(x: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    if dtype == "weak":
+        return jnp.asarray(0.375)
+    x = fit(x, shape)
+    # Far from where rounding to an integer makes a difference.
+    return (97.3 * x + 0.41).astype(jnp.int32) if dtype == "int32" else x.astype(dtype)
+
+
 def flat(arrays: Sequence[jax.Array]) -> jax.Array:
     """All of these in one vector."""
-    parts = [jnp.ravel(x) for x in arrays]
+    parts = [jnp.ravel(number(x)) for x in arrays]
     return jnp.concatenate(parts) if parts else jnp.zeros(0, FLOAT)
 
 
@@ -129,7 +168,8 @@ class Interpreter:
         match e:
             case Name(name):
                 x = env[name]
-                return self.read(x) if self.is_ref(x) else x
+                x = self.read(x) if self.is_ref(x) else x
+                return number(x) if is_key(x) else x
             case Const(value):
                 return FLOAT(value)
             case Sin(a):
@@ -142,8 +182,8 @@ class Interpreter:
                 return jnp.sin(x * fit(self.value(b, env), x.shape))
             case Fit(a, shape):
                 return fit(self.value(a, env), shape)
-            case Stack(parts, shape):
-                return jnp.stack([fit(self.value(a, env), shape) for a in parts])
+            case Stack(parts, shape, axis):
+                return jnp.stack([fit(self.value(a, env), shape) for a in parts], axis)
 
     def run(self, s: Statement, env: Env) -> None:
         match s:
@@ -161,6 +201,10 @@ class Interpreter:
             case SetPart(ref, e):
                 shape = self.read(env[ref]).shape[1:]
                 self.set_first(env[ref], fit(self.value(e, env), shape))
+            case Retype(ref, e, shape, dtype):
+                self.write(env[ref], retyped(self.value(e, env), shape, dtype))
+            case Draw():
+                self.draw(s, env)
             case Let(name, e):
                 env[name] = self.value(e, env)
             case New(name, e, collection):
@@ -177,6 +221,18 @@ class Interpreter:
                 values, refs = self.apply(s, env)
                 env.update(zip(s.out_values, values, strict=True))
                 env.update(zip(s.out_refs, refs, strict=True))
+
+    def draw(self, s: Draw, env: Env) -> None:
+        ref = env[s.key]
+        key = typed(self.read(ref))
+        if s.how == "split":
+            kept, key = jr.split(key)
+            self.write(ref, keys_like(self.read(ref), kept))
+        elif s.how == "count":
+            counter = env[s.counter or ""]
+            key = jr.fold_in(key, self.read(counter))
+            self.write(counter, self.read(counter) + 1)
+        env[s.name] = jr.normal(key, s.shape, FLOAT)
 
     def call(
         self, block: Block, closed: Env, refs: Sequence, sliced: Sequence, inputs: Any

@@ -240,20 +240,33 @@ class Lifted(Interpreter):
     def hessian(self, s: Apply, f: Callable) -> Callable:
         return self._matrix(s, f, rx.filter_hessian)
 
+    def _axes(self, s: Apply) -> tuple[Any, Any]:
+        """Of the refs that are sliced, and of the arrays: a prefix of the tree of each."""
+        axes = s.option("axes")
+        of_arrays = s.option("array_axes")
+        return (
+            0 if axes is None else pack(axes, s.style),
+            0 if of_arrays is None else of_arrays,
+        )
+
     def vmap(self, s: Apply, f: Callable) -> Callable:
-        size = LANES if s.option("sized") else None
+        options: Any = {"axis_size": LANES if s.option("sized") else None}
+        if s.option("out_axis") is not None:
+            options["out_axes"] = s.option("out_axis")
+        of_refs, of_arrays = self._axes(s)
         if not s.option("by_collection"):
-            return self.plain_call(
-                s, rx.filter_vmap(f, in_axes=(None, 0, 0), axis_size=size)
-            )
+            same = rx.axes(rng=None, default=None)
+            in_axes = (same if s.option("same_rng") else None, of_refs, of_arrays)
+            return self.plain_call(s, rx.filter_vmap(f, in_axes=in_axes, **options))
 
         # All refs in one tree: their collection tells which are sliced.
         def one_tree(refs, inputs):
             plain, sliced = refs
             return f(plain, sliced, inputs)
 
-        axes = rx.axes(layers=0, default=None)
-        g = rx.filter_vmap(one_tree, in_axes=(axes, 0), axis_size=size)
+        same = {"rng": None} if s.option("same_rng") else {}
+        axes = rx.axes(layers=0, default=None, **same)
+        g = rx.filter_vmap(one_tree, in_axes=(axes, of_arrays), **options)
         p = s.style
         return lambda refs, sliced, inputs: g((pack(refs, p), pack(sliced, p)), inputs)
 
@@ -273,6 +286,7 @@ class Lifted(Interpreter):
                 (pack(sliced, p), tuple(xs)),
                 LANES if s.option("sized") else None,
                 bool(s.option("reverse")),
+                in_axes=self._axes(s),
             )
             return [v, *ys], out
 
@@ -285,7 +299,9 @@ class Lifted(Interpreter):
 
         def run(refs, sliced, inputs):
             xs = pack(sliced, s.style), inputs
-            return rx.map(step, xs, batch_size=s.option("batch_size"))
+            return rx.map(
+                step, xs, batch_size=s.option("batch_size"), in_axes=self._axes(s)
+            )
 
         return run
 

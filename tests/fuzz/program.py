@@ -54,6 +54,7 @@ class Stack:
 
     parts: tuple
     shape: tuple[int, ...]
+    axis: int = 0
 
 
 Expr = Name | Const | Sin | Mix | Product | Fit | Stack
@@ -79,6 +80,31 @@ class SetPart:
 
     ref: str
     value: Expr
+
+
+@dataclasses.dataclass(frozen=True)
+class Retype:
+    """`ref.value = value`, of another shape and dtype. A `"weak"` one is a number."""
+
+    ref: str
+    value: Expr
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """`name = normal(key)`, for a key that the ref `key` gives.
+
+    - `how`: "split" it and keep one half; "count" with the ref `counter`, as a stream of
+        `Rngs` does; or "peek", and write nothing.
+    """
+
+    name: str
+    key: str
+    counter: str | None
+    how: str
+    shape: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,11 +194,26 @@ class Apply:
         return dict(self.options).get(name)
 
 
-Statement = Write | Count | SetPart | Let | New | Swap | Tie | WriteIfSame | Apply
+Statement = (
+    Write
+    | Count
+    | SetPart
+    | Retype
+    | Draw
+    | Let
+    | New
+    | Swap
+    | Tie
+    | WriteIfSame
+    | Apply
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class RefSpec:
+    """- `dtype`: "float" or "int"; "loose", a float that may be given another shape and
+    dtype; "key" or "raw", a key for random numbers."""
+
     dtype: str
     shape: tuple[int, ...]
     collection: str | None
@@ -234,8 +275,8 @@ def _expr(e: Expr) -> str:
             return f"sin({_expr(a)} * {_expr(b)})"
         case Fit(a, shape):
             return f"fit({_expr(a)}, {shape})"
-        case Stack(parts, _):
-            return f"stack({', '.join(map(_expr, parts))})"
+        case Stack(parts, _, axis):
+            return f"stack({', '.join(map(_expr, parts))}, axis={axis})"
 
 
 def _apply(s: Apply, pad: str, lines: list[str]) -> None:
@@ -270,6 +311,11 @@ def _statement(s: Statement, pad: str, lines: list[str]) -> None:
             lines.append(f"{pad}{ref}.value += {by}")
         case SetPart(ref, value):
             lines.append(f"{pad}{ref}[0] = {_expr(value)}")
+        case Retype(ref, value, shape, dtype):
+            lines.append(f"{pad}{ref}.value = {dtype}{list(shape)}({_expr(value)})")
+        case Draw(name, key, counter, how, shape):
+            of = f"{key}, {counter}" if counter else key
+            lines.append(f"{pad}{name} = normal({how}({of}), {shape})")
         case Let(name, value):
             lines.append(f"{pad}{name} = {_expr(value)}")
         case New(name, value, collection):
