@@ -6,7 +6,7 @@ from typing import Any, TYPE_CHECKING
 
 from .draw import Known, Scope
 from .interpret import LANES
-from .program import Apply, Block, Expr, Fit, Name
+from .program import Apply, Block, Expr, Fit, Mix, Name
 
 
 if TYPE_CHECKING:
@@ -39,6 +39,10 @@ class Call:
         self.rest: list[str] = []
         self.inputs: list[Expr] = []
         self.bound: list[str] = []
+        # A ref that a backward rule writes. It is the last argument.
+        self.log: str | None = None
+        # Whether one is written in it.
+        self.has_log = False
         self.n_values = self.rng.randint(1, 2)
         self.n_blocks = 1
 
@@ -134,6 +138,40 @@ class Call:
         of -= {None}
         if of and self.gen.chance(0.4):
             self.options["wrt"] = self.rng.choice(sorted(map(str, of)))
+        # One that is differentiated comes first.
+        self.passed.sort(key=lambda n: not self.differentiates(n))
+
+    def differentiates(self, name: str) -> bool:
+        known = self.scope.refs[name]
+        wrt = self.options.get("wrt", known.collection)
+        return known.dtype == "float" and known.collection == wrt
+
+    def draw_custom(self) -> None:
+        scope = self.scope
+        self.options["factor"] = self.rng.choice([2.0, -0.5])
+        # The rules have no derivative by what they close over.
+        if derivatives(scope.path):
+            self.rest = []
+        self.passed = [n for n in self.passed if scope.refs[n].dtype != "log"]
+        logs = scope.of("log")
+        if self.name == "custom_vjp" and scope.live and logs:
+            self.log = self.rng.choice(logs)
+            self.options["log"] = self.has_log = True
+            # Without a derivative by its argument, the rule would not run.
+            self.take(Mix(Name(scope.live), self.gen.expr(scope, 1)))
+        self.take_any()
+
+    def draw_associative(self) -> None:
+        stacks = [self.gen.stack(self.scope) for _ in range(self.n_values)]
+        if self.gen.chance(0.3):
+            # The last one. (Not -1, which JAX does not take together with `reverse`.)
+            axis = len(stacks[0].shape)
+            stacks = [dataclasses.replace(stacks[0], axis=axis)]
+            self.options["axis"] = axis
+        self.inputs += stacks
+        self.n_values = len(stacks)
+        if self.gen.chance(0.3):
+            self.options["reverse"] = True
 
     def take_carry(self) -> None:
         self.take(Fit(self.gen.expr(self.scope, 1), self.rng.choice([(2,), ()])))
@@ -213,7 +251,7 @@ class Call:
         # Names that are closed over by one branch and not by another.
         chance = 0.25 if self.kind.passes else 0.6
         closed_of = [gen.some(self.rest, chance)[:4] for _ in range(self.n_blocks)]
-        kept_of = [gen.some(self.scope.arrays, 0.3) for _ in range(self.n_blocks)]
+        kept_of = [self.kept() for _ in range(self.n_blocks)]
         blocks: list[Block] = []
         returned = None if self.kind.returns_refs else ()
         outs: list[Known] = []
@@ -243,9 +281,29 @@ class Call:
                 values = [e.a if isinstance(e, Fit) else e for e in block.values]
                 fitted = tuple(Fit(e, (2,)) for e in values)
                 block = dataclasses.replace(block, values=fitted)
+            self.has_log |= self.kind.brings_out and bool(inner.logged)
             outs = [inner.refs[n] for n in block.refs]
             blocks.append(block)
         return blocks, outs
+
+    def kept(self) -> list[str]:
+        scope = self.scope
+        if self.name in CUSTOM:
+            # JAX keeps the rules with what it traced, and takes a tracer that they close
+            # over for a leak.
+            return []
+        kept = self.gen.some(scope.arrays, 0.3)
+        if self.kind.brings_out and scope.live and scope.live not in kept:
+            kept.append(scope.live)
+        return kept
+
+    def live(self, params: list[str]) -> str | None:
+        """As that of `Scope`. Of a derivative, it is the param that is differentiated."""
+        if self.kind.brings_out:
+            return self.scope.live
+        if self.name not in ("grad", "value_and_grad") or derivatives(self.scope.path):
+            return None
+        return params[0] if self.differentiates(self.passed[0]) else None
 
     def returned_by_branch(self, params: list[str], before: list[Block]) -> tuple:
         """Mostly, all branches return the same refs."""
@@ -262,6 +320,9 @@ class Call:
         if self.name == "vmap" or self.options.get("batch_size"):
             whole = {s for s, axis in zip(slices, self.axes) if axis is None}
             broadcast = set(own) | whole
+        elif self.name == "associative_scan":
+            # There a write is refused.
+            broadcast = set(own)
         else:
             # What a vmap further out broadcasts, under its names inside.
             inside = [*zip(params, self.passed), *zip(slices, self.sliced)]
@@ -273,6 +334,7 @@ class Call:
             (*self.scope.path, self.name),
             frozenset(params) if self.kind.loops else frozenset(),
             broadcast,
+            self.live(list(params)),
         )
 
     #
@@ -295,6 +357,8 @@ class Call:
         n_out = self.kind.n_out
         n_out = self.n_values + self.kind.extra if n_out is None else n_out
         out_values = [gen.name("z") for _ in range(n_out)]
+        if self.has_log and out_values:
+            scope.logged.append(out_values[0])
         scope.refs.update(out_refs)
         # What comes out may be a broadcast ref again.
         if scope.broadcast:
@@ -303,7 +367,7 @@ class Call:
         return Apply(
             self.name,
             tuple(blocks),
-            tuple(self.passed),
+            (*self.passed, self.log) if self.log else tuple(self.passed),
             tuple(self.sliced),
             tuple(self.inputs),
             self.rng.choice(STYLES),
@@ -324,6 +388,8 @@ class Kind:
     - `passes`: whether refs are arguments; `slices`: whether some are given in slices, and
         what is made comes out stacked; `loops`: whether a step hands on its refs;
     - `returns_refs`: whether refs can be returned;
+    - `brings_out`: whether what a backward rule inside writes comes out of it, if it comes
+        out of what is around it. By lane it would have to be one value;
     - `extra`: how many arrays come out beside those that the block returns; `n_out`: how
         many, whatever it returns.
     """
@@ -335,13 +401,14 @@ class Kind:
     slices: bool = False
     loops: bool = False
     returns_refs: bool = True
+    brings_out: bool = False
     extra: int = 0
     n_out: int | None = None
 
 
 TRANSFORMS = {
-    "jit": Kind(4, Call.draw_call),
-    "checkpoint": Kind(3, Call.draw_call),
+    "jit": Kind(4, Call.draw_call, brings_out=True),
+    "checkpoint": Kind(3, Call.draw_call, brings_out=True),
     "grad": Kind(3, Call.draw_grad, "reverse", extra=1),
     "value_and_grad": Kind(2, Call.draw_grad, "reverse", extra=2),
     "vjp": Kind(2, Call.take_any, "reverse", extra=1),
@@ -351,29 +418,53 @@ TRANSFORMS = {
     "jacrev": Kind(1, Call.take_any, "reverse", n_out=1),
     "hessian": Kind(1, Call.take_any, "reverse", returns_refs=False, n_out=1),
     "vmap": Kind(4, Call.take_stacks, slices=True),
-    "scan": Kind(4, Call.draw_scan, slices=True, loops=True),
+    "scan": Kind(4, Call.draw_scan, slices=True, loops=True, brings_out=True),
     "map": Kind(2, Call.draw_map, passes=False, slices=True),
-    "fori": Kind(3, Call.draw_fori, loops=True, returns_refs=False),
+    "fori": Kind(3, Call.draw_fori, loops=True, returns_refs=False, brings_out=True),
     "while_": Kind(2, Call.draw_while, loops=True, returns_refs=False, extra=1),
-    "cond": Kind(3, Call.draw_branches),
-    "switch": Kind(2, Call.draw_branches),
+    "cond": Kind(3, Call.draw_branches, brings_out=True),
+    "switch": Kind(2, Call.draw_branches, brings_out=True),
+    "associative_scan": Kind(
+        2, Call.draw_associative, passes=False, returns_refs=False
+    ),
+    "custom_jvp": Kind(2, Call.draw_custom),
+    "custom_vjp": Kind(3, Call.draw_custom),
     # At the top only: no transform at all.
     "plain_call": Kind(0, Call.draw_call),
 }
 
 
+CUSTOM = {"custom_jvp", "custom_vjp"}
+
+
+def derivatives(path: tuple[str, ...]) -> list[str]:
+    """The transforms around a statement that differentiate."""
+    return [name for name in path if TRANSFORMS[name].derivative]
+
+
 def weights(path: tuple[str, ...], scope: Scope) -> dict[str, int]:
     """How often each transform is drawn beneath those of `path`."""
     found = {name: kind.weight for name, kind in TRANSFORMS.items()}
-    derivatives = [TRANSFORMS[name].derivative for name in path]
+    around = derivatives(path)
+    kinds = {TRANSFORMS[name].derivative for name in around}
     if not path:
         found["jit"], found["plain_call"] = 8, 1
-    if "reverse" in derivatives:
+    if "reverse" in kinds:
         found["while_"] = 0
+    if len(around) > 1 or "hessian" in around:
+        # The rules are true to the first derivative only.
+        found["custom_jvp"] = found["custom_vjp"] = 0
+    if around and ("forward" in kinds or {"linearize", "custom_jvp"} & set(path)):
+        # By JAX, it has no forward mode.
+        found["custom_vjp"] = 0
+    if scope.of("log") and not around:
+        found["grad"] = 10
+    if scope.of("log") and scope.live:
+        found["custom_vjp"] = 15
     for name, kind in TRANSFORMS.items():
         if not kind.derivative:
             continue
-        if any(derivatives):
+        if around:
             # Derivatives of derivatives take long.
             matrix = name in ("jacfwd", "jacrev", "hessian")
             found[name] = 0 if matrix else 1

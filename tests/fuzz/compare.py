@@ -5,6 +5,7 @@ import re
 import traceback
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -12,7 +13,7 @@ import numpy as np
 
 import refx_eqx as rx
 
-from .heap import Place, Refused
+from .heap import Failed, Place, Refused
 from .interpret import Env, FLOAT, is_key, is_typed_key, LANES, raw
 from .lifted import Lifted
 from .plain import Plain
@@ -43,6 +44,7 @@ REFUSALS = [
     ("the branches must agree", "branches"),
     ("a step must return", "carry"),
     ("a step must keep its shape and dtype", "carry type"),
+    ("It may only read, because how often", "write in associative_scan"),
     ("found nothing to differentiate", "nothing to differentiate"),
 ]
 
@@ -56,6 +58,7 @@ STAGED = {
     "while_",
     "cond",
     "switch",
+    "associative_scan",
 }
 
 
@@ -188,6 +191,13 @@ class _Session:
         found = self.run_lifted(made, dict(lifted_env), before, expected, which)
         if isinstance(expected, Refused):
             raise Wrong(f"not refused: {which}: {expected}")
+        if isinstance(expected, Failed):
+            if found is not None:
+                raise Wrong(f"not failed: {which}")
+            self.plain.heap = before
+            return
+        if found is None:
+            raise Wrong(f"failed: {which}, and not in plain Python")
         (values, places), (out, refs) = expected, found
         for i, (a, b) in enumerate(zip(values, out, strict=True)):
             compare(a, b, f"value {i} of {which}")
@@ -198,14 +208,14 @@ class _Session:
             if ref.collection != place.collection:
                 raise Wrong(f"collection: of ref {place.i} after {which}")
 
-    def run_plain(self, env: Env) -> tuple[list, list] | Refused:
+    def run_plain(self, env: Env) -> tuple[list, list] | Refused | Failed:
         self.plain.reasons.clear()
         result: Any = None
         try:
             # Without checks of JAX, which take time: plain Python is not what is tested.
             with jax.check_tracer_leaks(False):
                 result = self.plain.apply(self.program.top, env)
-        except Refused as e:
+        except (Refused, Failed) as e:
             return e
         except Exception as e:
             raise _Invalid(f"{type(e).__name__}: {e}\n{traceback.format_exc()}") from e
@@ -213,20 +223,26 @@ class _Session:
 
     def run_lifted(
         self, made: Any, env: Env, before: list, expected: Any, which: str
-    ) -> tuple[list, list]:
+    ) -> tuple[list, list] | None:
+        """`None` if a check failed."""
         top = self.program.top
         try:
             return self.lifted.call_made(made, top, env)
+        except eqx.EquinoxRuntimeError as e:
+            self.check_nothing_done(before, which, e)
+            return None
         except rx.RefError as e:
-            if top.transform != "plain_call":
-                # All or nothing.
-                for i, ref in self.refs.items():
-                    if not same(ref.value, before[i]):
-                        raise Wrong(f"half done: {which}, after {e}") from e
+            self.check_nothing_done(before, which, e)
             raise _Refusal(self.reason_for(e, expected), e) from e
         except Exception as e:
             text = "".join(traceback.format_exception(e))
             raise Wrong(f"raised {type(e).__name__}: {which}: {e}\n{text}") from e
+
+    def check_nothing_done(self, before: list, which: str, e: Exception) -> None:
+        if self.program.top.transform != "plain_call":
+            for i, ref in self.refs.items():
+                if not same(ref.value, before[i]):
+                    raise Wrong(f"half done: {which}, after {e}") from e
 
     def reason_for(self, error: rx.RefError, expected: Any) -> str:
         """Why the library was right to refuse the program."""

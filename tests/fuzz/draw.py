@@ -42,7 +42,9 @@ class Scope:
     - `depth`: how deep transforms may still be nested;
     - `path`: the transforms around it, from the outermost one;
     - `fixed`: the names that a loop must hand on as they are;
-    - `broadcast`: the names of refs that lanes share. To write one mostly is refused.
+    - `broadcast`: the names of refs that lanes share. To write one mostly is refused;
+    - `live`: an array that certainly is differentiated, by a transform that brings out what
+        a backward rule here writes; `logged`: the arrays whose backward rules write.
     """
 
     refs: dict[str, Known]
@@ -51,6 +53,8 @@ class Scope:
     path: tuple[str, ...] = ()
     fixed: frozenset[str] = frozenset()
     broadcast: set[str] = dataclasses.field(default_factory=set)
+    live: str | None = None
+    logged: list[str] = dataclasses.field(default_factory=list)
 
     def of(self, *dtypes: str) -> list[str]:
         """The names of the refs of these dtypes."""

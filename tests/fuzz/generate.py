@@ -12,6 +12,8 @@ from .program import (
     Draw,
     Fit,
     Let,
+    Mix,
+    Name,
     New,
     Program,
     RefSpec,
@@ -57,14 +59,16 @@ class Generator(Drawing):
         """A ref that there is at first. The first one is a float."""
         rng = self.rng
         kind = rng.random() if i else 1.0
-        if kind < 0.22:
+        if kind < 0.2:
             collection = "rng" if self.chance(0.3) else "counts"
             return RefSpec("int", rng.choice([(), (), (3,)]), collection)
-        if kind < 0.3:
+        if kind < 0.28:
             return RefSpec("loose", (2,), "loose")
-        if kind < 0.38:
+        if kind < 0.4:
+            return RefSpec("log", (), "log")
+        if kind < 0.46:
             return RefSpec("key", rng.choice([(), (), (3,)]), "rng")
-        if kind < 0.44:
+        if kind < 0.5:
             return RefSpec("raw", rng.choice([(2,), (2,), (3, 2)]), "rng")
         shape = rng.choice(SHAPES) if i else (2,)
         collection = "layers" if shape[:1] == (3,) else rng.choice(COLLECTIONS)
@@ -85,8 +89,17 @@ class Generator(Drawing):
     ) -> Block:
         """The block with a body, of `largest` statements at most, and a result. What
         `scope` knows of the names is true at the end then."""
+        first: list[Statement] = []
+        if block.params and scope.live == block.params[0]:
+            # What it is now: the ref may be written.
+            scope.live = self.name("y")
+            scope.arrays.append(scope.live)
+            first = [Let(scope.live, Name(block.params[0]))]
         body = [self.statement(scope) for _ in range(self.rng.randint(1, largest))]
         values = [self.expr(scope) for _ in range(n_values)]
+        for name in scope.logged:
+            # So that it has a cotangent.
+            values[:1] = [Mix(Name(name), e) for e in values[:1]]
         values = [
             Fit(e, self.rng.choice([(2,), ()])) if self.chance(0.5) else e
             for e in values
@@ -94,7 +107,7 @@ class Generator(Drawing):
         if returned is None:
             returned = tuple(self.some(list(scope.refs), 0.25)[:3])
         return dataclasses.replace(
-            block, body=tuple(body), values=tuple(values), refs=returned
+            block, body=(*first, *body), values=tuple(values), refs=returned
         )
 
     #
@@ -118,13 +131,13 @@ class Generator(Drawing):
         return Let(name, e)
 
     def write(self, scope: Scope, writable: list[str]) -> Statement | None:
-        floats = [n for n in scope.of("float") if n in writable]
+        floats = [n for n in scope.of("float", "log") if n in writable]
         return Write(self.rng.choice(floats), self.expr(scope)) if floats else None
 
     def count(self, scope: Scope, writable: list[str]) -> Statement | None:
         # Lanes count alike, so a broadcast counter is written too.
         ints = scope.of("int")
-        if not ints:
+        if not ints or ("associative_scan" in scope.path and self.chance(0.9)):
             return None
         a = self.rng.choice(ints)
         by: Any = self.rng.randint(1, 3)
@@ -153,6 +166,9 @@ class Generator(Drawing):
         if not keys:
             return None
         how = self.rng.choice(["split", "count", "peek"])
+        if "associative_scan" in scope.path and self.chance(0.9):
+            # There a write is refused.
+            how = "peek"
         if how == "count" and not counters:
             how = "split"
         counter = self.rng.choice(counters) if how == "count" else None
@@ -202,8 +218,8 @@ STATEMENTS = {
     Generator.write: 40,
     Generator.count: 18,
     Generator.set_part: 8,
-    Generator.retype: 8,
-    Generator.draw: 12,
+    Generator.retype: 16,
+    Generator.draw: 25,
     Generator.new: 8,
     Generator.rename: 10,
     Generator.write_if_same: 4,

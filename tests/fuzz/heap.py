@@ -1,5 +1,6 @@
 """Refs in plain Python: a ref is a number in a heap, which is a list of values."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +29,28 @@ class Refused(Exception):
     """Here the meaning of plain Python cannot be carried: the library must refuse it."""
 
 
+class Failed(Exception):
+    """A check failed."""
+
+
+@dataclasses.dataclass
+class Backward:
+    """The calls of functions with a backward rule that writes a log, under a derivative.
+
+    A rule needs the cotangents of what its call returned. They are the derivative by an
+    array of zeros that is added to it.
+
+    - `zeros`: for each call; `None` as long as it is not known which calls there are;
+    - `outs`: what each call returned, and `logs`: the number of the log that it writes;
+    - `seen`: the logs of all calls that there may be.
+    """
+
+    zeros: list | None = None
+    outs: list = dataclasses.field(default_factory=list)
+    logs: list[int] = dataclasses.field(default_factory=list)
+    seen: set[int] = dataclasses.field(default_factory=set)
+
+
 def is_float(x: jax.Array) -> bool:
     return bool(jnp.issubdtype(x.dtype, jnp.floating))
 
@@ -53,6 +76,8 @@ class Heap(Interpreter):
         self.reasons: set[str] = set()
         # What a body may write is found by running it, also where it would not run.
         self.writes: list[set[int]] = []
+        self.backward: Backward | None = None
+        self.is_rehearsal = False
 
     def is_ref(self, x):
         return isinstance(x, Place)
@@ -67,6 +92,11 @@ class Heap(Interpreter):
 
     def set_first(self, ref, value):
         self.write(ref, self.read(ref).at[0].set(value))
+
+    def check(self, x, fails):
+        if fails:
+            raise Failed
+        return x
 
     def new(self, value, collection):
         self.heap.append(value)
@@ -108,13 +138,14 @@ class Heap(Interpreter):
 
     def rehearse(self, run: Callable[[], Any]) -> Any:
         """Runs, and undoes it. Only the reasons for a refusal stay."""
-        heap = list(self.heap)
+        heap, before = list(self.heap), self.is_rehearsal
+        self.is_rehearsal = True
         try:
             return run()
-        except Refused:
+        except (Refused, Failed):
             return None
         finally:
-            self.heap = heap
+            self.heap, self.is_rehearsal = heap, before
 
     def distinct(self, refs: Sequence[Place]) -> list[int]:
         return list(dict.fromkeys(ref.i for ref in refs))

@@ -11,6 +11,7 @@ import jax.random as jr
 from .program import (
     Apply,
     Block,
+    Checked,
     Const,
     Count,
     Draw,
@@ -89,6 +90,12 @@ def retyped(x: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
     return (97.3 * x + 0.41).astype(jnp.int32) if dtype == "int32" else x.astype(dtype)
 
 
+def logged(log: jax.Array, cotangents: Sequence[jax.Array]) -> jax.Array:
+    """What a backward rule makes of a log. The order of the rules makes a difference; a
+    cotangent of zero makes none, as the rule need not run for it."""
+    return log + sum((jnp.sum(x) for x in cotangents), 0.0) * jnp.cos(log)
+
+
 def flat(arrays: Sequence[jax.Array]) -> jax.Array:
     """All of these in one vector."""
     parts = [jnp.ravel(number(x)) for x in arrays]
@@ -161,6 +168,9 @@ class Interpreter:
     def apply(self, s: Apply, env: Env) -> tuple[Sequence[Any], Sequence[Any]]:
         raise NotImplementedError
 
+    def check(self, x: jax.Array, fails: jax.Array) -> jax.Array:
+        raise NotImplementedError
+
     def set_first(self, ref: Any, value: jax.Array) -> None:
         raise NotImplementedError
 
@@ -169,7 +179,10 @@ class Interpreter:
             case Name(name):
                 x = env[name]
                 x = self.read(x) if self.is_ref(x) else x
-                return number(x) if is_key(x) else x
+                return number(x) if is_key(x) or x.dtype == jnp.float32 else x
+            case Checked(a, largest):
+                x = number(self.value(a, env))
+                return self.check(x, jnp.sum(x) > largest)
             case Const(value):
                 return FLOAT(value)
             case Sin(a):

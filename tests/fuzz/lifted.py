@@ -16,6 +16,7 @@ from .interpret import (
     flat,
     Interpreter,
     LANES,
+    logged,
     number,
     pack,
     seed_vector,
@@ -58,6 +59,9 @@ class Lifted(Interpreter):
 
     def set_first(self, ref, value):
         ref[0] = value
+
+    def check(self, x, fails):
+        return eqx.error_if(x, fails, "a check of the program")
 
     def new(self, value, collection):
         return rx.Ref(value, collection)
@@ -159,6 +163,57 @@ class Lifted(Interpreter):
             return tuple(map(number, values)), out
 
         return floats
+
+    def custom_jvp(self, s: Apply, f: Callable) -> Callable:
+        g = rx.filter_custom_jvp(f)
+
+        @g.def_jvp
+        def rule(primals: Any, tangents: Any) -> Any:
+            # The rule writes what the function does, once.
+            out, (of_values, of_refs) = rx.filter_jvp(f, primals, tangents)
+            scaled = tuple(
+                None if t is None else s.option("factor") * t for t in of_values
+            )
+            return out, (scaled, jax.tree.map(lambda t: None, of_refs))
+
+        del rule
+        return self.plain_call(s, g)
+
+    def custom_vjp(self, s: Apply, f: Callable) -> Callable:
+        def whole(arg, log):
+            refs, inputs = arg
+            return f(refs, pack([], s.style), inputs)
+
+        g = rx.filter_custom_vjp(whole)
+
+        @g.def_fwd
+        def fwd(perturbed: Any, arg: Any, log: Any) -> Any:
+            def floats(arg):
+                values, out = whole(arg, log)
+                return tuple(map(number, values)), (values, out)
+
+            _, pullback, (values, out) = rx.filter_vjp(floats, arg, has_aux=True)
+            return (values, out), (pullback, values)
+
+        @g.def_bwd
+        def bwd(residuals: Any, grad: Any, perturbed: Any, arg: Any, log: Any) -> Any:
+            pullback, values = residuals
+            given = [
+                jnp.zeros_like(number(x)) if t is None else t
+                for t, x in zip(grad[0], values)
+            ]
+            if log is not None:
+                log.value = logged(log.value, given)
+            (of_arg,) = pullback(tuple(s.option("factor") * t for t in given))
+            return of_arg
+
+        del fwd, bwd
+
+        def run(refs, sliced, inputs):
+            *refs, log = refs if s.option("log") else [*refs, None]
+            return g((pack(refs, s.style), inputs), log)
+
+        return run
 
     def vjp(self, s: Apply, f: Callable) -> Callable:
         floats = self._floats(s, f)
@@ -302,6 +357,18 @@ class Lifted(Interpreter):
             return rx.map(
                 step, xs, batch_size=s.option("batch_size"), in_axes=self._axes(s)
             )
+
+        return run
+
+    def associative_scan(self, s: Apply, f: Callable) -> Callable:
+        def combine(a, b):
+            parts, _ = f(pack([], s.style), pack([], s.style), ())
+            return tuple(x + y + fit(more, ()) for x, y, more in zip(a, b, parts))
+
+        def run(refs, sliced, inputs):
+            axis = s.option("axis") or 0
+            reverse = bool(s.option("reverse"))
+            return rx.associative_scan(combine, inputs, reverse, axis), []
 
         return run
 

@@ -6,9 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .heap import Heap, is_float
-from .interpret import flat, number, seed_vector
+from .heap import Backward, Heap, is_float
+from .interpret import flat, logged, number, seed_vector
 from .program import Apply
+
+
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """`x`, with its derivative times a factor."""
+    if not is_float(x):
+        return x
+    fixed = jax.lax.stop_gradient(x)
+    return fixed + factor * (x - fixed)
 
 
 class Derivatives(Heap):
@@ -46,13 +54,64 @@ class Derivatives(Heap):
         function, found = self.pure(s, closed, where, inputs, [])
         found["params"] = refs
 
-        def loss(at):
-            values, heap = function(at, [])
-            return jnp.sum(number(values[0])), (values, heap)
+        # The calls in it are not part of another derivative around it.
+        outer, was_rehearsal = self.backward, self.is_rehearsal
 
-        both = jax.value_and_grad(loss, has_aux=True)([self.heap[i] for i in where])
-        (value, (values, self.heap)), grads = both
+        def loss(at, zeros):
+            self.backward, self.is_rehearsal = Backward(zeros), False
+            try:
+                values, heap = function(at, [])
+                backward = self.backward
+            finally:
+                self.backward, self.is_rehearsal = outer, was_rehearsal
+            found["backward"] = backward
+            return jnp.sum(number(values[0])), (values, heap, backward.outs)
+
+        with_grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        at = [self.heap[i] for i in where]
+        (value, (values, heap, outs)), (grads, of_outs) = with_grad(at, None)
+        if outs:
+            zeros = jax.tree.map(jnp.zeros_like, outs)
+            (value, (values, heap, _)), (grads, of_outs) = with_grad(at, zeros)
+        self.heap = heap
+        backward = found["backward"]
+        for seen in self.writes:
+            seen |= backward.seen
+        for i, cotangents in reversed(list(zip(backward.logs, of_outs or []))):
+            self.heap[i] = logged(self.heap[i], cotangents)
         return value, flat(grads), values, found["out"]
+
+    def custom(self, s, closed, refs, sliced, inputs) -> tuple:
+        """With the derivative times a factor, and none of what is written."""
+        base = len(self.heap)
+        *refs, log = refs if s.option("log") else [*refs, None]
+        self.writes.append(set())
+        try:
+            values, out = self.call(s.blocks[0], closed[0], refs, sliced, inputs)
+        finally:
+            written = self.writes.pop()
+        for i in (*(i for i in written if i < base), *range(base, len(self.heap))):
+            if is_float(self.heap[i]):
+                self.heap[i] = jax.lax.stop_gradient(self.heap[i])
+        values = [scaled(x, s.option("factor")) for x in values]
+        if log is not None and self.backward is not None:
+            values = self.logged_call(values, log.i, self.backward)
+        return values, out
+
+    custom_jvp = custom_vjp = custom
+
+    def logged_call(self, values: list, log: int, backward: Backward) -> list:
+        backward.seen.add(log)
+        if self.is_rehearsal:
+            return values
+        floats = [x for x in values if is_float(x)]
+        if backward.zeros is not None:
+            added = zip(floats, backward.zeros[len(backward.logs)])
+            new = iter([x + zero for x, zero in added])
+            values = [next(new) if is_float(x) else x for x in values]
+        backward.outs.append(floats)
+        backward.logs.append(log)
+        return values
 
     def grad(self, s, closed, refs, sliced, inputs) -> tuple:
         _, grads, values, out = self.grad_parts(s, closed, refs, sliced, inputs)

@@ -244,6 +244,28 @@ class Lanes(Heap):
             out.append(made[numbers])
         return values, out
 
+    def associative_scan(self, s, closed, refs, sliced, inputs) -> tuple:
+        base = len(self.heap)
+        self.writes.append(set())
+        try:
+            parts, _ = self.call(s.blocks[0], closed[0], [], (), ())
+        finally:
+            written = self.writes.pop()
+        if any(i < base for i in written):
+            self.refuse("write in associative_scan")
+        axis = s.option("axis") or 0
+        order = range(LANES)[::-1] if s.option("reverse") else range(LANES)
+        values = []
+        for x, more in zip(inputs, parts):
+            x = jnp.moveaxis(x, axis, 0)
+            done: dict[int, Any] = {}
+            total = None
+            for k in order:
+                total = x[k] if total is None else total + x[k] + fit(more, ())
+                done[k] = total
+            values.append(jnp.stack([done[k] for k in range(LANES)], axis))
+        return values, []
+
     def loop(self, s, closed, refs, inputs, order) -> list:
         v = inputs[0]
 

@@ -57,7 +57,15 @@ class Stack:
     axis: int = 0
 
 
-Expr = Name | Const | Sin | Mix | Product | Fit | Stack
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """`a`, if its sum is at most `largest`; else the call fails when it runs."""
+
+    a: Any
+    largest: float
+
+
+Expr = Checked | Name | Const | Sin | Mix | Product | Fit | Stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +220,8 @@ Statement = (
 @dataclasses.dataclass(frozen=True)
 class RefSpec:
     """- `dtype`: "float" or "int"; "loose", a float that may be given another shape and
-    dtype; "key" or "raw", a key for random numbers."""
+    dtype; "key" or "raw", a key for random numbers; "log", a float
+        that backward rules write."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -267,6 +276,8 @@ def _expr(e: Expr) -> str:
             return name
         case Const(value):
             return str(value)
+        case Checked(a, largest):
+            return f"error_if({_expr(a)}, sum > {largest})"
         case Sin(a):
             return f"sin({_expr(a)})"
         case Mix(a, b):
