@@ -6,7 +6,7 @@ from typing import Any, TYPE_CHECKING
 
 from .draw import Known, Scope
 from .interpret import LANES
-from .program import Apply, Block, Expr, Fit, Mix, Name
+from .program import Apply, Block, Checked, Expr, Fit, Mix, Name
 
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class Call:
         self.log: str | None = None
         # Whether one is written in it.
         self.has_log = False
+        self.has_check = False
         self.n_values = self.rng.randint(1, 2)
         self.n_blocks = 1
 
@@ -282,9 +283,29 @@ class Call:
                 fitted = tuple(Fit(e, (2,)) for e in values)
                 block = dataclasses.replace(block, values=fitted)
             self.has_log |= self.kind.brings_out and bool(inner.logged)
+            if self.is_top and self.name == "jit":
+                block = self.checked_top(block, inner)
+            elif self.scope.path == ("jit",) and self.name in CHECKED:
+                block = self.checked(block, inner)
             outs = [inner.refs[n] for n in block.refs]
             blocks.append(block)
         return blocks, outs
+
+    def checked(self, block: Block, inner: Scope) -> Block:
+        """Sometimes, the last value is checked when it runs."""
+        if not block.values or not self.gen.chance(0.2):
+            return block
+        largest = round(self.rng.uniform(-0.2, 2.0), 2)
+        *values, last = block.values
+        self.has_check = True
+        return dataclasses.replace(block, values=(*values, Checked(last, largest)))
+
+    def checked_top(self, block: Block, inner: Scope) -> Block:
+        """A check runs only if what it checks is returned, so that is done here."""
+        more = tuple(map(Name, inner.checked))
+        self.n_values += len(more)
+        block = dataclasses.replace(block, values=(*block.values, *more))
+        return self.checked(block, inner)
 
     def kept(self) -> list[str]:
         scope = self.scope
@@ -359,6 +380,8 @@ class Call:
         out_values = [gen.name("z") for _ in range(n_out)]
         if self.has_log and out_values:
             scope.logged.append(out_values[0])
+        if self.has_check:
+            scope.checked.append(out_values[-1])
         scope.refs.update(out_refs)
         # What comes out may be a broadcast ref again.
         if scope.broadcast:
@@ -435,6 +458,11 @@ TRANSFORMS = {
 
 
 CUSTOM = {"custom_jvp", "custom_vjp"}
+
+
+# What may hold a check: where it runs, and how often, is as in plain Python. (Under vmap
+# both branches of a cond run.)
+CHECKED = {"jit", "checkpoint", "vmap", "map", "grad", "value_and_grad"}
 
 
 def derivatives(path: tuple[str, ...]) -> list[str]:

@@ -17,7 +17,7 @@ from .heap import Failed, Place, Refused
 from .interpret import Env, FLOAT, is_key, is_typed_key, LANES, raw
 from .lifted import Lifted
 from .plain import Plain
-from .program import Program
+from .program import has_checks, Program
 
 
 @dataclasses.dataclass
@@ -89,8 +89,10 @@ def check(program: Program) -> Report:
     """Runs a program several times, in both ways: twice, after a write from outside, and
     with another sharing."""
     session = _Session(program)
+    # `eqx.error_if` leaks a tracer, whoever calls it.
+    leaks = jax.check_tracer_leaks.value and not has_checks(program.top)
     try:
-        with jax.enable_x64(True):
+        with jax.enable_x64(True), jax.check_tracer_leaks(leaks):
             session.run()
     except _Refusal as e:
         return Report("refused", e.kind, str(e.error))

@@ -44,7 +44,8 @@ class Scope:
     - `fixed`: the names that a loop must hand on as they are;
     - `broadcast`: the names of refs that lanes share. To write one mostly is refused;
     - `live`: an array that certainly is differentiated, by a transform that brings out what
-        a backward rule here writes; `logged`: the arrays whose backward rules write.
+        a backward rule here writes; `logged`: the arrays whose backward rules write;
+    - `checked`: the arrays that are checked when the program runs.
     """
 
     refs: dict[str, Known]
@@ -55,6 +56,7 @@ class Scope:
     broadcast: set[str] = dataclasses.field(default_factory=set)
     live: str | None = None
     logged: list[str] = dataclasses.field(default_factory=list)
+    checked: list[str] = dataclasses.field(default_factory=list)
 
     def of(self, *dtypes: str) -> list[str]:
         """The names of the refs of these dtypes."""

@@ -244,6 +244,15 @@ class Program:
     seed: int
 
 
+def has_checks(s: Apply) -> bool:
+    """Whether something in it may fail when it runs."""
+    return any(
+        any(isinstance(e, Checked) for e in block.values)
+        or any(isinstance(x, Apply) and has_checks(x) for x in block.body)
+        for block in s.blocks
+    )
+
+
 def transforms_of(s: Apply) -> list[str]:
     """The names of all transforms in it."""
     inner = [
