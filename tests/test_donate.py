@@ -181,6 +181,39 @@ def test_what_is_written_may_depend_on_the_shapes():
         assert b.value[0] == 2.0 * (not writes_a)
 
 
+def test_what_is_donated_may_depend_on_the_types(trace_counter):
+    def keep(last, x):
+        last.value = x + jnp.mean(last.value)
+        return jnp.sum(x)
+
+    keep = trace_counter(keep)
+    f = rx.filter_jit(keep, donate="refs")
+    last = rx.Ref(jnp.ones(2))
+
+    def call(n):
+        old, before = last.value, keep.counter.count
+        f(last, jnp.ones(n))
+        assert old.is_deleted() is (old.shape == (n,))
+        return keep.counter.count - before
+
+    for n in (2, 2, 3, 3, 2):
+        call(n)
+    # Each pair of types was there once, so none is traced again.
+    assert [call(n) for n in (2, 3, 3, 2, 2)] == [0] * 5
+
+
+def test_lowered_for_types_of_which_another_ref_is_donated():
+    @rx.filter_jit(donate="refs")
+    def keep(last, x):
+        last.value = 2 * x
+        return jnp.sum(x)
+
+    last = rx.Ref(jnp.ones(2))
+    keep(last, jnp.ones(2))
+    compiled = keep.lower(last, jnp.ones(3)).compile()
+    assert compiled(last, jnp.ones(3)) == 3.0 and last.shape == (3,)
+
+
 def test_an_exception_while_tracing_donates_nothing():
     a = make_ref(1.0)
     old = a.value

@@ -102,8 +102,10 @@ class Variant:
         self._donate = program.donate
         self.donates = program.donate != "none"
         self._structure = structure
-        # What to donate, as far as is known; see `split`.
+        # What to donate, as far as is known; see `split`. And where it is another: by the
+        # types of the arrays, so that calls of two types do not trace in turns.
         self._split: Split | None = None
+        self._other_splits: dict[tuple, Split] = {}
         body = program.body
 
         def traced(arrays: list[Any]) -> tuple[list[Any], list[Any], Any]:
@@ -159,7 +161,7 @@ class Variant:
                     )
                     return self._donating(split, donated, kept)
             except _Resplit as e:
-                split = self._split = e.split
+                split = self._other_splits[_types(arrays)] = e.split
 
     def lower(self, opened: Opened) -> tuple[Any, Split]:
         """The lowered program, and what of its arrays it donates."""
@@ -169,7 +171,12 @@ class Variant:
             if self._donate == "none":
                 return self.plain.lower(arrays), Split((), tuple(range(len(arrays))))
             split = self.split(opened, arrays)
-            return self._donating.lower(split, *apart(arrays, split)), split
+            try:
+                lowered = self._donating.lower(split, *apart(arrays, split))
+            except _Resplit as e:
+                split = self._other_splits[_types(arrays)] = e.split
+                lowered = self._donating.lower(split, *apart(arrays, split))
+            return lowered, split
 
     def split(self, opened: Opened, arrays: list[Any]) -> Split:
         """What to donate, as far as is known before the program is traced for its shapes.
@@ -181,6 +188,8 @@ class Variant:
             jaxpr, outcome = jax.make_jaxpr(self._traced, return_shape=True)(arrays)
             opened.traced = jaxpr, jax.tree.structure(outcome)
             self._split = self._split_for(opened, outcome, arrays)
+        if self._other_splits:
+            return self._other_splits.get(_types(arrays), self._split)
         return self._split
 
     def _split_for(self, opened: Opened, outcome: tuple, arrays: list[Any]) -> Split:
@@ -206,6 +215,10 @@ class Variant:
             tuple(i for i in every if i in donated),
             tuple(i for i in every if i not in donated),
         )
+
+
+def _types(arrays: list[Any]) -> tuple:
+    return tuple(map(jax.typeof, arrays))
 
 
 def _same_buffer_type(old: Any, new: Any) -> bool:
