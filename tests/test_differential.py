@@ -4,6 +4,8 @@ gives, or they are refused for a reason. See `tests/fuzz`."""
 import collections
 import functools
 
+import fuzz.lifted
+import fuzz.plain_lanes
 import jax
 import pytest
 from fuzz.compare import check, Report
@@ -26,8 +28,10 @@ from fuzz.program import (
 import refx_eqx as rx
 
 
-# Seeds, each with how deep transforms are nested in its program.
-CORPUS = [(seed, 1 + seed % 3) for seed in range(45)]
+# Seeds, each with how deep transforms are nested in its program. The later ones are for
+# what is drawn seldom.
+SEEDS = [*range(36), 40, 86, 182, 198, 231, 265, 337]
+CORPUS = [(seed, 1 + seed % 3) for seed in SEEDS]
 
 
 @functools.cache
@@ -50,6 +54,22 @@ def test_most_programs_of_the_corpus_are_not_refused():
 def test_the_corpus_has_every_transform():
     used = {name for key in CORPUS for name in transforms_of(generate(*key).top)}
     assert used >= set(TRANSFORMS)
+
+
+def test_the_corpus_has_what_is_drawn_seldom():
+    of_text = "\n".join(text(generate(*key)) for key in CORPUS)
+    # Keys, writes of another type, run-time checks, backward rules that write, other axes.
+    for what in (
+        "= normal(",
+        ".value = weak[",
+        ".value = int32[",
+        "error_if(",
+        "log=True",
+        " axes=",
+        "array_axes=",
+        "out_axis=",
+    ):
+        assert what in of_text, what
 
 
 def test_a_seed_gives_the_same_program_each_time():
@@ -142,6 +162,26 @@ def test_a_wrong_transform_is_found_out(monkeypatch, transform, wrong, inputs, k
     monkeypatch.setattr(Lifted, transform, wrong)
     report = check(program)
     assert (report.outcome, report.kind) == ("wrong", kind), report.detail
+
+
+def of_corpus(pattern: str) -> list[Program]:
+    programs = [generate(*key) for key in CORPUS]
+    return [program for program in programs if pattern in text(program)]
+
+
+@pytest.mark.parametrize(
+    "pattern, where, name, wrong",
+    [
+        ("log=True", fuzz.lifted, "logged", lambda log, cotangents: log),
+        ("= normal(", fuzz.plain_lanes, "key_of_lane", lambda keys, lane: keys),
+        ("error_if(", Lifted, "check", lambda self, x, fails: x),
+    ],
+    ids=["backward", "keys", "checks"],
+)
+def test_a_wrong_effect_is_found_out(monkeypatch, pattern, where, name, wrong):
+    """Backward rules that write nothing, one key for all lanes, checks that never fail."""
+    monkeypatch.setattr(where, name, wrong)
+    assert any(check(program).outcome == "wrong" for program in of_corpus(pattern))
 
 
 def test_a_refusal_without_a_reason_is_found_out(monkeypatch):

@@ -147,5 +147,15 @@ class Heap(Interpreter):
         finally:
             self.heap, self.is_rehearsal = heap, before
 
+    def changed_since(self, start: list) -> list[int]:
+        """The refs whose values are others. To write what is there is no write."""
+        return [i for i, x in enumerate(start) if self.heap[i] is not x]
+
+    def renew(self, numbers: set[int]) -> None:
+        """What a branch or a step may have written is another value, even if it has not."""
+        for i in numbers:
+            if is_float(self.heap[i]):
+                self.heap[i] = jnp.array(self.heap[i], copy=True)
+
     def distinct(self, refs: Sequence[Place]) -> list[int]:
         return list(dict.fromkeys(ref.i for ref in refs))

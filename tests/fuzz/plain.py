@@ -19,8 +19,9 @@ class Plain(Derivatives, Lanes):
     plain_call = jit = checkpoint = straight
 
     def branch(self, s, closed, refs, inputs, chosen: int) -> tuple:
-        base = len(self.heap)
+        start, base = list(self.heap), len(self.heap)
         seen = []
+        changed: set[int] = set()
         for block, mine in zip(s.blocks, closed):
 
             def run() -> list:
@@ -31,6 +32,7 @@ class Plain(Derivatives, Lanes):
                     same = first.setdefault(ref.i, k)
                     new = same, ref.collection, self.read(ref).shape
                     types.append(ref.i if ref.i < base else new)
+                changed.update(self.changed_since(start))
                 # And what is in the refs that there were.
                 return types + [type_of(x) for x in self.heap[:base]]
 
@@ -39,7 +41,9 @@ class Plain(Derivatives, Lanes):
                 seen.append(result)
         if any(x != seen[0] for x in seen):
             self.reasons.add("branches")
-        return self.call(s.blocks[chosen], closed[chosen], refs, (), inputs)
+        result = self.call(s.blocks[chosen], closed[chosen], refs, (), inputs)
+        self.renew(changed)
+        return result
 
     def cond(self, s, closed, refs, sliced, inputs) -> tuple:
         pred, *rest = inputs

@@ -83,14 +83,11 @@ class Derivatives(Heap):
 
     def custom(self, s, closed, refs, sliced, inputs) -> tuple:
         """With the derivative times a factor, and none of what is written."""
-        base = len(self.heap)
+        start = list(self.heap)
         *refs, log = refs if s.option("log") else [*refs, None]
-        self.writes.append(set())
-        try:
-            values, out = self.call(s.blocks[0], closed[0], refs, sliced, inputs)
-        finally:
-            written = self.writes.pop()
-        for i in (*(i for i in written if i < base), *range(base, len(self.heap))):
+        values, out = self.call(s.blocks[0], closed[0], refs, sliced, inputs)
+        made = range(len(start), len(self.heap))
+        for i in (*self.changed_since(start), *made):
             if is_float(self.heap[i]):
                 self.heap[i] = jax.lax.stop_gradient(self.heap[i])
         values = [scaled(x, s.option("factor")) for x in values]

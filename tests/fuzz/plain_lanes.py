@@ -276,11 +276,18 @@ class Lanes(Heap):
             self.check_after(refs, after)
             return fit(new, v.shape)
 
-        self.rehearse(lambda: self.carried(lambda: step(0)))
+        start = list(self.heap)
+
+        def changed_by_step() -> set[int]:
+            self.carried(lambda: step(0))
+            return set(self.changed_since(start))
+
+        changed = self.rehearse(changed_by_step) or set()
         n = 0
         for i in order():
             v = self.carried(lambda i=i: step(i))
             n += 1
+        self.renew(changed)
         return [jnp.int32(n), v]
 
     def fori(self, s, closed, refs, sliced, inputs) -> tuple:
