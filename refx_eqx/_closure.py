@@ -11,7 +11,7 @@ import dis
 import functools
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax.tree_util as jtu
@@ -376,22 +376,22 @@ def _content_key(cell: types.CellType) -> Any:
 class _Identity:
     """Stands for an object; equal for the same object. Holds it weakly if it can."""
 
-    __slots__ = ("_id", "_obj")
+    __slots__ = ("_id", "recall")
 
     def __init__(self, obj: Any):
         self._id = id(obj)
         try:
-            self._obj = weakref.ref(obj)
+            self.recall = weakref.ref(obj)
         except TypeError:
-            self._obj = functools.partial(_itself, obj)
+            self.recall = functools.partial(_itself, obj)
 
     def __eq__(self, other: Any) -> bool:
         if self is other:
             return True
         # What a dead object was is equal to nothing: its id may be another's by now.
-        mine = self._obj()
+        mine = self.recall()
         return (
-            isinstance(other, _Identity) and mine is not None and mine is other._obj()
+            isinstance(other, _Identity) and mine is not None and mine is other.recall()
         )
 
     def __hash__(self) -> int:
@@ -402,13 +402,26 @@ def _itself(obj: Any) -> Any:
     return obj
 
 
+# A cell of a closure, what stands for its content, and a function that returns that
+# content, or `None` if it is gone.
+Watched = tuple[types.CellType, Any, Callable[[], Any]]
+
+
 def same_content(cell: types.CellType, key: Any) -> bool:
-    """Whether a cell still has the content that `content_key` saw."""
+    """Whether a cell still has the content that `key` stands for."""
     return _content_key(cell) == key
 
 
-def watched_cells(fn: types.FunctionType) -> list[tuple[types.CellType, Any]]:
-    """The cells of a function whose content matters, each with the key of its content."""
+def watched_cells(fn: types.FunctionType) -> list[Watched]:
+    """The cells of a function whose content matters."""
     rebound = _rebound_cells(_reachable_functions(fn))
-    cells = (cell for cell in fn.__closure__ or () if id(cell) not in rebound)
-    return [(cell, _content_key(cell)) for cell in cells]
+    watched = []
+    for cell in fn.__closure__ or ():
+        if id(cell) not in rebound:
+            key = _content_key(cell)
+            if isinstance(key, _Identity):
+                recall = key.recall
+            else:
+                recall = functools.partial(_itself, cell.cell_contents)
+            watched.append((cell, key, recall))
+    return watched

@@ -305,8 +305,8 @@ def _open_result(result: Any, inner: list[Ref], name: str) -> tuple[list, Outcom
 
 def close_result(outcome: Outcome, refs: list[Ref]) -> Any:
     """The result with refs in it: those of the call are `refs`, the others are new."""
-    if outcome.info.treedef is not None:
-        return jtu.tree_unflatten(outcome.info.treedef, outcome.out)
+    if outcome.info.build is not None:
+        return outcome.info.build(outcome.out)
     structure = outcome.info.result
     own = {i: refs[number] for i, number in outcome.info.carried.items()}
     leaves, _ = structure.fill(outcome.out, own)

@@ -52,11 +52,12 @@ class _Commits:
 
     def store(self, updates: Iterable[tuple["Ref", Any]]) -> None:
         """Writes values that were checked. The lock must be held."""
-        self.count += 1
         for ref, value in updates:
             ref._value = value
             if type(value) is not _trace.ConcreteArray:
                 self.irregular += 1
+        # Last: who read half of this began with the old count, and will see the new one.
+        self.count += 1
 
 
 commits = _Commits()

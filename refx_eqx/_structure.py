@@ -9,6 +9,7 @@ and no function strongly.
 import functools
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -288,7 +289,7 @@ jtu.register_pytree_node(
 )
 
 
-RETURNS_NONE = jtu.tree_structure(None)
+_ONE_ARRAY = jtu.tree_structure(0)
 
 
 class OutcomeInfo:
@@ -298,24 +299,24 @@ class OutcomeInfo:
         the call, by `carried`, then the new ones.
     - `carried`: for each ref of the result that the call carries, its number in the call.
     - `written`: `(number in the call, inside of the new value)` of each ref written.
+    - `build`: makes the result of its arrays, if it has nothing else; or `None`.
+    - `waits`: whether a call must wait for run-time checks. `filter_jit` finds out.
 
     By itself it is a pytree node without children, which is how it gets out of `jax.jit`.
     """
 
-    __slots__ = ("carried", "result", "treedef", "waits", "written")
+    __slots__ = ("build", "carried", "result", "waits", "written")
 
     def __init__(self, result: Structure, carried: dict[int, int], written: list):
         self.result = result
         self.carried = carried
         self.written = written
-        # Whether a call must wait for run-time checks: `filter_jit` finds out.
         self.waits = False
-        # The common case of a result that has arrays only.
         (part,) = result.parts
-        only_arrays = result.n_bare == len(result.codes) and not part.nodes
-        self.treedef = part.treedef if only_arrays else None
-        if only_arrays and part.treedef == RETURNS_NONE:
-            self.treedef = RETURNS_NONE  # to be told by identity
+        self.build: Callable[[list[Any]], Any] | None = None
+        if result.n_bare == len(result.codes) and not part.nodes:
+            is_one = part.treedef == _ONE_ARRAY
+            self.build = itemgetter(0) if is_one else part.treedef.unflatten
 
 
 jtu.register_pytree_node(OutcomeInfo, lambda info: ((), info), lambda info, _: info)

@@ -238,10 +238,13 @@ def undisturbed_state() -> ThreadState | None:
     """The state of this thread if nothing is going on in it: no transform, no body of a
     lifted one, no `mutable`. Else `None`."""
     state = thread.state
-    if core.trace_ctx.trace is core.eval_trace and not state.bodies:
-        if not state.guards:
-            return state
+    if _context.trace is _eval_trace and not state.bodies and not state.guards:
+        return state
     return None
+
+
+# Names of this module are found sooner than those in `core`.
+_context, _eval_trace = core.trace_ctx, core.eval_trace
 
 
 def is_at_home(owner: TraceRef) -> bool:

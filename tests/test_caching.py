@@ -11,10 +11,12 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jaxtyping import Array
 
 import refx_eqx as rx
+from refx_eqx._transforms import _plan
 
 
 # With `.lower` and `__wrapped__`, which a `Callable` does not have for type checkers.
@@ -191,6 +193,38 @@ def test_a_repeated_call_notices_what_a_closure_variable_is_bound_to():
         f(ref)
 
 
+def test_what_cannot_be_planned_is_not_tried_at_each_call(monkeypatch):
+    tries, make_plan = [], _plan.make_plan
+    counting = lambda *args: tries.append(args) or make_plan(*args)
+    monkeypatch.setattr(_plan, "make_plan", counting)
+    state = rx.Ref({"mean": jnp.array(0.0), "n": jnp.array(0)})  # not one array
+
+    @rx.filter_jit
+    def f(state, x):
+        state.value = {"mean": state.value["mean"] + x, "n": state.value["n"] + 1}
+
+    for _ in range(10):
+        f(state, jnp.array(2.0))
+    assert (state.value["mean"], state.value["n"]) == (20.0, 10)
+    assert 1 <= len(tries) <= 3
+
+
+def test_a_value_that_is_no_array_for_a_while_is_planned_again(monkeypatch):
+    plans, make_plan = [], _plan.make_plan
+    keeping = lambda *args: plans.append(make_plan(*args)) or plans[-1]
+    monkeypatch.setattr(_plan, "make_plan", keeping)
+    ref = rx.Ref(np.ones(3))
+    f = rx.filter_jit(lambda ref, x: setattr(ref, "value", ref.value + x))
+    for _ in range(4):
+        f(ref, X)
+    assert len(plans) == 1
+    ref.value = np.zeros(3, np.float32)
+    for _ in range(4):
+        f(ref, X)
+    assert [plan is None for plan in plans] == [False, True, False]
+    assert np.array_equal(ref.value, 4 * X)
+
+
 # Traced again.
 
 
@@ -305,6 +339,28 @@ def test_many_models_come_and_go():
     _collect()
     assert len(alive) == 0
     assert len(gc.get_objects()) - before < 300
+
+
+def test_ten_thousand_models_come_and_go():
+    class Scale(rx.Module):
+        factors: list[rx.Param[jax.Array]]
+
+    @rx.filter_jit
+    def f(model, x):
+        return model.factors[0].value * x
+
+    alive: weakref.WeakSet = weakref.WeakSet()
+    counts = []
+    for i in range(10_001):
+        model = Scale([rx.Ref(X)])
+        for _ in range(3):  # the third is a repeated call, of which something is kept
+            f(model, X)
+        alive.add(model.factors[0])
+        if i in (1000, 10_000):
+            _collect()
+            counts.append(len(gc.get_objects()))
+            assert len(alive) == 1
+    assert abs(counts[1] - counts[0]) < 100
 
 
 def test_a_model_dies_at_once_without_the_collector():

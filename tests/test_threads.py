@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import refx_eqx as rx
+from refx_eqx._ref import commits
 
 
 N_THREADS = 4
@@ -91,6 +92,29 @@ def test_a_transform_that_only_reads_sees_one_moment():
         return [int(read(a, b)) for _ in range(100)]
 
     assert all(n == 0 for part in _in_threads(work) for n in part)
+
+
+@pytest.mark.parametrize("calls_before", [0, 3], ids=["first call", "repeated call"])
+def test_a_call_that_meets_half_of_a_write_waits_for_the_rest(calls_before):
+    a, b = rx.Ref(jnp.array(0)), rx.Ref(jnp.array(0))
+    read = rx.filter_jit(lambda a, b: (a.value, b.value))
+    for _ in range(calls_before):
+        read(a, b)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        found = []
+
+        def halves():
+            yield a, jnp.array(1)
+            found.append(pool.submit(read, a, b))
+            # It reads, and cannot end before all is written.
+            with pytest.raises(concurrent.futures.TimeoutError):
+                found[0].result(timeout=0.5)
+            yield b, jnp.array(1)
+
+        with commits.lock:
+            commits.store(halves())
+        assert found[0].result(timeout=30) == (1, 1)
 
 
 def test_two_threads_trace_at_once():

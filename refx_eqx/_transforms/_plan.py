@@ -37,7 +37,7 @@ from .._functionalize import (
 )
 from .._lifted import Lifted
 from .._ref import commits, Ref
-from .._structure import is_traced, Outcome, OutcomeInfo, RETURNS_NONE as _NONE
+from .._structure import is_traced, Outcome, OutcomeInfo
 from ._program import explain, Program
 
 
@@ -53,7 +53,7 @@ class Plans:
     def __init__(self, fn: Any, program: Program):
         self._fn = fn
         self._program = program
-        self._plans: dict[tuple, Plan | None] = {}
+        self._plans: dict[tuple, Plan | _Failed | None] = {}
 
     def call(self, args: tuple, kwargs: dict) -> Any:
         """Makes the call, if there is a plan for it; `NO_PLAN` if there is none."""
@@ -81,28 +81,38 @@ class Plans:
             plan = self._plans.get(tuple(key))
         except TypeError:
             return NO_PLAN
-        if plan is None or not plan.holds():
-            return self._learn(tuple(key), args, kwargs, arrays, state)
-        return plan.call(arrays, state)
+        if type(plan) is Plan and plan.holds():
+            out = plan.call(arrays, state)
+            if out is not NO_PLAN:
+                return out
+        return self._learn(tuple(key), args, kwargs, arrays, state)
 
     def _learn(
         self, key: tuple, args: tuple, kwargs: dict, arrays: list[Any], state: Any
     ) -> Any:
         __tracebackhide__ = True
-        if key in self._plans:
-            plan = make_plan(self._fn, self._program, args, kwargs)
-            if plan is None:
-                return NO_PLAN
-            self._keep(key, plan, args, kwargs)
-            return plan.call(arrays, state)
-        # The first time, a key is only noted: most modules that are made in passing (by
-        # `eqx.tree_at`, by a transform) are never seen again.
-        if len(self._plans) >= _MAX_NOTES:
-            self._plans = {k: v for k, v in self._plans.items() if v is not None}
-        self._plans[key] = None
-        return NO_PLAN
+        if key not in self._plans:
+            # The first time, a key is only noted: most modules that are made in passing
+            # (by `eqx.tree_at`, by a transform) are never seen again.
+            if len(self._plans) >= _MAX_NOTES:
+                self._plans = {k: v for k, v in self._plans.items() if v is not None}
+            self._plans[key] = None
+            return NO_PLAN
+        before = self._plans[key]
+        if type(before) is _Failed and before.times == _MAX_FAILURES:
+            return NO_PLAN
+        plan = make_plan(self._fn, self._program, args, kwargs)
+        if plan is None:
+            failed = before if type(before) is _Failed else _Failed()
+            failed.times += 1
+            self._keep(key, failed, args, kwargs)
+            return NO_PLAN
+        self._keep(key, plan, args, kwargs)
+        return plan.call(arrays, state)
 
-    def _keep(self, key: tuple, plan: "Plan", args: tuple, kwargs: dict) -> None:
+    def _keep(
+        self, key: tuple, plan: "Plan | _Failed", args: tuple, kwargs: dict
+    ) -> None:
         plans = weakref.ref(self)
 
         def forget(_: Any) -> None:
@@ -116,6 +126,19 @@ class Plans:
         self._plans[key] = plan
 
 
+class _Failed:
+    """There could be no plan: a ref has a value that is not one array, say. That may pass
+    (a NumPy array is soon written over), so it is tried again, but not at each call."""
+
+    __slots__ = ("guards", "times")
+
+    guards: list[weakref.ref]
+
+    def __init__(self):
+        self.times = 0
+
+
+_MAX_FAILURES = 3
 _MAX_NOTES = 1000
 
 # The types whose instances are told apart by identity, and known to be immutable. Filled as
@@ -181,12 +204,10 @@ class Plan:
     __slots__ = (
         "bare",
         "cells",
-        "dicts",
+        "containers",
         "guards",
         "irregular",
         "last",
-        "lists",
-        "only_lists",
         "opened",
         "refs",
         "run",
@@ -196,17 +217,18 @@ class Plan:
     # For each array beside the refs: its position among those of the call, or the array
     # itself where a module holds it. `None` if they are just those of the call.
     bare: list[Any] | None
-    # What could have changed: `(container, its items then)`.
-    lists: list[tuple[list, tuple]]
-    dicts: list[tuple[dict, tuple, tuple]]
-    cells: list["_Watched"]
+    # What could have changed.
+    containers: list["_List | _Dict"]
+    cells: list[_closure.Watched]
     # Weak references to the modules that the key has by identity.
     guards: list[weakref.ref]
     # Of the last outcome: its info, and the refs that it writes, or `None` if some of them
     # get anything else than one array. A tuple, as several threads may be here at once.
     last: tuple[OutcomeInfo | None, list[Ref] | None]
 
-    def __init__(self, opened: Opened, variant: Any, bare: list[Any] | None):
+    def __init__(
+        self, opened: Opened, variant: Any, bare: list[Any] | None, irregular: int
+    ):
         self.opened = opened
         self.refs = opened.refs
         self.slots = opened.structure.slots
@@ -216,39 +238,44 @@ class Plan:
             functools.partial(variant.dispatch, opened) if donates else variant.plain
         )
         self.bare = bare
-        self.lists, self.dicts, self.cells = [], [], []
+        self.containers, self.cells = [], []
         self.guards = []
         self.last = None, None
-        self.irregular = commits.irregular
+        self.irregular = irregular
 
-    def holds(self) -> bool:
-        """Whether what the plan knows is still so."""
-        if self.irregular != commits.irregular:
-            irregular = commits.irregular
-            if any(
-                type(ref._value) is not _trace.ConcreteArray
-                or ref._collection != slot.collection
-                or ref._declared != slot.declared
-                for ref, slot in zip(self.refs, self.slots)
-            ):
-                return False
-            self.irregular = irregular
-        for items, then in self.lists:
-            if len(items) != len(then) or not all(map(is_, items, then)):
-                return False
-        if self.only_lists:
-            return True
-        for items, keys, then in self.dicts:
-            if tuple(items) != keys or not all(map(is_, items.values(), then)):
-                return False
-        # Not `all` of a generator, which takes twice the time.
-        for cell, key, weak in self.cells:  # noqa: SIM110
-            if not _is_same(cell, key, weak):
-                return False
+    def fits(self, values: list[Any]) -> bool:
+        """Whether these values of the refs, and those of now, are such as the plan knows."""
+        irregular = commits.irregular
+        if any(
+            type(value) is not _trace.ConcreteArray
+            or type(ref._value) is not _trace.ConcreteArray
+            or ref._collection != slot.collection
+            or ref._declared != slot.declared
+            for value, ref, slot in zip(values, self.refs, self.slots)
+        ):
+            return False
+        self.irregular = irregular
         return True
 
+    def holds(self) -> bool:
+        """Whether no list, dict or closure variable has changed."""
+        if self.containers and not all(x.holds() for x in self.containers):
+            return False
+        try:
+            # Most contents are objects that stay: that is quicker seen than keys compared.
+            for cell, _, recall in self.cells:
+                content = cell.cell_contents
+                if content is None or content is not recall():
+                    break
+            else:
+                return True
+        except ValueError:  # an empty cell
+            pass
+        return all(_closure.same_content(cell, key) for cell, key, _ in self.cells)
+
     def call(self, arrays: list[Any], state: _trace.ThreadState) -> Any:
-        """Makes the call with these arrays beside the refs, on the thread of `state`."""
+        """Makes the call with these arrays beside the refs, on the thread of `state`;
+        `NO_PLAN` if the refs are such as the plan does not know."""
         __tracebackhide__ = True
         refs = self.refs
         if self.bare is not None:
@@ -257,6 +284,8 @@ class Plan:
         while True:
             started = commits.count
             values = [ref._value for ref in refs]
+            if self.irregular != commits.irregular and not self.fits(values):
+                return NO_PLAN
             calls.append(self.opened)
             try:
                 try:
@@ -280,9 +309,9 @@ class Plan:
                         ref._value is value for ref, value in zip(refs, values)
                     ):
                         continue
-                    commits.count += 1
                     for ref, value in zip(written, updates):
                         ref._value = value
+                    commits.count += 1
                 finally:
                     lock.release()
             except Disturbed:
@@ -293,35 +322,38 @@ class Plan:
                 except Disturbed:
                     continue
                 raise
-            if info.treedef is _NONE:
-                return None
-            if info.treedef is None:
+            if info.build is None:
                 return close_result(Outcome(out, updates, info), refs)
-            return info.treedef.unflatten(out)
+            return info.build(out)
 
 
-# A cell of a closure, the key of its content then, and a weak reference to that content, or
-# `None` where there can be none.
-_Watched = tuple[types.CellType, Any, weakref.ref | None]
+class _List:
+    """A list, and what was in it when the plan was made."""
+
+    __slots__ = ("items", "then")
+
+    def __init__(self, items: list):
+        self.items = items
+        self.then = tuple(items)
+
+    def holds(self) -> bool:
+        items, then = self.items, self.then
+        return len(items) == len(then) and all(map(is_, items, then))
 
 
-def _watched(cell: types.CellType, key: Any) -> _Watched:
-    try:
-        return cell, key, weakref.ref(cell.cell_contents)
-    except (TypeError, ValueError):  # a number, a string, ...; an empty cell
-        return cell, key, None
+class _Dict:
+    """The same of a dict; the order of its keys counts."""
 
+    __slots__ = ("items", "keys", "then")
 
-def _is_same(cell: types.CellType, key: Any, weak: weakref.ref | None) -> bool:
-    # Most contents are objects that stay: that is quicker seen than keys are compared.
-    content = None if weak is None else weak()
-    if content is not None:
-        try:
-            if cell.cell_contents is content:
-                return True
-        except ValueError:  # empty by now
-            return False
-    return _closure.same_content(cell, key)
+    def __init__(self, items: dict):
+        self.items = items
+        self.keys = tuple(items)
+        self.then = tuple(items.values())
+
+    def holds(self) -> bool:
+        items = self.items
+        return tuple(items) == self.keys and all(map(is_, items.values(), self.then))
 
 
 def _written_refs(opened: Opened, info: OutcomeInfo) -> list[Ref] | None:
@@ -353,7 +385,7 @@ def _mark(arg: Any, positions: Iterator[int]) -> Any:
 
 def make_plan(fn: Any, program: Program, args: tuple, kwargs: dict) -> Plan | None:
     """A plan for this call; `None` if something in it can change unseen."""
-    positions = itertools.count()
+    irregular, positions = commits.irregular, itertools.count()
     marked = tuple(_mark(arg, positions) for arg in args)
     marked_kwargs = {name: _mark(arg, positions) for name, arg in kwargs.items()}
     opened = open_call(
@@ -363,7 +395,8 @@ def make_plan(fn: Any, program: Program, args: tuple, kwargs: dict) -> Plan | No
         return None
     bare = opened.arrays[: opened.structure.n_bare]
     as_given = bare == list(range(next(positions)))
-    plan = Plan(opened, program.variant(opened.structure), None if as_given else bare)
+    variant = program.variant(opened.structure)
+    plan = Plan(opened, variant, None if as_given else bare, irregular)
     walk = _Walk(plan)
     walk.tree(fn)
     for arg in (*args, *kwargs.values()):
@@ -371,7 +404,6 @@ def make_plan(fn: Any, program: Program, args: tuple, kwargs: dict) -> Plan | No
             walk.tree(held)
     # The plan must not keep the values of this moment alive.
     opened.arrays, opened.values, opened.leaves = [], [], []
-    plan.only_lists = not plan.dicts and not plan.cells
     return None if walk.unknown else plan
 
 
@@ -390,8 +422,7 @@ class _Walk:
                 continue
             if type(leaf) is types.FunctionType and leaf.__closure__:
                 self._seen.add(id(leaf))
-                watched = _closure.watched_cells(leaf)
-                self._plan.cells += [_watched(cell, key) for cell, key in watched]
+                self._plan.cells += _closure.watched_cells(leaf)
                 for content in _closure.inside(leaf):
                     self.tree(content)
             elif _closure.may_carry(leaf):
@@ -402,9 +433,9 @@ class _Walk:
     def _visit(self, x: Any) -> bool:
         kind = type(x)
         if kind is list:
-            self._plan.lists.append((x, tuple(x)))
+            self._plan.containers.append(_List(x))
         elif kind is dict:
-            self._plan.dicts.append((x, tuple(x), tuple(x.values())))
+            self._plan.containers.append(_Dict(x))
         elif not (_is_immutable(kind) or jtu.all_leaves((x,))):
             self.unknown = True
         return False
