@@ -224,6 +224,8 @@ def _why_out_of_reach(ref: Any, owner: TraceRef) -> str | None:
                 f"the ref that `{body.name}` hands to the function, not the outer name."
             )
     owner_trace = owner()
+    if owner_trace is core.trace_ctx.trace:
+        return None
     if owner_trace is None or not owner_trace.is_valid():
         return _ENDED
     # The bottom trace always runs, also under one that does not say in which it was opened
@@ -265,6 +267,8 @@ def why_not_alive(value: Any) -> str | None:
     if not isinstance(value, core.Tracer):
         return None
     trace = value._trace
+    if trace is core.trace_ctx.trace:
+        return None
     if any(trace is running for running in _chain(core.trace_ctx.trace)):
         return None
     return (

@@ -76,7 +76,7 @@ def main() -> None:
             if options.only in problem.name:
                 show(kind, {problem.name: _run(problem, kind, rounds, block)})
     if options.only in "compilation":
-        show("compilation", _compile.compilation(50 if quick else 200, rounds // 10))
+        show("compilation", _compile.compilation(50 if quick else 200, rounds // 6))
     if options.only in "memory":
         show("memory", _compile.memory())
     if options.only in "dispatch":

@@ -1,5 +1,6 @@
 """What is not a repeated call: tracing, compilation, memory, and asynchronous dispatch."""
 
+import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -53,6 +54,8 @@ def _ref_step(model: Any, x: jax.Array) -> Any:
 def _lower_and_compile(jit: Callable, step: Callable, *args: Any) -> tuple[float, ...]:
     # A new function object, so that nothing is cached.
     fresh = lambda *args: step(*args)
+    # Else the collector runs for the one and not for the other, by chance.
+    gc.collect()
     start = time.process_time()
     lowered = jit(fresh).lower(*args)
     between = time.process_time()
@@ -65,12 +68,19 @@ def compilation(n_layers: int, rounds: int) -> dict[str, dict[str, float]]:
     plain = _deep(n_layers)
     model, x = rx.as_refs(plain, "params"), jnp.ones(8)
     times: dict[str, list] = {"plain": [], "refs": []}
-    for i in range(rounds + 1):
-        theirs = _lower_and_compile(eqx.filter_jit, _plain_step, plain, x)
-        ours = _lower_and_compile(rx.filter_jit, _ref_step, model, x)
-        if i > 0:  # the first warms up
-            times["plain"].append(theirs)
-            times["refs"].append(ours)
+    runs = [
+        lambda: ("plain", _lower_and_compile(eqx.filter_jit, _plain_step, plain, x)),
+        lambda: ("refs", _lower_and_compile(rx.filter_jit, _ref_step, model, x)),
+    ]
+    gc.disable()
+    try:
+        for i in range(rounds + 1):
+            for run in runs[:: 1 if i % 2 else -1]:
+                name, taken = run()
+                if i > 0:  # the first warms up
+                    times[name].append(taken)
+    finally:
+        gc.enable()
 
     def ratio(kind: int) -> dict[str, float]:
         ours, theirs = ([t[kind] for t in times[k]] for k in ("refs", "plain"))
