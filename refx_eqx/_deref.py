@@ -492,9 +492,12 @@ def _same_kind(old: Any, new: Any) -> bool:
     if not eqx.is_array_like(new):
         return False
     if not eqx.is_array(old) or not eqx.is_array(new):  # a Python scalar: weakly typed
-        # NumPy has dtypes that JAX has not, such as that of a text.
-        old_dtype, new_dtype = (
-            x.dtype if hasattr(x, "dtype") else jnp.result_type(x) for x in (old, new)
-        )
-        return jnp.shape(old) == jnp.shape(new) and old_dtype.kind == new_dtype.kind
+        return jnp.shape(old) == jnp.shape(new) and _kind(old) == _kind(new)
     return old.shape == new.shape and old.dtype == new.dtype
+
+
+def _kind(x: Any) -> str:
+    # NumPy has dtypes that JAX has not, such as that of a text.
+    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+    # To NumPy, `bfloat16` is of the kind of all that it does not know.
+    return "f" if jnp.issubdtype(dtype, jnp.floating) else dtype.kind

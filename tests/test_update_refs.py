@@ -227,3 +227,14 @@ def test_a_nested_value_is_replaced_whole():
     assert ref.value["a"].tolist() == [0.0, 0.0]
     with pytest.raises(rx.StructureError, match="and the source has"):
         rx.update_refs(ref, rx.Value({"a": jnp.zeros(2)}, 0))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_a_number_goes_into_a_scalar_of_any_floating_type(dtype):
+    ref = rx.Ref(jnp.array(1.0, dtype))
+    rx.update_refs(ref, 2.0)
+    assert ref.value == 2.0
+    rx.update_refs(ref, jnp.array(3.0, dtype))
+    assert ref.value == 3.0
+    with pytest.raises(rx.StructureError, match="and the source has 2\\. If the"):
+        rx.update_refs(ref, 2)
