@@ -213,7 +213,7 @@ def test_a_value_that_is_no_array_for_a_while_is_planned_again(monkeypatch):
     plans, make_plan = [], _plan.make_plan
     keeping = lambda *args: plans.append(make_plan(*args)) or plans[-1]
     monkeypatch.setattr(_plan, "make_plan", keeping)
-    ref = rx.Ref(np.ones(3))
+    ref = rx.Ref(np.ones(3, np.float32))
     f = rx.filter_jit(lambda ref, x: setattr(ref, "value", ref.value + x))
     for _ in range(4):
         f(ref, X)
