@@ -47,11 +47,11 @@ calls its own compiled function on them (`tests/benchmarks/_contenders.py`):
 | `nnx.cached_partial` | the same, with the module bound by `nnx.cached_partial` |
 
 A round runs a block of calls of each, in an order that changes. A number is the median of
-the ratio to `jax.jit` within a round, over the quieter half of up to 40 rounds. Nothing is
-donated. With 10,000 refs the others take minutes to compile, and are left out. All ran on
-the CPU of a machine of two cores that was busy with other work: read the second digit with
-care, and the third not at all. Nothing can be quicker than what it calls, so a number below
-1.00 is noise, and says how much of it there is.
+the ratio to `jax.jit` within a round, over the quieter half of up to 40 rounds (80 for whole
+steps). Nothing is donated. With 10,000 refs the others take minutes to compile, and are left
+out. All ran on the CPU of a small virtual machine: read the second digit with care, and the
+third not at all. Nothing can be quicker than what it calls, so a number below 1.00 is noise,
+and says how much of it there is.
 
 ![Time of a call by the number of refs](img/benchmarks.svg)
 """
