@@ -197,6 +197,24 @@ def test_the_same_in_each_lane_if_asked_for():
     assert all_different(split) and len(set(together.tolist())) == 1
 
 
+def test_the_same_in_each_lane_is_not_asked_for_at_one_place_only():
+    key = rx.Ref(jr.key(0), "rng")
+    with pytest.raises(
+        rx.StructureError,
+        match=r"two axes: None in the function, .* None \(the same randomness in all "
+        r"lanes\) in argument 0",
+    ):
+        rx.filter_vmap(
+            lambda k, x: x + jr.uniform(k.value) + jr.uniform(key.value),
+            in_axes=(rx.axes(rng=None), 0),
+        )(key, jnp.zeros(3))
+    # Instead: all of it by argument, with one axis.
+    out = rx.filter_vmap(
+        lambda k, x: x + jr.uniform(k.value), in_axes=(rx.axes(rng=None), 0)
+    )(key, jnp.zeros(3))
+    assert len(set(out.tolist())) == 1
+
+
 def test_dropout_in_a_model_that_is_broadcast():
     class Model(rx.Module):
         weight: rx.Param[jax.Array]

@@ -636,6 +636,10 @@ def test_associative_scan_without_refs_is_jaxs():
     for options in [{}, {"reverse": True}, {"axis": 1}, {"axis": -1}]:
         ours = rx.associative_scan(f, elems, **options)
         assert eqx.tree_equal(ours, jax.lax.associative_scan(f, elems, **options))
+    # JAX itself takes the second of these only.
+    ours = rx.associative_scan(f, elems, reverse=True, axis=-1)
+    theirs = jax.lax.associative_scan(f, elems, reverse=True, axis=1)
+    assert eqx.tree_equal(ours, theirs)
     one = jax.tree.map(lambda x: x[:1], elems)
     assert eqx.tree_equal(rx.associative_scan(f, one), one)
 

@@ -124,6 +124,9 @@ def _run_associative_scan(
         return outcome
 
     elems = arrays[left.start : left.stop]
+    if reverse and axis < 0 and elems:
+        # JAX reverses along `axis` before it counts a negative one from the end.
+        axis += elems[0].ndim
     # With one element the function is not called, and its outcome has the same structure.
     info = Staged(lambda arrays: combine(arrays, arrays), elems).info
     out = jax.lax.associative_scan(

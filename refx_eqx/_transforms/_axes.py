@@ -127,7 +127,7 @@ class _Same:
         return None
 
     def __repr__(self) -> str:
-        return "None"
+        return "None (the same randomness in all lanes)"
 
 
 SAME = _Same()

@@ -19,6 +19,8 @@ from ._problems import Layers, Problem
 
 Step = Callable[[], Any]
 BASE = "jax.jit"
+# The same once more: how far apart two are between which there is no difference.
+AGAIN = "jax.jit again"
 OURS = "rx.filter_jit"
 
 

@@ -3,9 +3,8 @@
 Times on a busy machine are worth little, and ratios of times that were taken one after the
 other are worth much more. So each round runs a block of calls of every contender, in an
 order that changes, and what is reported is the median of the ratio to the first contender
-within the round, over the quieter half of the rounds. Calls that hardly compute are timed
-by the processor's clock, which does not run while other processes do; whole steps by the
-clock on the wall.
+within the round, over the quieter half of the rounds. They are timed by the processor's
+clock, which does not run while other processes do.
 """
 
 import gc
@@ -21,7 +20,7 @@ Runs = dict[str, Callable[[], Any]]
 
 
 def seconds(
-    run: Callable[[], Any], n: int, clock: Callable[[], float] = time.perf_counter
+    run: Callable[[], Any], n: int, clock: Callable[[], float] = time.process_time
 ) -> float:
     """The time of one of `n` calls, until the last result is there."""
     out = None
@@ -33,7 +32,11 @@ def seconds(
 
 
 def ratios(
-    runs: Runs, rounds: int, block: float, limit: float, clock: Callable[[], float]
+    runs: Runs,
+    rounds: int,
+    block: float,
+    limit: float,
+    clock: Callable[[], float] = time.process_time,
 ) -> dict[str, float]:
     """The time of each contender as a multiple of the first one's.
 
@@ -43,7 +46,7 @@ def ratios(
     - `rounds`: how many rounds.
     - `block`: how long a block of calls of one contender should take, in seconds.
     - `limit`: no round is begun after this many seconds, but for the first five.
-    - `clock`: which time: `time.perf_counter` or `time.process_time`.
+    - `clock`: which time.
     """
     sizes = {}
     for name, run in runs.items():

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from ._contenders import BASE, OURS
+from ._contenders import AGAIN, BASE, OURS
 
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -47,11 +47,11 @@ calls its own compiled function on them (`tests/benchmarks/_contenders.py`):
 | `nnx.cached_partial` | the same, with the module bound by `nnx.cached_partial` |
 
 A round runs a block of calls of each, in an order that changes. A number is the median of
-the ratio to `jax.jit` within a round, over the quieter half of up to 40 rounds (80 for whole
-steps). Nothing is donated. With 10,000 refs the others take minutes to compile, and are left
-out. All ran on the CPU of a small virtual machine: read the second digit with care, and the
-third not at all. Nothing can be quicker than what it calls, so a number below 1.00 is noise,
-and says how much of it there is.
+the ratio to `jax.jit` within a round, over the quieter half of up to 40 rounds. Nothing is
+donated. With 10,000 refs the others take minutes to compile, and are left out. All ran on
+the CPU of a small virtual machine: read the second digit with care, and the third not at
+all. Nothing can be quicker than what it calls, so a number below 1.00 is noise, and says how
+much of it there is.
 
 ![Time of a call by the number of refs](img/benchmarks.svg)
 """
@@ -63,8 +63,10 @@ _NOTES = {
     "refs. What grows with the refs is to read each, and to write those that were written. "
     "To make a new array costs JAX itself some microseconds, and every library pays that: "
     "so they are nearest to each other where many refs are written.",
-    "steps": "Whole steps, by the clock on the wall. A training step is a gradient and "
-    "Adam; everything is written. The models are small, so that the call still counts.",
+    "steps": "Whole steps, on one core. A training step is a gradient and Adam; everything "
+    "is written. The models are small, so that the call still counts. A number is the median "
+    "of five starts with 20 rounds each: what is made once more runs some hundredths quicker "
+    f"or slower, by chance, and the column `{AGAIN}` shows by how much.",
     "compilation": "Tracing and compiling a training step of a deep network: processor time "
     "as a multiple of that of the same network in plain Equinox, over a few rounds only.",
     "memory": "The peak memory of a training step with Adam, as the compiler plans it, as a "
@@ -153,7 +155,7 @@ def summary(rows: dict[str, Rows]) -> str:
     if steps:
         ours = _range(row[OURS] for row in steps)
         peers = _range(
-            min(x for name, x in row.items() if name not in (BASE, OURS))
+            min(x for name, x in row.items() if name not in (BASE, AGAIN, OURS))
             for row in steps
         )
         lines.append(f"A whole step: {ours}; of the best of the peers: {peers}.")
