@@ -21,3 +21,8 @@ def test_the_quieter_half_is_of_whole_rounds():
 
 def test_the_page_is_what_was_measured():
     assert _report.PAGE.read_text() == _report.page(_report.load())
+
+
+def test_the_readme_says_what_was_measured():
+    readme = " ".join((_report.ROOT / "README.md").read_text().split())
+    assert _report.in_short(_report.load()) in readme
