@@ -220,6 +220,9 @@ class _Session:
         except (Refused, Failed) as e:
             return e
         except Exception as e:
+            if "branches" in self.plain.reasons:
+                # A name stands for a ref of another type than in the other branch.
+                return Refused("branches")
             raise _Invalid(f"{type(e).__name__}: {e}\n{traceback.format_exc()}") from e
         return result
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 
-from .heap import Heap, is_equal, Place, type_of
+from .heap import Heap, is_equal, is_float, Place, type_of
 from .interpret import fit, is_key, keys_like, LANES, number, typed
 from .program import Apply
 
@@ -37,6 +37,11 @@ def key_of_lane(keys: Any, k: int) -> Any:
 
     of_lane = one if typed(keys).ndim == 0 else jax.vmap(one)
     return keys_like(keys, of_lane(typed(keys)))
+
+
+def is_unchanged(before: Sequence[Any], after: Sequence[Any]) -> bool:
+    """Whether nothing was written, or only what was there: then it has its derivative."""
+    return all(x is y and is_float(x) for x, y in zip(before, after))
 
 
 class Lanes(Heap):
@@ -71,7 +76,7 @@ class Lanes(Heap):
         self, s, closed, refs, sliced, inputs, slices: Slices, which: Sequence[int]
     ) -> tuple:
         start, base = list(self.heap), len(self.heap)
-        heaps, results = [], []
+        given, heaps, results = [], [], []
         self.writes.append(set())
         try:
             for k in which:
@@ -80,6 +85,7 @@ class Lanes(Heap):
                     self.heap[i] = part(start[i], axis, k)
                 for i in slices.keys:
                     self.heap[i] = key_of_lane(start[i], k)
+                given.append(list(self.heap))
                 mine = [part(x, a, k) for x, a in zip(inputs, slices.arrays)]
                 results.append(self.call(s.blocks[0], closed[0], refs, sliced, mine))
                 heaps.append(self.heap)
@@ -88,6 +94,8 @@ class Lanes(Heap):
         self.heap = list(start)
         for i in sorted(x for x in written if x < base):
             ends = [heap[i] for heap in heaps]
+            if is_unchanged([before[i] for before in given], ends):
+                continue
             if i in slices.refs:
                 self.heap[i] = jnp.stack(ends, slices.refs[i])
                 continue
@@ -150,11 +158,12 @@ class Lanes(Heap):
     def steps(self, slices: Slices, order: Sequence[int], step: Callable) -> list:
         """Runs `step(k)` with a slice in each of the refs, and stacks them again."""
         stacks = {i: self.heap[i] for i in slices.refs}
+        given: dict[int, dict] = {i: {} for i in stacks}
         parts: dict[int, dict] = {i: {} for i in stacks}
         results = {}
         for k in order:
             for i, stack in stacks.items():
-                self.heap[i] = part(stack, slices.refs[i], k)
+                self.heap[i] = given[i][k] = part(stack, slices.refs[i], k)
             keys = {i: self.heap[i] for i in slices.keys}
             for i, key in keys.items():
                 self.heap[i] = key_of_lane(key, k)
@@ -167,7 +176,9 @@ class Lanes(Heap):
                 parts[i][k] = self.heap[i]
         for i, axis in slices.refs.items():
             ends = [parts[i][k] for k in range(len(order))]
-            self.heap[i] = jnp.stack(ends, axis)
+            before = [given[i][k] for k in range(len(order))]
+            is_whole = is_unchanged(before, ends)
+            self.heap[i] = stacks[i] if is_whole else jnp.stack(ends, axis)
         return [results[k] for k in range(len(order))]
 
     def scan(self, s, closed, refs, sliced, inputs) -> tuple:
@@ -209,9 +220,11 @@ class Lanes(Heap):
     def map_in_batches(self, s, closed, sliced, inputs, slices: Slices) -> tuple:
         """Batches, one after the other; within one, lanes."""
         base, size = len(self.heap), s.option("batch_size")
+        start_of_all = list(self.heap)
         stacks = {i: jnp.moveaxis(self.heap[i], a, 0) for i, a in slices.refs.items()}
         leading = dataclasses.replace(slices, refs=dict.fromkeys(stacks, 0))
         ends: dict[int, list] = {i: [] for i in stacks}
+        written = set()
         batches = []
         for start in range(0, LANES, size):
             for i, stack in stacks.items():
@@ -228,8 +241,11 @@ class Lanes(Heap):
                 # Not written, it is still the whole of it.
                 is_whole = x is stacks[i]
                 ends[i].append(x[start : start + size] if is_whole else x)
+                if not is_whole:
+                    written.add(i)
         for i, axis in slices.refs.items():
-            self.heap[i] = jnp.moveaxis(jnp.concatenate(ends[i]), 0, axis)
+            whole = jnp.moveaxis(jnp.concatenate(ends[i]), 0, axis)
+            self.heap[i] = whole if i in written else start_of_all[i]
         values = [jnp.concatenate(parts) for parts in zip(*(v for v, _ in batches))]
         made: dict[tuple, Place] = {}
         out = []
@@ -245,13 +261,9 @@ class Lanes(Heap):
         return values, out
 
     def associative_scan(self, s, closed, refs, sliced, inputs) -> tuple:
-        base = len(self.heap)
-        self.writes.append(set())
-        try:
-            parts, _ = self.call(s.blocks[0], closed[0], [], (), ())
-        finally:
-            written = self.writes.pop()
-        if any(i < base for i in written):
+        start = list(self.heap)
+        parts, _ = self.call(s.blocks[0], closed[0], [], (), ())
+        if self.changed_since(start):
             self.refuse("write in associative_scan")
         axis = s.option("axis") or 0
         order = range(LANES)[::-1] if s.option("reverse") else range(LANES)
