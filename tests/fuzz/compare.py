@@ -240,6 +240,11 @@ class _Session:
             self.check_nothing_done(before, which, e)
             raise _Refusal(self.reason_for(e, expected), e) from e
         except Exception as e:
+            reason = "precisions of a Jacobian"
+            if isinstance(e, jax.dtypes.TypePromotionError):
+                if reason in self.plain.reasons:
+                    self.check_nothing_done(before, which, e)
+                    raise _Refusal(reason, e) from e
             text = "".join(traceback.format_exception(e))
             raise Wrong(f"raised {type(e).__name__}: {which}: {e}\n{text}") from e
 
