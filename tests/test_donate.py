@@ -202,6 +202,19 @@ def test_what_is_donated_may_depend_on_the_types(trace_counter):
     assert [call(n) for n in (2, 3, 3, 2, 2)] == [0] * 5
 
 
+def test_a_constant_may_be_written():
+    a, b = rx.Ref(jnp.ones(2)), rx.Ref(jnp.array(1.0))
+
+    @rx.filter_jit(donate="refs")
+    def f(a, b):
+        a.value += 1.0
+        b.value = jnp.asarray(0.375)  # in the program, a literal
+
+    for _ in range(3):
+        f(a, b)
+    assert (a.value == 4.0).all() and b.value == 0.375
+
+
 def test_lowered_for_types_of_which_another_ref_is_donated():
     @rx.filter_jit(donate="refs")
     def keep(last, x):

@@ -16,6 +16,7 @@ import equinox as eqx
 import jax
 import jax.extend.core
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import tree_leaves as leaves
 
 from .. import _trace
@@ -222,7 +223,8 @@ def _types(arrays: list[Any]) -> tuple:
 
 
 def _same_buffer_type(old: Any, new: Any) -> bool:
-    return old.shape == new.shape and old.dtype == new.dtype
+    # A constant of the program is a number here, not an array.
+    return old.shape == np.shape(new) and old.dtype == new.dtype
 
 
 def _bare_to_donate(structure: Structure, donate: str) -> list[int]:
