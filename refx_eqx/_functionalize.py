@@ -16,6 +16,7 @@ others. `finish` is the only place where a caller's ref is written: all at once,
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from operator import is_
 from typing import Any, ParamSpec, TypeVar
 
 import jax.tree_util as jtu
@@ -196,8 +197,7 @@ def run_body(structure: Structure, name: str, arrays: list[Any]) -> Outcome:
     """
     __tracebackhide__ = True
     leaves, inner = structure.fill(arrays)
-    before = [ref._value for ref in inner]
-    snapshots = [_value_leaves(value) for value in before]
+    before = [_content(ref._value) for ref in inner]
     trees = structure.unflatten(leaves)
     fn, *args, kwargs = trees
 
@@ -205,14 +205,14 @@ def run_body(structure: Structure, name: str, arrays: list[Any]) -> Outcome:
 
     _check_unchanged(structure, name, trees, leaves)
     written, updates = [], []
-    for i, (ref, old, snapshot) in enumerate(zip(inner, before, snapshots)):
+    for i, (ref, content) in enumerate(zip(inner, before)):
         if ref._collection != structure.slots[i].collection:
             raise StructureError(
                 f"`{name}` cannot carry a change of collection: "
                 f"{describe(ref._name, ref._collection)} had no collection when it came "
                 "in. Give it one where it is made: `rx.Ref(value, collection)`."
             )
-        if ref._value is old and _same(snapshot, old):
+        if not ref._written and _is_same(content, _content(ref._value)):
             continue
         inside, its_arrays = split_value(ref._value)
         written.append((i, inside))
@@ -222,19 +222,16 @@ def run_body(structure: Structure, name: str, arrays: list[Any]) -> Outcome:
     return Outcome(out, updates, info)
 
 
-def _value_leaves(value: Any) -> tuple | None:
+def _content(value: Any) -> tuple | None:
     """To notice a change inside of a value. `None` for one array, which cannot change."""
-    if is_traced_in_ref(value):
-        return None
-    return jtu.tree_flatten(value)
+    return None if is_traced_in_ref(value) else jtu.tree_flatten(value)
 
 
-def _same(snapshot: tuple | None, value: Any) -> bool:
-    if snapshot is None:
-        return True
-    old_leaves, old_def = snapshot
-    leaves, treedef = jtu.tree_flatten(value)
-    return treedef == old_def and all(a is b for a, b in zip(leaves, old_leaves))
+def _is_same(before: tuple | None, after: tuple | None) -> bool:
+    if before is None or after is None:
+        return before is after
+    (leaves, treedef), (new_leaves, new_treedef) = before, after
+    return treedef == new_treedef and all(map(is_, leaves, new_leaves))
 
 
 def _check_unchanged(

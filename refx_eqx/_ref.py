@@ -54,6 +54,7 @@ class _Commits:
         """Writes values that were checked. The lock must be held."""
         for ref, value in updates:
             ref._value = value
+            ref._written = True
             if type(value) is not _trace.ConcreteArray:
                 self.irregular += 1
         # Last: who read half of this began with the old count, and will see the new one.
@@ -105,7 +106,15 @@ class Ref(Generic[_T]):
     - `StructureError`: if `value` holds a ref.
     """
 
-    __slots__ = ("__weakref__", "_collection", "_declared", "_name", "_trace", "_value")
+    __slots__ = (
+        "__weakref__",
+        "_collection",
+        "_declared",
+        "_name",
+        "_trace",
+        "_value",
+        "_written",
+    )
 
     _value: Any
     _collection: Hashable
@@ -113,6 +122,9 @@ class Ref(Generic[_T]):
     # What each field that holds the ref declares of it.
     _declared: tuple[Declaration, ...] | None
     _trace: Any
+    # Whether it was assigned since it was made: so a body is seen to write it, even if what
+    # it writes is what was there.
+    _written: bool
 
     def __init__(self, value: _T, collection: Hashable = None):
         hash(collection)  # an unhashable collection is Python's own clear error, here
@@ -120,6 +132,7 @@ class Ref(Generic[_T]):
         self._name = None
         self._declared = None
         self._trace = _trace.current_trace_ref()
+        self._written = False
         self._value = check_value(self, value)
 
     def __class_getitem__(cls, hint: Any) -> Any:
@@ -347,6 +360,7 @@ def make_ref(
     ref._name = name
     ref._declared = declared
     ref._trace = _trace.current_trace_ref()
+    ref._written = False
     return ref
 
 

@@ -56,6 +56,28 @@ def test_custom_jvp_uses_the_rule_and_counts_once(outer, inner):
     assert uses.value == 3
 
 
+@pytest.mark.parametrize("wrap", [bare, rx.filter_jit, rx.filter_checkpoint])
+def test_what_a_custom_function_assigns_has_no_derivative_even_if_it_was_there(wrap):
+    def f(w, x):
+        w.value = x
+        return 1.0 * x
+
+    def rule(primals, tangents):
+        return wrap(f)(*primals), 1.0 * tangents[1]
+
+    custom = rx.filter_custom_jvp(wrap(f))
+    custom.def_jvp(rule)
+
+    def loss(w, assign):
+        if assign:
+            custom(w, w.value)
+        return 3.0 * w.value
+
+    w = rx.Ref(jnp.array(2.0), "params")
+    assert rx.filter_grad(loss)(w, True).value == 0.0 and w.value == 2.0
+    assert rx.filter_grad(loss)(w, False).value == 3.0
+
+
 def test_custom_jvp_forward_mode_and_vmap():
     w, uses = rx.Ref(jnp.array(2.0), "params"), rx.Ref(jnp.array(0))
 

@@ -50,6 +50,16 @@ def test_the_updates_have_only_what_was_written():
     assert model.w.value is w
 
 
+def test_to_assign_what_is_there_is_a_write():
+    def step(model):
+        model.w.value = model.w.value
+
+    model = Model()
+    _, (updated,) = rx.functionalize(step)(*rx.deref((model,)))
+    assert jnp.array_equal(updated.w.value, jnp.array([1.0, 2.0]))
+    assert updated.count.value is None
+
+
 def test_a_tied_ref_is_updated_through_its_first_place():
     def step(model):
         model.tied.value = model.w.value * 2.0

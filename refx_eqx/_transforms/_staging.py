@@ -309,10 +309,9 @@ def filter_pure_callback(
 
     def run(arrays: list[Any], keep_alive: Any = keep_alive) -> Any:
         trees, refs = _rebuild(structure, arrays)
-        before = [ref._value for ref in refs]
         fn, *inner_args, inner_kwargs = trees
         out = fn(*inner_args, **inner_kwargs)
-        _refuse_writes(refs, before)
+        _refuse_writes(refs)
         out_arrays, out_statics = eqx.partition(out, eqx.is_array)
         if not eqx.tree_equal(out_statics, statics):
             raise StructureError(
@@ -328,9 +327,9 @@ def filter_pure_callback(
     return eqx.combine(arrays, statics)
 
 
-def _refuse_writes(refs: list[Ref], before: list[Any]) -> None:
-    for ref, old in zip(refs, before):
-        if ref._value is not old:
+def _refuse_writes(refs: list[Ref]) -> None:
+    for ref in refs:
+        if ref._written:
             raise StructureError(
                 f"A pure callback cannot write {describe(ref._name, ref._collection)}: "
                 "JAX may call it more than once, or not at all. Return the new value, and "

@@ -1,7 +1,8 @@
 """Refs in plain Python: a ref is a number in a heap, which is a list of values."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -74,7 +75,7 @@ class Heap(Interpreter):
     def __init__(self):
         self.heap: list[jax.Array] = []
         self.reasons: set[str] = set()
-        # What a body may write is found by running it, also where it would not run.
+        # The refs that are written, for each `noting_writes` around.
         self.writes: list[set[int]] = []
         self.backward: Backward | None = None
         self.is_rehearsal = False
@@ -97,6 +98,17 @@ class Heap(Interpreter):
         if fails:
             raise Failed
         return x
+
+    @contextlib.contextmanager
+    def noting_writes(self) -> Iterator[set[int]]:
+        """The refs that are written meanwhile, by a body that is only rehearsed too: a
+        branch that was not taken, a step of a loop that ends before the first."""
+        written: set[int] = set()
+        self.writes.append(written)
+        try:
+            yield written
+        finally:
+            self.writes.pop()
 
     def new(self, value, collection):
         self.heap.append(value)
@@ -146,16 +158,6 @@ class Heap(Interpreter):
             return None
         finally:
             self.heap, self.is_rehearsal = heap, before
-
-    def changed_since(self, start: list) -> list[int]:
-        """The refs whose values are others. To write what is there is no write."""
-        return [i for i, x in enumerate(start) if self.heap[i] is not x]
-
-    def renew(self, numbers: set[int]) -> None:
-        """What a branch or a step may have written is another value, even if it has not."""
-        for i in numbers:
-            if is_float(self.heap[i]):
-                self.heap[i] = jnp.array(self.heap[i], copy=True)
 
     def distinct(self, refs: Sequence[Place]) -> list[int]:
         return list(dict.fromkeys(ref.i for ref in refs))

@@ -67,8 +67,7 @@ def typed(x: Any) -> Any:
 def number(x: jax.Array) -> jax.Array:
     """As an array of the one floating-point type."""
     if x.dtype == FLOAT:
-        # Not weakly typed. Else it is the same array: to write it back is no write.
-        return x.astype(FLOAT) if jax.typeof(x).weak_type else x
+        return x.astype(FLOAT)  # not weakly typed
     if jnp.issubdtype(x.dtype, jnp.floating):
         # Its derivative would be rounded, in another way in each interpretation.
         return jax.lax.stop_gradient(x.astype(FLOAT))

@@ -19,9 +19,8 @@ class Plain(Derivatives, Lanes):
     plain_call = jit = checkpoint = straight
 
     def branch(self, s, closed, refs, inputs, chosen: int) -> tuple:
-        start, base = list(self.heap), len(self.heap)
+        base = len(self.heap)
         seen = []
-        changed: set[int] = set()
         for block, mine in zip(s.blocks, closed):
 
             def run() -> list:
@@ -32,7 +31,6 @@ class Plain(Derivatives, Lanes):
                     same = first.setdefault(ref.i, k)
                     new = same, ref.collection, self.read(ref).shape
                     types.append(ref.i if ref.i < base else new)
-                changed.update(self.changed_since(start))
                 # And what is in the refs that there were.
                 return types + [type_of(x) for x in self.heap[:base]]
 
@@ -41,9 +39,7 @@ class Plain(Derivatives, Lanes):
                 seen.append(result)
         if any(x != seen[0] for x in seen):
             self.reasons.add("branches")
-        result = self.call(s.blocks[chosen], closed[chosen], refs, (), inputs)
-        self.renew(changed)
-        return result
+        return self.call(s.blocks[chosen], closed[chosen], refs, (), inputs)
 
     def cond(self, s, closed, refs, sliced, inputs) -> tuple:
         pred, *rest = inputs

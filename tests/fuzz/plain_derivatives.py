@@ -83,11 +83,11 @@ class Derivatives(Heap):
 
     def custom(self, s, closed, refs, sliced, inputs) -> tuple:
         """With the derivative times a factor, and none of what is written."""
-        start = list(self.heap)
+        base = len(self.heap)
         *refs, log = refs if s.option("log") else [*refs, None]
-        values, out = self.call(s.blocks[0], closed[0], refs, sliced, inputs)
-        made = range(len(start), len(self.heap))
-        for i in (*self.changed_since(start), *made):
+        with self.noting_writes() as written:
+            values, out = self.call(s.blocks[0], closed[0], refs, sliced, inputs)
+        for i in written.union(range(base, len(self.heap))):
             if is_float(self.heap[i]):
                 self.heap[i] = jax.lax.stop_gradient(self.heap[i])
         values = [scaled(x, s.option("factor")) for x in values]

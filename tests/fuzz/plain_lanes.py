@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 
-from .heap import Heap, is_equal, is_float, Place, type_of
+from .heap import Heap, is_equal, Place, type_of
 from .interpret import fit, is_key, keys_like, LANES, number, typed
 from .program import Apply
 
@@ -37,12 +37,6 @@ def key_of_lane(keys: Any, k: int) -> Any:
 
     of_lane = one if typed(keys).ndim == 0 else jax.vmap(one)
     return keys_like(keys, of_lane(typed(keys)))
-
-
-def is_unchanged(before: Sequence[Any], after: Sequence[Any]) -> bool:
-    """Whether no more was written than what was there. Of what is no float that is not
-    known: a branch that was not taken may write it, too."""
-    return all(x is y and is_float(x) for x, y in zip(before, after))
 
 
 class Lanes(Heap):
@@ -77,26 +71,20 @@ class Lanes(Heap):
         self, s, closed, refs, sliced, inputs, slices: Slices, which: Sequence[int]
     ) -> tuple:
         start, base = list(self.heap), len(self.heap)
-        given, heaps, results = [], [], []
-        self.writes.append(set())
-        try:
+        heaps, results = [], []
+        with self.noting_writes() as written:
             for k in which:
                 self.heap = list(start)
                 for i, axis in slices.refs.items():
                     self.heap[i] = part(start[i], axis, k)
                 for i in slices.keys:
                     self.heap[i] = key_of_lane(start[i], k)
-                given.append(list(self.heap))
                 mine = [part(x, a, k) for x, a in zip(inputs, slices.arrays)]
                 results.append(self.call(s.blocks[0], closed[0], refs, sliced, mine))
                 heaps.append(self.heap)
-        finally:
-            written = self.writes.pop()
         self.heap = list(start)
         for i in sorted(x for x in written if x < base):
             ends = [heap[i] for heap in heaps]
-            if is_unchanged([before[i] for before in given], ends):
-                continue
             if i in slices.refs:
                 self.heap[i] = jnp.stack(ends, slices.refs[i])
                 continue
@@ -159,26 +147,25 @@ class Lanes(Heap):
     def steps(self, slices: Slices, order: Sequence[int], step: Callable) -> list:
         """Runs `step(k)` with a slice in each of the refs, and stacks them again."""
         stacks = {i: self.heap[i] for i in slices.refs}
-        given: dict[int, dict] = {i: {} for i in stacks}
         parts: dict[int, dict] = {i: {} for i in stacks}
         results = {}
+        ever_written: set[int] = set()
         for k in order:
             for i, stack in stacks.items():
-                self.heap[i] = given[i][k] = part(stack, slices.refs[i], k)
+                self.heap[i] = part(stack, slices.refs[i], k)
             keys = {i: self.heap[i] for i in slices.keys}
             for i, key in keys.items():
                 self.heap[i] = key_of_lane(key, k)
-            self.writes.append(set())
-            results[k] = self.carried(lambda k=k: step(k))
-            written = self.writes.pop()
+            with self.noting_writes() as written:
+                results[k] = self.carried(lambda k=k: step(k))
+            ever_written |= written
             for i in keys.keys() - written:
                 self.heap[i] = keys[i]
             for i in stacks:
                 parts[i][k] = self.heap[i]
         for i, axis in slices.refs.items():
             ends = [parts[i][k] for k in range(len(order))]
-            before = [given[i][k] for k in range(len(order))]
-            is_whole = is_unchanged(before, ends)
+            is_whole = i not in ever_written
             self.heap[i] = stacks[i] if is_whole else jnp.stack(ends, axis)
         return [results[k] for k in range(len(order))]
 
@@ -225,7 +212,7 @@ class Lanes(Heap):
         stacks = {i: jnp.moveaxis(self.heap[i], a, 0) for i, a in slices.refs.items()}
         leading = dataclasses.replace(slices, refs=dict.fromkeys(stacks, 0))
         ends: dict[int, list] = {i: [] for i in stacks}
-        written = set()
+        ever_written: set[int] = set()
         batches = []
         for start in range(0, LANES, size):
             for i, stack in stacks.items():
@@ -233,20 +220,19 @@ class Lanes(Heap):
             which = range(start, min(start + size, LANES))
             others = [i for i in range(base) if i not in stacks]
             before = [type_of(self.heap[i]) for i in others]
-            values, out = self.lanes(s, closed, [], sliced, inputs, leading, which)
+            with self.noting_writes() as written:
+                values, out = self.lanes(s, closed, [], sliced, inputs, leading, which)
+            ever_written |= written
             if [type_of(self.heap[i]) for i in others] != before:
                 self.refuse("carry type")
             batches.append((values, out))
             for i in stacks:
                 x = self.heap[i]
                 # Not written, it is still the whole of it.
-                is_whole = x is stacks[i]
-                ends[i].append(x[start : start + size] if is_whole else x)
-                if not is_whole:
-                    written.add(i)
+                ends[i].append(x if i in written else x[start : start + size])
         for i, axis in slices.refs.items():
             whole = jnp.moveaxis(jnp.concatenate(ends[i]), 0, axis)
-            self.heap[i] = whole if i in written else start_of_all[i]
+            self.heap[i] = whole if i in ever_written else start_of_all[i]
         values = [jnp.concatenate(parts) for parts in zip(*(v for v, _ in batches))]
         made: dict[tuple, Place] = {}
         out = []
@@ -262,13 +248,10 @@ class Lanes(Heap):
         return values, out
 
     def associative_scan(self, s, closed, refs, sliced, inputs) -> tuple:
-        start = list(self.heap)
-        self.writes.append(set())
-        try:
+        base = len(self.heap)
+        with self.noting_writes() as written:
             parts, _ = self.call(s.blocks[0], closed[0], [], (), ())
-        finally:
-            written = [i for i in self.writes.pop() if i < len(start)]
-        if not all(is_unchanged([start[i]], [self.heap[i]]) for i in written):
+        if any(i < base for i in written):
             self.refuse("write in associative_scan")
         axis = s.option("axis") or 0
         order = range(LANES)[::-1] if s.option("reverse") else range(LANES)
@@ -293,18 +276,11 @@ class Lanes(Heap):
             self.check_after(refs, after)
             return fit(new, v.shape)
 
-        start = list(self.heap)
-
-        def changed_by_step() -> set[int]:
-            self.carried(lambda: step(0))
-            return set(self.changed_since(start))
-
-        changed = self.rehearse(changed_by_step) or set()
+        self.rehearse(lambda: self.carried(lambda: step(0)))
         n = 0
         for i in order():
             v = self.carried(lambda i=i: step(i))
             n += 1
-        self.renew(changed)
         return [jnp.int32(n), v]
 
     def fori(self, s, closed, refs, sliced, inputs) -> tuple:
