@@ -83,10 +83,10 @@ class _Kept:
 
 
 class _Function(tuple):
-    """A function: `(number, code, globals, cells, extras, carried)`.
+    """A function: `(number, code, globals, cells, extras, origin, carried)`.
 
     `cells` has the cell that is kept, or `None` for one whose content is carried. `extras`
-    are its looks, defaults and attributes.
+    are its looks, defaults and attributes. `origin` is the function itself, weakly.
     """
 
     __slots__ = ()
@@ -167,7 +167,7 @@ def _open(leaf: Any, out: list, numbers: dict[int, int]) -> Any:
             contents.append(cell.cell_contents)
         else:
             kept.append(_Kept(cell, id(cell) in rebound))
-    looks = _Looks((name, getattr(leaf, name)) for name in _LOOKS)
+    looks = _Unasked((name, getattr(leaf, name)) for name in _LOOKS)
     own = ((k, _Same(v)) for k, v in vars(leaf).items() if k != "__wrapped__")
     defaults = _Same(leaf.__defaults__), _Same(leaf.__kwdefaults__)
     carried = _sub(contents, out, numbers)
@@ -179,6 +179,7 @@ def _open(leaf: Any, out: list, numbers: dict[int, int]) -> Any:
             globals_,
             tuple(kept),
             (looks, *defaults, *own),
+            _Unasked((weakref.ref(origin_of(leaf)),)),
             carried,
         )
     )
@@ -187,13 +188,13 @@ def _open(leaf: Any, out: list, numbers: dict[int, int]) -> Any:
 _LOOKS = "__annotations__", "__doc__", "__module__", "__name__", "__qualname__"
 
 
-class _Looks(tuple):
-    """What a function is called, and the like. Any two are equal: it computes nothing."""
+class _Unasked(tuple):
+    """What makes no other function of it, such as its name. Any two are equal."""
 
     __slots__ = ()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Looks)
+        return isinstance(other, _Unasked)
 
     def __hash__(self) -> int:
         return 0
@@ -259,7 +260,7 @@ def _close(node: Any, leaves: Iterator[Any], made: dict[int, Any]) -> Any:
     if isinstance(node, _Partial):
         func, args, keywords = _unflatten(node[0], leaves, made)
         return functools.partial(func, *args, **keywords)
-    number, code, globals_, kept, extras, carried = node
+    number, code, globals_, kept, extras, (origin,), carried = node
     looks, defaults, kwdefaults, *own = extras
     cells = tuple(types.CellType() if keep is None else keep.cell for keep in kept)
     fn = types.FunctionType(code, globals_.obj, argdefs=defaults.obj, closure=cells)
@@ -268,6 +269,7 @@ def _close(node: Any, leaves: Iterator[Any], made: dict[int, Any]) -> Any:
         setattr(fn, name, value)
     for name, held in own:
         setattr(fn, name, held.obj)
+    _origins[fn] = origin
     # Before the cells are filled: a recursive function is in one of them.
     made[number] = fn
     contents = iter(_unflatten(carried, leaves, made))
@@ -275,6 +277,25 @@ def _close(node: Any, leaves: Iterator[Any], made: dict[int, Any]) -> Any:
         if keep is None:
             cell.cell_contents = next(contents)
     return fn
+
+
+# For each function that was rebuilt, the one that it stands for.
+_origins: weakref.WeakKeyDictionary[types.FunctionType, weakref.ref] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def origin_of(fn: types.FunctionType) -> types.FunctionType:
+    """The function that `fn` was rebuilt from, by however many transforms; or `fn`.
+
+    A body is rebuilt at each call. What is compiled for it is kept by its origin.
+    """
+    origin = _origins.get(fn, _gone)()
+    return fn if origin is None else origin
+
+
+def _gone() -> None:
+    return None
 
 
 def static_key(leaf: Any) -> Any:

@@ -173,6 +173,55 @@ def test_closures_with_refs_of_equal_structure_are_one_program_each(trace_counte
     assert f.counter.count <= 2
 
 
+OUTER = {
+    "grad": lambda f: rx.filter_grad(f),
+    "jvp": lambda f: lambda w, x: rx.filter_jvp(f, (w, x), (X, X)),
+    "vjp": lambda f: lambda w, x: rx.filter_vjp(f, w, x)[1](jnp.sum(X)),
+    "linearize": lambda f: lambda w, x: rx.filter_linearize(f, w, x)[1](X, X),
+    "jacfwd": lambda f: rx.filter_jacfwd(f),
+    "jacrev": lambda f: rx.filter_jacrev(f),
+    "hessian": lambda f: rx.filter_hessian(f),
+    "vmap": lambda f: rx.filter_vmap(f, in_axes=(None, 0)),
+    "checkpoint": lambda f: rx.filter_checkpoint(f),
+}
+
+INNER = {
+    "jit": lambda f: rx.filter_jit(f),
+    "checkpoint": lambda f: rx.filter_checkpoint(f),
+    "cond": lambda f: lambda w, x: rx.cond(True, f, f, w, x),
+    "scan": lambda f: _scanned(f),
+}
+
+
+def _scanned(f):
+    def step(carry, _):
+        return carry, f(*carry)
+
+    return lambda w, x: rx.scan(step, (w, x), None, 2)[1].sum()
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("outer", OUTER)
+def test_what_is_inside_of_a_transform_is_not_traced_again(outer, inner):
+    n, count = 0, rx.Ref(jnp.array(0), "counts")
+
+    def f(w, x):
+        nonlocal n
+        n += 1
+        count.value += 1
+        return jnp.sum(w.value * x) * count.value
+
+    transformed = OUTER[outer](INNER[inner](f))
+    w, x = rx.Ref(X, "params"), jnp.eye(3) if outer == "vmap" else X
+    transformed(w, x)
+    first = n
+    for _ in range(2):
+        transformed(w, x)
+        transformed(rx.Ref(2 * X, "params"), x)
+    assert n == first
+    assert count.value == (10 if inner == "scan" else 5)
+
+
 def test_a_repeated_call_notices_what_a_closure_variable_is_bound_to():
     class Options:
         pass

@@ -20,9 +20,9 @@ import numpy as np
 from jax.tree_util import tree_leaves as leaves
 
 from .. import _trace
+from .._closure import origin_of
 from .._errors import ConcurrencyError, describe
 from .._functionalize import dispatching, Disturbed, Opened, running_call
-from .._lifted import Lifted
 from .._ref import Ref
 from .._structure import DYNAMIC, n_arrays, Outcome, Structure
 
@@ -338,11 +338,11 @@ def anchor(fn: Any) -> Any:
     """The object whose life a program shares: the Python function that is run."""
     while True:
         if isinstance(fn, types.FunctionType):
-            return fn
-        if isinstance(fn, Lifted):
-            fn = fn.__wrapped__
-        elif isinstance(fn, functools.partial | eqx.Partial):
+            return origin_of(fn)
+        if isinstance(fn, functools.partial | eqx.Partial):
             fn = fn.func
+        elif hasattr(fn, "__wrapped__"):
+            fn = fn.__wrapped__
         elif hasattr(fn, "__func__"):
             fn = fn.__func__
         else:

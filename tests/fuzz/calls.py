@@ -129,11 +129,13 @@ class Call:
 
     def draw_call(self) -> None:
         self.take_any()
+        self.options["keywords"] = self.gen.chance(0.2)
         if self.name == "jit" and self.is_top and self.gen.chance(0.3):
             self.options["donate"] = "refs"
 
     def draw_grad(self) -> None:
         self.take_any()
+        self.options["keywords"] = self.gen.chance(0.2)
         refs = self.scope.refs
         of = {refs[n].collection for n in self.passed if refs[n].dtype == "float"}
         of -= {None}

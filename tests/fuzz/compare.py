@@ -141,7 +141,9 @@ class _Session:
         for i, (spec, value) in enumerate(zip(self.program.pool, values)):
             place = self.plain.new(value, spec.collection)
             # A copy: the lifted one may be donated.
-            ref = rx.Ref(jnp.array(value, copy=True), spec.collection)
+            value = jnp.array(value, copy=True)
+            tree = {"x": value, "kind": "tree"} if spec.dtype == "tree" else value
+            ref = rx.Ref(tree, spec.collection)
             self.know(place, ref, f"pool {i}")
             pool.append((place, ref))
         return pool
@@ -159,10 +161,12 @@ class _Session:
             plain_env["x0"] = lifted_env["x0"] = x
             # What is staged is traced once for each sharing, and for the types of its refs.
             sharing = tuple(places.items())
-            key = sharing, tuple(jax.typeof(ref.value) for _, ref in pool)
+            values = [self.lifted.read(ref) for _, ref in pool]
+            key = sharing, tuple(map(jax.typeof, values))
             traces = dict(self.lifted.traces)
             self.both(made, plain_env, lifted_env, which)
-            if top.transform in STAGED and key in self.staged:
+            is_staged = top.transform in STAGED or top.option("wrapped")
+            if is_staged and key in self.staged:
                 if self.lifted.traces != traces:
                     raise Wrong(f"retraced: {which}, {top.transform}")
             self.staged.add(key)
@@ -171,8 +175,8 @@ class _Session:
         call("second call", pool, first_x, program.places)
 
         for place, ref in pool:
-            new = changed(ref.value)
-            ref.value = jnp.array(new, copy=True)
+            new = changed(self.plain.read(place))
+            self.lifted.write(ref, jnp.array(new, copy=True))
             self.plain.write(place, new)
         # Where the function closes over the array, it is bound to what it was.
         is_kept = any(block.kept for block in top.blocks)
@@ -206,7 +210,8 @@ class _Session:
         for i, (place, ref) in enumerate(zip(places, refs, strict=True)):
             self.know(place, ref, f"ref {i} of {which}")
         for place, ref in self.seen:
-            compare(self.plain.heap[place.i], ref.value, f"ref {place.i} after {which}")
+            found = self.lifted.read(ref)
+            compare(self.plain.heap[place.i], found, f"ref {place.i} after {which}")
             if ref.collection != place.collection:
                 raise Wrong(f"collection: of ref {place.i} after {which}")
 
@@ -251,7 +256,7 @@ class _Session:
     def check_nothing_done(self, before: list, which: str, e: Exception) -> None:
         if self.program.top.transform != "plain_call":
             for i, ref in self.refs.items():
-                if not same(ref.value, before[i]):
+                if not same(self.lifted.read(ref), before[i]):
                     raise Wrong(f"half done: {which}, after {e}") from e
 
     def reason_for(self, error: rx.RefError, expected: Any) -> str:

@@ -2,9 +2,14 @@
 
 import dataclasses
 import random
+from collections.abc import Mapping
+from typing import TypeVar
 
 from .interpret import LANES
 from .program import Const, Expr, Mix, Name, Product, Sin, Stack
+
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +69,10 @@ class Scope:
 
 
 class Drawing:
-    """Draws from a seed."""
+    """Draws from a source of randomness: one with a seed, or one of hypothesis."""
 
-    def __init__(self, seed: int):
-        self.rng = random.Random(seed)
-        self.seed = seed
+    def __init__(self, rng: random.Random):
+        self.rng = rng
         self.n_names = 0
 
     def name(self, prefix: str) -> str:
@@ -77,6 +81,10 @@ class Drawing:
 
     def chance(self, p: float) -> bool:
         return self.rng.random() < p
+
+    def pick(self, weights: Mapping[T, int]) -> T:
+        """One of these, as often as its weight says."""
+        return self.rng.choice([x for x, n in weights.items() for _ in range(n)])
 
     def some(self, names: list[str], p: float) -> list[str]:
         """Each of these with a probability."""

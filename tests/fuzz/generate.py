@@ -1,6 +1,7 @@
 """A random program for a seed."""
 
 import dataclasses
+import random
 from typing import Any
 
 from .calls import Call, TRANSFORMS, weights
@@ -53,7 +54,7 @@ class Generator(Drawing):
             for name, i in places.items()
         }
         top = self.call(Scope(refs, ["x0"], depth), is_top=True)
-        return Program(tuple(pool), places, again, top, self.seed)
+        return Program(tuple(pool), places, again, top, rng.randrange(1000))
 
     def spec(self, i: int) -> RefSpec:
         """A ref that there is at first. The first one is a float."""
@@ -72,12 +73,12 @@ class Generator(Drawing):
             return RefSpec("raw", rng.choice([(2,), (2,), (3, 2)]), "rng")
         shape = rng.choice(SHAPES) if i else (2,)
         collection = "layers" if shape[:1] == (3,) else rng.choice(COLLECTIONS)
-        return RefSpec("float", shape, collection)
+        is_tree = bool(i) and self.chance(0.15)
+        return RefSpec("tree" if is_tree else "float", shape, collection)
 
     def call(self, scope: Scope, *, is_top: bool = False) -> Apply:
         of = weights(scope.path, scope)
-        (name,) = self.rng.choices(list(of), list(of.values()))
-        return Call(self, scope, name, is_top).draw()
+        return Call(self, scope, self.pick(of), is_top).draw()
 
     def block(
         self,
@@ -121,7 +122,7 @@ class Generator(Drawing):
         writable = [
             n for n in scope.refs if n not in scope.broadcast or self.chance(0.3)
         ]
-        (draw,) = self.rng.choices(list(STATEMENTS), list(STATEMENTS.values()))
+        draw = self.pick(STATEMENTS)
         return draw(self, scope, writable) or self.let(scope, writable)
 
     def let(self, scope: Scope, writable: list[str]) -> Statement:
@@ -131,7 +132,7 @@ class Generator(Drawing):
         return Let(name, e)
 
     def write(self, scope: Scope, writable: list[str]) -> Statement | None:
-        floats = [n for n in scope.of("float", "log") if n in writable]
+        floats = [n for n in scope.of("float", "tree", "log") if n in writable]
         return Write(self.rng.choice(floats), self.expr(scope)) if floats else None
 
     def count(self, scope: Scope, writable: list[str]) -> Statement | None:
@@ -146,7 +147,8 @@ class Generator(Drawing):
         return Count(a, by)
 
     def set_part(self, scope: Scope, writable: list[str]) -> Statement | None:
-        shaped = [n for n in scope.of("float") if n in writable and scope.refs[n].shape]
+        floats = [n for n in scope.of("float", "tree") if n in writable]
+        shaped = [n for n in floats if scope.refs[n].shape]
         return SetPart(self.rng.choice(shaped), self.expr(scope, 1)) if shaped else None
 
     def retype(self, scope: Scope, writable: list[str]) -> Statement | None:
@@ -227,5 +229,7 @@ STATEMENTS = {
 }
 
 
-def generate(seed: int, depth: int = 3) -> Program:
-    return Generator(seed).program(depth)
+def generate(source: int | random.Random, depth: int = 3) -> Program:
+    """The program of a seed, or of what hypothesis draws."""
+    rng = source if isinstance(source, random.Random) else random.Random(source)
+    return Generator(rng).program(depth)

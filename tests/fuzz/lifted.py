@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 
 import refx_eqx as rx
 
@@ -14,6 +15,7 @@ from .interpret import (
     Env,
     fit,
     flat,
+    FLOAT,
     Interpreter,
     LANES,
     logged,
@@ -52,13 +54,29 @@ class Lifted(Interpreter):
         return isinstance(x, rx.Ref)
 
     def read(self, ref):
-        return ref.value
+        tree = ref.value
+        return tree["x"] if isinstance(tree, dict) else tree
 
     def write(self, ref, value):
-        ref.value = value
+        is_tree = isinstance(ref.value, dict)
+        ref.value = {**ref.value, "x": value} if is_tree else value
 
     def set_first(self, ref, value):
-        ref[0] = value
+        if isinstance(ref.value, dict):
+            ref.value["x"] = self.read(ref).at[0].set(value)
+        else:
+            ref[0] = value
+
+    def draw(self, s, env):
+        if s.how != "count":
+            return super().draw(s, env)
+        # A stream, as `Rngs` has: of a key, and of how many were drawn of it.
+        stream = eqx.tree_at(
+            lambda stream: (stream.key, stream.count),
+            rx.Rngs(0).default,
+            (env[s.key], env[s.counter]),
+        )
+        env[s.name] = jr.normal(stream(), s.shape, FLOAT)
 
     def check(self, x, fails):
         return eqx.error_if(x, fails, "a check of the program")
@@ -118,6 +136,10 @@ class Lifted(Interpreter):
 
     def plain_call(self, s: Apply, f: Callable) -> Callable:
         p = s.style
+        if s.option("keywords"):
+            return lambda refs, sliced, inputs: f(
+                pack(refs, p), inputs=inputs, sliced=pack(sliced, p)
+            )
         return lambda refs, sliced, inputs: f(pack(refs, p), pack(sliced, p), inputs)
 
     def jit(self, s: Apply, f: Callable) -> Callable:
@@ -231,9 +253,11 @@ class Lifted(Interpreter):
         seen, tangents = set(), []
         for k, ref in enumerate(refs):
             is_first = id(ref) not in seen
-            is_float = jnp.issubdtype(ref.dtype, jnp.floating)
-            tangent = seed_vector(ref.value, k) if is_first and is_float else None
-            tangents.append(tangent)
+            x = self.read(ref)
+            is_float = jnp.issubdtype(x.dtype, jnp.floating)
+            tangent = seed_vector(x, k) if is_first and is_float else None
+            is_tree = tangent is not None and isinstance(ref.value, dict)
+            tangents.append({**ref.value, "x": tangent} if is_tree else tangent)
             seen.add(id(ref))
         of_inputs = tuple(
             seed_vector(x, k) if jnp.issubdtype(x.dtype, jnp.floating) else None
@@ -252,9 +276,10 @@ class Lifted(Interpreter):
             zeros = lambda t, x: jnp.zeros_like(x) if t is None else t
             found = [zeros(t, number(x)) for t, x in zip(of_values, values)]
             for node, ref in zip(of_refs, out):
-                if isinstance(node, rx.Value):
-                    if jnp.issubdtype(ref.dtype, jnp.floating):
-                        found.append(zeros(node.value, ref.value))
+                x = self.read(ref)
+                if isinstance(node, rx.Value) and jnp.issubdtype(x.dtype, jnp.floating):
+                    is_tree = isinstance(ref.value, dict)
+                    found.append(zeros(node.value["x"] if is_tree else node.value, x))
             return [flat(found), *values], out
 
         return run
@@ -393,7 +418,8 @@ class Lifted(Interpreter):
 
         def test_fn(carry):
             refs, i, _ = carry
-            total = sum((jnp.sum(number(r.value)) for r in unpack(refs, p)), 0.0)
+            values = map(self.read, unpack(refs, p))
+            total = sum((jnp.sum(number(x)) for x in values), 0.0)
             return (i < n) & (total < 50.0)
 
         def body(carry):

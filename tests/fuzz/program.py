@@ -219,9 +219,9 @@ Statement = (
 
 @dataclasses.dataclass(frozen=True)
 class RefSpec:
-    """- `dtype`: "float" or "int"; "loose", a float that may be given another shape and
-    dtype; "key" or "raw", a key for random numbers; "log", a float
-        that backward rules write."""
+    """- `dtype`: "float" or "int"; "tree", a float in a dict, which is the value of the ref;
+    "loose", a float that may be given another shape and dtype; "key" or "raw", a key for
+    random numbers; "log", a float that backward rules write."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -267,7 +267,7 @@ def transforms_of(s: Apply) -> list[str]:
 
 def text(program: Program) -> str:
     """The program, in a text like Python."""
-    lines = [f"# seed {program.seed}"]
+    lines = [f"# values of seed {program.seed}"]
     for i, spec in enumerate(program.pool):
         names = [n for n, k in program.places.items() if k == i]
         lines.append(
