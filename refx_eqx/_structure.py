@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from . import _closure, _trace
@@ -280,6 +281,16 @@ class Outcome:
         self.out = out
         self.updates = updates
         self.info = info
+
+
+def arrays_of(outcome: Outcome) -> tuple[list[Any], list[Any]]:
+    """What a body returns and writes, with arrays in place of numbers: those of Python in a
+    ref, and the constants of a jaxpr."""
+    return [_array_of(x) for x in outcome.out], [_array_of(x) for x in outcome.updates]
+
+
+def _array_of(x: Any) -> Any:
+    return x if eqx.is_array(x) else jnp.asarray(x)
 
 
 jtu.register_pytree_node(

@@ -76,6 +76,17 @@ def test_closure_convert_hoists_tracers_and_is_traced_once(trace_counter):
     assert counted.counter.count == 1
 
 
+def test_closure_convert_makes_arrays_of_constants():
+    def f(ref):
+        ref.value = jnp.asarray(0.5)
+        return jnp.asarray(3.0), rx.Ref(jnp.asarray(2.0))
+
+    ref = rx.Ref(jnp.array(1.0))
+    out, made = rx.filter_closure_convert(f, ref)(ref)
+    for x, value in ((out, 3.0), (made.value, 2.0), (ref.value, 0.5)):
+        assert isinstance(x, jax.Array) and x.weak_type and x == value
+
+
 def test_closure_convert_refuses_other_arguments():
     a, b = rx.Ref(jnp.array(1.0)), rx.Ref(jnp.array(2.0))
 

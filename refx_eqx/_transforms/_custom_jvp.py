@@ -8,10 +8,9 @@ import jax
 from .. import _trace
 from .._functionalize import call, Opened
 from .._lifted import name_of
-from .._structure import Outcome
+from .._structure import arrays_of, Outcome
 from ._backward import with_outer_channels, without_channels
 from ._custom_rules import (
-    arrays_of,
     Custom,
     derivative,
     Frame,

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .. import _trace
@@ -187,16 +186,6 @@ class Custom:
 
     def _rules(self) -> Rules:
         return Rules(self.__wrapped__, self._first, self._second)
-
-
-def arrays_of(outcome: Outcome) -> tuple[list[Any], list[Any]]:
-    out, updates = outcome.out, outcome.updates
-    return [_array_of(x) for x in out], [_array_of(x) for x in updates]
-
-
-def _array_of(x: Any) -> Any:
-    """Numbers of Python in a ref are arrays to JAX."""
-    return x if eqx.is_array(x) else jnp.asarray(x)
 
 
 def symbolic_zero(x: Any) -> Any:

@@ -14,7 +14,7 @@ from .._errors import describe, StructureError
 from .._functionalize import call, Opened
 from .._lifted import name_of
 from .._ref import Ref
-from .._structure import Outcome
+from .._structure import arrays_of, Outcome
 from ._backward import (
     spread,
     updates_by_number,
@@ -24,7 +24,6 @@ from ._backward import (
 )
 from ._channel import Channelled, decode
 from ._custom_rules import (
-    arrays_of,
     Custom,
     derivative,
     Frame,

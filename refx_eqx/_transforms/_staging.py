@@ -14,6 +14,7 @@ from .._functionalize import call, open_call, Opened
 from .._lifted import Lifted, name_of
 from .._ref import Ref
 from .._structure import (
+    arrays_of,
     DYNAMIC,
     is_traced,
     Outcome,
@@ -150,7 +151,8 @@ class _ClosureConverted(eqx.Module):
             run = jax.extend.core.jaxpr_as_fun(self.jaxpr(self.consts))
             out = run(*opened.arrays)
             outs, updates = jtu.tree_unflatten(self.out_treedef, out)
-            return Outcome(outs, updates, self.info)
+            outcome = Outcome(outs, updates, self.info)
+            return Outcome(*arrays_of(outcome), self.info)
 
         return call(self.held, args, kwargs, transform)
 

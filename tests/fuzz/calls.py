@@ -454,6 +454,8 @@ TRANSFORMS = {
     ),
     "custom_jvp": Kind(2, Call.draw_custom),
     "custom_vjp": Kind(3, Call.draw_custom),
+    "closure_convert": Kind(2, Call.take_any),
+    "lift": Kind(1, Call.take_any),
     # At the top only: no transform at all.
     "plain_call": Kind(0, Call.draw_call),
 }

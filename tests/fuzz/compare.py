@@ -280,6 +280,8 @@ def same(a: jax.Array, b: jax.Array) -> bool:
 
 
 def compare(expected: Any, found: Any, where: str) -> None:
+    if not isinstance(found, jax.Array):
+        raise Wrong(f"type: {where}: {found!r} is no array")
     if expected.shape != found.shape or expected.dtype != found.dtype:
         raise Wrong(
             f"type: {where}: {found.dtype}{found.shape}, and in plain Python "

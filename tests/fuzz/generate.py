@@ -60,16 +60,16 @@ class Generator(Drawing):
         """A ref that there is at first. The first one is a float."""
         rng = self.rng
         kind = rng.random() if i else 1.0
-        if kind < 0.2:
+        if kind < 0.25:
             collection = "rng" if self.chance(0.3) else "counts"
             return RefSpec("int", rng.choice([(), (), (3,)]), collection)
-        if kind < 0.28:
+        if kind < 0.34:
             return RefSpec("loose", (2,), "loose")
-        if kind < 0.4:
-            return RefSpec("log", (), "log")
         if kind < 0.46:
+            return RefSpec("log", (), "log")
+        if kind < 0.55:
             return RefSpec("key", rng.choice([(), (), (3,)]), "rng")
-        if kind < 0.5:
+        if kind < 0.6:
             return RefSpec("raw", rng.choice([(2,), (2,), (3, 2)]), "rng")
         shape = rng.choice(SHAPES) if i else (2,)
         collection = "layers" if shape[:1] == (3,) else rng.choice(COLLECTIONS)
@@ -122,8 +122,11 @@ class Generator(Drawing):
         writable = [
             n for n in scope.refs if n not in scope.broadcast or self.chance(0.3)
         ]
-        draw = self.pick(STATEMENTS)
-        return draw(self, scope, writable) or self.let(scope, writable)
+        for _ in range(3):
+            statement = self.pick(STATEMENTS)(self, scope, writable)
+            if statement is not None:
+                return statement
+        return self.let(scope, writable)
 
     def let(self, scope: Scope, writable: list[str]) -> Statement:
         e = self.expr(scope)
@@ -167,12 +170,10 @@ class Generator(Drawing):
         counters = [n for n in scope.of("int") if not scope.refs[n].shape]
         if not keys:
             return None
-        how = self.rng.choice(["split", "count", "peek"])
-        if "associative_scan" in scope.path and self.chance(0.9):
-            # There a write is refused.
+        how = "count" if counters and self.chance(0.6) else "split"
+        # Below an `associative_scan` a write is refused.
+        if self.chance(0.9 if "associative_scan" in scope.path else 0.3):
             how = "peek"
-        if how == "count" and not counters:
-            how = "split"
         counter = self.rng.choice(counters) if how == "count" else None
         name, key = self.name("d"), self.rng.choice(keys)
         scope.arrays.append(name)

@@ -149,6 +149,16 @@ class Lifted(Interpreter):
     def checkpoint(self, s: Apply, f: Callable) -> Callable:
         return self.plain_call(s, rx.filter_checkpoint(f))
 
+    def lift(self, s: Apply, f: Callable) -> Callable:
+        # (Not that of Equinox, which keeps the tracers that a function closes over.)
+        return self.plain_call(s, rx.lift(jax.jit)(f))
+
+    def closure_convert(self, s: Apply, f: Callable) -> Callable:
+        def convert(*args):
+            return rx.filter_closure_convert(f, *args)(*args)
+
+        return self.plain_call(s, convert)
+
     def _grad(self, s: Apply, f: Callable) -> Callable:
         def loss(refs, sliced, inputs):
             values, out = f(refs, sliced, inputs)

@@ -16,7 +16,7 @@ class Plain(Derivatives, Lanes):
     def straight(self, s: Apply, closed, refs, sliced, inputs) -> tuple:
         return self.call(s.blocks[0], closed[0], refs, sliced, inputs)
 
-    plain_call = jit = checkpoint = straight
+    plain_call = jit = checkpoint = lift = closure_convert = straight
 
     def branch(self, s, closed, refs, inputs, chosen: int) -> tuple:
         base = len(self.heap)
