@@ -240,8 +240,8 @@ class Interpreter:
         if s.how == "split":
             kept, key = jr.split(key)
             self.write(ref, keys_like(self.read(ref), kept))
-        elif s.how == "count":
-            counter = env[s.counter or ""]
+        elif s.counter is not None:
+            counter = env[s.counter]
             key = jr.fold_in(key, self.read(counter))
             self.write(counter, self.read(counter) + 1)
         env[s.name] = jr.normal(key, s.shape, FLOAT)

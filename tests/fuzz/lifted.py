@@ -68,7 +68,7 @@ class Lifted(Interpreter):
             ref[0] = value
 
     def draw(self, s, env):
-        if s.how != "count":
+        if s.counter is None:
             return super().draw(s, env)
         # A stream, as `Rngs` has: of a key, and of how many were drawn of it.
         stream = eqx.tree_at(
