@@ -87,9 +87,9 @@ class Derivatives(Heap):
         *refs, log = refs if s.option("log") else [*refs, None]
         with self.noting_writes() as written:
             values, out = self.call(s.blocks[0], closed[0], refs, sliced, inputs)
-        for i in written.union(range(base, len(self.heap))):
-            if is_float(self.heap[i]):
-                self.heap[i] = jax.lax.stop_gradient(self.heap[i])
+        for i, x in enumerate(self.heap):
+            if (i in written or i >= base) and is_float(x):
+                self.heap[i] = jax.lax.stop_gradient(x)
         values = [scaled(x, s.option("factor")) for x in values]
         if log is not None and self.backward is not None:
             values = self.logged_call(values, log.i, self.backward)
