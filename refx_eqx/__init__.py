@@ -12,7 +12,6 @@ from ._deref import (
     NOTHING as NOTHING,
     reref as reref,
     snapshot as snapshot,
-    update_refs as update_refs,
 )
 from ._errors import (
     CollectionError as CollectionError,
@@ -83,6 +82,7 @@ from ._transforms import (
     switch as switch,
     while_loop as while_loop,
 )
+from ._update import update_refs as update_refs
 
 
 __version__ = _version("refx_eqx")

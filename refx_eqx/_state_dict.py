@@ -12,11 +12,11 @@ import jax.tree_util as jtu
 import numpy as np
 
 from . import _trace
-from ._deref import check_fits, write_all
 from ._errors import describe, RefTypeError, StructureError
 from ._filters import aliases, dotted, leaves_with_paths, selected_refs
 from ._opened import is_opened
 from ._ref import check_value, check_writable, Ref
+from ._update import check_fits, write_all
 
 
 _trace.register_exclusion(__file__)

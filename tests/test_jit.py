@@ -87,19 +87,6 @@ def test_grad_of_a_written_counter_does_not_return_the_parameters():
     assert [leaf.shape for leaf in jax.tree.leaves(lowered.out_info)] == [(), ()]
 
 
-def test_writing_back_the_same_value_is_no_write():
-    linear = make_linear()
-
-    @filter_jit
-    def f(m):
-        m.weight.value = m.weight.value
-
-    weight = linear.weight.value
-    assert jax.tree.leaves(f.lower(linear).out_info) == []
-    f(linear)
-    assert linear.weight.value is weight
-
-
 def test_a_returned_ref_is_the_caller_s_own():
     a, b = make_count(1), make_count(2)
 

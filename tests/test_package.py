@@ -105,7 +105,7 @@ ROOMS = [
     {"_typing", "_axis_names", "_declaration"},
     {"_ref"},
     {"_opened"},
-    {"_deref"},
+    {"_deref", "_update"},
     {"_batched", "_field", "_instance", "_module"},
     {"_filters", "_partition"},
     {"_closure", "_structure", "_lifted", "_functionalize"},
