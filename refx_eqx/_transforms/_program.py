@@ -341,10 +341,10 @@ def anchor(fn: Any) -> Any:
             return origin_of(fn)
         if isinstance(fn, functools.partial | eqx.Partial):
             fn = fn.func
-        elif hasattr(fn, "__wrapped__"):
-            fn = fn.__wrapped__
         elif hasattr(fn, "__func__"):
             fn = fn.__func__
+        elif hasattr(fn, "__wrapped__"):
+            fn = fn.__wrapped__
         else:
             return type(fn)
 

@@ -180,9 +180,11 @@ class Derivatives(Heap):
         where = [i for i in self.distinct(refs) if is_float(self.heap[i])]
         if not where:
             self.refuse("nothing to differentiate")
-        if s.transform != "jacrev" and len({self.heap[i].dtype for i in where}) > 1:
+        if len({self.heap[i].dtype for i in where}) > 1:
             # JAX's own limit, where types are not promoted: it stacks the basis vectors.
-            self.refuse("precisions of a Jacobian")
+            if s.transform != "jacrev":
+                self.refuse("precisions of a Jacobian")
+            transform = jax.jacrev
         function, found = self.pure(s, closed, where, inputs, [])
         found["params"] = refs
 
