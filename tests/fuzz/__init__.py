@@ -1,8 +1,8 @@
 """Random programs, run with the lifted transforms and in plain Python, and compared.
 
 - `program.py`: what a program is, and its text;
-- `generate.py`: a random program for a seed, with `calls.py` for the calls of transforms, and
-    `draw.py` for names and expressions;
+- `generate.py`: a random program, of a seed or of hypothesis, with `calls.py` for the calls
+    of transforms, and `draw.py` for names and expressions;
 - `interpret.py`: what both interpretations have in common;
 - `lifted.py`: with the transforms of this library;
 - `plain.py`: with loops and ifs, of `heap.py`, `plain_derivatives.py` and `plain_lanes.py`;
