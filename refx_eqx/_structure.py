@@ -290,7 +290,7 @@ def arrays_of(outcome: Outcome) -> tuple[list[Any], list[Any]]:
 
 
 def _array_of(x: Any) -> Any:
-    return x if eqx.is_array(x) else jnp.asarray(x)
+    return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
 
 jtu.register_pytree_node(
