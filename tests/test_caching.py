@@ -461,6 +461,22 @@ def test_the_programs_of_a_dead_function_die():
     assert [ref() for ref in watched] == [None, None]
 
 
+def test_the_programs_of_a_dead_function_die_if_it_is_wrapped():
+    def make():
+        constant = jnp.arange(3.0) + 1.0
+
+        def f(x):
+            return x + constant
+
+        rx.filter_jit(jax.jit(f))(ZEROS)
+        return weakref.ref(f), weakref.ref(constant)
+
+    make()
+    watched = make()
+    _collect()
+    assert [ref() for ref in watched] == [None, None]
+
+
 def test_many_functions_come_and_go():
     def make():
         ref = rx.Ref(jnp.zeros(3))

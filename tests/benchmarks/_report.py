@@ -248,3 +248,6 @@ def _draw(results: dict[str, Any]) -> None:
     figure.tight_layout()
     PLOT.parent.mkdir(exist_ok=True)
     figure.savefig(PLOT, metadata={"Date": None})
+    # Matplotlib ends lines with blanks, which editors and hooks take away.
+    lines = PLOT.read_text().splitlines()
+    PLOT.write_text("".join(line.rstrip() + "\n" for line in lines))
