@@ -123,7 +123,7 @@ class Ref(Generic[_T]):
     _declared: tuple[Declaration, ...] | None
     _trace: Any
     # Whether it was assigned since it was made: so a body is seen to write it, even if what
-    # it writes is what was there.
+    # it writes is what was there. (What a plan writes it does not say: none runs in a body.)
     _written: bool
 
     def __init__(self, value: _T, collection: Hashable = None):

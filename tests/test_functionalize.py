@@ -60,6 +60,21 @@ def test_to_assign_what_is_there_is_a_write():
     assert updated.count.value is None
 
 
+def test_what_a_repeated_call_inside_writes_for_the_first_time_is_written():
+    @rx.filter_jit
+    def add_vectors(ref, x):
+        if x.ndim == 1:
+            ref.value = ref.value + x.sum()
+
+    def body(ref):
+        for _ in range(5):
+            add_vectors(ref, jnp.array(1.0))
+        add_vectors(ref, jnp.ones(2))
+
+    _, (updated,) = rx.functionalize(body)(*rx.deref((rx.Ref(jnp.array(1.0)),)))
+    assert updated.value == 3.0
+
+
 def test_a_tied_ref_is_updated_through_its_first_place():
     def step(model):
         model.tied.value = model.w.value * 2.0

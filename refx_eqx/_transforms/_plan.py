@@ -311,7 +311,6 @@ class Plan:
                         continue
                     for ref, value in zip(written, updates):
                         ref._value = value
-                        ref._written = True
                     commits.count += 1
                 finally:
                     lock.release()
