@@ -135,6 +135,31 @@ class Declaration:
                 return axes
         return None
 
+    def checked(self, ref: Any, value: Any) -> Any:
+        """`value`, as it is to be stored in `ref`: of this type.
+
+        **Raises:**
+
+        - `RefTypeError`: if it is not.
+        """
+        __tracebackhide__ = True
+        old = ref._value
+        if isinstance(value, jax.Array) and self.type.by_shape:
+            # The common case: as what is there, which was checked before.
+            known = type(old) is type(value) or isinstance(old, jax.Array)
+            if known and old.shape == value.shape and old.dtype == value.dtype:
+                return value
+        return _check(ref, self, value, old) if config.check_types else value
+
+    def check_rebuilt(self, ref: Any) -> None:
+        """As `checked`, of the value that is there already, which any transform may have
+        stacked meanwhile."""
+        __tracebackhide__ = True
+        value = ref._value
+        if config.check_types and _is_data(value) and self.extra_axes(value) is None:
+            reason = self.why_not(value)
+            raise _error(ref._name, ref._collection, self, value, reason)
+
 
 def _is_placeholder(leaf: Any) -> bool:
     return isinstance(leaf, jax.ShapeDtypeStruct)
@@ -187,29 +212,6 @@ def _same_shapes(old: Any, new: Any) -> bool:
     )
 
 
-def check_write(ref: Any, value: Any) -> Any:
-    """`value`, as it is to be stored in `ref`: of every type that is declared of it.
-
-    **Raises:**
-
-    - `RefTypeError`: if it is not.
-    """
-    __tracebackhide__ = True
-    old = ref._value
-    if isinstance(value, jax.Array) and (
-        type(old) is type(value) or isinstance(old, jax.Array)
-    ):
-        # The common case: as what is there, which was checked before.
-        same = old.shape == value.shape and old.dtype == value.dtype
-        if same and all(d.type.by_shape for d in ref._declared):
-            return value
-    if not config.check_types:
-        return value
-    for declaration in ref._declared:
-        value = _check(ref, declaration, value, old)
-    return value
-
-
 def _check(ref: Any, declaration: Declaration, value: Any, old: Any) -> Any:
     __tracebackhide__ = True
     axes: tuple[int, ...] | None = ()
@@ -260,19 +262,6 @@ def check_new(
         if new is not None:
             return new
     raise _error(name, collection, declaration, value, reason)
-
-
-def check_rebuilt(ref: Any) -> None:
-    """As `check_write`, of the value that is there already, which any transform may have
-    stacked meanwhile."""
-    __tracebackhide__ = True
-    value = ref._value
-    if not ref._declared or not config.check_types or not _is_data(value):
-        return
-    for declaration in ref._declared:
-        if declaration.extra_axes(value) is None:
-            reason = declaration.why_not(value)
-            raise _error(ref._name, ref._collection, declaration, value, reason)
 
 
 _KINDS = (np.bool_, jnp.integer, jnp.floating, jnp.complexfloating)

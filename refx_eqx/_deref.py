@@ -13,7 +13,6 @@ import equinox as eqx
 import jax.tree_util as jtu
 
 from . import _trace
-from ._declaration import check_rebuilt
 from ._errors import describe, StructureError
 from ._opened import Index, is_opened, note_of, Value
 from ._ref import is_ref, make_ref, Ref
@@ -196,7 +195,8 @@ def _close(node: Value) -> Ref:
     ref = make_ref(
         node.ref_type, node.value, node.collection, node.note.name, node.note.declared
     )
-    check_rebuilt(ref)
+    for declaration in ref._declared or ():
+        declaration.check_rebuilt(ref)
     return ref
 
 

@@ -26,14 +26,24 @@ from ._deref import deref, path_text, reref
 from ._errors import ConcurrencyError, describe, StructureError, TraceLevelError
 from ._lifted import name_of
 from ._opened import is_opened, Value
-from ._ref import check_readable, check_writable, commits, make_ref, Ref
+from ._ref import (
+    Channelled,
+    check_readable,
+    check_writable,
+    commits,
+    content,
+    make_ref,
+    Ref,
+)
 from ._structure import (
+    hold,
     is_traced,
     is_traced_in_ref,
     join_value,
     Outcome,
     OutcomeInfo,
     Reader,
+    release,
     Slot,
     slot_of_array,
     split_value,
@@ -43,10 +53,13 @@ from ._structure import (
 
 _trace.register_exclusion(__file__)
 
-_UNWRITTEN: Any = object()
-
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+
+
+def _apply(fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+    __tracebackhide__ = True
+    return fn(*args, **kwargs)
 
 
 class Opened:
@@ -81,23 +94,28 @@ class Opened:
         # What `filter_jit` learnt of this call before it compiles.
         self.traced: Any = None
 
-    def run(self, name: str, arrays: list[Any], transparent: bool = True) -> "Outcome":
+    def run(
+        self,
+        name: str,
+        arrays: list[Any],
+        transparent: bool = True,
+        apply: Callable[..., Any] = _apply,
+    ) -> "Outcome":
         """The body of the lifted transform `name`, on these arrays. See `run_body`."""
         __tracebackhide__ = True
         with _trace.running_body(name, self.refs, self.trace, transparent):
-            return run_body(self.structure, name, arrays)
+            return run_body(self.structure, name, arrays, apply)
 
     def refs_after(self, outcome: "Outcome", arrays: list[Any]) -> list[Ref]:
         """Copies of the refs, as they would be after `finish`. Nothing is written.
 
         `arrays` are those before the call: `self.arrays`, or what stands for them.
         """
-        written = iter(outcome.updates)
-        new = {i: join_value(inside, written) for i, inside in outcome.info.written}
         copies = []
         for i, (ref, slot) in enumerate(zip(self.refs, self.structure.slots)):
-            value = new.get(i, _UNWRITTEN)
-            if value is _UNWRITTEN:
+            if i in outcome.updates:
+                value = release(outcome.updates[i])
+            else:
                 value = join_value(slot.inside, iter(arrays[slice(*self.spans[i])]))
             copies.append(
                 make_ref(
@@ -150,7 +168,7 @@ def open_refs(reader: Reader) -> Opened:
     for ref in reader.refs:
         if in_body or ref._trace() is not trace:
             check_readable(ref)
-        value = ref._value
+        value = content(ref)
         values.append(value)
         start = len(arrays)
         if type(value) is _trace.ConcreteArray:
@@ -186,10 +204,16 @@ def running_call() -> Opened:
     return _trace.thread.state.calls[-1]
 
 
-def run_body(structure: Structure, name: str, arrays: list[Any]) -> Outcome:
+def run_body(
+    structure: Structure,
+    name: str,
+    arrays: list[Any],
+    apply: Callable[..., Any] = _apply,
+) -> Outcome:
     """Calls the function of an opened call on inner refs, made of these arrays.
 
-    The refs are owned by the running trace. This is a pure function of `arrays`.
+    The refs are owned by the running trace. This is a pure function of `arrays`. `apply`
+    is given the callable and its arguments: one with several functions in it says which.
 
     **Raises:**
 
@@ -197,32 +221,30 @@ def run_body(structure: Structure, name: str, arrays: list[Any]) -> Outcome:
     """
     __tracebackhide__ = True
     leaves, inner = structure.fill(arrays)
-    before = [_content(ref._value) for ref in inner]
+    before = [_inside(content(ref)) for ref in inner]
     trees = structure.unflatten(leaves)
     fn, *args, kwargs = trees
 
-    result = fn(*args, **kwargs)
+    result = apply(fn, *args, **kwargs)
 
     _check_unchanged(structure, name, trees, leaves)
-    written, updates = [], []
-    for i, (ref, content) in enumerate(zip(inner, before)):
+    updates = {}
+    for i, (ref, earlier) in enumerate(zip(inner, before)):
         if ref._collection != structure.slots[i].collection:
             raise StructureError(
                 f"`{name}` cannot carry a change of collection: "
                 f"{describe(ref._name, ref._collection)} had no collection when it came "
                 "in. Give it one where it is made: `rx.Ref(value, collection)`."
             )
-        if not ref._written and _is_same(content, _content(ref._value)):
+        now = content(ref)
+        if not ref._written and _is_same(earlier, _inside(now)):
             continue
-        inside, its_arrays = split_value(ref._value)
-        written.append((i, inside))
-        updates.extend(its_arrays)
+        updates[i] = hold(now)
     out, info = _open_result(result, inner, name)
-    info.written = written
     return Outcome(out, updates, info)
 
 
-def _content(value: Any) -> tuple | None:
+def _inside(value: Any) -> tuple | None:
     """To notice a change inside of a value. `None` for one array, which cannot change."""
     return None if is_traced_in_ref(value) else jtu.tree_flatten(value)
 
@@ -297,7 +319,7 @@ def _open_result(result: Any, inner: list[Ref], name: str) -> tuple[list, Outcom
         inside, its_arrays = split_value(ref._value)
         slots.append(Slot(type(ref), ref._collection, ref._declared, inside))
         out.extend(its_arrays)
-    return out, OutcomeInfo(reader.structure(slots), carried, [])
+    return out, OutcomeInfo(reader.structure(slots), carried)
 
 
 def close_result(outcome: Outcome, refs: list[Ref]) -> Any:
@@ -317,11 +339,7 @@ class Disturbed(Exception):
 
 def updates_of(outcome: Outcome, refs: list[Ref]) -> list[tuple[Ref, Any]]:
     """The refs of a call that were written, each with its new value."""
-    arrays = iter(outcome.updates)
-    return [
-        (refs[i], next(arrays) if inside is None else join_value(inside, arrays))
-        for i, inside in outcome.info.written
-    ]
+    return [(refs[i], release(x)) for i, x in outcome.updates.items()]
 
 
 def commit(
@@ -345,12 +363,14 @@ def commit(
         if not (quiet and ref._trace() is trace):
             check_writable(ref)
     with commits.lock:
-        if commits.count != started and not all(
-            ref._value is value for ref, value in zip(refs, values)
-        ):
+        if commits.count != started and not all(map(_holds, refs, values)):
             raise Disturbed
         if updates:
             commits.store(updates)
+
+
+def _holds(ref: Ref, value: Any) -> bool:
+    return ref._value is (value.value if type(value) is Channelled else value)
 
 
 _MAX_TRIES = 1000
@@ -429,8 +449,7 @@ def functionalize(fn: Callable[_P, _T]) -> Callable[_P, tuple[_T, Any]]:
         opened = open_call(fn, inner_args, inner_kwargs)
         outcome = opened.run("functionalize", opened.arrays)
         numbers = {id(ref): i for i, ref in enumerate(opened.refs)}
-        arrays = iter(outcome.updates)
-        new = {i: join_value(inside, arrays) for i, inside in outcome.info.written}
+        new = {i: release(x) for i, x in outcome.updates.items()}
         # The caller's tree, with `None` in place of all but what was written.
         carried = inner_args if not kwargs else (inner_args, inner_kwargs)
         updates = deref(carried)

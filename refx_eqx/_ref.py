@@ -16,7 +16,6 @@ import jax.tree_util as jtu
 from jax import Array
 
 from . import _trace
-from ._declaration import check_write, Declaration
 from ._errors import describe, ImmutableError, StructureError, TraceLevelError
 from ._typing import subscript
 
@@ -53,7 +52,7 @@ class _Commits:
     def store(self, updates: Iterable[tuple["Ref", Any]]) -> None:
         """Writes values that were checked. The lock must be held."""
         for ref, value in updates:
-            ref._value = value
+            set_content(ref, value)
             ref._written = True
             if type(value) is not _trace.ConcreteArray:
                 self.irregular += 1
@@ -108,6 +107,7 @@ class Ref(Generic[_T]):
 
     __slots__ = (
         "__weakref__",
+        "_channel",
         "_collection",
         "_declared",
         "_name",
@@ -119,8 +119,10 @@ class Ref(Generic[_T]):
     _value: Any
     _collection: Hashable
     _name: str | None
+    # What a backward rule writes the ref by, if it may. See `_transforms/_backward.py`.
+    _channel: Any
     # What each field that holds the ref declares of it.
-    _declared: tuple[Declaration, ...] | None
+    _declared: tuple[Any, ...] | None
     _trace: Any
     # Whether it was assigned since it was made: so a body is seen to write it, even if what
     # it writes is what was there. (What a plan writes it does not say: none runs in a body.)
@@ -133,6 +135,7 @@ class Ref(Generic[_T]):
         self._declared = None
         self._trace = _trace.current_trace_ref()
         self._written = False
+        self._channel = None
         self._value = check_value(self, value)
 
     def __class_getitem__(cls, hint: Any) -> Any:
@@ -268,6 +271,35 @@ def is_ref(x: Any) -> "TypeIs[Ref]":
     return isinstance(x, Ref)
 
 
+class Channelled:
+    """The value of a ref together with its channel, as a transform carries them."""
+
+    __slots__ = ("channel", "value")
+
+    def __init__(self, value: Any, channel: Any):
+        self.value = value
+        self.channel = channel
+
+
+jtu.register_pytree_node(
+    Channelled,
+    lambda x: ((x.value, x.channel), None),
+    lambda _, children: Channelled(*children),
+)
+
+
+def content(ref: Ref) -> Any:
+    """What a transform carries of a ref: its value, with the channel if there is one."""
+    return ref._value if ref._channel is None else Channelled(ref._value, ref._channel)
+
+
+def set_content(ref: Ref, x: Any) -> None:
+    if type(x) is Channelled:
+        ref._value, ref._channel = x.value, x.channel
+    else:
+        ref._value = x
+
+
 def _array_like(ref: Ref) -> Any:
     value = ref.value
     if not eqx.is_array_like(value) and not hasattr(value, "dtype"):
@@ -329,10 +361,12 @@ def check_value(ref: Ref, value: Any) -> Any:
                     "Cannot mutate ref from different trace level: "
                     f"{describe(ref._name, ref._collection)}: {reason}"
                 )
-    return value if ref._declared is None else check_write(ref, value)
+    for declaration in ref._declared or ():
+        value = declaration.checked(ref, value)
+    return value
 
 
-def declare(ref: Ref, declaration: Declaration) -> None:
+def declare(ref: Ref, declaration: Any) -> None:
     """From now on `ref` is held to this declaration too: each of the fields that share a
     ref declares its type."""
     known = ref._declared or ()
@@ -347,7 +381,7 @@ def make_ref(
     value: Any,
     collection: Hashable,
     name: str | None,
-    declared: tuple[Declaration, ...] | None,
+    declared: tuple[Any, ...] | None,
 ) -> _R:
     """A new ref, owned by the running trace, whose value is not checked.
 
@@ -355,7 +389,8 @@ def make_ref(
     `ShapeDtypeStruct`), so the inside of the library must be able to hold anything.
     """
     ref = object.__new__(ref_type)
-    ref._value = value
+    ref._channel = None
+    set_content(ref, value)
     ref._collection = collection
     ref._name = name
     ref._declared = declared
@@ -374,7 +409,7 @@ def _unpickle(
     value: Any,
     collection: Hashable,
     name: str | None,
-    declared: tuple[Declaration | None, ...] | None = None,
+    declared: tuple[Any, ...] | None = None,
 ) -> Ref:
     known = tuple(declaration for declaration in declared or () if declaration)
     return make_ref(ref_type, value, collection, name, known or None)

@@ -8,7 +8,7 @@ and no function strongly.
 
 import functools
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -107,6 +107,39 @@ def join_value(inside: tuple | None, arrays: Iterator[Any]) -> Any:
     treedef, statics = inside
     leaves = [next(arrays) if static is None else static.obj for static in statics]
     return jtu.tree_unflatten(treedef, leaves)
+
+
+class Held:
+    """The value of a ref that is not one array, as a pytree node: its children are its
+    arrays, and `inside`, as in a `Slot`, is all the rest."""
+
+    __slots__ = ("arrays", "inside")
+
+    def __init__(self, inside: tuple, arrays: Iterable[Any]):
+        self.inside = inside
+        self.arrays = list(arrays)
+
+
+jtu.register_pytree_node(Held, lambda x: (x.arrays, x.inside), Held)
+
+
+def hold(value: Any) -> Any:
+    """The value of a ref as a pytree of arrays, and nothing else: one array is itself."""
+    inside, arrays = split_value(value)
+    return held(inside, arrays)
+
+
+def held(inside: tuple | None, arrays: list[Any]) -> Any:
+    return arrays[0] if inside is None else Held(inside, arrays)
+
+
+def inside_of(x: Any) -> tuple | None:
+    return x.inside if type(x) is Held else None
+
+
+def release(x: Any) -> Any:
+    """The opposite of `hold`."""
+    return join_value(x.inside, iter(x.arrays)) if type(x) is Held else x
 
 
 class Structure:
@@ -268,25 +301,26 @@ class Reader:
 
 
 class Outcome:
-    """What a body returns: a pytree node whose children are flat lists of arrays.
+    """What a body returns: a pytree node whose children are trees of arrays.
 
     - `out`: the arrays of the result: those beside refs, then those of new refs;
-    - `updates`: the arrays of the refs that were written;
+    - `updates`: the refs that were written: the new value of each, as `hold` makes it, by
+        the number of the ref in the call;
     - `info`: all the rest. Made anew whenever the body is traced.
     """
 
     __slots__ = ("info", "out", "updates")
 
-    def __init__(self, out: list[Any], updates: list[Any], info: "OutcomeInfo"):
+    def __init__(self, out: list[Any], updates: dict[int, Any], info: "OutcomeInfo"):
         self.out = out
         self.updates = updates
         self.info = info
 
 
-def arrays_of(outcome: Outcome) -> tuple[list[Any], list[Any]]:
+def arrays_of(outcome: Outcome) -> tuple[list[Any], dict[int, Any]]:
     """What a body returns and writes, with arrays in place of numbers: those of Python in a
     ref, and the constants of a jaxpr."""
-    return [_array_of(x) for x in outcome.out], [_array_of(x) for x in outcome.updates]
+    return jtu.tree_map(_array_of, (outcome.out, outcome.updates))
 
 
 def _array_of(x: Any) -> Any:
@@ -309,19 +343,17 @@ class OutcomeInfo:
     - `result`: the structure of the result. The refs in it are numbered: first those of
         the call, by `carried`, then the new ones.
     - `carried`: for each ref of the result that the call carries, its number in the call.
-    - `written`: `(number in the call, inside of the new value)` of each ref written.
     - `build`: makes the result of its arrays, if it has nothing else; or `None`.
     - `waits`: whether a call must wait for run-time checks. `filter_jit` finds out.
 
     By itself it is a pytree node without children, which is how it gets out of `jax.jit`.
     """
 
-    __slots__ = ("build", "carried", "result", "waits", "written")
+    __slots__ = ("build", "carried", "result", "waits")
 
-    def __init__(self, result: Structure, carried: dict[int, int], written: list):
+    def __init__(self, result: Structure, carried: dict[int, int]):
         self.result = result
         self.carried = carried
-        self.written = written
         self.waits = False
         (part,) = result.parts
         self.build: Callable[[list[Any]], Any] | None = None

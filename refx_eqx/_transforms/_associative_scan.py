@@ -113,7 +113,7 @@ def _run_associative_scan(
         both = list(arrays)
         both[left.start : left.stop], both[right.start : right.stop] = a, b
         outcome = opened.run("associative_scan", both, transparent=False)
-        for number, _ in outcome.info.written:
+        for number in outcome.updates:
             ref = opened.refs[number]
             raise StructureError(
                 f"`associative_scan`: the function writes "
@@ -128,8 +128,8 @@ def _run_associative_scan(
         # JAX reverses along `axis` before it counts a negative one from the end.
         axis += elems[0].ndim
     # With one element the function is not called, and its outcome has the same structure.
-    info = Staged(lambda arrays: combine(arrays, arrays), elems).info
+    info = Staged(lambda arrays: combine(arrays, arrays), elems).avals.info
     out = jax.lax.associative_scan(
         lambda a, b: combine(a, b).out, elems, reverse=reverse, axis=axis
     )
-    return Outcome(out, [], info)
+    return Outcome(out, {}, info)

@@ -4,8 +4,8 @@ JAX runs the backward pass after the function has ended, and the only thing that
 it is cotangents. So a ref that a backward rule writes travels as one:
 
 - `filter_grad` gives the ref a *channel*: an input of zeros, which is differentiated too.
-  It rides along in the value of the inner ref, as a `Channelled`, so that every lifted
-  transform on the way (jit, scan, cond, vmap, checkpoint) carries it as it carries values.
+  The inner ref has it in a slot beside its value, and every lifted transform on the way
+  (jit, scan, cond, vmap, checkpoint) carries the two together, as a `Channelled`.
 - A `filter_custom_vjp` function takes the channel of each ref that it carries, and returns
   it: the channel becomes a thread through the calls, in their order.
 - The backward pass follows the thread in reverse. It starts (`seed`) with the value that
@@ -33,16 +33,9 @@ import jax.tree_util as jtu
 from .. import _trace
 from .._errors import StructureError
 from .._functionalize import Opened
-from .._ref import Ref
-from .._structure import join_value, Outcome, split_value, Structure
-from ._channel import (
-    Channelled,
-    channelled_type,
-    decode,
-    encode,
-    has_channel,
-    plain_type,
-)
+from .._ref import Channelled
+from .._structure import hold, Outcome, release, split_value, Structure
+from ._channel import decode, encode, has_channel
 
 
 _trace.register_exclusion(__file__)
@@ -56,16 +49,16 @@ class BackwardWrite(StructureError):
         self.collection = collection
 
 
-def _reopened(opened: Opened, values: list[Any], types: list[type[Ref]]) -> Opened:
-    """The same call, with other values and types of its refs."""
+def _reopened(opened: Opened, values: list[Any]) -> Opened:
+    """The same call, with other values of its refs."""
     structure = opened.structure
     arrays = opened.arrays[: structure.n_bare]
     slots, spans = [], []
-    for slot, ref_type, value in zip(structure.slots, types, values):
+    for slot, value in zip(structure.slots, values):
         inside, its_arrays = split_value(value)
         spans.append((len(arrays), len(arrays) + len(its_arrays)))
         arrays.extend(its_arrays)
-        slots.append(slot._replace(ref_type=ref_type, inside=inside))
+        slots.append(slot._replace(inside=inside))
     again = copy.copy(opened)
     again.arrays, again.spans = arrays, spans
     again.structure = Structure(
@@ -85,25 +78,21 @@ def without_channels(opened: Opened) -> tuple[Opened, dict[int, Any]]:
         for i, value in enumerate(opened.values)
         if type(value) is Channelled
     }
-    types = [plain_type(slot.ref_type) for slot in opened.structure.slots]
-    if not channels and all(
-        a is slot.ref_type for a, slot in zip(types, opened.structure.slots)
-    ):
+    if not channels:
         return opened, {}
     values = [x.value if type(x) is Channelled else x for x in opened.values]
-    plain = _reopened(opened, values, types)
+    plain = _reopened(opened, values)
     plain.values = values
     return plain, channels
 
 
 def with_channels(opened: Opened, channels: dict[int, Any]) -> Opened:
     """A call with a channel for each of these refs."""
-    values, types = [], []
-    for i, (value, slot) in enumerate(zip(opened.values, opened.structure.slots)):
-        is_open = i in channels
-        values.append(Channelled(value, channels[i]) if is_open else value)
-        types.append(channelled_type(slot.ref_type) if is_open else slot.ref_type)
-    return _reopened(opened, values, types)
+    values = [
+        Channelled(value, channels[i]) if i in channels else value
+        for i, value in enumerate(opened.values)
+    ]
+    return _reopened(opened, values)
 
 
 def new_channels(opened: Opened, collections: Iterable[Hashable]) -> dict[int, Any]:
@@ -123,25 +112,13 @@ def _mapped_like(x: Any, y: Any) -> Any:
 
 def updates_by_number(outcome: Outcome) -> dict[int, Any]:
     """The new values of the refs that a body wrote."""
-    arrays = iter(outcome.updates)
-    return {i: join_value(inside, arrays) for i, inside in outcome.info.written}
+    return {i: release(x) for i, x in outcome.updates.items()}
 
 
 def with_updates(outcome: Outcome, updates: dict[int, Any]) -> Outcome:
-    """The same outcome, with these refs written. Refs that it made are of plain types."""
-    written, arrays = [], []
-    for i, value in updates.items():
-        inside, its_arrays = split_value(value)
-        written.append((i, inside))
-        arrays.extend(its_arrays)
+    """The same outcome, with these refs written."""
     info = copy.copy(outcome.info)
-    info.written = written
-    result = info.result
-    slots = [slot._replace(ref_type=plain_type(slot.ref_type)) for slot in result.slots]
-    info.result = Structure(
-        result.parts, result.codes, result.statics, tuple(slots), result.notes
-    )
-    return Outcome(outcome.out, arrays, info)
+    return Outcome(outcome.out, {i: hold(x) for i, x in updates.items()}, info)
 
 
 def moved(plain: Opened, opened: Opened, positions: list[int]) -> list[int]:

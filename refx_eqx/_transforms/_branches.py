@@ -11,7 +11,16 @@ import jax.tree_util as jtu
 from .. import _trace
 from .._errors import describe, StructureError
 from .._functionalize import call, Opened
-from .._structure import DYNAMIC, n_arrays, Outcome, OutcomeInfo, STATIC, Structure
+from .._ref import Ref
+from .._structure import (
+    DYNAMIC,
+    held,
+    inside_of,
+    Outcome,
+    OutcomeInfo,
+    STATIC,
+    Structure,
+)
 from ._staged import (
     as_callable,
     bare_parts,
@@ -31,103 +40,86 @@ _trace.register_exclusion(__file__)
 _T = TypeVar("_T")
 
 
-def _cond_branch(pred: Any, true_fun: Any, false_fun: Any, *operands: Any) -> Any:
-    """One branch of `cond`, with the arguments of `cond`: `pred` is a `bool`."""
+def _true_branch(_: None, pred: Any, true_fun: Any, false_fun: Any, *operands) -> Any:
     __tracebackhide__ = True
-    return numbers_to_arrays((true_fun if pred else false_fun)(*operands))
+    return numbers_to_arrays(true_fun(*operands))
 
 
-def _switch_branch(index: Any, branches: Sequence[Any], *operands: Any) -> Any:
-    """One branch of `switch`, with the arguments of `switch`: `index` is an `int`."""
+def _false_branch(_: None, pred: Any, true_fun: Any, false_fun: Any, *operands) -> Any:
     __tracebackhide__ = True
-    return numbers_to_arrays(branches[index](*operands))
+    return numbers_to_arrays(false_fun(*operands))
+
+
+def _branch(i: int) -> Callable[..., Any]:
+    def apply(_: None, index: Any, branches: Sequence[Any], *operands: Any) -> Any:
+        __tracebackhide__ = True
+        return numbers_to_arrays(branches[i](*operands))
+
+    return apply
 
 
 def _run_branches(
     opened: Opened,
     arrays: list[Any],
     name: str,
-    which: dict[Any, str],
-    choose: Callable[[Any, list[Callable], list[Any]], list[Any]],
+    which: dict[str, Callable[..., Any]],
+    choose: Callable[[Any, list[Callable], list[Any]], Any],
 ) -> Outcome:
     """Traces each branch, finds what they have in common, and builds the choice.
 
     **Arguments:**
 
-    - `which`: for each branch what stands for it in place of the first argument of the
-        call, and what it is called.
+    - `which`: what each branch is called, and what calls it.
     - `choose`: from the first argument, functions of the arrays, and the arrays.
     """
     __tracebackhide__ = True
     first = bare_parts(opened)[1].start
 
-    def stage(key: Any) -> Staged:
+    def stage(apply: Callable[..., Any]) -> Staged:
         __tracebackhide__ = True
+        return Staged(lambda arrays: opened.run(name, arrays, False, apply), arrays)
 
-        def body(arrays: list[Any]) -> Outcome:
-            __tracebackhide__ = True
-            arrays = list(arrays)
-            arrays[first] = key
-            return opened.run(name, arrays, transparent=False)
-
-        return Staged(body, arrays)
-
-    staged = [stage(key) for key in which]
-    names = list(which.values())
+    staged = [stage(apply) for apply in which.values()]
+    names = list(which)
+    info = staged[0].avals.info
     for other, other_name in zip(staged[1:], names[1:]):
-        _check_results(opened, staged[0].info, other.info, (names[0], other_name), name)
+        both = names[0], other_name
+        _check_results(opened, info, other.avals.info, both, name)
+    written = sorted({number for branch in staged for number in branch.avals.updates})
 
-    n_out = staged[0].n_out
-    kinds = []
-    for i in range(n_out):
-        found = [kind_of(branch.avals[i]) for branch in staged]
-        what = _place(staged[0].info.result, i)
-        kinds.append(_joined(found, names, what, name))
-
-    # A branch that does not write a ref leaves it as it is.
-    written = sorted({number for branch in staged for number in branch.updates})
-    insides = [
-        _common_inside(opened, number, staged, names, name) for number in written
-    ]
-
-    def updates_of(branch: Staged, flat: list[Any], arrays: list[Any]) -> list[Any]:
-        updates: list[Any] = []
+    def completed(outcome: Outcome, arrays: list[Any]) -> tuple[list, dict[int, Any]]:
+        """A branch that does not write a ref leaves it as it is."""
+        updates = {}
         for number in written:
-            if number in branch.updates:
-                _, places = branch.updates[number]
-                updates.extend(flat[i] for i in places)
-            else:
-                updates.extend(arrays[slice(*opened.spans[number])])
-        return updates
+            inside = opened.structure.slots[number].inside
+            before = held(inside, arrays[slice(*opened.spans[number])])
+            updates[number] = outcome.updates.get(number, before)
+        return outcome.out, updates
 
-    which_ref = [
-        n for n, inside in zip(written, insides) for _ in range(n_arrays(inside))
-    ]
-    found = [
-        updates_of(branch, list(branch.avals), _avals(arrays)) for branch in staged
-    ]
-    for number, *avals in zip(which_ref, *found):
+    avals = [jax.typeof(x) for x in arrays]
+    found = [completed(branch.avals, avals) for branch in staged]
+    whats = [_place(info.result, i) for i in range(len(found[0][0]))]
+    for number in written:
+        new = [updates[number] for _, updates in found]
+        _check_insides(opened.refs[number], [*map(inside_of, new)], names, name)
         ref = opened.refs[number]
-        what = describe(ref._name, ref._collection)
-        kinds.append(_joined([kind_of(aval) for aval in avals], names, what, name))
+        whats += [describe(ref._name, ref._collection)] * len(jtu.tree_leaves(new[0]))
+    kinds = [
+        _joined([kind_of(x) for x in each], names, what, name)
+        for what, *each in zip(whats, *map(jtu.tree_leaves, found))
+    ]
+    treedef = jtu.tree_structure(found[0])
 
-    def function_of(branch: Staged) -> Callable[..., list[Any]]:
-        def run(*arrays: Any) -> list[Any]:
-            flat = branch(list(arrays))
-            both = [*flat[:n_out], *updates_of(branch, flat, list(arrays))]
-            return [convert(jnp.asarray(x), kind) for x, kind in zip(both, kinds)]
+    def function_of(branch: Staged) -> Callable[..., Any]:
+        def run(*arrays: Any) -> Any:
+            both = completed(branch(list(arrays)), list(arrays))
+            leaves = map(jnp.asarray, jtu.tree_leaves(both))
+            return jtu.tree_unflatten(treedef, map(convert, leaves, kinds))
 
         return run
 
-    flat = choose(arrays[first], [function_of(branch) for branch in staged], arrays)
-    info = staged[0].info
-    written_insides = list(zip(written, insides))
-    info = OutcomeInfo(info.result, info.carried, written_insides)
-    return Outcome(flat[:n_out], flat[n_out:], info)
-
-
-def _avals(arrays: list[Any]) -> list[Any]:
-    return [jax.typeof(x) for x in arrays]
+    out, updates = choose(arrays[first], [*map(function_of, staged)], arrays)
+    return Outcome(out, updates, info)
 
 
 def _joined(kinds: list[Kind], names: list[str], what: str, name: str) -> Kind:
@@ -143,26 +135,17 @@ def _joined(kinds: list[Kind], names: list[str], what: str, name: str) -> Kind:
     return kind
 
 
-def _common_inside(
-    opened: Opened, number: int, staged: list[Staged], names: list[str], name: str
-) -> Any:
-    """The structure of the value of a ref, which must be one after every branch."""
+def _check_insides(ref: Ref, insides: list[Any], names: list[str], name: str) -> None:
+    """The structure of the value of a ref must be one after every branch."""
     __tracebackhide__ = True
-    before = opened.structure.slots[number].inside
-    insides = [
-        branch.updates[number][0] if number in branch.updates else before
-        for branch in staged
-    ]
     for inside, branch_name in zip(insides, names):
         if inside != insides[0]:
-            ref = opened.refs[number]
             raise StructureError(
                 f"`{name}`: the value of {describe(ref._name, ref._collection)} has "
                 f"another structure, or other static parts, after {branch_name} than "
                 f"after {names[0]}. Write values of one structure in all branches; what "
                 "is not an array cannot depend on the branch."
             )
-    return insides[0]
 
 
 def _check_results(
@@ -253,10 +236,10 @@ def _place(structure: Structure, i: int) -> str:
 def _run_cond(opened: Opened, arrays: list[Any]) -> Outcome:
     __tracebackhide__ = True
 
-    def choose(pred: Any, branches: list[Callable], arrays: list[Any]) -> list[Any]:
+    def choose(pred: Any, branches: list[Callable], arrays: list[Any]) -> Any:
         return jax.lax.cond(pred, *branches, *arrays)
 
-    which = {True: "`true_fun`", False: "`false_fun`"}
+    which = {"`true_fun`": _true_branch, "`false_fun`": _false_branch}
     return _run_branches(opened, arrays, "cond", which, choose)
 
 
@@ -318,16 +301,16 @@ def cond(
         return program_of_all(branches, "cond", _run_cond)(opened)
 
     args = (_scalar(pred, "cond", "predicate"), *branches, *operands)
-    return call(_cond_branch, args, {}, transform)
+    return call(None, args, {}, transform)
 
 
 def _run_switch(opened: Opened, arrays: list[Any], n: int) -> Outcome:
     __tracebackhide__ = True
 
-    def choose(index: Any, branches: list[Callable], arrays: list[Any]) -> list[Any]:
+    def choose(index: Any, branches: list[Callable], arrays: list[Any]) -> Any:
         return jax.lax.switch(index, branches, *arrays)
 
-    which = {i: f"branch {i}" for i in range(n)}
+    which = {f"branch {i}": _branch(i) for i in range(n)}
     return _run_branches(opened, arrays, "switch", which, choose)
 
 
@@ -382,7 +365,7 @@ def switch(index: Any, branches: Sequence[Callable[..., _T]], *operands: Any) ->
         return program_of_all(fns, "switch", run)(opened)
 
     args = (_scalar(index, "switch", "index"), fns, *operands)
-    return call(_switch_branch, args, {}, transform)
+    return call(None, args, {}, transform)
 
 
 def _scalar(x: Any, name: str, what: str) -> jax.Array:

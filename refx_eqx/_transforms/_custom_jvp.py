@@ -106,7 +106,7 @@ def _custom_jvp(frame: Frame, layout: Layout) -> Callable:
     positions = set(layout.positions())
 
     @jax.custom_jvp
-    def flat(arrays: list[Any]) -> tuple[list[Any], list[Any]]:
+    def flat(arrays: list[Any]) -> tuple[list[Any], dict[int, Any]]:
         __tracebackhide__ = True
         return arrays_of(frame.run_function(arrays))
 
@@ -128,7 +128,7 @@ def _custom_jvp(frame: Frame, layout: Layout) -> Callable:
         outcome = frame.run_forward(arrays, run, "the rule")
         frame.refuse_perturbed(
             [i for i, t in given.items() if t is not None and i not in positions],
-            {i for i, _ in outcome.info.written},
+            set(outcome.updates),
         )
         result = result_of(frame, outcome, arrays)
         t_out = Sparse(
@@ -139,7 +139,7 @@ def _custom_jvp(frame: Frame, layout: Layout) -> Callable:
             symbolic_zero(x) if t_out[i] is None else t_out[i]
             for i, x in zip(result.made, out)
         ]
-        return (out, updates), (t_made, [symbolic_zero(x) for x in updates])
+        return (out, updates), (t_made, jax.tree.map(symbolic_zero, updates))
 
     flat.defjvp(rule, symbolic_zeros=True)
     return flat

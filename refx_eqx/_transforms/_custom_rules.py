@@ -6,10 +6,8 @@ the opened call, which holds the refs and arrays of the caller, but a `Frame`: t
 of the call, on which the function and each rule are run with arrays of their own.
 """
 
-import contextlib
-import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -20,7 +18,7 @@ from .. import _trace
 from .._errors import describe, StructureError
 from .._functionalize import Opened, run_body
 from .._lifted import name_of
-from .._structure import join_value, Outcome, OutcomeInfo, split_value
+from .._structure import inside_of, join_value, Outcome, OutcomeInfo, split_value
 
 
 _trace.register_exclusion(__file__)
@@ -30,37 +28,17 @@ SymbolicZero = jax.custom_derivatives.SymbolicZero
 
 class Rules(NamedTuple):
     """The function and its rules: the callable of the call, so that what any of them closes
-    over is carried. A call of it calls the one that is wanted."""
+    over is carried."""
 
     fn: Any
     first: Any
     second: Any = None
 
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        return _wanted.stack[-1](self, *args, **kwargs)
-
-
-class _Wanted(threading.local):
-    def __init__(self):
-        self.stack: list[Callable] = []
-
-
-_wanted = _Wanted()
-
-
-@contextlib.contextmanager
-def _calling(rule: Callable) -> Iterator[None]:
-    _wanted.stack.append(rule)
-    try:
-        yield
-    finally:
-        _wanted.stack.pop()
-
 
 class Frame:
     """What the function and its rules are run on. Holds no array and, strongly, no ref.
 
-    - `info`: what the function did (or the rule that ran in its place).
+    - `info`, `written`: what the function did (or the rule that ran in its place).
     """
 
     def __init__(self, name: str, fn: Any, opened: Opened):
@@ -69,6 +47,7 @@ class Frame:
         self.structure = opened.structure
         self.spans = opened.spans
         self.info: OutcomeInfo | None = None
+        self.written: dict[int, tuple | None] = {}
         self._trace = weakref.ref(opened.trace)
         self._refs = [weakref.ref(ref) for ref in opened.refs]
         # The structure holds functions weakly, and a rule may run after the call.
@@ -77,11 +56,8 @@ class Frame:
     def run(self, arrays: list[Any], rule: Callable) -> Outcome:
         __tracebackhide__ = True
         refs = [ref for ref in (weak() for weak in self._refs) if ref is not None]
-        with (
-            _trace.running_body(self.name, refs, self._trace(), False),
-            _calling(rule),
-        ):
-            return run_body(self.structure, self.name, arrays)
+        with _trace.running_body(self.name, refs, self._trace(), False):
+            return run_body(self.structure, self.name, arrays, rule)
 
     def run_function(self, arrays: list[Any]) -> Outcome:
         __tracebackhide__ = True
@@ -94,8 +70,9 @@ class Frame:
         structure, and write the same refs."""
         __tracebackhide__ = True
         outcome = self.run(arrays, rule)
-        info, earlier = outcome.info, self.info
-        self.info = info
+        info, earlier, before = outcome.info, self.info, self.written
+        written = {i: inside_of(x) for i, x in outcome.updates.items()}
+        self.info, self.written = info, written
         if earlier is None:
             return outcome
         if earlier.result != info.result or earlier.carried != info.carried:
@@ -104,8 +81,8 @@ class Frame:
                 "same structure as the function does: of the same static values, and the "
                 "same refs."
             )
-        if earlier.written != info.written:
-            differing = {i for i, _ in earlier.written} ^ {i for i, _ in info.written}
+        if before != written:
+            differing = before.keys() ^ written.keys()
             named = ", ".join(self.describe(i) for i in sorted(differing))
             raise StructureError(
                 f"`{self.name}`: {which} of `{self.fn_name}` must write the refs that the "

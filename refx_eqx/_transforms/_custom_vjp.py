@@ -13,7 +13,7 @@ from .._deref import path_text
 from .._errors import describe, StructureError
 from .._functionalize import call, Opened
 from .._lifted import name_of
-from .._ref import Ref
+from .._ref import Channelled, Ref
 from .._structure import arrays_of, Outcome
 from ._backward import (
     spread,
@@ -22,7 +22,7 @@ from ._backward import (
     without_channels,
     written_by_rule,
 )
-from ._channel import Channelled, decode
+from ._channel import decode
 from ._custom_rules import (
     Custom,
     derivative,
@@ -210,7 +210,7 @@ class _Parts:
 
     def function(
         self, arrays: list[Any], carriers: dict[int, Any], channels: dict[int, Any]
-    ) -> tuple[list, list, dict]:
+    ) -> tuple[list, dict, dict]:
         __tracebackhide__ = True
         del carriers
         return (*arrays_of(self.frame.run_function(arrays)), channels)
@@ -246,7 +246,7 @@ class _Parts:
             statics,
             result.layout,
             [(i, is_inexact(x)) for i, x in zip(result.made, out)],
-            {i for i, _ in outcome.info.written},
+            set(outcome.updates),
         )
         return (out, updates, channels), _Residuals((kept, arrays), rest)
 

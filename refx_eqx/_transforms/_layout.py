@@ -22,6 +22,7 @@ from .._opened import Index, Note, Value
 from .._ref import Ref
 from .._structure import (
     DYNAMIC,
+    inside_of,
     n_arrays,
     Outcome,
     Slot,
@@ -282,11 +283,7 @@ def result_of(opened: Any, outcome: Outcome, arrays: list[Any]) -> Result:
     `structure` and the `spans` are used."""
     info = outcome.info
     structure = info.result
-    out, rest = iter(outcome.out), iter(outcome.updates)
-    written = {
-        number: (inside, [next(rest) for _ in range(n_arrays(inside))])
-        for number, inside in info.written
-    }
+    out, updates = iter(outcome.out), outcome.updates
     flat = [next(out) for _ in range(structure.n_bare)]
     made = list(range(len(flat)))
     slots, starts = [], []
@@ -295,8 +292,9 @@ def result_of(opened: Any, outcome: Outcome, arrays: list[Any]) -> Result:
         if number is None:
             inside = slot.inside
             its_arrays = [next(out) for _ in range(n_arrays(inside))]
-        elif number in written:
-            inside, its_arrays = written[number]
+        elif number in updates:
+            inside = inside_of(updates[number])
+            its_arrays = jtu.tree_leaves(updates[number])
         else:
             inside = opened.structure.slots[number].inside
             its_arrays = arrays[slice(*opened.spans[number])]

@@ -11,7 +11,7 @@ from .. import _trace
 from .._errors import describe, StructureError
 from .._functionalize import call, dispatching, Opened, running_call
 from .._lifted import Lifted
-from .._structure import DYNAMIC, n_arrays, Outcome, Structure
+from .._structure import DYNAMIC, Outcome, Structure
 
 
 _trace.register_exclusion(__file__)
@@ -124,7 +124,7 @@ class _Call(Lifted):
             now = running_call()
             outcome = now.run(self._name, arrays, transparent=False)
             inputs = [jnp.shape(x) for x in arrays]
-            traced["shapes"] = inputs, [jnp.shape(x) for x in outcome.updates]
+            traced["shapes"] = inputs, _shapes(outcome.updates)
             return outcome
 
         # `__wrapped__` would show `inspect.signature` the user's arguments, not ours.
@@ -139,21 +139,23 @@ def _check_updates(opened: Opened, outcome: Outcome, shapes: tuple, name: str) -
     inside: the transform batched it."""
     __tracebackhide__ = True
     before, inside = shapes
-    updates = zip(outcome.updates, inside)
-    for number, value in outcome.info.written:
+    for number, after in _shapes(outcome.updates).items():
         start, stop = opened.spans[number]
         unmapped = all(
             jnp.shape(opened.arrays[i]) == before[i] for i in range(start, stop)
         )
-        for _ in range(n_arrays(value)):
-            after, shape = next(updates)
-            if unmapped and jnp.shape(after) != shape:
+        for found, shape in zip(after, inside[number]):
+            if unmapped and found != shape:
                 ref = opened.refs[number]
                 raise StructureError(
                     f"`{name}` gave {describe(ref._name, ref._collection)} the shape "
-                    f"{jnp.shape(after)}, where the function wrote {shape}: the transform "
+                    f"{found}, where the function wrote {shape}: the transform "
                     "maps what it returns. Use `rx.filter_vmap`, which knows of refs."
                 )
+
+
+def _shapes(updates: dict[int, Any]) -> dict[int, list[tuple[int, ...]]]:
+    return {i: [*map(jnp.shape, jtu.tree_leaves(x))] for i, x in updates.items()}
 
 
 def lift(transform: Callable[..., Any]) -> _LiftedTransform:

@@ -1,5 +1,6 @@
 """`while_loop` and `fori_loop`."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -32,21 +33,19 @@ _trace.register_exclusion(__file__)
 _T = TypeVar("_T")
 
 
-def _while_step(cond_fun: Any, body_fun: Any, val: Any, testing: Any) -> Any:
-    """Either function of `while_loop`, with the arguments of `while_loop`.
-
-    `testing` stands among the arrays of the call. When the function is run, there is a
-    `bool` in its place.
-    """
+def _while_test(_: None, cond_fun: Any, body_fun: Any, val: Any) -> Any:
     __tracebackhide__ = True
-    if testing is True:
-        test = cond_fun(val)
-        if not eqx.is_array_like(test) or jnp.shape(test) != ():
-            raise TypeError(
-                f"`while_loop`: `{name_of(cond_fun)}` must return a boolean scalar, and "
-                f"it returned {eqx.tree_pformat(test)}."
-            )
-        return jnp.asarray(test, bool)
+    test = cond_fun(val)
+    if not eqx.is_array_like(test) or jnp.shape(test) != ():
+        raise TypeError(
+            f"`while_loop`: `{name_of(cond_fun)}` must return a boolean scalar, and it "
+            f"returned {eqx.tree_pformat(test)}."
+        )
+    return jnp.asarray(test, bool)
+
+
+def _while_step(_: None, cond_fun: Any, body_fun: Any, val: Any) -> Any:
+    __tracebackhide__ = True
     new = numbers_to_arrays(body_fun(val))
     check_carry(val, new, "while_loop")
     return new
@@ -54,27 +53,24 @@ def _while_step(cond_fun: Any, body_fun: Any, val: Any, testing: Any) -> Any:
 
 def _run_while(opened: Opened, arrays: list[Any]) -> Outcome:
     __tracebackhide__ = True
-    _, _, _, carry, (flag, *_), _ = bare_parts(opened)
+    _, _, _, carry, _ = bare_parts(opened)
 
-    def running(testing: bool) -> Callable[[list[Any]], Staged]:
-        def body(arrays: list[Any]) -> Outcome:
-            __tracebackhide__ = True
-            arrays = list(arrays)
-            arrays[flag] = testing
-            return opened.run("while_loop", arrays, transparent=False)
+    def stage(apply: Callable, arrays: list[Any]) -> Staged:
+        return Staged(
+            lambda arrays: opened.run("while_loop", arrays, False, apply), arrays
+        )
 
-        return lambda arrays: Staged(body, arrays)
-
-    loop = stage_loop(opened, arrays, carry, set(), running(False), "while_loop")
-    test = running(True)(loop.arrays)
-    for number in test.updates:
+    step = functools.partial(stage, _while_step)
+    loop = stage_loop(opened, arrays, carry, set(), step, "while_loop")
+    test = stage(_while_test, loop.arrays)
+    for number in test.avals.updates:
         ref = opened.refs[number]
         raise StructureError(
             f"`while_loop`: `cond_fun` writes {describe(ref._name, ref._collection)}. It "
             "may only read, because it runs once more than `body_fun` does. Write the ref "
             "in `body_fun`."
         )
-    return _loop_while(loop, lambda arrays: test(arrays)[0], None)
+    return _loop_while(loop, lambda arrays: test(arrays).out[0], None)
 
 
 def _loop_while(
@@ -97,9 +93,7 @@ def _loop_while(
     _, final = jax.lax.while_loop(
         lambda carry: test(with_carry(carry)), step, (count, loop.initial())
     )
-    # A step returns its carry, and then the refs that it wrote: as they are carried.
-    n_out = loop.staged.n_out
-    return Outcome(final[:n_out], final[n_out:], loop.staged.info)
+    return loop.outcome(final, ([], {}))  # a step returns its carry, and no more
 
 
 def while_loop(
@@ -151,8 +145,7 @@ def while_loop(
         __tracebackhide__ = True
         return program_of_all(fns, "while_loop", _run_while)(opened)
 
-    args = (*fns, init_val, jnp.asarray(False))
-    return call(_while_step, args, {}, transform)
+    return call(None, (*fns, init_val), {}, transform)
 
 
 def _fori_step(i: Any, upper: Any, body_fun: Any, val: Any) -> Any:

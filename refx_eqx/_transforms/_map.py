@@ -5,10 +5,11 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+import jax.tree_util as jtu
 
 from .. import _trace
 from .._functionalize import call, Opened
-from .._structure import n_arrays, Outcome
+from .._structure import Outcome
 from ._axes import Axes, call_axes, ref_axis
 from ._program import Program, program_of
 from ._scan import n_steps, run_scan
@@ -61,45 +62,35 @@ def _map_in_batches(
         outcome = run_scan(
             opened, batches, leading, range(0), n_batches, "map", run=one_batch
         )
-        updates = _by_ref(outcome)
+        updates = dict(outcome.updates)
         for number, new in updates.items():
             if is_stacked(number):
-                updates[number] = [as_elements(x) for x in new]
+                updates[number] = jtu.tree_map(as_elements, new)
             else:
                 arrays = list(arrays)
-                arrays[slice(*opened.spans[number])] = new
-        results.append((outcome.info, [as_elements(x) for x in outcome.out], updates))
+                arrays[slice(*opened.spans[number])] = jtu.tree_leaves(new)
+        out = [as_elements(x) for x in outcome.out]
+        results.append(Outcome(out, updates, outcome.info))
     if n_rest:
         lanes = jnp.arange(n_full, length)
         rest = with_elements(arrays, lambda x: x[n_full:])
-        outcome = vmapped(opened, rest, leading, "map", lanes=lanes, transparent=False)
-        results.append((outcome.info, outcome.out, _by_ref(outcome)))
+        results.append(
+            vmapped(opened, rest, leading, "map", lanes=lanes, transparent=False)
+        )
 
     # Batches and rest run one function on elements of one shape, so both do the same.
-    (info, out, updates), *others = results
-    for _, more_out, more_updates in others:
-        out = [jnp.concatenate(both) for both in zip(out, more_out)]
-        for number, new in more_updates.items():
-            if is_stacked(number):
-                new = [jnp.concatenate(both) for both in zip(updates[number], new)]
-            updates[number] = new
-    flat_updates = []
-    for number, _ in info.written:
-        axis = ref_axis(opened, axes.flat, number) or 0
-        flat_updates += [
-            jnp.moveaxis(x, 0, axis) if is_stacked(number) else x
-            for x in updates[number]
-        ]
-    return Outcome(out, flat_updates, info)
+    def joined(*parts: Any) -> Any:
+        return jnp.concatenate(parts)
 
-
-def _by_ref(outcome: Outcome) -> dict[int, list[Any]]:
-    """The arrays of each ref that was written, by its number."""
-    arrays = iter(outcome.updates)
-    return {
-        number: [next(arrays) for _ in range(n_arrays(inside))]
-        for number, inside in outcome.info.written
-    }
+    out = jtu.tree_map(joined, *[outcome.out for outcome in results])
+    updates = {}
+    for number, last in results[-1].updates.items():
+        if is_stacked(number):
+            axis = ref_axis(opened, axes.flat, number) or 0
+            last = jtu.tree_map(joined, *[x.updates[number] for x in results])
+            last = jtu.tree_map(lambda x: jnp.moveaxis(x, 0, axis), last)
+        updates[number] = last
+    return Outcome(out, updates, results[0].info)
 
 
 def map(

@@ -37,7 +37,7 @@ from .._functionalize import (
 )
 from .._lifted import Lifted
 from .._ref import commits, Ref
-from .._structure import is_traced, Outcome, OutcomeInfo
+from .._structure import Held, is_traced, Outcome, OutcomeInfo
 from ._program import explain, Program
 
 
@@ -296,7 +296,7 @@ class Plan:
                     calls.pop()
                 known, written = self.last
                 if known is not info:
-                    written = _written_refs(self.opened, info)
+                    written = _written_refs(self.opened, updates)
                     self.last = info, written
                 if written is None:
                     # A value that is not one array: the general way.
@@ -309,7 +309,7 @@ class Plan:
                         ref._value is value for ref, value in zip(refs, values)
                     ):
                         continue
-                    for ref, value in zip(written, updates):
+                    for ref, value in zip(written, updates.values()):
                         ref._value = value
                     commits.count += 1
                 finally:
@@ -356,11 +356,11 @@ class _Dict:
         return tuple(items) == self.keys and all(map(is_, items.values(), self.then))
 
 
-def _written_refs(opened: Opened, info: OutcomeInfo) -> list[Ref] | None:
+def _written_refs(opened: Opened, updates: dict[int, Any]) -> list[Ref] | None:
     """The refs that get one array each; `None` if some get anything else."""
-    if any(inside is not None for _, inside in info.written):
+    if any(type(x) is Held for x in updates.values()):
         return None
-    return [opened.refs[number] for number, _ in info.written]
+    return [opened.refs[number] for number in updates]
 
 
 class _Given(int):

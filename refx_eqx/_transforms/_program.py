@@ -24,7 +24,7 @@ from .._closure import origin_of
 from .._errors import ConcurrencyError, describe
 from .._functionalize import dispatching, Disturbed, Opened, running_call
 from .._ref import Ref
-from .._structure import DYNAMIC, n_arrays, Outcome, Structure
+from .._structure import DYNAMIC, inside_of, Outcome, Structure
 
 
 _trace.register_exclusion(__file__)
@@ -109,7 +109,7 @@ class Variant:
         self._other_splits: dict[tuple, Split] = {}
         body = program.body
 
-        def traced(arrays: list[Any]) -> tuple[list[Any], list[Any], Any]:
+        def traced(arrays: list[Any]) -> tuple[list[Any], dict[int, Any], Any]:
             __tracebackhide__ = True
             outcome = body(running_call(), arrays)
             outcome.info.waits = _has_runtime_check(_trace.staged_equations())
@@ -117,7 +117,7 @@ class Variant:
 
         def donating(
             split: Split, donated: list[Any], kept: list[Any]
-        ) -> tuple[list[Any], list[Any], Any]:
+        ) -> tuple[list[Any], dict[int, Any], Any]:
             __tracebackhide__ = True
             arrays: list[Any] = [None] * (len(donated) + len(kept))
             for i, x in zip(split.donated, donated):
@@ -145,7 +145,7 @@ class Variant:
             donating, static_argnums=0, donate_argnums=1, **program.jitkwargs
         )
 
-    def dispatch(self, opened: Opened, arrays: list[Any]) -> tuple[list, list, Any]:
+    def dispatch(self, opened: Opened, arrays: list[Any]) -> tuple[list, dict, Any]:
         """Calls the program; to be called while `opened` is the running call."""
         __tracebackhide__ = True
         if self._donate == "none" or not _trace.is_evaluating():
@@ -202,14 +202,12 @@ class Variant:
         in_first = set()
         if self._donate.endswith("-except-first"):
             in_first = _refs_of_part(self._structure, 1)
-        new_arrays = iter(updates)
-        for number, inside in info.written:
-            start, stop = opened.spans[number]
-            new = [next(new_arrays) for _ in range(n_arrays(inside))]
+        for number, new in updates.items():
             # A value of another structure has no buffer that could be matched with it.
-            if number in in_first or inside != self._structure.slots[number].inside:
+            inside = self._structure.slots[number].inside
+            if number in in_first or inside_of(new) != inside:
                 continue
-            for i, after in zip(range(start, stop), new):
+            for i, after in zip(range(*opened.spans[number]), leaves(new)):
                 if eqx.is_array(arrays[i]) and _same_buffer_type(arrays[i], after):
                     donated.add(i)
         return Split(

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 
 from .. import _trace
 from .._functionalize import call, Opened
@@ -98,33 +99,24 @@ def run_scan(
         return Staged(body, with_slices(arrays, [_first(x) for x in xs]))
 
     loop = stage_loop(opened, arrays, bare, sliced, stage, name)
-    carried = set(loop.outputs)
-    stacked = [i for i in range(len(loop.staged.avals)) if i not in carried]
 
-    def step(carry: tuple, x: list[Any]) -> tuple[tuple, list[Any]]:
+    def step(carry: tuple, x: list[Any]) -> tuple[tuple, tuple[list, dict]]:
         count, carried = carry
         arrays = loop.with_carry(carried)
         if counter is not None:
             arrays[counter] = count
             count = count + 1
-        flat = loop.staged(with_slices(arrays, x))
-        return (count, loop.carry_of(flat)), [flat[i] for i in stacked]
+        outcome = loop.staged(with_slices(arrays, x))
+        return (count, loop.carry_of(outcome)), loop.rest_of(outcome)
 
     count = None if counter is None else loop.arrays[counter]
-    (_, final), ys = jax.lax.scan(
+    (_, final), (ys, stacked) = jax.lax.scan(
         step, (count, loop.initial()), xs, length, reverse=reverse, unroll=unroll
     )
-
-    flat: list[Any] = [None] * len(loop.staged.avals)
-    for i, x in zip([*loop.outputs, *stacked], [*final, *ys]):
-        flat[i] = x
-    for number, (_, places) in loop.staged.updates.items():
-        if number in sliced:
-            axis = ref_axis(opened, axes.flat, number) or 0
-            for i in places:
-                flat[i] = jnp.moveaxis(flat[i], 0, axis)
-    n_out = loop.staged.n_out
-    return Outcome(flat[:n_out], flat[n_out:], loop.staged.info)
+    for number, new in stacked.items():
+        axis = ref_axis(opened, axes.flat, number) or 0
+        stacked[number] = jtu.tree_map(lambda x: jnp.moveaxis(x, 0, axis), new)
+    return loop.outcome(final, (ys, stacked))
 
 
 def _first(x: Any) -> jax.ShapeDtypeStruct:

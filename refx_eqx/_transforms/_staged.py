@@ -21,7 +21,7 @@ from .._deref import path_text
 from .._errors import describe, StructureError
 from .._functionalize import Opened
 from .._ref import Ref
-from .._structure import DYNAMIC, is_traced, n_arrays, Outcome, Static
+from .._structure import DYNAMIC, inside_of, is_traced, Outcome, Static
 from ._program import anchor, Program
 
 
@@ -29,35 +29,24 @@ _trace.register_exclusion(__file__)
 
 
 class Staged:
-    """A body, traced once: from flat arrays to those of its outcome.
+    """A body, traced once: from flat arrays to its outcome.
 
     **Arguments:**
 
     - `body`: from flat arrays to an `Outcome`.
     - `arrays`: what to trace it for: arrays, or `jax.ShapeDtypeStruct`s.
 
-    It has
-
-    - `info`, of the outcome;
-    - `n_out`: how many of the arrays are those of the result;
-    - `updates`: for each ref that is written, its number, with the inside of its value and
-        where its arrays are among those that are returned;
-    - `avals`: the shape and dtype of each.
+    It has `avals`: its outcome, with the shape and dtype of each array in place of it.
     """
 
     def __init__(self, body: Callable[[list], Outcome], arrays: list[Any]):
         closed, outcome = jax.make_jaxpr(body, return_shape=True)(arrays)
-        self.info = outcome.info
-        self.n_out = position = len(outcome.out)
-        self.updates: dict[int, tuple[Any, range]] = {}
-        for number, inside in outcome.info.written:
-            start, position = position, position + n_arrays(inside)
-            self.updates[number] = inside, range(start, position)
-        self.avals = closed.out_avals
+        self._treedef = jtu.tree_structure(outcome)
+        self.avals: Outcome = jtu.tree_unflatten(self._treedef, closed.out_avals)
         self._run = jax.extend.core.jaxpr_as_fun(closed)
 
-    def __call__(self, arrays: list[Any]) -> list[Any]:
-        return self._run(*arrays)
+    def __call__(self, arrays: list[Any]) -> Outcome:
+        return jtu.tree_unflatten(self._treedef, self._run(*arrays))
 
 
 class Kind(NamedTuple):
@@ -116,14 +105,16 @@ class Loop(NamedTuple):
     - `staged`: one step;
     - `arrays`: those of the call. Weakly typed ones may have become strong;
     - `inputs`: which of them are carried from step to step;
-    - `outputs`: where a step returns these;
+    - `n_bare`: how many of these are bare. A step returns them first;
+    - `written`: the numbers of the refs that the others are of;
     - `kinds`: what they are.
     """
 
     staged: Staged
     arrays: list[Any]
     inputs: list[int]
-    outputs: list[int]
+    n_bare: int
+    written: list[int]
     kinds: list[Kind]
 
     def initial(self) -> list[Any]:
@@ -135,9 +126,26 @@ class Loop(NamedTuple):
             arrays[i] = x
         return arrays
 
-    def carry_of(self, flat: list[Any]) -> list[Any]:
-        found = [flat[i] for i in self.outputs]
-        return [convert(x, kind) for x, kind in zip(found, self.kinds)]
+    def carry_of(self, outcome: Outcome) -> list[Any]:
+        return [convert(x, k) for x, k in zip(self._carried(outcome), self.kinds)]
+
+    def _carried(self, outcome: Outcome) -> list[Any]:
+        updates = {number: outcome.updates[number] for number in self.written}
+        return jtu.tree_leaves((outcome.out[: self.n_bare], updates))
+
+    def rest_of(self, outcome: Outcome) -> tuple[list[Any], dict[int, Any]]:
+        """What a step returns and does not carry."""
+        updates = outcome.updates.items()
+        rest = {i: x for i, x in updates if i not in self.written}
+        return outcome.out[self.n_bare :], rest
+
+    def outcome(self, carry: list[Any], rest: tuple[list, dict]) -> Outcome:
+        """The opposite of `carry_of` and `rest_of`."""
+        out, updates = rest
+        mine = {number: self.staged.avals.updates[number] for number in self.written}
+        written = jtu.tree_unflatten(jtu.tree_structure(mine), carry[self.n_bare :])
+        both = dict(sorted({**updates, **written}.items()))
+        return Outcome([*carry[: self.n_bare], *out], both, self.staged.avals.info)
 
 
 def stage_loop(
@@ -167,11 +175,11 @@ def stage_loop(
     arrays = list(arrays)
     while True:
         staged = stage(arrays)
-        inputs, outputs = list(bare), list(range(len(bare)))
-        for number, (inside, places) in staged.updates.items():
-            if number in sliced:
-                continue
-            if inside != opened.structure.slots[number].inside:
+        updates = staged.avals.updates
+        written = [number for number in updates if number not in sliced]
+        inputs = list(bare)
+        for number in written:
+            if inside_of(updates[number]) != opened.structure.slots[number].inside:
                 raise StructureError(
                     f"`{name}` carries {_which(opened, number)} from step to step, and a "
                     "step changes the structure of its value, or a static part of it. Give "
@@ -179,19 +187,19 @@ def stage_loop(
                     "that changes."
                 )
             inputs += range(*opened.spans[number])
-            outputs += places
-        kinds, promoted = [], False
-        for i, o in zip(inputs, outputs):
-            before, after = kind_of(jax.typeof(arrays[i])), kind_of(staged.avals[o])
+        loop = Loop(staged, arrays, inputs, len(bare), written, [])
+        promoted = False
+        for i, aval in zip(inputs, loop._carried(staged.avals)):
+            before, after = kind_of(jax.typeof(arrays[i])), kind_of(aval)
             kind = join_kinds([before, after])
             if kind is None:
                 raise StructureError(_changed_kind(opened, i, before, after, name))
-            kinds.append(kind)
+            loop.kinds.append(kind)
             if kind != before:
                 promoted = True
                 arrays[i] = convert(arrays[i], kind)
         if not promoted:
-            return Loop(staged, arrays, inputs, outputs, kinds)
+            return loop
 
 
 def _which(opened: Opened, number: int) -> str:

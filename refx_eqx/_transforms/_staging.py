@@ -36,7 +36,7 @@ class _MakeJaxpr(Lifted):
         order = _argument_order(opened, len(args))
         found: dict[str, Any] = {}
 
-        def flat(arrays: list[Any]) -> list[Any]:
+        def flat(arrays: list[Any]) -> tuple[list[Any], dict[int, Any]]:
             __tracebackhide__ = True
             everything = list(opened.arrays)
             for i, x in zip(order, arrays):
@@ -45,10 +45,10 @@ class _MakeJaxpr(Lifted):
             result: Result = result_of(opened, outcome, everything)
             positions = result.layout.positions()
             found.update(layout=result.layout, positions=positions, info=outcome.info)
-            return [result.arrays[i] for i in positions] + outcome.updates
+            return [result.arrays[i] for i in positions], outcome.updates
 
         given = [opened.arrays[i] for i in order]
-        jaxpr, types = jax.make_jaxpr(flat, return_shape=True)(given)
+        jaxpr, (types, _) = jax.make_jaxpr(flat, return_shape=True)(given)
         layout = found["layout"]
         out_struct = layout.fill(dict(zip(found["positions"], types)))
         return jaxpr, out_struct, _statics(found["info"].result, layout.treedef)
@@ -225,7 +225,7 @@ def filter_closure_convert(fn: Callable[..., Any], *args: Any, **kwargs: Any) ->
     __tracebackhide__ = True
     opened = open_call(fn, args, kwargs)
 
-    def flat(*arrays: Any) -> tuple[list[Any], list[Any], OutcomeInfo]:
+    def flat(*arrays: Any) -> tuple[list[Any], dict[int, Any], OutcomeInfo]:
         __tracebackhide__ = True
         run = opened.run("filter_closure_convert", list(arrays), transparent=False)
         return run.out, run.updates, run.info

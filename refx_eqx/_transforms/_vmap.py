@@ -7,6 +7,7 @@ from typing import Any, overload, ParamSpec, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 
 from .. import _trace
 from .._errors import describe, StructureError
@@ -90,17 +91,21 @@ def vmapped(
     # The part of the outcome that is not arrays; filled while the body runs.
     traced: dict[str, Any] = {}
 
-    def body(arrays: list[Any], lane: Any) -> tuple[list[Any], list[Any]]:
+    def body(arrays: list[Any], lane: Any) -> tuple[Any, Any]:
         __tracebackhide__ = True
         mine = split_keys(opened, axes.split, arrays, lane)
         outcome = opened.run(name, mine, transparent)
-        of_result = _result_axes(opened, outcome, out_axes)
-        of_updates = _update_axes(opened, outcome, axes, name)
-        traced.update(info=outcome.info, out=of_result, updates=of_updates)
-        both = [*outcome.out, *outcome.updates], [*of_result, *of_updates]
-        mapped = [x for x, axis in zip(*both) if axis is not None]
-        unmapped = [x for x, axis in zip(*both) if axis is None]
-        for x in unmapped:
+        trees = outcome.out, outcome.updates
+        given = [
+            *_result_axes(opened, outcome, out_axes),
+            *_update_axes(opened, outcome, axes, name),
+        ]
+        traced.update(info=outcome.info, axes=given)
+        is_mapped = jtu.tree_unflatten(
+            jtu.tree_structure(trees), [axis is not None for axis in given]
+        )
+        mapped, unmapped = eqx.partition(trees, is_mapped)
+        for x in jtu.tree_leaves(unmapped):
             if _trace.is_batched(x):
                 raise ValueError(
                     f"`{name}(..., out_axes=...)`: the result has a batched array where "
@@ -115,19 +120,15 @@ def vmapped(
         axis_size=axis_size,
         **vmapkwargs,
     )
-    mapped, unmapped = map(iter, lifted(arrays, lanes))
+    flat, treedef = jtu.tree_flatten(eqx.combine(*lifted(arrays, lanes)))
+    placed = map(_place, flat, traced["axes"])
+    return Outcome(*jtu.tree_unflatten(treedef, placed), traced["info"])
 
-    def place(axis: Any) -> Any:
-        if axis is None:
-            return next(unmapped)
-        x = next(mapped)
-        if axis is FIRST_LANE:
-            return x[0]
-        return x if axis == 0 else jnp.moveaxis(x, 0, axis)
 
-    out = [place(axis) for axis in traced["out"]]
-    updates = [place(axis) for axis in traced["updates"]]
-    return Outcome(out, updates, traced["info"])
+def _place(x: Any, axis: Any) -> Any:
+    if axis is FIRST_LANE:
+        return x[0]
+    return jnp.moveaxis(x, 0, axis) if axis else x
 
 
 def _n_lanes(arrays: list[Any], axes: Axes, axis_size: int | None, name: str) -> int:
@@ -176,12 +177,10 @@ FIRST_LANE = object()
 def _update_axes(opened: Opened, outcome: Outcome, axes: Axes, name: str) -> list[Any]:
     """What came in on an axis goes out on it; what was broadcast must still be one value."""
     __tracebackhide__ = True
-    arrays = iter(outcome.updates)
     found: list[Any] = []
-    for number, inside in outcome.info.written:
+    for number, new in outcome.updates.items():
         axis = ref_axis(opened, axes.flat, number)
-        for _ in range(n_arrays(inside)):
-            x = next(arrays)
+        for x in jtu.tree_leaves(new):
             if axis is not None or not _trace.is_batched(x):
                 found.append(axis)
             elif number in axes.split and is_key(x):
