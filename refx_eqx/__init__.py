@@ -2,9 +2,8 @@
 
 from importlib.metadata import version as _version
 
-from ._batched import Batched as Batched
-from ._config import config as config
-from ._deref import (
+from ._core._call import functionalize as functionalize
+from ._core._deref import (
     as_refs as as_refs,
     clone as clone,
     Dag as Dag,
@@ -13,7 +12,7 @@ from ._deref import (
     reref as reref,
     snapshot as snapshot,
 )
-from ._errors import (
+from ._core._errors import (
     CollectionError as CollectionError,
     ConcurrencyError as ConcurrencyError,
     ImmutableError as ImmutableError,
@@ -22,14 +21,19 @@ from ._errors import (
     StructureError as StructureError,
     TraceLevelError as TraceLevelError,
 )
-from ._field import (
+from ._core._nodes import Index as Index, Value as Value
+from ._core._ref import Ref as Ref
+from ._fields._batched import Batched as Batched
+from ._fields._config import config as config
+from ._fields._field import (
     BatchStat as BatchStat,
     Cache as Cache,
     Collection as Collection,
     field as field,
     Param as Param,
 )
-from ._filters import (
+from ._fields._module import Module as Module
+from ._filters._filters import (
     aliases as aliases,
     collection as collection,
     Filter as Filter,
@@ -37,10 +41,7 @@ from ._filters import (
     mutable as mutable,
     path as path,
 )
-from ._functionalize import functionalize as functionalize
-from ._module import Module as Module
-from ._opened import Index as Index, Value as Value
-from ._partition import (
+from ._filters._partition import (
     combine as combine,
     get_partition as get_partition,
     merge_partitions as merge_partitions,
@@ -48,12 +49,12 @@ from ._partition import (
     partition as partition,
     tree_partition as tree_partition,
 )
-from ._ref import Ref as Ref
-from ._rng import Rngs as Rngs
-from ._state_dict import (
+from ._filters._state_dict import (
     load_state_dict as load_state_dict,
     state_dict as state_dict,
 )
+from ._filters._update import update_refs as update_refs
+from ._rng import Rngs as Rngs
 from ._transforms import (
     associative_scan as associative_scan,
     axes as axes,
@@ -82,7 +83,6 @@ from ._transforms import (
     switch as switch,
     while_loop as while_loop,
 )
-from ._update import update_refs as update_refs
 
 
 __version__ = _version("refx_eqx")

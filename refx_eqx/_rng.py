@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array
 
-from . import _trace
-from ._field import field
-from ._module import Module
-from ._ref import Ref
+from ._core._ref import Ref
+from ._fields._field import field
+from ._fields._module import Module
 
 
-_trace.register_exclusion(__file__)
+__tracebackhide__ = True
+
 
 DEFAULT = "default"
 

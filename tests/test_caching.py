@@ -16,7 +16,7 @@ import pytest
 from jaxtyping import Array
 
 import refx_eqx as rx
-from refx_eqx._transforms import _plan
+from refx_eqx._engine import _fast_path as _plan
 
 
 # With `.lower` and `__wrapped__`, which a `Callable` does not have for type checkers.

@@ -671,11 +671,11 @@ def test_batched_takes_a_type_and_axes():
 
 
 def test_a_write_is_checked_while_tracing_and_only_then(trace_counter, monkeypatch):
-    from refx_eqx import _declaration
+    from refx_eqx._fields import _declaration
 
     model = linear()
-    checked = trace_counter(_declaration.check_write)
-    monkeypatch.setattr("refx_eqx._ref.check_write", checked)
+    checked = trace_counter(_declaration.Declaration.checked)
+    monkeypatch.setattr(_declaration.Declaration, "checked", checked)
 
     @rx.filter_jit
     def step(model, x):
@@ -698,10 +698,10 @@ def test_equal_declarations_share_a_compiled_program(trace_counter):
 
 
 def test_what_an_annotation_says_is_worked_out_once(trace_counter, monkeypatch):
-    from refx_eqx import _field
+    from refx_eqx._fields import _field
 
     read = trace_counter(_field.read_annotation)
-    monkeypatch.setattr("refx_eqx._field.read_annotation", read)
+    monkeypatch.setattr("refx_eqx._fields._field.read_annotation", read)
 
     class Model(rx.Module):
         weight: rx.Param[Float[Array, "n"]]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import refx_eqx as rx
-from refx_eqx._ref import commits
+from refx_eqx._core._ref import commits
 
 
 N_THREADS = 4

@@ -6,13 +6,11 @@ from typing import Any, TypeVar
 import jax
 import jax.tree_util as jtu
 
-from .. import _trace
-from .._errors import describe, StructureError
-from .._functionalize import call, Opened
-from .._ref import Ref
-from .._structure import Outcome
-from ._program import Program, program_of
-from ._staged import (
+from .._core._call import call, Opened
+from .._core._errors import describe, StructureError
+from .._core._ref import Ref
+from .._core._structure import Outcome
+from .._engine._control_flow import (
     as_callable,
     bare_parts,
     check_carry,
@@ -20,16 +18,17 @@ from ._staged import (
     place_text,
     Staged,
 )
+from .._engine._program import Program, program_of
 
 
-_trace.register_exclusion(__file__)
+__tracebackhide__ = True
+
 
 _T = TypeVar("_T")
 
 
 def _combine(fn: Any, a: Any, b: Any) -> Any:
     """One application of the function of `associative_scan`."""
-    __tracebackhide__ = True
     out = numbers_to_arrays(fn(a, b))
     check_carry(a, out, "associative_scan")
     return out
@@ -80,7 +79,6 @@ def associative_scan(
     - `StructureError`: if `fn` writes a ref, if `elems` has one, or if `fn` changes the
         structure of what it is given.
     """
-    __tracebackhide__ = True
     fn, elems = as_callable(fn), numbers_to_arrays(elems)
     for path, leaf in jtu.tree_flatten_with_path(elems)[0]:
         if isinstance(leaf, Ref):
@@ -91,11 +89,9 @@ def associative_scan(
             )
 
     def run(opened: Opened, arrays: list[Any]) -> Outcome:
-        __tracebackhide__ = True
         return _run_associative_scan(opened, arrays, reverse, axis)
 
     def transform(opened: Opened) -> Outcome:
-        __tracebackhide__ = True
         key = ("associative_scan", bool(reverse), axis)
         return program_of(fn, key, lambda: Program("associative_scan", run))(opened)
 
@@ -105,11 +101,9 @@ def associative_scan(
 def _run_associative_scan(
     opened: Opened, arrays: list[Any], reverse: bool, axis: int
 ) -> Outcome:
-    __tracebackhide__ = True
     _, _, left, right, _ = bare_parts(opened)
 
     def combine(a: list[Any], b: list[Any]) -> Outcome:
-        __tracebackhide__ = True
         both = list(arrays)
         both[left.start : left.stop], both[right.start : right.stop] = a, b
         outcome = opened.run("associative_scan", both, transparent=False)

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .. import _trace
-from .._errors import describe, StructureError
-from .._functionalize import call, Opened
-from .._ref import Ref
-from .._structure import (
+from .._core._call import call, Opened
+from .._core._errors import describe, StructureError
+from .._core._ref import Ref
+from .._core._structure import (
     DYNAMIC,
     held,
     inside_of,
@@ -21,7 +20,7 @@ from .._structure import (
     STATIC,
     Structure,
 )
-from ._staged import (
+from .._engine._control_flow import (
     as_callable,
     bare_parts,
     convert,
@@ -35,24 +34,22 @@ from ._staged import (
 )
 
 
-_trace.register_exclusion(__file__)
+__tracebackhide__ = True
+
 
 _T = TypeVar("_T")
 
 
 def _true_branch(_: None, pred: Any, true_fun: Any, false_fun: Any, *operands) -> Any:
-    __tracebackhide__ = True
     return numbers_to_arrays(true_fun(*operands))
 
 
 def _false_branch(_: None, pred: Any, true_fun: Any, false_fun: Any, *operands) -> Any:
-    __tracebackhide__ = True
     return numbers_to_arrays(false_fun(*operands))
 
 
 def _branch(i: int) -> Callable[..., Any]:
     def apply(_: None, index: Any, branches: Sequence[Any], *operands: Any) -> Any:
-        __tracebackhide__ = True
         return numbers_to_arrays(branches[i](*operands))
 
     return apply
@@ -72,11 +69,9 @@ def _run_branches(
     - `which`: what each branch is called, and what calls it.
     - `choose`: from the first argument, functions of the arrays, and the arrays.
     """
-    __tracebackhide__ = True
     first = bare_parts(opened)[1].start
 
     def stage(apply: Callable[..., Any]) -> Staged:
-        __tracebackhide__ = True
         return Staged(lambda arrays: opened.run(name, arrays, False, apply), arrays)
 
     staged = [stage(apply) for apply in which.values()]
@@ -123,7 +118,6 @@ def _run_branches(
 
 
 def _joined(kinds: list[Kind], names: list[str], what: str, name: str) -> Kind:
-    __tracebackhide__ = True
     kind = join_kinds(kinds)
     if kind is None:
         i = next(i for i, k in enumerate(kinds) if join_kinds([kinds[0], k]) is None)
@@ -137,7 +131,6 @@ def _joined(kinds: list[Kind], names: list[str], what: str, name: str) -> Kind:
 
 def _check_insides(ref: Ref, insides: list[Any], names: list[str], name: str) -> None:
     """The structure of the value of a ref must be one after every branch."""
-    __tracebackhide__ = True
     for inside, branch_name in zip(insides, names):
         if inside != insides[0]:
             raise StructureError(
@@ -156,7 +149,6 @@ def _check_results(
     name: str,
 ) -> None:
     """Refuses branches whose results differ in anything but the values of arrays."""
-    __tracebackhide__ = True
     a, b = first.result, other.result
     if a.parts != b.parts:
         raise StructureError(
@@ -234,7 +226,6 @@ def _place(structure: Structure, i: int) -> str:
 
 
 def _run_cond(opened: Opened, arrays: list[Any]) -> Outcome:
-    __tracebackhide__ = True
 
     def choose(pred: Any, branches: list[Callable], arrays: list[Any]) -> Any:
         return jax.lax.cond(pred, *branches, *arrays)
@@ -292,12 +283,10 @@ def cond(
     - `StructureError`: if the results differ in structure, or the shapes and dtypes that
         the branches leave in a ref do. The message names both.
     """
-    __tracebackhide__ = True
     branches = as_callable(true_fun), as_callable(false_fun)
     operands = numbers_to_arrays(operands)
 
     def transform(opened: Opened) -> Outcome:
-        __tracebackhide__ = True
         return program_of_all(branches, "cond", _run_cond)(opened)
 
     args = (_scalar(pred, "cond", "predicate"), *branches, *operands)
@@ -305,7 +294,6 @@ def cond(
 
 
 def _run_switch(opened: Opened, arrays: list[Any], n: int) -> Outcome:
-    __tracebackhide__ = True
 
     def choose(index: Any, branches: list[Callable], arrays: list[Any]) -> Any:
         return jax.lax.switch(index, branches, *arrays)
@@ -349,7 +337,6 @@ def switch(index: Any, branches: Sequence[Callable[..., _T]], *operands: Any) ->
 
     As [`refx_eqx.cond`][]; and `ValueError` if there are no branches.
     """
-    __tracebackhide__ = True
     if not branches:
         raise ValueError("`switch` needs at least one branch.")
     fns = tuple(map(as_callable, branches))
@@ -357,11 +344,9 @@ def switch(index: Any, branches: Sequence[Callable[..., _T]], *operands: Any) ->
     n = len(fns)
 
     def run(opened: Opened, arrays: list[Any]) -> Outcome:
-        __tracebackhide__ = True
         return _run_switch(opened, arrays, n)
 
     def transform(opened: Opened) -> Outcome:
-        __tracebackhide__ = True
         return program_of_all(fns, "switch", run)(opened)
 
     args = (_scalar(index, "switch", "index"), fns, *operands)
@@ -369,7 +354,6 @@ def switch(index: Any, branches: Sequence[Callable[..., _T]], *operands: Any) ->
 
 
 def _scalar(x: Any, name: str, what: str) -> jax.Array:
-    __tracebackhide__ = True
     x = jnp.asarray(x)
     if x.shape != ():
         raise TypeError(

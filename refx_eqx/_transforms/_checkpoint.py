@@ -6,14 +6,15 @@ from typing import Any, overload, ParamSpec, TypeVar
 
 import jax
 
-from .. import _trace
-from .._functionalize import call, Opened
-from .._lifted import Lifted, name_of
-from .._structure import Outcome
-from ._program import Program, program_of
+from .._core._call import call, Opened
+from .._core._errors import name_of
+from .._core._structure import Outcome
+from .._engine._program import Program, program_of
+from .._engine._wrapper import Lifted
 
 
-_trace.register_exclusion(__file__)
+__tracebackhide__ = True
+
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -26,11 +27,9 @@ class _Checkpoint(Lifted):
         super().__init__(fn, prevent_cse=prevent_cse, policy=policy)
 
         def body(opened: Opened, arrays: list[Any]) -> Outcome:
-            __tracebackhide__ = True
 
             # A new function for each trace, because `jax.checkpoint` caches by function.
             def checkpointed(arrays: list[Any]) -> Outcome:
-                __tracebackhide__ = True
                 return opened.run("filter_checkpoint", arrays, transparent=False)
 
             # The recomputation runs what was recorded, without the refs: what the
@@ -47,7 +46,6 @@ class _Checkpoint(Lifted):
         )
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        __tracebackhide__ = True
         return call(self.__wrapped__, args, kwargs, self._program)
 
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import jax
 
-from .. import _trace
-from .._functionalize import call, Opened
-from .._lifted import name_of
-from .._structure import arrays_of, Outcome
-from ._backward import with_outer_channels, without_channels
-from ._custom_rules import (
+from .._core._call import call, Opened
+from .._core._errors import name_of
+from .._core._structure import arrays_of, Outcome
+from .._engine._autodiff import is_inexact
+from .._engine._backward import with_outer_channels, without_channels
+from .._engine._custom_rules import (
     Custom,
     derivative,
     Frame,
@@ -18,11 +18,10 @@ from ._custom_rules import (
     Rules,
     symbolic_zero,
 )
-from ._differentiable import is_inexact
-from ._layout import Layout, layout_of_args, result_of, Sparse
+from .._engine._layout import Layout, layout_of_args, result_of, Sparse
 
 
-_trace.register_exclusion(__file__)
+__tracebackhide__ = True
 
 
 class filter_custom_jvp(Custom):
@@ -83,7 +82,6 @@ class filter_custom_jvp(Custom):
         return fn_jvp
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        __tracebackhide__ = True
         if self._first is None:
             raise RuntimeError(
                 f"`def_jvp` was not yet called for `{name_of(self.__wrapped__)}`."
@@ -91,7 +89,6 @@ class filter_custom_jvp(Custom):
         n = len(args)
 
         def transform(opened: Opened) -> Outcome:
-            __tracebackhide__ = True
             plain, channels = without_channels(opened)
             frame = Frame("filter_custom_jvp", self.__wrapped__, plain)
             out, updates = _custom_jvp(frame, layout_of_args(plain, n))(plain.arrays)
@@ -107,11 +104,9 @@ def _custom_jvp(frame: Frame, layout: Layout) -> Callable:
 
     @jax.custom_jvp
     def flat(arrays: list[Any]) -> tuple[list[Any], dict[int, Any]]:
-        __tracebackhide__ = True
         return arrays_of(frame.run_function(arrays))
 
     def rule(primals: tuple, tangents: tuple) -> tuple:
-        __tracebackhide__ = True
         (arrays,), (given,) = primals, tangents
         given = {
             i: derivative(t, is_inexact(x))
@@ -120,7 +115,6 @@ def _custom_jvp(frame: Frame, layout: Layout) -> Callable:
         found: dict[str, Any] = {}
 
         def run(rules: Rules, *args: Any, **kwargs: Any) -> Any:
-            __tracebackhide__ = True
             pair = rules.first(args, layout.fill(given), **kwargs)
             out, found["tangents"] = pair_of(frame, pair, "the rule", "tangent_out")
             return out

@@ -8,22 +8,21 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
-from .. import _trace
-from .._deref import path_text
-from .._errors import describe, StructureError
-from .._functionalize import call, Opened
-from .._lifted import name_of
-from .._ref import Channelled, Ref
-from .._structure import arrays_of, Outcome
-from ._backward import (
+from .._core._call import call, Opened
+from .._core._deref import path_text
+from .._core._errors import describe, name_of, StructureError
+from .._core._ref import Channelled, Ref
+from .._core._structure import arrays_of, Outcome
+from .._engine._autodiff import first_of, is_inexact
+from .._engine._backward import (
     spread,
     updates_by_number,
     with_updates,
     without_channels,
     written_by_rule,
 )
-from ._channel import decode
-from ._custom_rules import (
+from .._engine._channel import decode
+from .._engine._custom_rules import (
     Custom,
     derivative,
     Frame,
@@ -31,11 +30,10 @@ from ._custom_rules import (
     Rules,
     SymbolicZero,
 )
-from ._differentiable import first_of, is_inexact
-from ._layout import Layout, layout_of_first, result_of, Sparse
+from .._engine._layout import Layout, layout_of_first, result_of, Sparse
 
 
-_trace.register_exclusion(__file__)
+__tracebackhide__ = True
 
 
 class filter_custom_vjp(Custom):
@@ -125,7 +123,6 @@ class filter_custom_vjp(Custom):
         return fn_bwd
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        __tracebackhide__ = True
         if self._first is None or self._second is None:
             raise RuntimeError(
                 "`def_fwd` or `def_bwd` was not yet called for "
@@ -134,7 +131,6 @@ class filter_custom_vjp(Custom):
         first_of(args, "filter_custom_vjp")
 
         def transform(opened: Opened) -> Outcome:
-            __tracebackhide__ = True
             plain, channels = without_channels(opened)
             frame = Frame("filter_custom_vjp", self.__wrapped__, plain)
             flat = _Parts(frame, layout_of_first(plain)).joined()
@@ -211,14 +207,12 @@ class _Parts:
     def function(
         self, arrays: list[Any], carriers: dict[int, Any], channels: dict[int, Any]
     ) -> tuple[list, dict, dict]:
-        __tracebackhide__ = True
         del carriers
         return (*arrays_of(self.frame.run_function(arrays)), channels)
 
     def forward(
         self, arrays: list[Any], carriers: dict[int, Any], channels: dict[int, Any]
     ) -> tuple:
-        __tracebackhide__ = True
         perturbed = [
             i in carriers and carriers[i].perturbed for i in range(len(arrays))
         ]
@@ -228,7 +222,6 @@ class _Parts:
         found: dict[str, Any] = {}
 
         def run(rules: Rules, *args: Any, **kwargs: Any) -> Any:
-            __tracebackhide__ = True
             pair = rules.first(flags, *args, **kwargs)
             out, found["residuals"] = pair_of(
                 self.frame, pair, "the forward rule", "residuals"
@@ -251,7 +244,6 @@ class _Parts:
         return (out, updates, channels), _Residuals((kept, arrays), rest)
 
     def backward(self, residuals: _Residuals, cotangents: tuple) -> tuple:
-        __tracebackhide__ = True
         forward: _Forward = residuals.rest
         kept, arrays = residuals.arrays
         of_out, _, ends = cotangents
@@ -285,7 +277,6 @@ class _Parts:
     ) -> tuple[dict[int, Any], dict[int, Any]]:
         """Runs the backward rule. Returns the gradients by position, and the channels by
         number: `ends` came along them, and what the rule wrote goes on."""
-        __tracebackhide__ = True
         frame = self.frame
         present = frame.values(arrays)
         for i, end in ends.items():
@@ -293,7 +284,6 @@ class _Parts:
         found: dict[str, Any] = {}
 
         def run(rules: Rules, *args: Any, **kwargs: Any) -> None:
-            __tracebackhide__ = True
             grad = forward.layout.fill(grad_out)
             found["grad"] = rules.second(
                 residuals, grad, forward.flags, *args, **kwargs
@@ -322,7 +312,6 @@ def _has_zeros(tree: Any) -> bool:
 
 
 def _refuse_refs(frame: Frame, residuals: Any) -> None:
-    __tracebackhide__ = True
     for path, leaf in jtu.tree_flatten_with_path(residuals)[0]:
         if isinstance(leaf, Ref):
             raise StructureError(

@@ -5,12 +5,12 @@ from typing import Any, TypeVar
 
 import jax
 
-from .. import _trace
-from .._functionalize import close_result, open_call
-from .._structure import Outcome
+from .._core._call import close_result, open_call
+from .._core._structure import Outcome
 
 
-_trace.register_exclusion(__file__)
+__tracebackhide__ = True
+
 
 _T = TypeVar("_T")
 
@@ -41,11 +41,9 @@ def filter_eval_shape(fun: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
 
     The result of `fun`, with `jax.ShapeDtypeStruct` in place of arrays.
     """
-    __tracebackhide__ = True
     opened = open_call(fun, args, kwargs)
 
     def body(arrays: list[Any]) -> Outcome:
-        __tracebackhide__ = True
         return opened.run("filter_eval_shape", arrays, transparent=False)
 
     outcome = jax.eval_shape(body, opened.arrays)

@@ -7,11 +7,10 @@ from typing import Any, Concatenate, Literal, overload, ParamSpec, TypeVar
 import equinox as eqx
 import jax
 
-from .. import _trace
-from .._functionalize import call, Opened
-from .._lifted import Lifted
-from .._structure import DYNAMIC, Outcome
-from ._backward import (
+from .._core._call import call, Opened
+from .._core._structure import DYNAMIC, Outcome
+from .._engine._autodiff import differentiable, first_of, nothing_to_differentiate
+from .._engine._backward import (
     BackwardWrite,
     moved,
     new_channels,
@@ -21,11 +20,12 @@ from ._backward import (
     with_outer_channels,
     without_channels,
 )
-from ._differentiable import differentiable, first_of, nothing_to_differentiate
-from ._layout import first_of_pair, layout_of_first, replaced, Sparse
+from .._engine._layout import first_of_pair, layout_of_first, replaced, Sparse
+from .._engine._wrapper import Lifted
 
 
-_trace.register_exclusion(__file__)
+__tracebackhide__ = True
+
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -40,13 +40,11 @@ class _ValueAndGrad(Lifted):
         super().__init__(fn, wrt=wrt, has_aux=has_aux, gradkwargs=gradkwargs)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        __tracebackhide__ = True
         name, options = self.transform_name, self.options
         first = first_of(args, name)
         found: dict[str, Any] = {}
 
         def transform(opened: Opened) -> Outcome:
-            __tracebackhide__ = True
             wrt = options["wrt"]
             plain, outer = without_channels(opened)
             layout = layout_of_first(plain)
@@ -73,11 +71,9 @@ class _ValueAndGrad(Lifted):
         self, plain: Opened, positions: list[int], collections: list[Hashable]
     ) -> tuple[Outcome, list[Any]]:
         """The outcome and the gradients, with channels for the refs of `collections`."""
-        __tracebackhide__ = True
         name, options = self.transform_name, self.options
 
         def differentiated(diff: list[Any], channels: dict) -> tuple[Any, Outcome]:
-            __tracebackhide__ = True
             opened = with_channels(plain, channels)
             where = moved(plain, opened, positions)
             outcome = opened.run(name, replaced(opened.arrays, where, diff))

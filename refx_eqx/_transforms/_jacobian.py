@@ -5,16 +5,15 @@ from typing import Any, ClassVar
 
 import jax
 
-from .. import _trace
-from .._functionalize import call, Opened
-from .._lifted import Lifted
-from .._structure import Outcome
-from ._backward import stripped
-from ._differentiable import Differentiated, first_of, nothing_to_differentiate, Side
-from ._layout import layout_of_first
+from .._core._call import call, Opened
+from .._core._structure import Outcome
+from .._engine._autodiff import Differentiated, first_of, nothing_to_differentiate, Side
+from .._engine._backward import stripped
+from .._engine._layout import layout_of_first
+from .._engine._wrapper import Lifted
 
 
-_trace.register_exclusion(__file__)
+__tracebackhide__ = True
 
 
 class _Jacobian(Lifted):
@@ -27,13 +26,11 @@ class _Jacobian(Lifted):
         super().__init__(fn, has_aux=has_aux, wrt=wrt, holomorphic=holomorphic)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        __tracebackhide__ = True
         name, has_aux = self.transform_name, self.options["has_aux"]
         first = first_of(args, name)
         found: dict[str, Any] = {}
 
         def transform(opened: Opened) -> Outcome:
-            __tracebackhide__ = True
             wrt = self.options["wrt"]
             layout = layout_of_first(opened)
             fn = Differentiated(name, opened, layout, first, wrt, has_aux)

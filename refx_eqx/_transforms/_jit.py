@@ -7,23 +7,22 @@ from typing import Any, overload, ParamSpec, TypeVar
 
 import jax
 
-from .. import _trace
-from .._errors import StructureError
-from .._functionalize import call, open_call, Opened
-from .._lifted import Lifted, name_of
-from .._structure import Outcome, Structure
-from ._plan import NO_PLAN, Plans
-from ._program import apart, Donate, explain, Program, program_of, Split
+from .._core._call import call, open_call, Opened
+from .._core._errors import name_of, StructureError
+from .._core._structure import Outcome, Structure
+from .._engine._fast_path import NO_PLAN, Plans
+from .._engine._program import apart, Donate, explain, Program, program_of, Split
+from .._engine._wrapper import Lifted
 
 
-_trace.register_exclusion(__file__)
+__tracebackhide__ = True
+
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
 def _run(opened: Opened, arrays: list[Any]) -> Outcome:
-    __tracebackhide__ = True
     return opened.run("filter_jit", arrays, transparent=False)
 
 
@@ -40,7 +39,6 @@ class _Jit(Lifted):
         self._plans = Plans(fn, self._program)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        __tracebackhide__ = True
         out = self._plans.call(args, kwargs)
         if out is NO_PLAN:
             out = call(self.__wrapped__, *self._bind(args, kwargs), self._program)
@@ -55,7 +53,6 @@ class _Jit(Lifted):
 
     def lower(self, /, *args: Any, **kwargs: Any) -> "Lowered":
         """Traces and lowers the function for these arguments. Nothing is written."""
-        __tracebackhide__ = True
         opened = open_call(self.__wrapped__, *self._bind(args, kwargs))
         lowered, split = self._program.variant(opened.structure).lower(opened)
         return Lowered(self, lowered, opened.structure, split)
@@ -95,11 +92,9 @@ class Compiled:
         self._split = split
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        __tracebackhide__ = True
         jit = self._jit
 
         def run(opened: Opened) -> Outcome:
-            __tracebackhide__ = True
             if opened.structure != self._structure:
                 raise StructureError(
                     f"`{name_of(jit.__wrapped__)}` was compiled for arguments of another "

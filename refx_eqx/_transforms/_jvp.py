@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .. import _trace
-from .._errors import StructureError
-from .._functionalize import call, Opened
-from .._structure import Outcome
-from ._backward import stripped
-from ._differentiable import Differentiated, is_inexact, Side, with_linear_map
-from ._layout import layout_of_args, replaced, result_of, Sparse
+from .._core import _trace
+from .._core._call import call, Opened
+from .._core._errors import StructureError
+from .._core._structure import Outcome
+from .._engine._autodiff import Differentiated, is_inexact, Side, with_linear_map
+from .._engine._backward import stripped
+from .._engine._layout import layout_of_args, replaced, result_of, Sparse
 
 
-_trace.register_exclusion(__file__)
+__tracebackhide__ = True
 
 
 def filter_jvp(
@@ -65,7 +65,6 @@ def filter_jvp(
     - `StructureError`: if the tangents are not of the structure of the primals, or if
         something that cannot be differentiated has one.
     """
-    __tracebackhide__ = True
     if len(primals) != len(tangents):
         raise StructureError(
             f"`filter_jvp` takes one tangent for each primal: it was given {len(primals)} "
@@ -75,7 +74,6 @@ def filter_jvp(
     found: dict[str, Any] = {}
 
     def transform(opened: Opened) -> Outcome:
-        __tracebackhide__ = True
         layout = layout_of_args(opened, len(args))
         given = layout.read_tuple(tangents, "The tangents")
         positions = [i for i, t in given.items() if t is not None]
@@ -88,7 +86,6 @@ def filter_jvp(
                 )
 
         def differentiated(arrays: list[Any]) -> tuple[list[Any], Outcome]:
-            __tracebackhide__ = True
             everything = replaced(opened.arrays, positions, arrays)
             outcome = opened.run("filter_jvp", everything)
             result = result_of(opened, outcome, everything)
@@ -140,7 +137,6 @@ class _Pushforward(eqx.Module):
     outputs: Side = eqx.field(static=True)
 
     def __call__(self, /, *tangents: Any) -> Any:
-        __tracebackhide__ = True
         layout = self.inputs.layout
         n = len(layout.treedef.children())
         if len(tangents) != n:
@@ -153,7 +149,6 @@ class _Pushforward(eqx.Module):
 
 
 def _pushforward(fn: Differentiated) -> tuple[_Pushforward, Outcome]:
-    __tracebackhide__ = True
     _, linear, outcome = jax.linearize(fn, fn.arrays, has_aux=True)
     return _Pushforward(linear, fn.inputs, fn.outputs), outcome
 
@@ -191,5 +186,4 @@ def filter_linearize(
 
     As [`refx_eqx.filter_vjp`][].
     """
-    __tracebackhide__ = True
     return with_linear_map("filter_linearize", _pushforward, fun, primals, has_aux, wrt)

@@ -7,14 +7,14 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .. import _trace
-from .._errors import describe, StructureError
-from .._functionalize import call, dispatching, Opened, running_call
-from .._lifted import Lifted
-from .._structure import DYNAMIC, Outcome, Structure
+from .._core._call import call, dispatching, Opened, running_call
+from .._core._errors import describe, StructureError
+from .._core._structure import DYNAMIC, Outcome, Structure
+from .._engine._wrapper import Lifted
 
 
-_trace.register_exclusion(__file__)
+__tracebackhide__ = True
+
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -73,11 +73,9 @@ class _Call(Lifted):
         self._transformed: dict[Structure, tuple[Callable, dict[str, Any]]] = {}
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        __tracebackhide__ = True
         return call(self.__wrapped__, args, kwargs, self._transform)
 
     def _transform(self, opened: Opened) -> Outcome:
-        __tracebackhide__ = True
         of_fn, *of_args, of_kwargs = _positions(opened)
         if of_fn:
             # The arrays of the callable are constants to the transform, and so a part of
@@ -112,7 +110,6 @@ class _Call(Lifted):
 
         @functools.wraps(self.__wrapped__, updated=())
         def pure(*args: _Arrays, **keywords: _Arrays) -> Outcome:
-            __tracebackhide__ = True
             carried = [_Arrays(constants), *args, *keywords.values()]
             positions = [of_fn, *of_args, of_kwargs]
             arrays: list[Any] = [None] * n
@@ -137,7 +134,6 @@ class _Call(Lifted):
 def _check_updates(opened: Opened, outcome: Outcome, shapes: tuple, name: str) -> None:
     """Refuses a ref that went in as it is, and came back with another shape than it has
     inside: the transform batched it."""
-    __tracebackhide__ = True
     before, inside = shapes
     for number, after in _shapes(outcome.updates).items():
         start, stop = opened.spans[number]

@@ -8,15 +8,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .. import _trace
-from .._errors import describe, StructureError
-from .._functionalize import call, Opened
-from .._lifted import name_of
-from .._structure import Outcome
-from ._axes import Axes
-from ._program import Program, program_of
-from ._scan import run_scan
-from ._staged import (
+from .._core import _trace
+from .._core._call import call, Opened
+from .._core._errors import describe, name_of, StructureError
+from .._core._structure import Outcome
+from .._engine._axes import Axes
+from .._engine._control_flow import (
     as_callable,
     bare_parts,
     check_carry,
@@ -26,15 +23,17 @@ from ._staged import (
     stage_loop,
     Staged,
 )
+from .._engine._program import Program, program_of
+from ._scan import run_scan
 
 
-_trace.register_exclusion(__file__)
+__tracebackhide__ = True
+
 
 _T = TypeVar("_T")
 
 
 def _while_test(_: None, cond_fun: Any, body_fun: Any, val: Any) -> Any:
-    __tracebackhide__ = True
     test = cond_fun(val)
     if not eqx.is_array_like(test) or jnp.shape(test) != ():
         raise TypeError(
@@ -45,14 +44,12 @@ def _while_test(_: None, cond_fun: Any, body_fun: Any, val: Any) -> Any:
 
 
 def _while_step(_: None, cond_fun: Any, body_fun: Any, val: Any) -> Any:
-    __tracebackhide__ = True
     new = numbers_to_arrays(body_fun(val))
     check_carry(val, new, "while_loop")
     return new
 
 
 def _run_while(opened: Opened, arrays: list[Any]) -> Outcome:
-    __tracebackhide__ = True
     _, _, _, carry, _ = bare_parts(opened)
 
     def stage(apply: Callable, arrays: list[Any]) -> Staged:
@@ -137,12 +134,10 @@ def while_loop(
     - `StructureError`: if a step changes the structure of the carry, or the shape or dtype
         of a ref; if `cond_fun` writes a ref.
     """
-    __tracebackhide__ = True
     fns = as_callable(cond_fun), as_callable(body_fun)
     init_val = numbers_to_arrays(init_val)
 
     def transform(opened: Opened) -> Outcome:
-        __tracebackhide__ = True
         return program_of_all(fns, "while_loop", _run_while)(opened)
 
     return call(None, (*fns, init_val), {}, transform)
@@ -151,7 +146,6 @@ def while_loop(
 def _fori_step(i: Any, upper: Any, body_fun: Any, val: Any) -> Any:
     """One step of `fori_loop`, with the arguments of `fori_loop`: `i` is in the place of
     `lower`."""
-    __tracebackhide__ = True
     new = numbers_to_arrays(body_fun(i, val))
     check_carry(val, new, "fori_loop")
     return new
@@ -159,11 +153,9 @@ def _fori_step(i: Any, upper: Any, body_fun: Any, val: Any) -> Any:
 
 def _run_fori(opened: Opened, arrays: list[Any]) -> Outcome:
     """A `fori_loop` whose number of steps is not known."""
-    __tracebackhide__ = True
     _, (lower, *_), (upper, *_), _, carry, _ = bare_parts(opened)
 
     def stage(arrays: list[Any]) -> Staged:
-        __tracebackhide__ = True
         return Staged(
             lambda arrays: opened.run("fori_loop", arrays, transparent=False), arrays
         )
@@ -220,7 +212,6 @@ def fori_loop(
         of a ref.
     - `ValueError`: if `unroll` is given and `lower` or `upper` is traced.
     """
-    __tracebackhide__ = True
     body_fun, init_val = as_callable(body_fun), numbers_to_arrays(init_val)
     is_known = not (_trace.is_tracer(lower) or _trace.is_tracer(upper))
     length = max(int(upper) - int(lower), 0) if is_known else None
@@ -232,7 +223,6 @@ def fori_loop(
     lower, upper = _same_dtype(lower, upper)
 
     def run(opened: Opened, arrays: list[Any]) -> Outcome:
-        __tracebackhide__ = True
         if length is None:
             return _run_fori(opened, arrays)
         (i, *_), carry = bare_parts(opened)[1], bare_parts(opened)[4]
@@ -243,7 +233,6 @@ def fori_loop(
         )
 
     def transform(opened: Opened) -> Outcome:
-        __tracebackhide__ = True
         key = ("fori_loop", length, type(unroll), unroll)
         return program_of(body_fun, key, lambda: Program("fori_loop", run))(opened)
 

@@ -7,22 +7,20 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .. import _trace
-from .._functionalize import call, Opened
-from .._structure import Outcome
-from ._axes import Axes, call_axes, ref_axis
-from ._program import Program, program_of
+from .._core._call import call, Opened
+from .._core._structure import Outcome
+from .._engine._axes import Axes, call_axes, ref_axis
+from .._engine._control_flow import as_callable, numbers_to_arrays
+from .._engine._program import Program, program_of
 from ._scan import n_steps, run_scan
-from ._staged import as_callable, numbers_to_arrays
 from ._vmap import vmapped
 
 
-_trace.register_exclusion(__file__)
+__tracebackhide__ = True
 
 
 def _map_step(f: Any, xs: Any) -> Any:
     """One step of `map`, with the arguments of `map`."""
-    __tracebackhide__ = True
     return numbers_to_arrays(f(xs))
 
 
@@ -30,7 +28,6 @@ def _map_in_batches(
     opened: Opened, arrays: list[Any], axes: Axes, length: int, batch_size: int
 ) -> Outcome:
     """A scan over batches, each of which is vectorised; and what is left over."""
-    __tracebackhide__ = True
     mapped = [i for i, axis in enumerate(axes.flat) if axis is not None]
     leading = Axes(tuple(None if a is None else 0 for a in axes.flat), axes.split)
     n_batches, n_rest = divmod(length, batch_size)
@@ -43,7 +40,6 @@ def _map_in_batches(
         return arrays
 
     def one_batch(arrays: list[Any], number: Any) -> Outcome:
-        __tracebackhide__ = True
         lanes = None if number is None else number * batch_size + jnp.arange(batch_size)
         return vmapped(opened, arrays, leading, "map", lanes=lanes, transparent=False)
 
@@ -138,16 +134,13 @@ def map(
 
     As [`refx_eqx.scan`][]; and as [`refx_eqx.filter_vmap`][] with `batch_size`.
     """
-    __tracebackhide__ = True
     f = as_callable(f)
 
     def transform(opened: Opened) -> Outcome:
-        __tracebackhide__ = True
         axes = call_axes(opened, (f, xs), (None, in_axes), "map")
         n = n_steps(opened.arrays, axes, None, "map")
 
         def run(opened: Opened, arrays: list[Any]) -> Outcome:
-            __tracebackhide__ = True
             if batch_size is None or n == 0:
                 return run_scan(opened, arrays, axes, range(0), n, "map")
             return _map_in_batches(opened, arrays, axes, n, batch_size)

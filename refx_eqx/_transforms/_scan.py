@@ -8,14 +8,11 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .. import _trace
-from .._functionalize import call, Opened
-from .._lifted import name_of
-from .._structure import Outcome
-from ._axes import Axes, call_axes, ref_axis
-from ._lanes import split_keys
-from ._program import Program, program_of
-from ._staged import (
+from .._core._call import call, Opened
+from .._core._errors import name_of
+from .._core._structure import Outcome
+from .._engine._axes import Axes, call_axes, ref_axis
+from .._engine._control_flow import (
     as_callable,
     bare_parts,
     check_carry,
@@ -24,16 +21,18 @@ from ._staged import (
     stage_loop,
     Staged,
 )
+from .._engine._program import Program, program_of
+from .._engine._rng_split import split_keys
 
 
-_trace.register_exclusion(__file__)
+__tracebackhide__ = True
+
 
 _Carry = TypeVar("_Carry")
 
 
 def _step(f: Any, carry: Any, x: Any) -> tuple[Any, Any]:
     """One step of `scan`, with the arguments of `scan`."""
-    __tracebackhide__ = True
     out = f(carry, x)
     if not isinstance(out, tuple) or len(out) != 2:
         raise TypeError(
@@ -67,7 +66,6 @@ def run_scan(
     - `counter`: which of them counts the steps, if any.
     - `run`: one step, from arrays and its number (`None` if nothing is split by step).
     """
-    __tracebackhide__ = True
     mapped = [i for i, axis in enumerate(axes.flat) if axis is not None]
     sliced = {
         number
@@ -86,7 +84,6 @@ def run_scan(
         return arrays + list(x[len(mapped) :])
 
     def body(arrays: list[Any]) -> Outcome:
-        __tracebackhide__ = True
         n = len(axes.flat)
         mine, number = arrays[:n], arrays[n] if axes.split else None
         if run is not None:
@@ -95,7 +92,6 @@ def run_scan(
         return opened.run(name, mine, transparent=False)
 
     def stage(arrays: list[Any]) -> Staged:
-        __tracebackhide__ = True
         return Staged(body, with_slices(arrays, [_first(x) for x in xs]))
 
     loop = stage_loop(opened, arrays, bare, sliced, stage, name)
@@ -245,16 +241,13 @@ def scan(
     - `StructureError`: if a step changes the structure of the carry, or the shape or dtype
         of a ref that is carried; if one ref is both sliced and carried; if sizes differ.
     """
-    __tracebackhide__ = True
     f, init = as_callable(f), numbers_to_arrays(init)
 
     def transform(opened: Opened) -> Outcome:
-        __tracebackhide__ = True
         axes = call_axes(opened, (f, init, xs), (None, None, in_axes), "scan")
         n = n_steps(opened.arrays, axes, length, "scan")
 
         def run(opened: Opened, arrays: list[Any]) -> Outcome:
-            __tracebackhide__ = True
             bare = bare_parts(opened)[2]
             return run_scan(
                 opened, arrays, axes, bare, n, "scan", reverse=reverse, unroll=unroll

@@ -8,12 +8,10 @@ import jax
 import jax.extend.core
 import jax.tree_util as jtu
 
-from .. import _trace
-from .._errors import describe, StructureError
-from .._functionalize import call, open_call, Opened
-from .._lifted import Lifted, name_of
-from .._ref import Ref
-from .._structure import (
+from .._core._call import call, open_call, Opened
+from .._core._errors import describe, name_of, StructureError
+from .._core._ref import Ref
+from .._core._structure import (
     arrays_of,
     DYNAMIC,
     is_traced,
@@ -21,23 +19,22 @@ from .._structure import (
     OutcomeInfo,
     Structure,
 )
-from ._layout import layout_of_args, Result, result_of
+from .._engine._layout import layout_of_args, Result, result_of
+from .._engine._wrapper import Lifted
 
 
-_trace.register_exclusion(__file__)
+__tracebackhide__ = True
 
 
 class _MakeJaxpr(Lifted):
     transform_name = "filter_make_jaxpr"
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        __tracebackhide__ = True
         opened = open_call(self.__wrapped__, args, kwargs)
         order = _argument_order(opened, len(args))
         found: dict[str, Any] = {}
 
         def flat(arrays: list[Any]) -> tuple[list[Any], dict[int, Any]]:
-            __tracebackhide__ = True
             everything = list(opened.arrays)
             for i, x in zip(order, arrays):
                 everything[i] = x
@@ -137,10 +134,8 @@ class _ClosureConverted(eqx.Module):
     name: str = eqx.field(static=True)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        __tracebackhide__ = True
 
         def transform(opened: Opened) -> Outcome:
-            __tracebackhide__ = True
             if opened.structure != self.structure or _types(opened) != self.types:
                 raise StructureError(
                     f"`{self.name}` was closure-converted for arguments of another "
@@ -222,11 +217,9 @@ def filter_closure_convert(fn: Callable[..., Any], *args: Any, **kwargs: Any) ->
 
     - `StructureError`: by the returned function, if its arguments are not like the example.
     """
-    __tracebackhide__ = True
     opened = open_call(fn, args, kwargs)
 
     def flat(*arrays: Any) -> tuple[list[Any], dict[int, Any], OutcomeInfo]:
-        __tracebackhide__ = True
         run = opened.run("filter_closure_convert", list(arrays), transparent=False)
         return run.out, run.updates, run.info
 
@@ -302,7 +295,6 @@ def filter_pure_callback(
 
     - `StructureError`: if the callback writes a ref. JAX raises it as a run-time error.
     """
-    __tracebackhide__ = True
     opened = open_call(callback, args, kwargs)
     structure = opened.structure
     # The structure holds functions weakly; the program may outlive this call.

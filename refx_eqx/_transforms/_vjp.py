@@ -6,12 +6,11 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from .. import _trace
-from .._structure import Outcome
-from ._differentiable import Differentiated, Side, with_linear_map
+from .._core._structure import Outcome
+from .._engine._autodiff import Differentiated, Side, with_linear_map
 
 
-_trace.register_exclusion(__file__)
+__tracebackhide__ = True
 
 
 class _Pullback(eqx.Module):
@@ -22,14 +21,12 @@ class _Pullback(eqx.Module):
     outputs: Side = eqx.field(static=True)
 
     def __call__(self, cotangents: Any, /) -> tuple:
-        __tracebackhide__ = True
         given = self.outputs.layout.read(cotangents, "The cotangents")
         (result,) = self.linear(self.outputs.select(given))
         return self.inputs.fill(result)
 
 
 def _pullback(fn: Differentiated) -> tuple[_Pullback, Outcome]:
-    __tracebackhide__ = True
     _, linear, outcome = jax.vjp(fn, fn.arrays, has_aux=True)
     return _Pullback(linear, fn.inputs, fn.outputs), outcome
 
@@ -80,5 +77,4 @@ def filter_vjp(
     - `StructureError`: if `wrt` selects a ref at one of its places and not at another; and
         by `vjp_fn`, if the cotangent has another structure.
     """
-    __tracebackhide__ = True
     return with_linear_map("filter_vjp", _pullback, fun, primals, has_aux, wrt)

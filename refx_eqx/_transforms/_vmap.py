@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .. import _trace
-from .._errors import describe, StructureError
-from .._functionalize import call, close_result, Opened
-from .._lifted import Lifted
-from .._structure import DYNAMIC, n_arrays, Outcome
-from ._axes import (
+from .._core import _trace
+from .._core._call import call, close_result, Opened
+from .._core._errors import describe, StructureError
+from .._core._structure import DYNAMIC, n_arrays, Outcome
+from .._engine._axes import (
     array_axis,
     Axes,
     axes_text,
@@ -23,10 +22,12 @@ from ._axes import (
     named_in_axes,
     ref_axis,
 )
-from ._lanes import is_key, split_keys
+from .._engine._rng_split import is_key, split_keys
+from .._engine._wrapper import Lifted
 
 
-_trace.register_exclusion(__file__)
+__tracebackhide__ = True
+
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -39,7 +40,6 @@ class _Vmap(Lifted):
         super().__init__(fn, **options)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        __tracebackhide__ = True
         if kwargs:
             raise TypeError(
                 "`filter_vmap` functions take positional arguments only, as in Equinox. "
@@ -49,7 +49,6 @@ class _Vmap(Lifted):
         in_axes = named_in_axes(fn, options["in_axes"], args)
 
         def transform(opened: Opened) -> Outcome:
-            __tracebackhide__ = True
             axes = call_axes(opened, args, in_axes, self.transform_name)
             return vmapped(
                 opened,
@@ -85,14 +84,12 @@ def vmapped(
     - `name`, `transparent`: as for `Opened.run`.
     - `lanes`: the numbers of the lanes; from 0 by default.
     """
-    __tracebackhide__ = True
     if lanes is None and axes.split:
         lanes = jnp.arange(_n_lanes(arrays, axes, axis_size, name))
     # The part of the outcome that is not arrays; filled while the body runs.
     traced: dict[str, Any] = {}
 
     def body(arrays: list[Any], lane: Any) -> tuple[Any, Any]:
-        __tracebackhide__ = True
         mine = split_keys(opened, axes.split, arrays, lane)
         outcome = opened.run(name, mine, transparent)
         trees = outcome.out, outcome.updates
@@ -145,7 +142,6 @@ def _n_lanes(arrays: list[Any], axes: Axes, axis_size: int | None, name: str) ->
 
 def _result_axes(opened: Opened, outcome: Outcome, out_axes: Any) -> list[int | None]:
     """The axis of each array of the result: those beside refs, then those of new refs."""
-    __tracebackhide__ = True
     info = outcome.info
     structure = info.result
     (part,) = structure.parts
@@ -176,7 +172,6 @@ FIRST_LANE = object()
 
 def _update_axes(opened: Opened, outcome: Outcome, axes: Axes, name: str) -> list[Any]:
     """What came in on an axis goes out on it; what was broadcast must still be one value."""
-    __tracebackhide__ = True
     found: list[Any] = []
     for number, new in outcome.updates.items():
         axis = ref_axis(opened, axes.flat, number)

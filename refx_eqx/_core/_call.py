@@ -1,0 +1,473 @@
+"""The core: a function that reads and writes refs becomes a pure one.
+
+Every lifted transform is the same three steps, with a transform of JAX in the middle:
+
+    opened = open_call(fn, args, kwargs)        # trees of refs -> flat arrays + structure
+    outcome = transform(opened.run)(arrays)     # the body runs on inner refs, of its own
+    result = opened.finish(outcome)             # write back what was written, close the rest
+
+`open_call` finds every ref that the call carries: in the arguments, in the callable, in
+what a function closes over. Each becomes one slot of flat arrays, however often it is met.
+`run` makes one inner ref a slot, rebuilds the trees around them, calls the function, and
+returns an `Outcome`: the arrays of the result and of the refs that were written, and no
+others. `finish` is the only place where a caller's ref is written: all at once, last.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from operator import is_
+from typing import Any, ParamSpec, TypeVar
+
+import jax.tree_util as jtu
+
+from . import _closure, _trace
+from ._deref import deref, path_text, reref
+from ._errors import (
+    ConcurrencyError,
+    describe,
+    name_of,
+    StructureError,
+    TraceLevelError,
+)
+from ._nodes import is_opened, Value
+from ._ref import (
+    Channelled,
+    check_readable,
+    check_writable,
+    commits,
+    content,
+    make_ref,
+    Ref,
+)
+from ._structure import (
+    hold,
+    is_traced,
+    is_traced_in_ref,
+    join_value,
+    Outcome,
+    OutcomeInfo,
+    Reader,
+    release,
+    Slot,
+    slot_of_array,
+    split_value,
+    Structure,
+)
+
+
+__tracebackhide__ = True
+
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _apply(fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+    return fn(*args, **kwargs)
+
+
+class Opened:
+    """A call, opened: the refs it carries, the arrays in and beside them, the structure.
+
+    The arrays are flat: those beside refs first (`n_bare` of them), then those of each ref,
+    in order. `spans[k]` is where the arrays of ref `k` are.
+    """
+
+    __slots__ = (
+        "arrays",
+        "commit",
+        "leaves",
+        "refs",
+        "spans",
+        "structure",
+        "trace",
+        "traced",
+        "values",
+    )
+
+    def __init__(
+        self, reader: Reader, values: list[Any], arrays: list, spans: list, slots: list
+    ):
+        self.leaves = reader.leaves
+        self.refs = reader.refs
+        self.values = values
+        self.arrays = arrays
+        self.spans = spans
+        self.structure = reader.structure(slots)
+        self.trace = _trace.current_trace()
+        # What `filter_jit` learnt of this call before it compiles.
+        self.traced: Any = None
+
+    def run(
+        self,
+        name: str,
+        arrays: list[Any],
+        transparent: bool = True,
+        apply: Callable[..., Any] = _apply,
+    ) -> "Outcome":
+        """The body of the lifted transform `name`, on these arrays. See `run_body`."""
+        with _trace.running_body(name, self.refs, self.trace, transparent):
+            return run_body(self.structure, name, arrays, apply)
+
+    def refs_after(self, outcome: "Outcome", arrays: list[Any]) -> list[Ref]:
+        """Copies of the refs, as they would be after `finish`. Nothing is written.
+
+        `arrays` are those before the call: `self.arrays`, or what stands for them.
+        """
+        copies = []
+        for i, (ref, slot) in enumerate(zip(self.refs, self.structure.slots)):
+            if i in outcome.updates:
+                value = release(outcome.updates[i])
+            else:
+                value = join_value(slot.inside, iter(arrays[slice(*self.spans[i])]))
+            copies.append(
+                make_ref(
+                    slot.ref_type, value, slot.collection, ref._name, ref._declared
+                )
+            )
+        return copies
+
+    def finish(self, outcome: "Outcome") -> Any:
+        """Writes back what was written, and closes the result."""
+        updates = updates_of(outcome, self.refs)
+        commit(self.refs, self.values, self.commit, updates)
+        return close_result(outcome, self.refs)
+
+
+def open_call(
+    fn: Any,
+    args: tuple,
+    kwargs: dict,
+    is_dynamic: Callable[[Any], bool] = is_traced,
+) -> Opened:
+    """Opens the call `fn(*args, **kwargs)`: everything that it carries, refs and arrays.
+
+    **Arguments:**
+
+    - `fn`, `args`, `kwargs`: the call. Each may be any pytree with refs in it.
+    - `is_dynamic`: which leaves beside refs are arrays to carry.
+
+    **Raises:**
+
+    - `TraceLevelError`: if a ref may not be read here.
+    """
+    reader = Reader(is_dynamic)
+    reader.read(fn)
+    for arg in args:
+        reader.read(arg)
+    reader.read(kwargs)
+    return open_refs(reader)
+
+
+def open_refs(reader: Reader) -> Opened:
+    """Reads the refs that were found, at one moment."""
+    started = commits.count
+    values, slots, spans = [], [], []
+    arrays = list(reader.bare)
+    trace, in_body = _trace.current_trace(), bool(_trace.thread.state.bodies)
+    for ref in reader.refs:
+        if in_body or ref._trace() is not trace:
+            check_readable(ref)
+        value = content(ref)
+        values.append(value)
+        start = len(arrays)
+        if type(value) is _trace.ConcreteArray:
+            arrays.append(value)
+            slot = slot_of_array(type(ref), ref._collection, ref._declared)
+        else:
+            inside, its_arrays = split_value(value)
+            arrays.extend(its_arrays)
+            slot = Slot(type(ref), ref._collection, ref._declared, inside)
+        spans.append((start, len(arrays)))
+        slots.append(slot)
+    opened = Opened(reader, values, arrays, spans, slots)
+    opened.commit = started
+    return opened
+
+
+@contextlib.contextmanager
+def dispatching(opened: Opened) -> Iterator[None]:
+    """While it lasts, `opened` is the call that `running_call` finds.
+
+    A transform that caches gets the structure of a call as static data. Which refs of the
+    caller it stands for is no part of that, but a body that is being traced must know.
+    """
+    calls = _trace.thread.state.calls
+    calls.append(opened)
+    try:
+        yield
+    finally:
+        calls.pop()
+
+
+def running_call() -> Opened:
+    return _trace.thread.state.calls[-1]
+
+
+def run_body(
+    structure: Structure,
+    name: str,
+    arrays: list[Any],
+    apply: Callable[..., Any] = _apply,
+) -> Outcome:
+    """Calls the function of an opened call on inner refs, made of these arrays.
+
+    The refs are owned by the running trace. This is a pure function of `arrays`. `apply`
+    is given the callable and its arguments: one with several functions in it says which.
+
+    **Raises:**
+
+    - `StructureError`: if the function changed something that cannot be carried back.
+    """
+    leaves, inner = structure.fill(arrays)
+    before = [_inside(content(ref)) for ref in inner]
+    trees = structure.unflatten(leaves)
+    fn, *args, kwargs = trees
+
+    result = apply(fn, *args, **kwargs)
+
+    _check_unchanged(structure, name, trees, leaves)
+    updates = {}
+    for i, (ref, earlier) in enumerate(zip(inner, before)):
+        if ref._collection != structure.slots[i].collection:
+            raise StructureError(
+                f"`{name}` cannot carry a change of collection: "
+                f"{describe(ref._name, ref._collection)} had no collection when it came "
+                "in. Give it one where it is made: `rx.Ref(value, collection)`."
+            )
+        now = content(ref)
+        if not ref._written and _is_same(earlier, _inside(now)):
+            continue
+        updates[i] = hold(now)
+    out, info = _open_result(result, inner, name)
+    return Outcome(out, updates, info)
+
+
+def _inside(value: Any) -> tuple | None:
+    """To notice a change inside of a value. `None` for one array, which cannot change."""
+    return None if is_traced_in_ref(value) else jtu.tree_flatten(value)
+
+
+def _is_same(before: tuple | None, after: tuple | None) -> bool:
+    if before is None or after is None:
+        return before is after
+    (leaves, treedef), (new_leaves, new_treedef) = before, after
+    return treedef == new_treedef and all(map(is_, leaves, new_leaves))
+
+
+def _check_unchanged(
+    structure: Structure, name: str, trees: list, placed: list
+) -> None:
+    """Refuses what could not be carried back: a list appended to, an entry replaced."""
+    reader = Reader()
+    for tree in trees:
+        reader.read(tree)
+    same_parts = tuple(reader.parts) == structure.parts
+    if same_parts and all(a is b for a, b in zip(reader.leaves, placed)):
+        return
+    raise StructureError(
+        f"`{name}` cannot carry back a change of structure: the function changed "
+        f"{_what_changed(structure, trees, placed)} in place (a list appended to, an entry "
+        "of a dict replaced, a closure variable rebound, ...). Put what changes into a "
+        "`rx.Ref`, or return the new tree."
+    )
+
+
+def _what_changed(structure: Structure, trees: list, placed: list) -> str:
+    rest = iter(placed)
+    last = len(trees) - 1
+    for i, (part, tree) in enumerate(zip(structure.parts, trees)):
+        mine = [next(rest) for _ in range(structure.sizes[i])]
+        leaves, carried = _closure.flatten(tree)
+        if carried == part and all(a is b for a, b in zip(leaves, mine)):
+            continue
+        if i == 0:
+            return "the callable, or what it closes over,"
+        which = "a keyword argument" if i == last else f"argument {i - 1}"
+        if carried == part:
+            pairs, _ = jtu.tree_flatten_with_path(tree)
+            for (path, _), leaf, old in zip(pairs, leaves, mine):
+                if leaf is not old:
+                    return f"{which} at `{path_text(path)}`"
+        return which
+    return "an argument"
+
+
+def _open_result(result: Any, inner: list[Ref], name: str) -> tuple[list, OutcomeInfo]:
+    reader = Reader(is_result=True)
+    reader.read(result)
+    numbers = {id(ref): i for i, ref in enumerate(inner)}
+    carried: dict[int, int] = {}
+    slots = []
+    out = list(reader.bare)
+    for i, ref in enumerate(reader.refs):
+        number = numbers.get(id(ref))
+        if number is not None:
+            carried[i] = number
+            slots.append(Slot(type(ref), ref._collection, None, None))
+            continue
+        if ref._trace() is not _trace.current_trace():
+            raise TraceLevelError(
+                f"`{name}` cannot return {describe(ref._name, ref._collection)}: it was "
+                "created outside of the function and was not passed in. Pass the ref, or "
+                "the module that holds it, as an argument."
+            )
+        # Scalars of Python stay what they are: they are part of the structure here.
+        inside, its_arrays = split_value(ref._value)
+        slots.append(Slot(type(ref), ref._collection, ref._declared, inside))
+        out.extend(its_arrays)
+    return out, OutcomeInfo(reader.structure(slots), carried)
+
+
+def close_result(outcome: Outcome, refs: list[Ref]) -> Any:
+    """The result with refs in it: those of the call are `refs`, the others are new."""
+    if outcome.info.build is not None:
+        return outcome.info.build(outcome.out)
+    structure = outcome.info.result
+    own = {i: refs[number] for i, number in outcome.info.carried.items()}
+    leaves, _ = structure.fill(outcome.out, own)
+    (result,) = structure.unflatten(leaves)
+    return result
+
+
+class Disturbed(Exception):
+    """Another thread wrote a ref while a call was using it: the call must run again."""
+
+
+def updates_of(outcome: Outcome, refs: list[Ref]) -> list[tuple[Ref, Any]]:
+    """The refs of a call that were written, each with its new value."""
+    return [(refs[i], release(x)) for i, x in outcome.updates.items()]
+
+
+def commit(
+    refs: list[Ref], values: list[Any], started: int, updates: list[tuple[Ref, Any]]
+) -> None:
+    """Writes the updates of a call into the caller's refs: all of them, or none.
+
+    The result of a call is right if no ref that it read was written meanwhile. If one was,
+    raises `Disturbed`, and nothing is written.
+
+    **Arguments:**
+
+    - `refs`, `values`: the refs of the call, and what was read from them.
+    - `started`: `commits.count` before that.
+    - `updates`: the refs to write, with their new values.
+    """
+    trace, state = _trace.current_trace(), _trace.thread.state
+    quiet = not state.bodies and not state.guards
+    for ref, _ in updates:
+        if not (quiet and ref._trace() is trace):
+            check_writable(ref)
+    with commits.lock:
+        if commits.count != started and not all(map(_holds, refs, values)):
+            raise Disturbed
+        if updates:
+            commits.store(updates)
+
+
+def _holds(ref: Ref, value: Any) -> bool:
+    return ref._value is (value.value if type(value) is Channelled else value)
+
+
+_MAX_TRIES = 1000
+
+
+# JAX takes the frames of this library and its own out of a traceback that passes here.
+@_trace.api_boundary
+def call(
+    fn: Any,
+    args: tuple,
+    kwargs: dict,
+    transform: Callable[[Opened], Outcome],
+    is_dynamic: Callable[[Any], bool] = is_traced,
+) -> Any:
+    """One call of a lifted transform: open, transform, finish.
+
+    If another thread wrote a ref of the call meanwhile, it starts again: the outcome of
+    calls from several threads is that of some order of them.
+    """
+    for _ in range(_MAX_TRIES):
+        opened = open_call(fn, args, kwargs, is_dynamic)
+        try:
+            return opened.finish(transform(opened))
+        except Disturbed:
+            continue
+    raise ConcurrencyError(
+        f"Other threads changed the refs of `{name_of(fn)}` during each of {_MAX_TRIES} "
+        "calls. Take turns: guard the calls with a lock."
+    )
+
+
+def functionalize(fn: Callable[_P, _T]) -> Callable[_P, tuple[_T, Any]]:
+    """The pure function that the lifted transforms are made of, to use by hand.
+
+    !!! Example
+
+        ```python
+        import jax
+        import refx_eqx as rx
+
+        def step(ref, x):
+            ref.value += x
+            return ref.value * 2
+
+        ref = rx.Ref(1.0, "counts")
+        args = (ref, 2.0)
+        out, updates = jax.jit(rx.functionalize(step))(*rx.deref(args))
+        assert out == 6.0 and ref.value == 1.0  # nothing was written yet
+        rx.update_refs(args, updates)
+        assert ref.value == 3.0
+        ```
+
+    **Arguments:**
+
+    - `fn`: a function that reads and writes the refs in its arguments.
+
+    **Returns:**
+
+    A pure function `(*args, **kwargs) -> (out, updates)`. It takes derefed arguments: deref
+    all of them at once, so that what they share stays shared. `out` is the derefed result.
+    `updates` has the structure of the derefed positional arguments (of `(args, kwargs)` if
+    there are keywords), with the new values of the refs that were written and `None` for all
+    else: what [`refx_eqx.update_refs`][] takes.
+
+    **Raises:**
+
+    - `StructureError`: if the arguments are not derefed, or if `fn` changes the structure of
+        an argument.
+    """
+
+    @functools.wraps(fn)
+    def pure(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        inner_args, inner_kwargs = reref((args, kwargs))
+        opened = open_call(fn, inner_args, inner_kwargs)
+        outcome = opened.run("functionalize", opened.arrays)
+        numbers = {id(ref): i for i, ref in enumerate(opened.refs)}
+        new = {i: release(x) for i, x in outcome.updates.items()}
+        # The caller's tree, with `None` in place of all but what was written.
+        carried = inner_args if not kwargs else (inner_args, inner_kwargs)
+        updates = deref(carried)
+        updates = _replace_values(
+            carried, updates, lambda ref: new.get(numbers[id(ref)])
+        )
+        final = opened.refs_after(outcome, opened.arrays)
+        return deref(close_result(outcome, final)), updates
+
+    return pure
+
+
+def _replace_values(closed: Any, opened: Any, value: Callable[[Ref], Any]) -> Any:
+    """`opened`, the derefed form of `closed`, with `value(ref)` in each `Value`."""
+    refs = jtu.tree_leaves(closed)
+    nodes, treedef = jtu.tree_flatten(opened, is_leaf=is_opened)
+    replaced = []
+    for ref, node in zip(refs, nodes):
+        if isinstance(node, Value):
+            node = Value(
+                value(ref), node.index, node.collection, node.ref_type, node.note
+            )
+        elif not isinstance(ref, Ref):
+            node = None
+        replaced.append(node)
+    return jtu.tree_unflatten(treedef, replaced)

@@ -1,0 +1,451 @@
+"""What a call carries: trees whose leaves may be functions that close over refs.
+
+JAX treats a function as an opaque leaf. For us a function that closes over refs is a node:
+its children are the contents of those of its closure cells in which a ref can be reached,
+followed through nested functions, bound methods and `functools.partial`. Rebuilding the
+node makes a new function, of the same code, with new cells. Cells without refs stay the
+very same objects, so `nonlocal` works on them.
+"""
+
+import dis
+import functools
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax.tree_util as jtu
+
+from ._nodes import is_opened
+from ._ref import Ref
+
+
+__tracebackhide__ = True
+
+
+class Carried:
+    """The structure of a tree, with the functions in it that carry refs opened.
+
+    Hashable and comparable. Holds no ref, no array and no function that carries refs.
+    """
+
+    __slots__ = ("_hash", "nodes", "treedef")
+
+    def __init__(self, treedef: Any, nodes: tuple):
+        self.treedef = treedef
+        self.nodes = (
+            nodes  # one for each leaf of `treedef`; `None` for an ordinary leaf
+        )
+        self._hash = hash((treedef, nodes))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: Any) -> bool:
+        if self is other:
+            return True
+        return (
+            isinstance(other, Carried)
+            and self._hash == other._hash
+            and self.treedef == other.treedef
+            and self.nodes == other.nodes
+        )
+
+
+class _Same:
+    """Holds an object; equal when it is the same object."""
+
+    __slots__ = ("obj",)
+
+    def __init__(self, obj: Any):
+        self.obj = obj
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, _Same) and self.obj is other.obj
+
+    def __hash__(self) -> int:
+        return id(self.obj)
+
+
+class _Kept:
+    """A cell that is kept as it is; equal when it is the same cell, of the same content."""
+
+    __slots__ = ("cell", "key")
+
+    def __init__(self, cell: types.CellType, is_rebound: bool):
+        self.cell = cell
+        self.key = None if is_rebound else _content_key(cell)
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, _Kept) and (
+            self.cell is other.cell and self.key == other.key
+        )
+
+    def __hash__(self) -> int:
+        return hash((id(self.cell), self.key))
+
+
+class _Function(tuple):
+    """A function: `(number, code, globals, cells, extras, origin, carried)`.
+
+    `cells` has the cell that is kept, or `None` for one whose content is carried. `extras`
+    are its looks, defaults and attributes. `origin` is the function itself, weakly.
+    """
+
+    __slots__ = ()
+
+
+class _Method(tuple):
+    """A bound method of an object that is a pytree: `(carried,)` of `(function, object)`."""
+
+    __slots__ = ()
+
+
+class _Partial(tuple):
+    """A `functools.partial`: `(carried,)` of `(function, args, keywords)`."""
+
+    __slots__ = ()
+
+
+class _Again(int):
+    """A later place of the function with this number. A recursive function has one."""
+
+    __slots__ = ()
+
+
+def flatten(tree: Any) -> tuple[list[Any], Carried]:
+    """The leaves of a tree, those inside of functions that carry refs included."""
+    leaves, treedef = jtu.tree_flatten(tree)
+    if not any(map(may_carry, leaves)):
+        # `None` for every leaf, without making a tuple of them.
+        return leaves, Carried(treedef, ())
+    out: list[Any] = []
+    return out, _flatten(leaves, treedef, out, {})
+
+
+def may_carry(leaf: Any) -> bool:
+    kind = type(leaf)
+    if kind not in _CALLABLES:
+        return False
+    return kind is not types.FunctionType or leaf.__closure__ is not None
+
+
+_CALLABLES = frozenset((types.FunctionType, types.MethodType, functools.partial))
+
+
+def _flatten(leaves: list, treedef: Any, out: list, numbers: dict[int, int]) -> Carried:
+    nodes = []
+    for leaf in leaves:
+        node = None
+        # A partial is always opened: what was bound in it are arguments like others.
+        if type(leaf) is functools.partial or (may_carry(leaf) and _reaches_ref(leaf)):
+            node = _open(leaf, out, numbers)
+        else:
+            out.append(leaf)
+        nodes.append(node)
+    if all(node is None for node in nodes):
+        nodes = []
+    return Carried(treedef, tuple(nodes))
+
+
+def _sub(tree: Any, out: list, numbers: dict[int, int]) -> Carried:
+    leaves, treedef = jtu.tree_flatten(tree)
+    return _flatten(leaves, treedef, out, numbers)
+
+
+def _open(leaf: Any, out: list, numbers: dict[int, int]) -> Any:
+    if type(leaf) is types.MethodType:
+        return _Method((_sub((leaf.__func__, leaf.__self__), out, numbers),))
+    if type(leaf) is functools.partial:
+        return _Partial((_sub((leaf.func, leaf.args, leaf.keywords), out, numbers),))
+    number = numbers.get(id(leaf))
+    if number is not None:
+        return _Again(number)
+    number = numbers[id(leaf)] = len(numbers)
+    rebound = _rebound_cells(_reachable_functions(leaf))
+    kept, contents = [], []
+    for cell in leaf.__closure__:
+        if _is_filled(cell) and _reaches_ref(cell.cell_contents):
+            kept.append(None)
+            contents.append(cell.cell_contents)
+        else:
+            kept.append(_Kept(cell, id(cell) in rebound))
+    looks = _Unasked((name, getattr(leaf, name)) for name in _LOOKS)
+    own = ((k, _Same(v)) for k, v in vars(leaf).items() if k != "__wrapped__")
+    defaults = _Same(leaf.__defaults__), _Same(leaf.__kwdefaults__)
+    carried = _sub(contents, out, numbers)
+    globals_ = _Same(leaf.__globals__)
+    return _Function(
+        (
+            number,
+            leaf.__code__,
+            globals_,
+            tuple(kept),
+            (looks, *defaults, *own),
+            _Unasked((weakref.ref(origin_of(leaf)),)),
+            carried,
+        )
+    )
+
+
+_LOOKS = "__annotations__", "__doc__", "__module__", "__name__", "__qualname__"
+
+
+class _Unasked(tuple):
+    """What makes no other function of it, such as its name. Any two are equal."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Unasked)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def inside(obj: Any) -> Iterator[Any]:
+    """The trees that a callable leaf holds."""
+    if type(obj) is types.FunctionType:
+        for cell in obj.__closure__ or ():
+            if _is_filled(cell):
+                yield cell.cell_contents
+    elif type(obj) is types.MethodType:
+        yield obj.__func__
+        yield obj.__self__
+    elif type(obj) is functools.partial:
+        yield (obj.func, obj.args, obj.keywords)
+
+
+def _reaches_ref(tree: Any) -> bool:
+    seen: set[int] = set()
+    todo = [tree]
+    while todo:
+        for leaf in jtu.tree_leaves(todo.pop(), is_leaf=is_opened):
+            if isinstance(leaf, Ref):
+                return True
+            if may_carry(leaf) and id(leaf) not in seen:
+                seen.add(id(leaf))
+                todo.extend(inside(leaf))
+    return False
+
+
+def unflatten(structure: Carried, leaves: list[Any]) -> Any:
+    """The tree again. Each function that carries refs is a new one, with new cells."""
+    if not structure.nodes:
+        return jtu.tree_unflatten(structure.treedef, leaves)
+    return _unflatten(structure, iter(leaves), {})
+
+
+def _unflatten(structure: Carried, leaves: Iterator[Any], made: dict[int, Any]) -> Any:
+    nodes = structure.nodes or (None,) * structure.treedef.num_leaves
+    return jtu.tree_unflatten(
+        structure.treedef,
+        [
+            next(leaves) if node is None else _close(node, leaves, made)
+            for node in nodes
+        ],
+    )
+
+
+def _close(node: Any, leaves: Iterator[Any], made: dict[int, Any]) -> Any:
+    if isinstance(node, _Again):
+        return made[int(node)]
+    if isinstance(node, _Method):
+        return types.MethodType(*_unflatten(node[0], leaves, made))
+    if isinstance(node, _Partial):
+        func, args, keywords = _unflatten(node[0], leaves, made)
+        return functools.partial(func, *args, **keywords)
+    number, code, globals_, kept, extras, (origin,), carried = node
+    looks, defaults, kwdefaults, *own = extras
+    cells = tuple(types.CellType() if keep is None else keep.cell for keep in kept)
+    fn = types.FunctionType(code, globals_.obj, argdefs=defaults.obj, closure=cells)
+    fn.__kwdefaults__ = kwdefaults.obj
+    for name, value in looks:
+        setattr(fn, name, value)
+    for name, held in own:
+        setattr(fn, name, held.obj)
+    _origins[fn] = origin
+    # Before the cells are filled: a recursive function is in one of them.
+    made[number] = fn
+    contents = iter(_unflatten(carried, leaves, made))
+    for cell, keep in zip(cells, kept):
+        if keep is None:
+            cell.cell_contents = next(contents)
+    return fn
+
+
+# For each function that was rebuilt, the one that it stands for.
+_origins: weakref.WeakKeyDictionary[types.FunctionType, weakref.ref] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def origin_of(fn: types.FunctionType) -> types.FunctionType:
+    """The function that `fn` was rebuilt from, by however many transforms; or `fn`.
+
+    A body is rebuilt at each call. What is compiled for it is kept by its origin.
+    """
+    origin = _origins.get(fn, _gone)()
+    return fn if origin is None else origin
+
+
+def _gone() -> None:
+    return None
+
+
+def static_key(leaf: Any) -> Any:
+    """What stands for a static leaf in the key of a cache.
+
+    Two leaves have equal keys only if a program traced with the one is right for the
+    other: `1`, `1.0` and `True` are equal in Python, and so are `0.0` and `-0.0`. What a
+    function closes over is a part of its key: a cell that is bound to something else makes
+    another function of it.
+    """
+    held = weakly(leaf)
+    if isinstance(leaf, types.FunctionType):
+        return held, _closure_key(leaf) if leaf.__closure__ else None
+    if isinstance(leaf, float | complex):
+        return type(leaf), repr(leaf)
+    return type(leaf), held
+
+
+def weakly(leaf: Any) -> Any:
+    """`leaf`, or a weak reference to it if it is equal to nothing but itself: a cache must
+    not keep a function alive."""
+    if type(leaf).__eq__ is object.__eq__ and not isinstance(leaf, weakref.ref):
+        try:
+            return weakref.ref(leaf)
+        except TypeError:
+            pass
+    return leaf
+
+
+def _closure_key(fn: types.FunctionType) -> tuple:
+    functions = _reachable_functions(fn)
+    rebound = _rebound_cells(functions)
+    return tuple(
+        _content_key(cell)
+        for function in functions
+        for cell in function.__closure__ or ()
+        if id(cell) not in rebound
+    )
+
+
+def _reachable_functions(fn: types.FunctionType) -> list[types.FunctionType]:
+    """`fn` and the functions that are in its cells, and in theirs."""
+    functions, seen = [fn], {id(fn)}
+    for function in functions:
+        for cell in function.__closure__ or ():
+            content = cell.cell_contents if _is_filled(cell) else None
+            if isinstance(content, types.FunctionType) and id(content) not in seen:
+                seen.add(id(content))
+                functions.append(content)
+    return functions
+
+
+def _rebound_cells(functions: list[types.FunctionType]) -> set[int]:
+    """The cells that these functions bind anew themselves (`nonlocal count; count += 1`).
+
+    They are no input of a function but a side effect, which JAX runs once a trace.
+    """
+    return {
+        id(cell)
+        for function in functions
+        if function.__closure__
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__)
+        if name in _rebound_names(function.__code__)
+    }
+
+
+_rebound: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _rebound_names(code: types.CodeType) -> frozenset[str]:
+    names = _rebound.get(code)
+    if names is None:
+        found = {
+            instruction.argval
+            for instruction in dis.get_instructions(code)
+            if instruction.opname in ("STORE_DEREF", "DELETE_DEREF")
+        }
+        for constant in code.co_consts:
+            if isinstance(constant, types.CodeType):
+                found |= _rebound_names(constant)
+        names = _rebound[code] = frozenset(found & set(code.co_freevars))
+    return names
+
+
+_EMPTY = object()
+
+
+def _content_key(cell: types.CellType) -> Any:
+    """What stands for the content of a cell. A container or an array is itself: like JAX,
+    we do not notice a list that is appended to."""
+    content = cell.cell_contents if _is_filled(cell) else _EMPTY
+    if content is None or isinstance(
+        content, bool | int | float | complex | str | bytes
+    ):
+        return static_key(content)
+    return _Identity(content)
+
+
+class _Identity:
+    """Stands for an object; equal for the same object. Holds it weakly if it can."""
+
+    __slots__ = ("_id", "recall")
+
+    def __init__(self, obj: Any):
+        self._id = id(obj)
+        try:
+            self.recall = weakref.ref(obj)
+        except TypeError:
+            self.recall = functools.partial(_itself, obj)
+
+    def __eq__(self, other: Any) -> bool:
+        if self is other:
+            return True
+        # What a dead object was is equal to nothing: its id may be another's by now.
+        mine = self.recall()
+        return (
+            isinstance(other, _Identity) and mine is not None and mine is other.recall()
+        )
+
+    def __hash__(self) -> int:
+        return self._id
+
+
+def _itself(obj: Any) -> Any:
+    return obj
+
+
+# A cell of a closure, what stands for its content, and a function that returns that
+# content, or `None` if it is gone.
+Watched = tuple[types.CellType, Any, Callable[[], Any]]
+
+
+def same_content(cell: types.CellType, key: Any) -> bool:
+    """Whether a cell still has the content that `key` stands for."""
+    return _content_key(cell) == key
+
+
+def watched_cells(fn: types.FunctionType) -> list[Watched]:
+    """The cells of a function whose content matters."""
+    rebound = _rebound_cells(_reachable_functions(fn))
+    watched = []
+    for cell in fn.__closure__ or ():
+        if id(cell) not in rebound:
+            key = _content_key(cell)
+            if isinstance(key, _Identity):
+                recall = key.recall
+            else:
+                recall = functools.partial(_itself, cell.cell_contents)
+            watched.append((cell, key, recall))
+    return watched

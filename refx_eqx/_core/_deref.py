@@ -1,0 +1,355 @@
+"""Opening a tree of refs at a JAX boundary, and closing it again.
+
+    tree of refs   -- deref -->  pytree of Value and Index  -- JAX -->  ...  -- reref -->
+
+`deref` and `reref` are inverse to each other, up to the identity of the refs. The rest of
+this file is small things built on the two.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Any, Generic, TypeVar
+
+import equinox as eqx
+import jax.tree_util as jtu
+
+from ._errors import describe, StructureError
+from ._nodes import Index, is_opened, note_of, Value
+from ._ref import is_ref, make_ref, Ref
+
+
+__tracebackhide__ = True
+
+
+_T = TypeVar("_T")
+
+
+class _Nothing:
+    """The type of [`refx_eqx.NOTHING`][]."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "NOTHING"
+
+    def __reduce__(self):
+        return "NOTHING"
+
+    def __copy__(self):
+        return self
+
+    def __deepcopy__(self, memo: dict):
+        return self
+
+
+NOTHING = _Nothing()
+"""What is at a place of a tree that has no leaf there: a pytree without leaves. See
+[`refx_eqx.partition`][] and [`refx_eqx.update_refs`][]."""
+
+jtu.register_pytree_node(
+    _Nothing, lambda _: ((), None), lambda _aux, _children: NOTHING
+)
+
+
+def path_text(path: tuple) -> str:
+    """A key path as the user would write it: `.layers[0].weight`."""
+    return jtu.keystr(path) or "the root of the tree"
+
+
+def path_of(tree: Any, found: Callable[[Any], bool]) -> str:
+    """Where the first leaf of `tree` is that `found` holds for; for messages."""
+    leaves, _ = jtu.tree_flatten_with_path(tree, is_leaf=is_opened)
+    return next((path_text(path) for path, leaf in leaves if found(leaf)), "unknown")
+
+
+def deref(tree: _T) -> _T:
+    """Opens every ref of a tree: the first place of each becomes a `Value`, every later
+    one an `Index`. The result is a pure pytree, for any JAX transform to carry.
+
+    "First" is in JAX's flattening order. Two derefed trees have equal treedefs exactly
+    when they have the same structure, sharing, collections and ref types.
+
+    !!! Example
+
+        ```python
+        import jax
+        import refx_eqx as rx
+
+        ref = rx.Ref(1.0)
+        tree = {"a": ref, "b": [ref, 2.0]}
+
+        opened = rx.deref(tree)
+        assert jax.tree.leaves(opened) == [1.0, 2.0]
+        closed = rx.reref(opened)
+        assert closed["a"] is closed["b"][0] and closed["a"] is not ref
+        ```
+
+    **Arguments:**
+
+    - `tree`: any pytree. Its refs must be readable here.
+
+    **Returns:**
+
+    The same tree with `Value` and `Index` nodes in place of refs. Values are not copied.
+
+    **Raises:**
+
+    - `StructureError`: if `tree` holds a `Value` or an `Index` already.
+    - `TraceLevelError`: if a ref may not be read here.
+    """
+    leaves, treedef = jtu.tree_flatten(tree, is_leaf=is_opened)
+    indices: dict[int, int] = {}
+    opened = []
+    for leaf in leaves:
+        if isinstance(leaf, Ref):
+            index = indices.get(id(leaf))
+            if index is None:
+                index = indices[id(leaf)] = len(indices)
+                node = Value(
+                    leaf.value, index, leaf._collection, type(leaf), note_of(leaf)
+                )
+            else:
+                node = Index(index, leaf._collection, type(leaf), note_of(leaf))
+            opened.append(node)
+        elif is_opened(leaf):
+            raise StructureError(
+                f"Cannot deref a tree that is derefed already: {type(leaf).__name__} found "
+                f"at {path_of(tree, is_opened)}. Call `rx.reref` on it first, or do not "
+                "call `rx.deref` twice."
+            )
+        else:
+            opened.append(leaf)
+    return jtu.tree_unflatten(treedef, opened)
+
+
+def reref(tree: _T) -> _T:
+    """Closes a tree that `deref` opened: makes a new ref for each `Value`, and puts the
+    same one wherever an `Index` refers to it.
+
+    The new refs are owned by the trace that is running, so inside of a transformed
+    function they may be read and written.
+
+    !!! Example
+
+        ```python
+        import jax
+        import refx_eqx as rx
+
+        ref = rx.Ref(1.0)
+
+        @jax.jit
+        def double(tree):
+            tree = rx.reref(tree)
+            tree["a"].value *= 2
+            return rx.deref(tree)
+
+        tree = rx.reref(double(rx.deref({"a": ref, "b": ref})))
+        assert tree["b"].value == 2.0 and ref.value == 1.0
+        ```
+
+    **Arguments:**
+
+    - `tree`: a tree with `Value` and `Index` nodes, in any state: after a transform, a
+        filter, or with its leaves replaced.
+
+    **Returns:**
+
+    The same tree with refs in place of the nodes.
+
+    **Raises:**
+
+    - `StructureError`: if `tree` holds a ref already, an `Index` without its `Value`, two
+        values for one ref, or a node whose collection disagrees with its `Value`'s.
+    - `RefTypeError`: if a value breaks the declared type of its ref.
+    """
+    leaves, treedef = jtu.tree_flatten(tree, is_leaf=is_opened)
+    refs: dict[int, Ref] = {}
+    for leaf in leaves:
+        if isinstance(leaf, Value):
+            if leaf.index in refs:
+                raise StructureError(
+                    f"Cannot reref: two values for ref {leaf.index} "
+                    f"({describe(leaf.note.name, leaf.collection)}). Were two trees put "
+                    "together after they were derefed? Deref the whole of them at once: "
+                    "`rx.deref((tree1, tree2))`."
+                )
+            refs[leaf.index] = _close(leaf)
+    closed = []
+    for leaf in leaves:
+        if is_opened(leaf):
+            closed.append(_resolve(tree, leaf, refs))
+        elif isinstance(leaf, Ref):
+            raise StructureError(
+                "Cannot reref a tree that holds refs already: "
+                f"{describe(leaf._name, leaf._collection)} found at "
+                f"{path_of(tree, is_ref)}. Call `rx.deref` on the whole tree first."
+            )
+        else:
+            closed.append(leaf)
+    return jtu.tree_unflatten(treedef, closed)
+
+
+def _close(node: Value) -> Ref:
+    ref = make_ref(
+        node.ref_type, node.value, node.collection, node.note.name, node.note.declared
+    )
+    for declaration in ref._declared or ():
+        declaration.check_rebuilt(ref)
+    return ref
+
+
+def _resolve(tree: Any, node: Value | Index, refs: dict[int, Ref]) -> Ref:
+    ref = refs.get(node.index)
+    which = describe(node.note.name, node.collection)
+    if ref is None:
+        where = path_of(tree, lambda x: isinstance(x, Index) and x.index == node.index)
+        raise StructureError(
+            f"Cannot reref: Index {node.index} ({which}) at {where} has no Value in this "
+            "tree. A part of a derefed tree was taken out of it; call `rx.reref` on the "
+            "whole tree, or `rx.combine` the parts first."
+        )
+    if (ref._collection, type(ref)) != (node.collection, node.ref_type):
+        raise StructureError(
+            f"Cannot reref: Index {node.index} is of {node.ref_type.__name__} {which}, but "
+            f"its Value is of {type(ref).__name__} "
+            f"{describe(ref._name, ref._collection)}. Were two trees put together after "
+            "they were derefed? Deref the whole of them at once: `rx.deref((tree1, tree2))`."
+        )
+    return ref
+
+
+class Dag(Generic[_T]):
+    """A pytree node that opens its refs when it is flattened, and closes them again when
+    it is unflattened. With it any transform of anybody carries refs, by value.
+
+    !!! Example
+
+        ```python
+        import jax
+        import refx_eqx as rx
+
+        @jax.jit
+        def double(dag):
+            dag.value["a"].value *= 2
+            return dag
+
+        ref = rx.Ref(1.0)
+        dag = double(rx.Dag({"a": ref, "b": ref}))
+        assert dag.value["b"].value == 2.0
+        assert ref.value == 1.0  # by value: the caller's own refs are not written
+        ```
+
+    **Arguments:**
+
+    - `value`: any pytree of refs. Its refs must be readable where the node is flattened.
+    """
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: _T):
+        self.value = value
+
+    def __repr__(self) -> str:
+        return f"Dag({eqx.tree_pformat(self.value)})"
+
+
+jtu.register_pytree_with_keys(
+    Dag,
+    lambda dag: (((jtu.GetAttrKey("value"), deref(dag.value)),), None),
+    lambda _, children: Dag(reref(*children)),
+    lambda dag: ((deref(dag.value),), None),
+)
+
+
+def clone(tree: _T) -> _T:
+    """A copy of a tree with new refs, of the same sharing, values and names.
+
+    !!! Example
+
+        ```python
+        import refx_eqx as rx
+
+        ref = rx.Ref(1.0)
+        a, b = rx.clone((ref, ref))
+        a.value = 2.0
+        assert b.value == 2.0 and ref.value == 1.0
+        ```
+
+    **Arguments:**
+
+    - `tree`: any pytree. Its refs must be readable here. Values are not copied: arrays are
+        immutable.
+
+    **Returns:**
+
+    The same tree with new refs, owned by the running trace.
+    """
+    return reref(deref(tree))
+
+
+def snapshot(tree: Any) -> Any:
+    """Replaces every ref by its present value: a plain tree, for code that knows no refs.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        ref = rx.Ref(jnp.ones(2))
+        plain = rx.snapshot({"a": ref, "b": ref})
+        ref.value = jnp.zeros(2)
+        assert plain["a"] is plain["b"] and plain["a"][0] == 1
+        ```
+
+    **Arguments:**
+
+    - `tree`: any pytree. Its refs must be readable here.
+
+    **Returns:**
+
+    The same tree without refs. What was shared now is the same array object twice.
+    """
+    return jtu.tree_map(lambda x: x.value if isinstance(x, Ref) else x, tree)
+
+
+def as_refs(
+    tree: Any, collection: Hashable = None, where: Callable[[Any], bool] = eqx.is_array
+) -> Any:
+    """Turns the arrays of a plain tree into refs: the opposite of `snapshot`.
+
+    !!! Example
+
+        ```python
+        import equinox as eqx
+        import jax
+        import refx_eqx as rx
+
+        linear = eqx.nn.Linear(3, 2, key=jax.random.key(0))
+        linear = rx.as_refs(linear, "params")
+        assert linear.weight.collection == "params"
+        linear.weight.value *= 2
+        ```
+
+    **Arguments:**
+
+    - `tree`: any pytree. Refs that it holds already are left as they are.
+    - `collection`: of the new refs.
+    - `where`: which leaves to turn into refs, a function of a leaf.
+
+    **Returns:**
+
+    The same tree with a ref for each selected leaf. An array object that is met twice
+    becomes one ref.
+    """
+    made: dict[int, Ref] = {}
+
+    def convert(path: tuple, leaf: Any) -> Any:
+        if isinstance(leaf, Ref) or not where(leaf):
+            return leaf
+        ref = made.get(id(leaf)) if eqx.is_array(leaf) else None
+        if ref is None:
+            ref = made[id(leaf)] = Ref(leaf, collection)
+            ref._name = jtu.keystr(path, simple=True, separator=".") or None
+        return ref
+
+    return jtu.tree_map_with_path(convert, tree)

@@ -1,0 +1,132 @@
+"""The errors of the library, and how a message names a ref.
+
+Every message answers three questions: which ref, where, and what to do about it. The
+texts live beside the checks that raise them; what they share is here.
+"""
+
+from collections.abc import Hashable
+from typing import Any
+
+
+__tracebackhide__ = True
+
+
+class RefError(Exception):
+    """The base of every error that this library raises.
+
+    Catch one of its subclasses to be specific:
+
+    - [`refx_eqx.TraceLevelError`][]: a ref was touched where JAX would go stale;
+    - [`refx_eqx.StructureError`][]: two trees, or a tree before and after, do not fit;
+    - [`refx_eqx.CollectionError`][]: a ref of one collection where another is declared;
+    - [`refx_eqx.RefTypeError`][]: a value that breaks the declared type of a ref;
+    - [`refx_eqx.ImmutableError`][]: a write that [`refx_eqx.mutable`][] does not allow;
+    - [`refx_eqx.ConcurrencyError`][]: a donated ref was changed by another thread.
+    """
+
+
+class TraceLevelError(RefError, ValueError):
+    """A ref was read or written inside a JAX trace that must not see it.
+
+    Pass the ref to a lifted transform, and use the ref that the function is given.
+
+    !!! Example
+
+        ```python
+        import jax
+        import refx_eqx as rx
+
+        ref = rx.Ref(1.0)
+        try:
+            jax.jit(lambda x: x * ref.value)(2.0)
+        except rx.TraceLevelError:
+            out = rx.filter_jit(lambda ref, x: x * ref.value)(ref, 2.0)
+        assert out == 2.0
+        ```
+    """
+
+
+class StructureError(RefError, ValueError):
+    """A tree of refs does not have the structure that was asked for.
+
+    The message names the place, or the two places, where it differs.
+
+    !!! Example
+
+        ```python
+        import refx_eqx as rx
+
+        ref = rx.Ref(1.0)
+        try:
+            rx.partition({"a": ref, "b": ref}, rx.path("a"))  # tears a tie
+        except rx.StructureError:
+            both, rest = rx.partition({"a": ref, "b": ref}, rx.path("a", "b"))
+        assert both["a"] is both["b"]
+        ```
+    """
+
+
+class CollectionError(RefError, ValueError):
+    """A ref belongs to another collection than the one declared.
+
+    !!! Example
+
+        ```python
+        import refx_eqx as rx
+
+        class Scale(rx.Module):
+            by: rx.Param[float]
+
+        mean = rx.Ref(2.0, "batch_stats")
+        try:
+            Scale(mean)  # shares the ref
+        except rx.CollectionError:
+            scale = Scale(mean.value)  # makes one of its own
+        assert scale.by.collection == "params"
+        ```
+    """
+
+
+class RefTypeError(RefError, TypeError):
+    """A value does not have the type that its ref declares."""
+
+
+class ImmutableError(RefError, ValueError):
+    """A write was refused by [`refx_eqx.mutable`][].
+
+    !!! Example
+
+        ```python
+        import refx_eqx as rx
+
+        weight = rx.Ref(1.0, "params")
+        try:
+            with rx.mutable(False):
+                weight.value = 2.0
+        except rx.ImmutableError:
+            pass
+        assert weight.value == 1.0
+        ```
+    """
+
+
+class ConcurrencyError(RefError, RuntimeError):
+    """Another thread changed a ref while a call was using it, and the call could not run
+    again: its buffer was donated, or it was disturbed each time.
+
+    Guard the calls with a lock.
+    """
+
+
+def describe(name: str | None, collection: Hashable) -> str:
+    """How every message refers to a ref: `` `Linear.weight` (collection 'params')``."""
+    which = "an unnamed ref" if name is None else f"`{name}`"
+    if collection is None:
+        return f"{which} (no collection)"
+    return f"{which} (collection {collection!r})"
+
+
+def name_of(fn: Any) -> str:
+    """How every message refers to a function."""
+    fn = getattr(fn, "__wrapped__", fn)
+    return getattr(fn, "__qualname__", type(fn).__qualname__)

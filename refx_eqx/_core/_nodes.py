@@ -1,0 +1,197 @@
+"""`Value` and `Index`: the two pytree nodes that a ref is opened into at a JAX boundary.
+
+What JAX carries is the opened tree, in which each ref is a `Value` at its first place and
+an `Index` at every later one.
+"""
+
+from collections.abc import Hashable, Iterable
+from typing import Any, TYPE_CHECKING
+
+import equinox as eqx
+import jax.tree_util as jtu
+
+from ._errors import describe
+from ._ref import Ref
+
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
+
+__tracebackhide__ = True
+
+
+class Note:
+    """What a ref says of itself, beside its structure: its name and its declared type.
+
+    It rides along in the treedef of a derefed tree without being part of it: any two notes
+    are equal. (Treedefs are equal for equal structure, sharing, collections and ref types.)
+    """
+
+    __slots__ = ("declared", "name")
+
+    def __init__(self, name: str | None, declared: Any):
+        self.name = name
+        self.declared = declared
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Note)
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __repr__(self) -> str:
+        return f"Note({self.name!r})"
+
+
+def note_of(ref: Ref) -> Note:
+    return Note(ref._name, ref._declared)
+
+
+class Value:
+    """A ref opened at its first place in a tree: a pytree node with the value as child.
+
+    Made by [`refx_eqx.deref`][]. Everything but the value is structure: two treedefs are
+    equal only when `index`, `collection` and `ref_type` are.
+
+    **Arguments:**
+
+    - `value`: the value of the ref. Traced as JAX traces any pytree.
+    - `index`: the number of the ref in its tree. Static.
+    - `collection`: the collection of the ref. Static.
+    - `ref_type`: the class of the ref. Static.
+    - `note`: the name of the ref and its declared type, for messages and checks. No part of
+        the structure.
+
+    !!! Example
+
+        ```python
+        import refx_eqx as rx
+
+        ref = rx.Ref(1.0, collection="params")
+        first, second = rx.deref((ref, ref))
+        assert isinstance(first, rx.Value) and first.value == 1.0
+        assert isinstance(second, rx.Index) and second.index == first.index
+        ```
+    """
+
+    __slots__ = ("collection", "index", "note", "ref_type", "value")
+
+    def __init__(
+        self,
+        value: Any,
+        index: int,
+        collection: Hashable = None,
+        ref_type: type[Ref] = Ref,
+        note: Note = Note(None, None),
+    ):
+        self.value = value
+        self.index = index
+        self.collection = collection
+        self.ref_type = ref_type
+        self.note = note
+
+    def __repr__(self) -> str:
+        return _node_repr(self, f"{eqx.tree_pformat(self.value)}, ")
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is Value and bool(eqx.tree_equal(self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Index:
+    """A ref opened at a later place in a tree: a pytree node without children.
+
+    Made by [`refx_eqx.deref`][]. The value is in the `Value` of the same `index`.
+
+    **Arguments:**
+
+    - `index`: the number of the ref in its tree. Static.
+    - `collection`: the collection of the ref. Static.
+    - `ref_type`: the class of the ref. Static.
+    - `note`: the name of the ref and its declared type, for messages and checks. No part of
+        the structure.
+
+    **Raises:**
+
+    - `ValueError`: when its `.value` is read.
+
+    !!! Example
+
+        ```python
+        import refx_eqx as rx
+
+        ref = rx.Ref(1.0)
+        _, index = rx.deref((ref, ref))
+        assert isinstance(index, rx.Index) and index.index == 0
+        ```
+    """
+
+    __slots__ = ("collection", "index", "note", "ref_type")
+
+    def __init__(
+        self,
+        index: int,
+        collection: Hashable = None,
+        ref_type: type[Ref] = Ref,
+        note: Note = Note(None, None),
+    ):
+        self.index = index
+        self.collection = collection
+        self.ref_type = ref_type
+        self.note = note
+
+    @property
+    def value(self) -> Any:
+        raise ValueError(
+            f"Cannot get value of Index {self.index} "
+            f"({describe(self.note.name, self.collection)}): a shared ref keeps its value "
+            "at its first place in the tree. Call `rx.reref` on the whole tree."
+        )
+
+    def __repr__(self) -> str:
+        return _node_repr(self, "")
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is Index and _structure(self) == _structure(other)
+
+    def __hash__(self) -> int:
+        return hash(_structure(self))
+
+
+def _structure(node: "Value | Index") -> tuple[int, Hashable, type[Ref]]:
+    return node.index, node.collection, node.ref_type
+
+
+def _node_repr(node: "Value | Index", value: str) -> str:
+    return (
+        f"{type(node).__name__}({value}index={node.index}, "
+        f"collection={node.collection!r}, ref_type={node.ref_type.__name__})"
+    )
+
+
+def is_opened(x: Any) -> "TypeIs[Value | Index]":
+    """Whether `x` is a `Value` or an `Index`. For use as an `is_leaf`."""
+    return isinstance(x, (Value, Index))
+
+
+_VALUE_KEY = jtu.GetAttrKey("value")
+
+
+def _unflatten_value(aux: tuple, children: Iterable[Any]) -> Value:
+    (value,) = children
+    return Value(value, *aux)
+
+
+jtu.register_pytree_with_keys(
+    Value,
+    lambda node: (((_VALUE_KEY, node.value),), (*_structure(node), node.note)),
+    _unflatten_value,
+    lambda node: ((node.value,), (*_structure(node), node.note)),
+)
+jtu.register_pytree_with_keys(
+    Index,
+    lambda node: ((), (*_structure(node), node.note)),
+    lambda aux, _: Index(*aux),
+)

@@ -1,0 +1,418 @@
+"""`Ref`: a shared, mutable cell, and what is asked before it is read or written.
+
+A `Ref` is a *leaf*: JAX never looks inside it. So a tree of refs may hold one ref at two
+places, and the two are one parameter.
+"""
+
+import copy
+import threading
+import types
+from collections.abc import Hashable, Iterable
+from typing import Any, Generic, overload, Self, TYPE_CHECKING, TypeVar
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax import Array
+
+from . import _trace
+from ._errors import describe, ImmutableError, StructureError, TraceLevelError
+
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
+    from jax.typing import ArrayLike
+
+
+__tracebackhide__ = True
+
+
+_T = TypeVar("_T")
+_R = TypeVar("_R", bound="Ref")
+
+
+class _Commits:
+    """Counts the writes to refs.
+
+    - `count`: of all writes. A lifted call reads its refs, computes, and writes back: if
+        the count has not moved in between, no other thread wrote anything.
+    - `irregular`: of those that may have changed the structure of a ref: the new value is
+        not a JAX array, or the collection or declared type is another. While it has not
+        moved, what a repeated call knows of its refs still holds.
+    - `lock`: to be held for the moment of a write.
+    """
+
+    __slots__ = ("count", "irregular", "lock")
+
+    def __init__(self):
+        self.count = 0
+        self.irregular = 0
+        self.lock = threading.Lock()
+
+    def store(self, updates: Iterable[tuple["Ref", Any]]) -> None:
+        """Writes values that were checked. The lock must be held."""
+        for ref, value in updates:
+            set_content(ref, value)
+            ref._written = True
+            if type(value) is not _trace.ConcreteArray:
+                self.irregular += 1
+        # Last: who read half of this began with the old count, and will see the new one.
+        self.count += 1
+
+
+commits = _Commits()
+
+
+class Ref(Generic[_T]):
+    """A shared, mutable, typed cell: a leaf of a pytree, held by identity.
+
+    The same `Ref` at two places of a tree is one thing: what is written through one place
+    is seen at the other.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        ref = rx.Ref(jnp.zeros(3), collection="params")
+        tree = {"a": ref, "b": [ref]}
+
+        tree["a"].value += 1.0
+        assert tree["b"][0].value[2] == 1.0
+        assert ref.shape == (3,)
+        ```
+
+    The value is any pytree without a `Ref` inside. Its array-like leaves (JAX and NumPy
+    arrays; Python `bool`, `int`, `float`, `complex`) are traced by the lifted transforms,
+    and everything else is static.
+
+    A ref belongs to the JAX trace that it was created in. It may be written only there,
+    and read there and under `vmap`; anything else is a
+    [`refx_eqx.TraceLevelError`][], because the result would be silently stale.
+
+    Refs are equal when they are the same object. `copy.deepcopy` and `pickle` keep the
+    sharing within what they copy. Subclasses survive `deref` and `reref`, but only their
+    type does: a subclass may add methods, not attributes.
+
+    **Arguments:**
+
+    - `value`: the initial value.
+    - `collection`: what the ref is for, such as `"params"`. Any hashable, or `None`.
+
+    **Raises:**
+
+    - `StructureError`: if `value` holds a ref.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_channel",
+        "_collection",
+        "_declared",
+        "_name",
+        "_trace",
+        "_value",
+        "_written",
+    )
+
+    _value: Any
+    _collection: Hashable
+    _name: str | None
+    # What a backward rule writes the ref by, if it may. See `_transforms/_backward.py`.
+    _channel: Any
+    # What each field that holds the ref declares of it.
+    _declared: tuple[Any, ...] | None
+    _trace: Any
+    # Whether it was assigned since it was made: so a body is seen to write it, even if what
+    # it writes is what was there. (What a plan writes it does not say: none runs in a body.)
+    _written: bool
+
+    def __init__(self, value: _T, collection: Hashable = None):
+        hash(collection)  # an unhashable collection is Python's own clear error, here
+        self._collection = collection
+        self._name = None
+        self._declared = None
+        self._trace = _trace.current_trace_ref()
+        self._written = False
+        self._channel = None
+        self._value = check_value(self, value)
+
+    if TYPE_CHECKING:
+        # A field annotated `Ref[T]` is a descriptor in the eyes of a type checker: it
+        # reads as the ref, and accepts a value or a ref. At run time there is no such
+        # descriptor; the field machinery wraps the value.
+        def __get__(self, instance: Any, owner: Any = None, /) -> Self: ...
+        # `None` is for `Param[...] | None`: pyright asks `__set__` of each member of the
+        # union to take the whole value. And mypy takes `Self` for the class of the field.
+        def __set__(self, instance: Any, value: "_T | Ref[_T] | None", /) -> None: ...
+
+    @property
+    def value(self) -> _T:
+        """The present value."""
+        if not _trace.is_at_home(self._trace):
+            check_readable(self)
+        return self._value
+
+    @value.setter
+    def value(self, value: _T) -> None:
+        check_writable(self)
+        value = check_value(self, value)
+        with commits.lock:
+            commits.store(((self, value),))
+
+    @overload
+    def __getitem__(self, index: types.EllipsisType) -> _T: ...
+    @overload
+    def __getitem__(self: "Ref[Array]", index: Any) -> Array: ...
+    @overload
+    def __getitem__(self, index: Any) -> Any: ...
+    def __getitem__(self, index: Any) -> Any:
+        """`ref[...]` is the value, and `ref[index]` a part of it."""
+        return self.value if index is Ellipsis else self.value[index]  # type: ignore
+
+    @overload
+    def __setitem__(self, index: types.EllipsisType, value: _T) -> None: ...
+    @overload
+    def __setitem__(
+        self, index: "ArrayLike | slice | tuple[Any, ...] | None", value: Any
+    ) -> None: ...
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """`ref[...] = x` sets the value, and `ref[i] = x` is `value.at[i].set(x)`."""
+        if index is not Ellipsis:
+            value = jnp.asarray(self.value).at[index].set(value)  # type: ignore
+        self.value = value
+
+    # With `__getitem__` alone, iteration would index past the end for ever: JAX clamps.
+    __iter__ = None
+
+    @property
+    def collection(self) -> Hashable:
+        """What the ref is for, such as `"params"`."""
+        return self._collection
+
+    @property
+    def name(self) -> str | None:
+        """The field that first held the ref, such as `"Linear.weight"`; for messages."""
+        return self._name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the value, which must be array-like."""
+        return jnp.shape(_array_like(self))
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the value, which must be array-like."""
+        return jnp.result_type(_array_like(self))
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the value, which must be array-like."""
+        return jnp.ndim(_array_like(self))
+
+    @property
+    def size(self) -> int:
+        """The number of elements of the value, which must be array-like."""
+        return jnp.size(_array_like(self))
+
+    def __copy__(self) -> Self:
+        return _like(self, self.value)
+
+    def __deepcopy__(self, memo: dict) -> Self:
+        return _like(self, copy.deepcopy(self.value, memo))
+
+    def __reduce__(self):
+        state = type(self), self.value, self._collection, self._name, self._declared
+        return _unpickle, state
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        # Without it NumPy makes an array of the `Ref` object itself.
+        _refuse_as_array(self)
+
+    def __jax_array__(self) -> Any:
+        # Without it `eqx.tree_serialise_leaves` leaves a ref out, and says nothing. JAX
+        # refuses what it gets; Equinox asks this of every field that is `init=False`.
+        return self
+
+    def __repr__(self) -> str:
+        return eqx.tree_pformat(self)
+
+    def __pdoc__(self, **kwargs: Any):
+        # The hook of `eqx.tree_pformat`. It shows the cell as it is, without the trace
+        # rule: a message about a ref that may not be read has to print it.
+        import wadler_lindig as wl
+
+        docs = [wl.pdoc(self._value, **kwargs)]
+        if self._collection is not None:
+            if isinstance(self._collection, str):
+                docs.append(wl.TextDoc(f'"{self._collection}"'))
+            else:
+                docs.append(wl.pdoc(self._collection, **kwargs))
+        return wl.bracketed(
+            begin=wl.TextDoc(f"{type(self).__name__}("),
+            docs=docs,
+            sep=wl.comma,
+            end=wl.TextDoc(")"),
+            indent=kwargs.get("indent", 2),
+        )
+
+
+def is_ref(x: Any) -> "TypeIs[Ref]":
+    """Whether `x` is a [`refx_eqx.Ref`][]. For use as an `is_leaf` or a filter."""
+    return isinstance(x, Ref)
+
+
+class Channelled:
+    """The value of a ref together with its channel, as a transform carries them."""
+
+    __slots__ = ("channel", "value")
+
+    def __init__(self, value: Any, channel: Any):
+        self.value = value
+        self.channel = channel
+
+
+jtu.register_pytree_node(
+    Channelled,
+    lambda x: ((x.value, x.channel), None),
+    lambda _, children: Channelled(*children),
+)
+
+
+def content(ref: Ref) -> Any:
+    """What a transform carries of a ref: its value, with the channel if there is one."""
+    return ref._value if ref._channel is None else Channelled(ref._value, ref._channel)
+
+
+def set_content(ref: Ref, x: Any) -> None:
+    if type(x) is Channelled:
+        ref._value, ref._channel = x.value, x.channel
+    else:
+        ref._value = x
+
+
+def _array_like(ref: Ref) -> Any:
+    value = ref.value
+    if not eqx.is_array_like(value) and not hasattr(value, "dtype"):
+        raise AttributeError(
+            f"{describe(ref._name, ref._collection)} holds {type(value).__name__}, which "
+            "has no shape and no dtype."
+        )
+    return value
+
+
+def check_readable(ref: Ref) -> None:
+    reason = _trace.why_not_readable(ref, ref._trace)
+    if reason is not None:
+        which = describe(ref._name, ref._collection)
+        raise TraceLevelError(
+            f"Cannot read ref from different trace level: {which}: {reason}"
+        )
+
+
+def check_writable(ref: Ref) -> None:
+    """The two questions before a write: the trace rule, and `mutable`."""
+    if not _trace.is_at_home(ref._trace):
+        reason = _trace.why_not_writable(ref, ref._trace)
+        if reason is not None:
+            which = describe(ref._name, ref._collection)
+            raise TraceLevelError(
+                f"Cannot mutate ref from different trace level: {which}: {reason}"
+            )
+    for allows, filter_text in _trace.thread.state.guards:
+        if not allows(ref):
+            which = describe(ref._name, ref._collection)
+            raise ImmutableError(
+                f"Cannot write {which}: this code runs under `rx.mutable({filter_text})`, "
+                "which does not select it. Widen the filter, or write the ref outside of "
+                "the `with` block."
+            )
+
+
+def check_value(ref: Ref, value: Any) -> Any:
+    """What a value must be to go into `ref`: no ref inside, alive here, of its type.
+
+    Returns what to store: a Python scalar becomes an array, if an array is declared.
+    """
+    if type(value) is not _trace.ConcreteArray:
+        for leaf in jtu.tree_leaves(value):
+            if isinstance(leaf, Ref):
+                raise StructureError(
+                    "The value of a ref cannot hold a ref: "
+                    f"{describe(ref._name, ref._collection)} was given one that holds "
+                    f"{describe(leaf._name, leaf._collection)}. Put the two refs side by "
+                    "side in a tuple or a module."
+                )
+            reason = _trace.why_not_alive(leaf)
+            if reason is not None:
+                raise TraceLevelError(
+                    "Cannot mutate ref from different trace level: "
+                    f"{describe(ref._name, ref._collection)}: {reason}"
+                )
+    for declaration in ref._declared or ():
+        value = declaration.checked(ref, value)
+    return value
+
+
+def declare(ref: Ref, declaration: Any) -> None:
+    """From now on `ref` is held to this declaration too: each of the fields that share a
+    ref declares its type."""
+    known = ref._declared or ()
+    if declaration not in known:
+        others = tuple(d for d in known if d.type is not declaration.type)
+        ref._declared = (*others, declaration)
+        commits.irregular += 1
+
+
+def make_ref(
+    ref_type: type[_R],
+    value: Any,
+    collection: Hashable,
+    name: str | None,
+    declared: tuple[Any, ...] | None,
+) -> _R:
+    """A new ref, owned by the running trace, whose value is not checked.
+
+    JAX rebuilds trees with leaves of its own choice (`None`, `True`, `object()`, a
+    `ShapeDtypeStruct`), so the inside of the library must be able to hold anything.
+    """
+    ref = object.__new__(ref_type)
+    ref._channel = None
+    set_content(ref, value)
+    ref._collection = collection
+    ref._name = name
+    ref._declared = declared
+    ref._trace = _trace.current_trace_ref()
+    ref._written = False
+    return ref
+
+
+def _like(ref: _R, value: Any) -> _R:
+    """A new ref that differs from `ref` by its value alone."""
+    return make_ref(type(ref), value, ref._collection, ref._name, ref._declared)
+
+
+def _unpickle(
+    ref_type: type,
+    value: Any,
+    collection: Hashable,
+    name: str | None,
+    declared: tuple[Any, ...] | None = None,
+) -> Ref:
+    known = tuple(declaration for declaration in declared or () if declaration)
+    return make_ref(ref_type, value, collection, name, known or None)
+
+
+def _refuse_as_array(ref: Ref) -> Any:
+    raise TraceLevelError(
+        f"Cannot use ref as an array: {describe(ref._name, ref._collection)} was given to "
+        "JAX or NumPy as if it were one. In a computation, read it: `ref.value` or `ref[...]`. As "
+        "an argument of a transform, use the lifted one of the same name "
+        "(`rx.filter_jit`, `rx.filter_grad`, `rx.filter_vmap`, `rx.scan`, ...), or open "
+        "the tree with `rx.deref` before it and close it with `rx.reref` inside."
+    )
+
+
+_trace.refuse_as_array(Ref, _refuse_as_array)

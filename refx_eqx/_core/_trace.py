@@ -1,0 +1,346 @@
+"""Which JAX trace is running, and may this ref be read or written here?
+
+This is the only file that touches the internals of JAX.
+
+JAX runs a Python function under a *trace*: the bottom one evaluates, a `jit`, `scan` or
+`cond` stages a program, a `vmap` batches, a `grad` linearises. Each trace knows the one
+it was opened in, so the traces that are running form a chain, innermost first:
+
+    DynamicJaxprTrace (scan)  ->  LinearizeTrace (grad)  ->  EvalTrace
+
+Every ref belongs to the trace it was created in. The rules are:
+
+1. A ref may be written only in its own trace, and only with a value that is alive there.
+2. A ref may be read in its own trace; and from an inner one if every trace on the way is
+   *transparent*: a `vmap`, or one that a lifted transform of ours opened and that does
+   not cache its body.
+3. Inside the body of a lifted transform, a ref that the transform carries has an inner
+   name. Its outer name may not be touched there: the two would disagree.
+
+Why rule 2 is so strict: JAX caches the traced body of a staged transform by the identity
+of the function. A body that read a mutable ref would be silently stale when it runs again
+after a write. Plain `jax.grad` is refused because no gradient would flow to the ref.
+"""
+
+import contextlib
+import os
+import pathlib
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from jax._src import core
+from jax._src.array import ArrayImpl
+from jax._src.interpreters.ad import JVPTracer
+from jax._src.interpreters.batching import BatchTrace, BatchTracer
+from jax._src.traceback_util import (
+    api_boundary as api_boundary,
+    register_exclusion,
+)
+
+
+__tracebackhide__ = True
+
+
+# JAX leaves the frames of these files out of a traceback: it compares by prefix, so the
+# folder of the package is enough.
+register_exclusion(f"{pathlib.Path(__file__).parents[1]}{os.sep}")
+
+# A ref holds its trace weakly: a strong reference would keep a finished trace alive, and
+# `JAX_CHECK_TRACER_LEAKS` would rightly call that a leak.
+TraceRef = Callable[[], Any]
+
+
+def current_trace() -> Any:
+    return core.trace_ctx.trace
+
+
+def current_trace_ref() -> TraceRef:
+    # No callback, so CPython hands back one weakref object per trace, however many refs.
+    return weakref.ref(core.trace_ctx.trace)
+
+
+def is_evaluating() -> bool:
+    """Whether no transform is running: the values here are arrays, not tracers."""
+    return core.trace_ctx.trace is core.eval_trace
+
+
+def _chain(trace: Any) -> Iterator[Any]:
+    while trace is not None:
+        yield trace
+        trace = getattr(trace, "parent_trace", None)
+
+
+class _Body:
+    """One running body of a lifted transform, on one thread."""
+
+    __slots__ = ("carried", "name", "opened", "transparent")
+
+    def __init__(self, name: str, carried: dict, transparent: bool, opened: list):
+        self.name = name
+        self.carried = carried
+        self.transparent = transparent
+        self.opened = opened
+
+
+class ThreadState:
+    """What this library keeps of one thread.
+
+    - `bodies`: the bodies of lifted transforms that run, outermost first;
+    - `guards`: what `mutable` allows: `(predicate on a ref, text of the filter)`;
+    - `calls`: the opened calls whose transformed function is being dispatched.
+    """
+
+    __slots__ = ("bodies", "calls", "guards")
+
+    def __init__(self):
+        self.bodies: list[_Body] = []
+        self.guards: list[tuple[Callable[[Any], bool], str]] = []
+        self.calls: list[Any] = []
+
+
+class _Thread(threading.local):
+    # An object in one attribute, because it is the attributes of a `threading.local` that
+    # take time.
+    def __init__(self):
+        self.state = ThreadState()
+
+
+thread = _Thread()
+
+
+@contextlib.contextmanager
+def running_body(
+    name: str, carried: Iterable[Any], outer_trace: Any, transparent: bool
+):
+    """Marks that the body of the lifted transform `name` runs, until the context ends.
+
+    **Arguments:**
+
+    - `name`: of the transform, for messages.
+    - `carried`: the outer refs for which the body has inner ones.
+    - `outer_trace`: the trace in which the transform was called.
+    - `transparent`: whether refs that are not carried may be read from the body.
+    """
+    opened = []
+    for trace in _chain(current_trace()):
+        if trace is outer_trace:
+            break
+        opened.append(trace)
+    # Compare refs by identity: a subclass is free to define its own equality.
+    body = _Body(name, {id(ref): ref for ref in carried}, transparent, opened)
+    thread.state.bodies.append(body)
+    try:
+        yield
+    finally:
+        thread.state.bodies.pop()
+        body.opened.clear()
+
+
+# What a trace is called in a message. A trace of a kind that is not listed here (JAX adds
+# one now and then) is named by its class.
+_KINDS = {
+    "DynamicJaxprTrace": "a function that JAX stages out (jit, scan, cond, while_loop, "
+    "checkpoint, ...)",
+    "JVPTrace": "a function under forward-mode differentiation (jvp, linearize, jacfwd)",
+    "LinearizeTrace": "a function that JAX differentiates (grad, vjp, linearize)",
+    "JaxprTrace": "a function that JAX differentiates (grad, vjp, linearize)",
+    "RematTrace": "a function under `jax.checkpoint`",
+    "BatchTrace": "a function under vmap",
+    "ShardMapTrace": "a function under shard_map",
+}
+
+
+def _kind(trace: Any) -> str:
+    name = type(trace).__name__
+    return _KINDS.get(name, f"a JAX trace of type {name}")
+
+
+def _body_of(trace: Any) -> _Body | None:
+    for body in reversed(thread.state.bodies):
+        if any(trace is opened for opened in body.opened):
+            return body
+    return None
+
+
+def _where(trace: Any) -> str:
+    body = _body_of(trace)
+    return _kind(trace) if body is None else f"the body of `{body.name}`"
+
+
+_ENDED = (
+    "it was created inside a transform that has since ended, so its value is gone. "
+    "Return the ref from the transformed function instead of keeping it elsewhere."
+)
+# JAX does not mark a staged trace as ended, so this is also what a leaked ref hears; and
+# the trace of a `custom_vjp` that is being staged out does not say what it was opened in.
+_UNRELATED = (
+    "it was created inside a trace that is not running here. If that one has ended, return "
+    "the ref from the transformed function instead of keeping it elsewhere; if it runs, "
+    "pass the ref as an argument to the function that uses it."
+)
+
+
+def why_not_readable(ref: Any, owner: TraceRef) -> str | None:
+    """The reason why `ref`, of the trace `owner`, may not be read here; or `None`."""
+    reason = _why_out_of_reach(ref, owner)
+    if reason is not None:
+        return reason
+    for trace in _chain(core.trace_ctx.trace):
+        if trace is owner():
+            return None
+        body = _body_of(trace)
+        if body is None:
+            if not isinstance(trace, BatchTrace):
+                return (
+                    f"it is used inside {_kind(trace)}, which does not carry refs. Use the "
+                    "lifted transform of `refx_eqx` (`rx.filter_jit`, `rx.filter_grad`, "
+                    "`rx.scan`, ...) and pass the ref, or the module that holds it, as an "
+                    "argument."
+                )
+        elif not body.transparent:
+            return (
+                f"it is used inside the body of `{body.name}`, but was not passed in: "
+                "what a function reaches through a global name is not carried. Pass the "
+                "ref, or the module that holds it, as an argument."
+            )
+    return _UNRELATED
+
+
+def why_not_writable(ref: Any, owner: TraceRef) -> str | None:
+    """The reason why `ref`, of the trace `owner`, may not be written here; or `None`."""
+    reason = _why_out_of_reach(ref, owner)
+    if reason is not None:
+        return reason
+    current = core.trace_ctx.trace
+    if owner() is current:
+        return None
+    return (
+        f"it is written inside {_where(current)}, and was created outside. Pass the ref, or "
+        "the module that holds it, as an argument to a lifted transform of `refx_eqx` "
+        "(`rx.filter_jit`, `rx.filter_grad`, `rx.filter_vmap`, ...), which writes it back."
+    )
+
+
+def _why_out_of_reach(ref: Any, owner: TraceRef) -> str | None:
+    """The reason why `ref` may be neither read nor written here, by any rule."""
+    for body in reversed(thread.state.bodies):
+        if id(ref) in body.carried:
+            return (
+                f"`{body.name}` carries this ref: inside its function there is an inner "
+                "ref for it, and this is the outer one, whose value does not follow. Use "
+                f"the ref that `{body.name}` hands to the function, not the outer name."
+            )
+    owner_trace = owner()
+    if owner_trace is core.trace_ctx.trace:
+        return None
+    if owner_trace is None or not owner_trace.is_valid():
+        return _ENDED
+    # The bottom trace always runs, also under one that does not say in which it was opened
+    # (that of an eager `shard_map`).
+    running = [*_chain(core.trace_ctx.trace), core.eval_trace]
+    if all(trace is not owner_trace for trace in running):
+        return _UNRELATED
+    return None
+
+
+def undisturbed_state() -> ThreadState | None:
+    """The state of this thread if nothing is going on in it: no transform, no body of a
+    lifted one, no `mutable`. Else `None`."""
+    state = thread.state
+    if _context.trace is _eval_trace and not state.bodies and not state.guards:
+        return state
+    return None
+
+
+# Names of this module are found sooner than those in `core`.
+_context, _eval_trace = core.trace_ctx, core.eval_trace
+
+
+def is_at_home(owner: TraceRef) -> bool:
+    """The common case, decided quickly: `owner` runs, and no lifted body does."""
+    return owner() is core.trace_ctx.trace and not thread.state.bodies
+
+
+def is_inner(owner: TraceRef) -> bool:
+    """Whether `owner` is a trace that a lifted transform of ours opened, and runs."""
+    return _body_of(owner()) is not None
+
+
+def why_not_alive(value: Any) -> str | None:
+    """The reason why the array `value` may not be kept here; or `None`.
+
+    A tracer is alive in the trace that made it and in those opened inside of it.
+    """
+    if not isinstance(value, core.Tracer):
+        return None
+    trace = value._trace
+    if trace is core.trace_ctx.trace:
+        return None
+    if any(trace is running for running in _chain(core.trace_ctx.trace)):
+        return None
+    return (
+        f"the value is a tracer of {_kind(trace)} that is not running here. Return the "
+        "value from that function instead."
+    )
+
+
+def staged_equations() -> Iterator[Any]:
+    """The equations that the running staged trace has recorded so far.
+
+    None under `jax.disable_jit`, where nothing is staged.
+    """
+    frame = getattr(core.trace_ctx.trace, "frame", None)
+    for equation in () if frame is None else frame.tracing_eqns:
+        # A weak reference, whose referent is `None` if nobody holds the results; an
+        # equation with effects as it is (JAX 0.10.1 on), or in a function (JAX 0.10.0).
+        if callable(equation):
+            equation = equation()
+        if equation is not None:
+            yield equation
+
+
+def is_tracer(x: Any) -> bool:
+    return isinstance(x, core.Tracer)
+
+
+def has_tangent(x: Any) -> bool:
+    """Whether `x` depends on an input of the `jvp` that is running innermost."""
+    return isinstance(x, JVPTracer) and x._trace is core.trace_ctx.trace
+
+
+def is_batched(x: Any) -> bool:
+    """Whether `x` differs from lane to lane of the vmap that is running innermost."""
+    return (
+        isinstance(x, BatchTracer)
+        and x._trace is core.trace_ctx.trace
+        and x.batch_dim is not None
+    )
+
+
+def mapped_over(x: Any) -> tuple[bool, ...]:
+    """For each of the innermost vmaps that are running, from the inside out: whether `x`
+    differs from lane to lane of it."""
+    over = []
+    trace = core.trace_ctx.trace
+    while isinstance(trace, BatchTrace):
+        mine = isinstance(x, BatchTracer) and x._trace is trace
+        over.append(mine and x.batch_dim is not None)
+        x = x.val if mine else x
+        trace = trace.parent_trace
+    return tuple(over)
+
+
+def refuse_as_array(cls: type, refuse: Callable[[Any], Any]) -> None:
+    """Makes JAX call `refuse(x)` when it meets an `x` of type `cls` as an array.
+
+    Without it JAX says that the type is "not a valid JAX type", and no more. The table is
+    the one in which JAX looks up the abstract value of each type it knows.
+    """
+    core.pytype_aval_mappings[cls] = refuse
+
+
+# The class of a JAX array that is not a tracer. `type(x) is ConcreteArray` takes a tenth of
+# the time of `isinstance(x, jax.Array)`, which goes through a metaclass.
+ConcreteArray = ArrayImpl

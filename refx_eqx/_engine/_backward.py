@@ -1,0 +1,246 @@
+"""Channels: how a backward rule writes a ref.
+
+JAX runs the backward pass after the function has ended, and the only thing that comes out of
+it is cotangents. So a ref that a backward rule writes travels as one:
+
+- `filter_grad` gives the ref a *channel*: an input of zeros, which is differentiated too.
+  The inner ref has it in a slot beside its value, and every lifted transform on the way
+  (jit, scan, cond, vmap, checkpoint) carries the two together, as a `Channelled`.
+- A `filter_custom_vjp` function takes the channel of each ref that it carries, and returns
+  it: the channel becomes a thread through the calls, in their order.
+- The backward pass follows the thread in reverse. It starts (`seed`) with the value that
+  the ref has at the end of the function, as the cotangent of the channel. Each backward rule
+  finds the present value of the ref there, and puts the new one in its place.
+- What arrives at the beginning is the value that `filter_grad` writes back.
+
+So the backward rules run one after the other on one state, in the reverse order of the
+calls, as Python code would. A channel is never used twice, so that JAX adds up nothing.
+
+Which refs need a channel is not known before a backward rule was traced. The rule that
+writes a ref without a channel raises `BackwardWrite`; `filter_grad` opens the channels of
+that collection, and traces its function once more.
+"""
+
+import copy
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+
+from .._core import _trace
+from .._core._call import Opened
+from .._core._errors import StructureError
+from .._core._ref import Channelled
+from .._core._structure import hold, Outcome, release, split_value, Structure
+from ._channel import decode, encode, has_channel
+
+
+__tracebackhide__ = True
+
+
+class BackwardWrite(StructureError):
+    """A backward rule wrote a ref that has no channel."""
+
+    def __init__(self, collection: Hashable, message: str):
+        super().__init__(message)
+        self.collection = collection
+
+
+def _reopened(opened: Opened, values: list[Any]) -> Opened:
+    """The same call, with other values of its refs."""
+    structure = opened.structure
+    arrays = opened.arrays[: structure.n_bare]
+    slots, spans = [], []
+    for slot, value in zip(structure.slots, values):
+        inside, its_arrays = split_value(value)
+        spans.append((len(arrays), len(arrays) + len(its_arrays)))
+        arrays.extend(its_arrays)
+        slots.append(slot._replace(inside=inside))
+    again = copy.copy(opened)
+    again.arrays, again.spans = arrays, spans
+    again.structure = Structure(
+        structure.parts,
+        structure.codes,
+        structure.statics,
+        tuple(slots),
+        structure.notes,
+    )
+    return again
+
+
+def without_channels(opened: Opened) -> tuple[Opened, dict[int, Any]]:
+    """A call without the channels of its refs; and these, by the number of the ref."""
+    channels = {
+        i: value.channel
+        for i, value in enumerate(opened.values)
+        if type(value) is Channelled
+    }
+    if not channels:
+        return opened, {}
+    values = [x.value if type(x) is Channelled else x for x in opened.values]
+    plain = _reopened(opened, values)
+    plain.values = values
+    return plain, channels
+
+
+def with_channels(opened: Opened, channels: dict[int, Any]) -> Opened:
+    """A call with a channel for each of these refs."""
+    values = [
+        Channelled(value, channels[i]) if i in channels else value
+        for i, value in enumerate(opened.values)
+    ]
+    return _reopened(opened, values)
+
+
+def new_channels(opened: Opened, collections: Iterable[Hashable]) -> dict[int, Any]:
+    """A channel of zeros for each ref of these collections, by number."""
+    wanted = list(collections)
+    return {
+        i: jtu.tree_map(lambda x: _mapped_like(jnp.zeros_like(x), x), encode(value))
+        for i, (value, slot) in enumerate(zip(opened.values, opened.structure.slots))
+        if slot.collection in wanted and has_channel(value)
+    }
+
+
+def _mapped_like(x: Any, y: Any) -> Any:
+    """`x`, mapped under a `vmap` if `y` is."""
+    return jnp.where(jnp.zeros(x.shape, bool), y, x)
+
+
+def updates_by_number(outcome: Outcome) -> dict[int, Any]:
+    """The new values of the refs that a body wrote."""
+    return {i: release(x) for i, x in outcome.updates.items()}
+
+
+def with_updates(outcome: Outcome, updates: dict[int, Any]) -> Outcome:
+    """The same outcome, with these refs written."""
+    info = copy.copy(outcome.info)
+    return Outcome(outcome.out, {i: hold(x) for i, x in updates.items()}, info)
+
+
+def moved(plain: Opened, opened: Opened, positions: list[int]) -> list[int]:
+    """Where the arrays at these positions of a call are, once it has channels."""
+    where = {i: i for i in range(plain.structure.n_bare)}
+    for (start, stop), (new_start, _) in zip(plain.spans, opened.spans):
+        # A channel comes behind its value.
+        where.update((i, new_start + i - start) for i in range(start, stop))
+    return [where[i] for i in positions]
+
+
+@jax.custom_vjp
+def _seed(loss: Any, channels: Any, values: Any) -> Any:
+    """`loss`; in the backward pass, `values` are the cotangents of `channels`."""
+    del channels, values
+    return loss
+
+
+_seed.defvjp(
+    lambda loss, channels, values: (loss, values),
+    lambda values, g: (g, values, None),
+)
+
+
+def seeded(
+    loss: Any, outcome: Outcome, plain: Opened, channels: dict[int, Any]
+) -> tuple[Any, Outcome]:
+    """Ends the channels at the loss of a body that ran with them; and its outcome without
+    them."""
+    if not channels:
+        return loss, outcome
+    updates = updates_by_number(outcome)
+    ends, values = {}, {}
+    for i in channels.keys() & updates.keys():
+        end = updates[i]
+        ends[i], updates[i] = end.channel, end.value
+        seeds = jtu.tree_map(_mapped_like, encode(end.value), end.channel)
+        values[i] = jax.lax.stop_gradient(seeds)
+    return _seed(loss, ends, values), with_updates(outcome, updates)
+
+
+def with_backward_writes(outcome: Outcome, ends: dict[int, Any]) -> Outcome:
+    """An outcome with what arrived at the beginning of the channels."""
+    if not ends:
+        return outcome
+    updates = updates_by_number(outcome)
+    for i in ends.keys() & updates.keys():
+        updates[i] = decode(ends[i], updates[i])
+    return with_updates(outcome, updates)
+
+
+def stripped(transform: Callable[[Opened], Outcome]) -> Callable[[Opened], Outcome]:
+    """A transform that differentiates, and does not know of channels."""
+
+    def inner(opened: Opened) -> Outcome:
+        plain, channels = without_channels(opened)
+        return with_outer_channels(transform(plain), channels)
+
+    return inner
+
+
+def with_outer_channels(outcome: Outcome, channels: dict[int, Any]) -> Outcome:
+    """The opposite of `without_channels`, for what was written."""
+    if not channels:
+        return outcome
+    updates = updates_by_number(outcome)
+    for i in channels.keys() & updates.keys():
+        updates[i] = Channelled(updates[i], channels[i])
+    return with_updates(outcome, updates)
+
+
+def written_by_rule(
+    which: str, collection: Hashable, value: Any, old: Any, end: Any
+) -> Any:
+    """What a backward rule wrote to a ref, for its channel. `end` came along the channel;
+    `which` says who wrote what."""
+    if end is None:
+        raise BackwardWrite(
+            collection,
+            f"{which}, and what differentiates it here cannot bring the value out. Take "
+            "the derivative by `rx.filter_grad` or `rx.filter_value_and_grad`, of a function "
+            "that is given this ref, or closes over it.",
+        )
+    (inside, arrays), (old_inside, old_arrays) = split_value(value), split_value(old)
+    if inside != old_inside or _types(arrays) != _types(old_arrays):
+        raise StructureError(
+            f"{which} with {eqx.tree_pformat(value)}, where it holds "
+            f"{eqx.tree_pformat(old)}. A write in a backward rule keeps the structure, the "
+            "shape and the dtype: convert the value, or make the ref as it is to be."
+        )
+    channel = encode(value)
+    # What comes along a channel is mapped where the channel is.
+    for new_over, old_over in zip(_mapped(channel), _mapped(end)):
+        if any(a and not b for a, b in zip(new_over, old_over)):
+            raise StructureError(
+                f"{which}, which is broadcast by `filter_vmap`, with a value that differs "
+                "from lane to lane. Either map it, with `in_axes=`; or write one value for "
+                "all lanes, such as `jax.lax.pmax(value, axis_name)`."
+            )
+    return channel
+
+
+def _mapped(channel: Any) -> list[tuple[bool, ...]]:
+    return [_trace.mapped_over(x) for x in jtu.tree_leaves(channel)]
+
+
+def _types(arrays: list[Any]) -> list[tuple]:
+    return [(jnp.shape(x), jnp.result_type(x)) for x in arrays]
+
+
+def spread(arrays: list[Any], carriers: dict[int, Any]) -> dict[int, Any]:
+    """The same carriers, mapped under a `vmap` if any of the arrays is.
+
+    Under `vmap`, the cotangent of something that is not mapped is a sum over the lanes, and
+    that of a channel must be none. JAX refuses a rule that has both (since 0.12), for it
+    cannot tell them apart. So the sums are taken before: by what makes the carriers mapped.
+    Where there is no `vmap`, the compiler removes it.
+    """
+    differs = jnp.zeros((), bool)
+    for x in arrays:
+        if jnp.size(x) > 0:
+            is_key = jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
+            first = jnp.ravel(jax.random.key_data(x) if is_key else x)[0]
+            differs = differs | (first != first)
+    return {i: jnp.where(differs, x, x) for i, x in carriers.items()}

@@ -1,0 +1,61 @@
+"""The channel of a ref: floating-point arrays that encode its value, exactly.
+
+Cotangents are all that comes out of a backward pass of JAX, and only a floating-point array
+has one. What channels are for is told in `_backward.py`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._core._structure import join_value, split_value
+
+
+__tracebackhide__ = True
+
+
+def encode(value: Any) -> list[list[Any]]:
+    """The arrays of the value of a ref as floating-point arrays, and exactly."""
+    return [_encode(jnp.asarray(x)) for x in split_value(value)[1]]
+
+
+def _encode(x: Any) -> list[Any]:
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return [x]
+    if x.dtype == jnp.bool_:
+        return [x.astype(jnp.float32)]
+    # Sixteen bits are exact in a `float32`.
+    bits = jax.lax.bitcast_convert_type(x, _unsigned(x.dtype))
+    shifts = range(0, 8 * x.dtype.itemsize, 16)
+    return [((bits >> s) & 0xFFFF).astype(jnp.float32) for s in shifts]
+
+
+def _unsigned(dtype: Any) -> Any:
+    return jnp.dtype(f"uint{8 * dtype.itemsize}")
+
+
+def decode(channel: list[list[Any]], like: Any) -> Any:
+    """The value again, of the structure and dtypes of `like`."""
+    inside, arrays = split_value(like)
+    decoded = [_decode(c, jnp.asarray(x).dtype) for c, x in zip(channel, arrays)]
+    return join_value(inside, iter(decoded))
+
+
+def _decode(pieces: list[Any], dtype: Any) -> Any:
+    if jnp.issubdtype(dtype, jnp.inexact):
+        return pieces[0]
+    if dtype == jnp.bool_:
+        return pieces[0] != 0
+    unsigned = _unsigned(dtype)
+    bits = sum(
+        (piece.astype(unsigned) << (16 * i) for i, piece in enumerate(pieces)),
+        jnp.zeros((), unsigned),
+    )
+    return jax.lax.bitcast_convert_type(bits, dtype)
+
+
+def has_channel(value: Any) -> bool:
+    """Whether a channel can be made for a value: not for the keys of `jax.random`."""
+    dtypes = [jnp.asarray(x).dtype for x in split_value(value)[1]]
+    return not any(jnp.issubdtype(dtype, jax.dtypes.extended) for dtype in dtypes)

@@ -1,0 +1,354 @@
+"""Programs: compiled once for each structure, and called with flat arrays.
+
+`filter_jit` is a program whose body runs the function. The control flow transforms are
+programs too, so that a second call with the same structure does not trace again.
+"""
+
+import functools
+import logging
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, Literal, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import tree_leaves as leaves
+
+from .._core import _trace
+from .._core._call import dispatching, Disturbed, Opened, running_call
+from .._core._closure import origin_of
+from .._core._errors import ConcurrencyError, describe
+from .._core._ref import Ref
+from .._core._structure import DYNAMIC, inside_of, Outcome, Structure
+
+
+__tracebackhide__ = True
+
+
+Donate = Literal["all", "all-except-first", "warn", "warn-except-first", "none", "refs"]
+
+
+class Split(NamedTuple):
+    """Which of the flat arrays are donated."""
+
+    donated: tuple[int, ...]
+    kept: tuple[int, ...]
+
+
+class _Resplit(Exception):
+    """Other arrays can be donated than was thought: the program writes other refs."""
+
+    def __init__(self, split: Split):
+        self.split = split
+
+
+class Program:
+    """The compiled programs of one function: one for each structure, and for each set of
+    shapes and dtypes within it.
+
+    **Arguments:**
+
+    - `name`: of the function, for the profiler and the compiler.
+    - `body`: what is compiled: from an opened call and arrays in place of its own, to an
+        outcome. It is kept, so it must hold nothing of a single call.
+    - `donate`, `jitkwargs`: as in `filter_jit`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        body: Callable[[Opened, list[Any]], Outcome],
+        donate: Donate = "none",
+        **jitkwargs: Any,
+    ):
+        self.name = name
+        self.body = body
+        self.donate: Donate = donate
+        self.jitkwargs = jitkwargs
+        self._variants: dict[Structure, Variant] = {}
+
+    def variant(self, structure: Structure) -> "Variant":
+        """The program for one structure."""
+        variant = self._variants.get(structure)
+        if variant is None:
+            variant = self._variants[structure] = Variant(self, structure)
+        return variant
+
+    def __call__(self, opened: Opened) -> Outcome:
+        variant = self.variant(opened.structure)
+        try:
+            with dispatching(opened):
+                out, updates, info = variant.dispatch(opened, opened.arrays)
+            if info.waits and _trace.is_evaluating():
+                # A failed check must leave every ref at its old value.
+                jax.block_until_ready((out, updates))
+        except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as e:
+            explain(e, opened.refs, opened.values)
+            raise
+        return Outcome(out, updates, info)
+
+
+class Variant:
+    """A program for one structure: two functions of `jax.jit` on flat lists of arrays.
+
+    Both return the parts of an `Outcome` as a tuple, which JAX builds fastest.
+    """
+
+    def __init__(self, program: Program, structure: Structure):
+        self._donate = program.donate
+        self.donates = program.donate != "none"
+        self._structure = structure
+        # What to donate, as far as is known; see `split`. And where it is another: by the
+        # types of the arrays, so that calls of two types do not trace in turns.
+        self._split: Split | None = None
+        self._other_splits: dict[tuple, Split] = {}
+        body = program.body
+
+        def traced(arrays: list[Any]) -> tuple[list[Any], dict[int, Any], Any]:
+            outcome = body(running_call(), arrays)
+            outcome.info.waits = _has_runtime_check(_trace.staged_equations())
+            return outcome.out, outcome.updates, outcome.info
+
+        def donating(
+            split: Split, donated: list[Any], kept: list[Any]
+        ) -> tuple[list[Any], dict[int, Any], Any]:
+            arrays: list[Any] = [None] * (len(donated) + len(kept))
+            for i, x in zip(split.donated, donated):
+                arrays[i] = x
+            for i, x in zip(split.kept, kept):
+                arrays[i] = x
+            opened = running_call()
+            if opened.traced is None:
+                outcome = traced(arrays)
+            else:
+                # Traced a moment ago, to find the split: not a second time.
+                jaxpr, treedef = opened.traced
+                out = jax.extend.core.jaxpr_as_fun(jaxpr)(*arrays)
+                outcome = jax.tree.unflatten(treedef, out)
+            right = self._split_for(opened, outcome, arrays)
+            if right != split:
+                raise _Resplit(right)
+            return outcome
+
+        traced.__name__ = traced.__qualname__ = program.name
+        donating.__name__ = donating.__qualname__ = program.name
+        self._traced = traced
+        self.plain = jax.jit(traced, **program.jitkwargs)
+        self._donating = jax.jit(
+            donating, static_argnums=0, donate_argnums=1, **program.jitkwargs
+        )
+
+    def dispatch(self, opened: Opened, arrays: list[Any]) -> tuple[list, dict, Any]:
+        """Calls the program; to be called while `opened` is the running call."""
+        if self._donate == "none" or not _trace.is_evaluating():
+            return self.plain(arrays)
+        split = self.split(opened, arrays)
+        while True:
+            donated, kept = apart(arrays, split)
+            try:
+                if self._donate in ("warn", "warn-except-first", "refs"):
+                    return self._donating(split, donated, kept)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings(
+                        "ignore", message="Some donated buffers were not usable*"
+                    )
+                    return self._donating(split, donated, kept)
+            except _Resplit as e:
+                split = self._other_splits[_types(arrays)] = e.split
+
+    def lower(self, opened: Opened) -> tuple[Any, Split]:
+        """The lowered program, and what of its arrays it donates."""
+        arrays = opened.arrays
+        with dispatching(opened):
+            if self._donate == "none":
+                return self.plain.lower(arrays), Split((), tuple(range(len(arrays))))
+            split = self.split(opened, arrays)
+            try:
+                lowered = self._donating.lower(split, *apart(arrays, split))
+            except _Resplit as e:
+                split = self._other_splits[_types(arrays)] = e.split
+                lowered = self._donating.lower(split, *apart(arrays, split))
+            return lowered, split
+
+    def split(self, opened: Opened, arrays: list[Any]) -> Split:
+        """What to donate, as far as is known before the program is traced for its shapes.
+
+        What is written is known once the function was traced for some. If it depends on
+        the shapes (in Python code it may), `donating` notices.
+        """
+        if self._split is None:
+            jaxpr, outcome = jax.make_jaxpr(self._traced, return_shape=True)(arrays)
+            opened.traced = jaxpr, jax.tree.structure(outcome)
+            self._split = self._split_for(opened, outcome, arrays)
+        if self._other_splits:
+            return self._other_splits.get(_types(arrays), self._split)
+        return self._split
+
+    def _split_for(self, opened: Opened, outcome: tuple, arrays: list[Any]) -> Split:
+        every = range(len(arrays))
+        _, updates, info = outcome
+        if info.waits:
+            return Split((), tuple(every))
+        donated = set(_bare_to_donate(self._structure, self._donate))
+        in_first = set()
+        if self._donate.endswith("-except-first"):
+            in_first = _refs_of_part(self._structure, 1)
+        for number, new in updates.items():
+            # A value of another structure has no buffer that could be matched with it.
+            inside = self._structure.slots[number].inside
+            if number in in_first or inside_of(new) != inside:
+                continue
+            for i, after in zip(range(*opened.spans[number]), leaves(new)):
+                if eqx.is_array(arrays[i]) and _same_buffer_type(arrays[i], after):
+                    donated.add(i)
+        return Split(
+            tuple(i for i in every if i in donated),
+            tuple(i for i in every if i not in donated),
+        )
+
+
+def _types(arrays: list[Any]) -> tuple:
+    return tuple(map(jax.typeof, arrays))
+
+
+def _same_buffer_type(old: Any, new: Any) -> bool:
+    # A constant of the program is a number here, not an array.
+    return old.shape == np.shape(new) and old.dtype == new.dtype
+
+
+def _bare_to_donate(structure: Structure, donate: str) -> list[int]:
+    """The positions of the arrays beside refs that this mode donates."""
+    if donate in ("none", "refs"):
+        return []
+    positions, start = [], 0
+    for i, codes in enumerate(_codes_by_part(structure)):
+        n = codes.count(DYNAMIC)
+        if not (i == 1 and donate.endswith("-except-first")):
+            positions.extend(range(start, start + n))
+        start += n
+    return positions
+
+
+def _refs_of_part(structure: Structure, part: int) -> set[int]:
+    return {code for code in _codes_by_part(structure)[part] if code >= 0}
+
+
+def _codes_by_part(structure: Structure) -> list[tuple[int, ...]]:
+    start, parts = 0, []
+    for n in structure.sizes:
+        parts.append(structure.codes[start : start + n])
+        start += n
+    return parts
+
+
+def apart(arrays: list[Any], split: Split) -> tuple[list[Any], list[Any]]:
+    donated = [arrays[i] for i in split.donated]
+    kept = [arrays[i] for i in split.kept]
+    if donated and len(set(map(id, arrays))) != len(arrays):
+        # One buffer in two refs (an average that starts at the parameters, zeros made
+        # once) can be donated for neither: give away a copy.
+        seen = set(map(id, kept))
+        for k, x in enumerate(donated):
+            if id(x) in seen:
+                donated[k] = jnp.array(x, copy=True)
+            seen.add(id(x))
+    return donated, kept
+
+
+def _has_runtime_check(equations: Iterable[Any]) -> bool:
+    """Whether a program calls back into Python, which may raise: `eqx.error_if` does."""
+    for eqn in equations:
+        if eqn.primitive.name in ("pure_callback", "io_callback"):
+            return True
+        for param in eqn.params.values():
+            for sub in param if isinstance(param, (tuple, list)) else (param,):
+                sub = getattr(sub, "jaxpr", sub)
+                if hasattr(sub, "eqns") and _has_runtime_check(sub.eqns):
+                    return True
+    return False
+
+
+_CHECK_FAILED = "_EquinoxRuntimeError: "
+
+
+def explain(error: Exception, refs: list[Ref], values: list[Any]) -> None:
+    """Raises a better error in place of JAX's, where there is one to be had.
+
+    `values` are those of `refs` that the call read.
+
+    **Raises:**
+
+    - `equinox.EquinoxRuntimeError`: if a run-time check failed.
+    - `Disturbed`: if another thread donated a value after it was read, and has written the
+        new one: the call must run again.
+    - `ConcurrencyError`: if a value was donated, and there is no new one.
+    """
+    text = str(error)
+    if _CHECK_FAILED in text:
+        # As `eqx.filter_jit` does. JAX hands over the message of a callback as text, with
+        # Equinox's advice (to use `filter_jit`) behind it.
+        message = text.split(_CHECK_FAILED, 1)[1].split("\n\n\n-----", 1)[0]
+        raise eqx.EquinoxRuntimeError(message) from None
+    if "deleted" not in text and "donate" not in text:
+        return
+    for ref, value in zip(refs, values):
+        if any(
+            type(x) is _trace.ConcreteArray and x.is_deleted() for x in leaves(value)
+        ):
+            if ref._value is not value:
+                raise Disturbed from None
+            raise ConcurrencyError(
+                f"The buffer of {describe(ref._name, ref._collection)} is gone: it was "
+                "donated by a call that has not come back on another thread, or that "
+                "failed. Guard calls that donate with a lock; if it was one thread, the "
+                "value was also held elsewhere and donated there: copy it."
+            ) from error
+
+
+class _QuietChecks(logging.Filter):
+    """JAX logs the traceback of every callback that raises. A failed `eqx.error_if` comes
+    to the user as an exception, and once is enough."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind = record.exc_info[0] if record.exc_info else None
+        return kind is None or kind.__name__ != "_EquinoxRuntimeError"
+
+
+logging.getLogger("jax._src.callback").addFilter(_QuietChecks())
+
+
+# A program lives as long as the function that it was made for. Nothing in it holds that
+# function: a structure holds functions weakly.
+_programs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def anchor(fn: Any) -> Any:
+    """The object whose life a program shares: the Python function that is run."""
+    while True:
+        if isinstance(fn, types.FunctionType):
+            return origin_of(fn)
+        if isinstance(fn, functools.partial | eqx.Partial):
+            fn = fn.func
+        elif hasattr(fn, "__func__"):
+            fn = fn.__func__
+        elif hasattr(fn, "__wrapped__"):
+            fn = fn.__wrapped__
+        else:
+            return type(fn)
+
+
+def program_of(fn: Any, key: Hashable, make: Callable[[], Program]) -> Program:
+    """The program of `fn` under `key` (the transform and its options); made if need be."""
+    programs = _programs.setdefault(anchor(fn), {})
+    try:
+        program = programs.get(key)
+    except TypeError:  # an option that is not hashable: not kept
+        return make()
+    if program is None:
+        program = programs[key] = make()
+    return program

@@ -1,0 +1,68 @@
+"""What a lifted transform returns."""
+
+import functools
+from typing import Any
+
+import equinox as eqx
+import jax.tree_util as jtu
+
+from .._core._errors import name_of
+
+
+__tracebackhide__ = True
+
+
+class Lifted:
+    """The base of what a lifted transform returns: a callable, and a pytree.
+
+    The wrapped callable is its child, so the refs in a wrapped module or closure are seen
+    by whatever carries the lifted function in turn.
+    """
+
+    transform_name = "a lifted transform"
+
+    def __init__(self, fn: Any, **options: Any):
+        self.__wrapped__ = fn
+        self.options = options
+        functools.update_wrapper(self, fn, updated=())
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else eqx.Partial(self, instance)
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("A lifted transform says what a call does.")
+
+    def __repr__(self) -> str:
+        return f"{self.transform_name}({name_of(self.__wrapped__)})"
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        jtu.register_pytree_with_keys(
+            cls,
+            lambda x: (
+                ((jtu.GetAttrKey("__wrapped__"), x.__wrapped__),),
+                _Options(x.options),
+            ),
+            lambda aux, children: cls(*children, **aux.options),
+        )
+
+
+class _Options:
+    """The options of a lifted function, as the static part of a pytree."""
+
+    __slots__ = ("options",)
+
+    def __init__(self, options: dict[str, Any]):
+        self.options = options
+
+    def _key(self) -> tuple:
+        return tuple(sorted(self.options.items(), key=lambda item: item[0]))
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, _Options) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        try:
+            return hash(self._key())
+        except TypeError:  # a list or a dict among the options
+            return hash(tuple(self.options))

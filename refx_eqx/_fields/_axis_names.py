@@ -1,0 +1,116 @@
+"""The axis names of jaxtyping: opening a scope with names bound, and reading them back.
+
+This is the only file that touches the internals of jaxtyping, which binds the names of one
+call (`"out in"`) in a stack of dictionaries, one entry a running `jaxtyped` function. We
+need two things that it has no public function for:
+
+1. to keep what the fields of an instance bound, for as long as the instance lives;
+2. to have these names bound when a `jaxtyped` method of the instance is called.
+"""
+
+import contextlib
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from jaxtyping import _decorator, _storage
+
+
+__tracebackhide__ = True
+
+
+class AxisNames(NamedTuple):
+    """Names and what they are bound to: hashable, compared by value.
+
+    - `single`: `"in"`, of size 3;
+    - `variadic`: `"*batch"`, of sizes (2, 3), with jaxtyping's flag whether it broadcasts;
+    - `structures`: the `"T"` of `PyTree[..., "T"]`;
+    - `attributes`: those of the instance that an axis such as `"{self.size}"` names.
+    """
+
+    single: tuple[tuple[str, int], ...] = ()
+    variadic: tuple[tuple[str, tuple[bool, tuple[int, ...]]], ...] = ()
+    structures: tuple[tuple[str, Any], ...] = ()
+    attributes: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        bound = [f"{name}={size}" for name, size in self.single]
+        bound += [f"{name}={sizes}" for name, (_, sizes) in self.variadic]
+        bound += [f"{name}={structure}" for name, structure in self.structures]
+        bound += [f"self.{name}={value!r}" for name, value in self.attributes]
+        return ", ".join(bound)
+
+
+NO_NAMES = AxisNames()
+
+
+@contextlib.contextmanager
+def name_scope(names: AxisNames = NO_NAMES, instance: Any = None) -> Iterator[None]:
+    """While it lasts, `names` are bound, and what is checked binds more.
+
+    **Arguments:**
+
+    - `names`: bound from the start.
+    - `instance`: the `self` of axes such as `"{self.size}"`.
+    """
+    if instance is None:
+        instance = types.SimpleNamespace(**dict(names.attributes))
+    memos = _storage.push_shape_memo({"self": instance})
+    _bind(memos, names)
+    try:
+        yield
+    finally:
+        _storage.pop_shape_memo()
+
+
+def _bind(memos: tuple, names: AxisNames) -> None:
+    single, variadic, structures, _ = memos
+    single.update(names.single)
+    variadic.update(names.variadic)
+    structures.update(names.structures)
+
+
+def names_bound(words: frozenset[str] | None = None) -> AxisNames:
+    """The names that are bound in the running scope: all, or those among `words`."""
+    *memos, _ = _storage.get_shape_memo()
+    # A name that depends on the place in a tree, `"?n"`, is bound as "(Leaf 0 ...) n".
+    found = [
+        tuple(
+            item
+            for item in sorted(memo.items(), key=lambda item: item[0])
+            if words is None or item[0].rpartition(" ")[2] in words
+        )
+        for memo in memos
+    ]
+    return AxisNames(*found)
+
+
+def union(all_names: list[AxisNames]) -> AxisNames:
+    """The names of several, without those that disagree."""
+    merged = []
+    for kind in zip(*all_names):
+        bound: dict[str, Any] = {}
+        torn = set()
+        for name, to in (item for items in kind for item in items):
+            if bound.setdefault(name, to) != to:
+                torn.add(name)
+        merged.append(tuple((k, v) for k, v in bound.items() if k not in torn))
+    return AxisNames(*merged)
+
+
+def bind_in_methods(cls: type, names_of: Callable[[Any], AxisNames]) -> None:
+    """From now on a `jaxtyped` method of a `cls` starts with `names_of(self)` bound.
+
+    jaxtyping has no hook for it (its issue 241): it opens a fresh scope after the method
+    was called and before the first argument is checked, so this replaces the function that
+    opens it. All other functions are left as they are.
+    """
+
+    def push_shape_memo(arguments: dict[str, Any]) -> tuple:
+        memos = _storage.push_shape_memo(arguments)
+        instance = arguments.get("self")
+        if isinstance(instance, cls):
+            _bind(memos, names_of(instance))
+        return memos
+
+    setattr(_decorator, "push_shape_memo", push_shape_memo)  # noqa: B010 (it is private)

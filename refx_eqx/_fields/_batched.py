@@ -1,0 +1,152 @@
+"""`Batched[Linear, "n"]`: the type of a stack of modules, as `filter_vmap(Linear)` makes."""
+
+import operator
+from typing import Any, TYPE_CHECKING
+
+import jax
+import jax.tree_util as jtu
+import jaxtyping
+import numpy as np
+
+from .._core._ref import Ref
+from ._declaration import Declaration
+from ._hints import conforms, hint_text
+
+
+class BatchedHint(type):
+    """The class of `Batched[T, "n"]`: a type, all of whose instances are stacks of `T`."""
+
+    inside: Any
+    axes: str
+
+    def __instancecheck__(cls, obj: Any) -> bool:
+        return cls.__instancecheck_str__(obj) == ""
+
+    def __instancecheck_str__(cls, obj: Any) -> str:
+        """Why `obj` is no such stack; empty if it is one. (A hook of beartype's.)"""
+        n = len(cls.axes.split())
+        if not conforms(obj, cls.inside):
+            return f"it is no {hint_text(cls.inside)}"
+        found: dict[tuple[int, ...], str] = {}
+        for leaf in jtu.tree_leaves(obj):
+            sizes = _sizes_of(leaf, n)
+            if sizes is None:
+                what = f"`{leaf._name}`" if isinstance(leaf, Ref) else "an array"
+                return f"{what} in it is not stacked along {_count(n)}"
+            if sizes:
+                found.setdefault(sizes, "")
+        if len(found) != 1:
+            return (
+                "its arrays are stacks of different sizes" if found else "it is empty"
+            )
+        (sizes,) = found
+        stand_in = np.broadcast_to(np.zeros((), np.int8), sizes)
+        hint: Any = jaxtyping.Shaped[np.ndarray, cls.axes]  # to pyright an `Annotated`
+        return hint.__instancecheck_str__(stand_in)
+
+    def __reduce__(cls):
+        return operator.getitem, (Batched, (cls.inside, cls.axes))
+
+
+def _count(n: int) -> str:
+    return "one axis" if n == 1 else f"{n} axes"
+
+
+def _sizes_of(leaf: Any, n: int) -> tuple[int, ...] | None:
+    """The sizes of the first `n` axes of the stack that a leaf is. `()` for a leaf that
+    cannot be stacked; `None` for one that is not."""
+    value = leaf._value if isinstance(leaf, Ref) else leaf
+    declared = leaf._declared or () if isinstance(leaf, Ref) else ()
+    found: tuple[int, ...] = ()
+    for array in jtu.tree_leaves(value):
+        if not isinstance(array, (jax.Array, jax.ShapeDtypeStruct)):
+            continue
+        axes = _stacked_along(value, n, declared)
+        if axes is None or len(array.shape) < n:
+            return None
+        shape = list(array.shape)
+        found = tuple(shape.pop(axis) for axis in axes)
+    return found
+
+
+def _stacked_along(
+    value: Any, n: int, declared: tuple[Declaration, ...]
+) -> tuple[int, ...] | None:
+    in_front = (0,) * n
+    if all(declaration.why_not(value, in_front) is None for declaration in declared):
+        return in_front
+    # `filter_vmap(..., out_axes=1)`: the axis is elsewhere.
+    along = declared[0].extra_axes(value)
+    return along if along is not None and len(along) == n else None
+
+
+if TYPE_CHECKING:
+    # A stack has the attributes of what is stacked, so that is what an editor shows.
+    from typing import Annotated as Batched
+else:
+
+    class Batched:
+        """The type of a stack of modules, such as `filter_vmap` makes: `Batched[T, "n"]`.
+
+        It means something to jaxtyping, beartype and typeguard, in a signature and in a
+        field, and in `isinstance`. The name of the axis is bound like those of an array.
+
+        !!! Example
+
+            ```python
+            import jax
+            import jax.numpy as jnp
+            import jax.random as jr
+            import refx_eqx as rx
+            from jaxtyping import Array, Float
+
+            class Linear(rx.Module):
+                weight: rx.Param[Float[Array, "out in"]]
+
+                def __init__(self, key):
+                    self.weight = jr.normal(key, (2, 3))
+
+            class Deep(rx.Module):
+                layers: rx.Batched[Linear, "depth"]
+                scale: rx.Param[Float[Array, "depth"]]
+
+            stack = rx.filter_vmap(Linear)(jr.split(jr.key(0), 4))
+            deep = Deep(stack, jnp.ones(4))
+            assert isinstance(stack, rx.Batched[Linear, "n"])
+            assert not isinstance(Linear(jr.key(0)), rx.Batched[Linear, "n"])
+            ```
+
+        A stack is told from a plain module by the declared types of its refs: all of them
+        must have these axes on top of what they declare. In a module whose fields do not
+        say how many axes they have, any arrays of equal leading sizes are a stack.
+
+        **Arguments:**
+
+        - `T`: the type that is stacked: a module, or another `Batched`, for a stack of
+            stacks.
+        - `"n"`: the axes, one or more, as in jaxtyping. Each stands for one axis: `"..."`
+            and `"*n"` are not allowed.
+
+        **Raises:**
+
+        - `ValueError`: if an axis stands for several.
+        """
+
+        def __class_getitem__(cls, item):
+            if not isinstance(item, tuple) or len(item) != 2:
+                raise TypeError(
+                    '`rx.Batched` takes a type and its axes: `rx.Batched[Linear, "n"]`.'
+                )
+            inside, axes = item
+            if any("..." in axis or "*" in axis for axis in axes.split()):
+                raise ValueError(
+                    f"`rx.Batched[..., {axes!r}]`: each name must stand for one axis. Name "
+                    'them one by one: `rx.Batched[Linear, "n m"]`.'
+                )
+            if isinstance(inside, BatchedHint):
+                inside, axes = inside.inside, f"{axes} {inside.axes}"
+            name = f'Batched[{hint_text(inside)}, "{axes}"]'
+            return BatchedHint(name, (), {"inside": inside, "axes": axes})
+
+
+__tracebackhide__ = True

@@ -1,0 +1,332 @@
+"""The declared type of a ref, for the life of the ref.
+
+A class says of a field `weight: rx.Param[Float[Array, "out in"]]`; that is a
+`DeclaredType`. An instance binds the names: `out` is 2 and `in` is 3; that is a
+`Declaration`. Every ref of the instance carries its own, and every write is checked by it.
+
+A ref may hold more, or less, than what was declared. `filter_vmap(Linear)(keys)` makes refs
+with an axis in front; inside of `filter_vmap` and `scan` it is gone again; under a
+`shard_map` a ref holds a part. Nothing has to tell the declaration: what a ref holds
+*before* a write has been checked already, so it shows which axes are extra.
+"""
+
+import re
+import sys
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import jaxtyping
+import numpy as np
+
+from .._core._errors import describe, RefTypeError
+from ._axis_names import AxisNames, name_scope, names_bound
+from ._config import config
+from ._hints import hint_text, why_not_of_type
+
+
+__tracebackhide__ = True
+
+
+class DeclaredType:
+    """What a class declares of one ref of a field. Made once a class, compared by identity.
+
+    - `owner`, `field`: the class and the name of the field;
+    - `number`: which of the refs in the annotation of the field, for a container;
+    - `hint`: the type of the value.
+    """
+
+    __slots__ = ("_words", "by_shape", "field", "hint", "number", "owner")
+
+    def __init__(self, owner: type, field: str, number: int, hint: Any):
+        self.owner = owner
+        self.field = field
+        self.number = number
+        self.hint = hint
+        text = hint_text(hint)
+        # Whether all that counts is shape and dtype.
+        self.by_shape = "self." not in text and (
+            hint is jax.Array or isinstance(hint, type(jaxtyping.AbstractArray))
+        )
+        # The names in the hint, and the attributes that it has as `{self.name}`.
+        self._words = (
+            frozenset(re.findall(r"\w+", text)),
+            tuple(sorted(set(re.findall(r"\bself\.(\w+)", text)))),
+        )
+
+    def names(self, instance: Any = None) -> AxisNames:
+        """Those of the names bound in the running scope that this type speaks of."""
+        words, attributes = self._words
+        names = names_bound(words)
+        found = []
+        for attribute in attributes:
+            value = getattr(instance, attribute, None)
+            if isinstance(value, Hashable) and not isinstance(value, jax.Array):
+                found.append((attribute, value))
+        return names._replace(attributes=tuple(found)) if found else names
+
+
+class Declaration:
+    """A declared type with its names bound, as one instance bound them.
+
+    Hashable and compared by value: equal for two instances of equal sizes, so that a
+    program compiled for the one serves the other.
+    """
+
+    __slots__ = ("_hash", "names", "type")
+
+    def __init__(self, declared_type: DeclaredType, names: AxisNames):
+        self.type = declared_type
+        self.names = names
+        # Asked for on every call of a program on modules that it has not seen.
+        self._hash = hash((id(declared_type), names))
+
+    def __eq__(self, other: Any) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, Declaration) and (
+            self.type is other.type and self.names == other.names
+        )
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __repr__(self) -> str:
+        names = f" with {self.names}" if any(self.names) else ""
+        return f"`{hint_text(self.type.hint)}`{names}"
+
+    def __reduce__(self):
+        owner = self.type.owner
+        where = owner.__module__, owner.__qualname__, self.type.field, self.type.number
+        return _find_declaration, (*where, self.names)
+
+    def why_not(self, value: Any, axes: tuple[int, ...] = ()) -> str | None:
+        """Why `value`, without these axes, is not of this type; or `None`."""
+        leaves, treedef = jtu.tree_flatten(value)
+        if not axes and not any(map(_is_placeholder, leaves)):
+            with name_scope(self.names):
+                return why_not_of_type(value, self.type.hint)
+        if any(_is_sized(x) and len(x.shape) < len(axes) for x in leaves):
+            return "it has fewer axes than the stack that it is written to"
+        reasons: list[str | None] = []
+
+        def judge(arrays: list[Any]) -> None:
+            rest = iter(arrays)
+            one = [next(rest) if _is_sized(x) else x for x in leaves]
+            with name_scope(self.names):
+                reason = why_not_of_type(
+                    jtu.tree_unflatten(treedef, one), self.type.hint
+                )
+            reasons.append(reason)
+
+        # Tracers of the shape that is left stand for the value: nothing is computed.
+        jax.eval_shape(judge, [_without(x, axes) for x in leaves if _is_sized(x)])
+        return reasons[0]
+
+    def extra_axes(self, value: Any) -> tuple[int, ...] | None:
+        """The axes that `value` has beside those of this type: of a stack. `None` if it is
+        not of this type whichever axes are taken away."""
+        for axes in _candidates(value):
+            if self.why_not(value, axes) is None:
+                return axes
+        return None
+
+    def checked(self, ref: Any, value: Any) -> Any:
+        """`value`, as it is to be stored in `ref`: of this type.
+
+        **Raises:**
+
+        - `RefTypeError`: if it is not.
+        """
+        old = ref._value
+        if isinstance(value, jax.Array) and self.type.by_shape:
+            # The common case: as what is there, which was checked before.
+            known = type(old) is type(value) or isinstance(old, jax.Array)
+            if known and old.shape == value.shape and old.dtype == value.dtype:
+                return value
+        return _check(ref, self, value, old) if config.check_types else value
+
+    def check_rebuilt(self, ref: Any) -> None:
+        """As `checked`, of the value that is there already, which any transform may have
+        stacked meanwhile."""
+        value = ref._value
+        if config.check_types and _is_data(value) and self.extra_axes(value) is None:
+            reason = self.why_not(value)
+            raise _error(ref._name, ref._collection, self, value, reason)
+
+
+def _is_placeholder(leaf: Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _is_sized(leaf: Any) -> bool:
+    return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
+
+
+def _without(leaf: Any, axes: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    shape = list(leaf.shape)
+    for axis in axes:
+        del shape[axis]
+    return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
+
+
+def _sizes(value: Any, axes: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The sizes of these axes, taken away one after the other, in each array."""
+    found = []
+    for leaf in filter(_is_sized, jtu.tree_leaves(value)):
+        shape = list(leaf.shape)
+        found.append(tuple(shape.pop(axis) for axis in axes))
+    return found
+
+
+def _candidates(value: Any) -> Iterator[tuple[int, ...]]:
+    """Which axes may be those of a stack: none, any one of them, several in front."""
+    yield ()
+    ranks = [len(x.shape) for x in jtu.tree_leaves(value) if _is_sized(x)]
+    rank = min(ranks, default=0)
+    stacks = [(axis,) for axis in range(rank)] + [(0,) * n for n in range(2, rank + 1)]
+    for axes in stacks:
+        # The arrays of one value are stacked together.
+        if len(set(_sizes(value, axes))) == 1:
+            yield axes
+
+
+def _is_data(value: Any) -> bool:
+    """Whether this is a value, not what a transform or a filter put in its place."""
+    leaves = jtu.tree_leaves(value, is_leaf=lambda x: x is None)
+    return bool(leaves) and all(map(_is_sized, leaves))
+
+
+def _same_shapes(old: Any, new: Any) -> bool:
+    old_leaves, old_def = jtu.tree_flatten(old)
+    new_leaves, new_def = jtu.tree_flatten(new)
+    return old_def == new_def and all(
+        _is_sized(b) and a.shape == b.shape and a.dtype == b.dtype
+        for a, b in zip(old_leaves, new_leaves)
+    )
+
+
+def _check(ref: Any, declaration: Declaration, value: Any, old: Any) -> Any:
+    axes: tuple[int, ...] | None = ()
+    if _is_data(old):
+        axes = declaration.extra_axes(old)
+        if axes is None:
+            if _same_shapes(old, value):
+                return value
+            reason = (
+                "inside this transform it is a part of the declared value (a shard, or a "
+                f"slice), and a part keeps its shape and dtype, {eqx.tree_pformat(old)}"
+            )
+            raise _error(ref._name, ref._collection, declaration, value, reason, old)
+    elif _is_data(value) and declaration.extra_axes(value) is not None:
+        return value  # in place of a `None`, in a tree that was partitioned
+    reason = declaration.why_not(value, axes)
+    if reason is not None and type(value) in (bool, int, float, complex):
+        new = _as_array(value, old, declaration)
+        if new is not None:
+            return new
+    if reason is None and axes and _sizes(value, axes) != _sizes(old, axes):
+        reason = f"the sizes of the stack are {_sizes(value, axes)[0]} in place of "
+        reason += f"{_sizes(old, axes)[0]}"
+    if reason is None:
+        return value
+    raise _error(ref._name, ref._collection, declaration, value, reason, old, axes)
+
+
+def check_new(
+    name: str | None, collection: Any, declared_type: DeclaredType, value: Any
+) -> Any:
+    """`value`, as it is to be stored in a ref of this type, when an instance is made. Binds
+    names in the running scope.
+
+    **Raises:**
+
+    - `RefTypeError`: if it is not of this type.
+    """
+    if any(map(_is_placeholder, jtu.tree_leaves(value))):
+        return value  # shapes without arrays, to build a model without its memory
+    reason = why_not_of_type(value, declared_type.hint)
+    if reason is None:
+        return value
+    declaration = Declaration(declared_type, declared_type.names())
+    if type(value) in (bool, int, float, complex):
+        new = _as_array(value, None, declaration)
+        if new is not None:
+            return new
+    raise _error(name, collection, declaration, value, reason)
+
+
+_KINDS = (np.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
+
+
+def _as_array(value: Any, old: Any, declaration: Declaration) -> Any:
+    """A Python scalar as an array of the declared type, if JAX would promote it to that.
+    `None` if not.
+
+    As in `x.at[...].set(1.0)` the scalar is weakly typed: it takes the dtype of what it
+    replaces.
+    """
+    kind = (bool, int, float, complex).index(type(value))
+    # A number takes any wider kind, a bool none.
+    wider = _KINDS[kind : None if kind else 1]
+    if isinstance(old, jax.Array):
+        dtypes = [old.dtype] if old.ndim == 0 else []
+    else:
+        dtypes = [jnp.result_type(t) for t in (bool, int, float, complex)]
+    for dtype in dtypes:
+        if any(jnp.issubdtype(dtype, kind) for kind in wider):
+            new = jnp.asarray(value, dtype)
+            if declaration.why_not(new) is None:
+                return new
+    return None
+
+
+def _error(
+    name: str | None,
+    collection: Any,
+    declaration: Declaration,
+    value: Any,
+    reason: str | None,
+    old: Any = None,
+    axes: tuple[int, ...] | None = None,
+) -> RefTypeError:
+    got = eqx.tree_pformat(value)
+    stack = ""
+    if axes:
+        stack = (
+            f" It is a stack: the sizes {_sizes(old, axes)[0]} come on top of the type."
+        )
+    remedy = "Write a value of the declared type, or declare a wider one."
+    if isinstance(value, (np.ndarray, np.generic)):
+        remedy = "Make a JAX array of it: `jnp.asarray(value)`."
+    elif _is_sized(old) and _is_sized(value) and old.shape == value.shape:
+        remedy = "Convert it: `value.astype(ref.dtype)`."
+    elif any(declaration.names):
+        remedy = (
+            "Write a value of the declared type. The names stay bound to what they were "
+            "when the module was made: for other sizes, make a new module."
+        )
+    why = f": {reason}" if reason else ""
+    return RefTypeError(
+        f"{describe(name, collection)} is declared {declaration!r}, and cannot hold "
+        f"{got}{why}.{stack} {remedy}"
+    )
+
+
+def _find_declaration(
+    module: str, qualname: str, field: str, number: int, names: AxisNames
+) -> Declaration | None:
+    """To unpickle a declaration: the class has it. `None` if the class is not to be found,
+    as one that was defined inside of a function."""
+    owner: Any = sys.modules.get(module)
+    for part in qualname.split("."):
+        owner = getattr(owner, part, None)
+    fields = getattr(owner, "__dataclass_fields__", {})
+    spec = fields[field].metadata.get("converter") if field in fields else None
+    for declared_type in getattr(spec, "declared_types", ()):
+        if declared_type.number == number:
+            return Declaration(declared_type, names)
+    return None

@@ -1,0 +1,96 @@
+"""Whether a value is of a type: beartype's and jaxtyping's answer, with the reason."""
+
+import types
+from typing import Annotated, Any, get_args, get_origin, Union
+
+import jaxtyping
+from beartype.door import is_bearable
+from beartype.roar import BeartypeDecorHintException
+
+
+__tracebackhide__ = True
+
+
+def conforms(value: Any, hint: Any) -> bool:
+    """Whether `value` is of the type `hint`, under the axis names bound so far.
+
+    As beartype, and in every item of a tuple, list or dict: beartype looks at one of them,
+    drawn at random.
+    """
+    if hint is Any:
+        return True
+    if isinstance(hint, type) and not isinstance(hint, types.GenericAlias):
+        # The same answer as beartype's, without its set-up. And without its lock, which is
+        # not re-entrant (beartype 0.23): it calls our `__instancecheck__` while it holds it.
+        try:
+            return isinstance(value, hint)
+        except TypeError:  # a `TypedDict`, a protocol that is not for run time
+            pass
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(conforms(value, member) for member in args)
+    if origin is Annotated and not any(map(_is_validator, args[1:])):
+        return conforms(value, args[0])
+    items = _items(value, origin, args)
+    if items is not None:
+        return all(conforms(item, item_hint) for item, item_hint in items)
+    try:
+        # (pyright: `hint` may be any object that stands for a type.)
+        return is_bearable(value, hint)  # pyright: ignore[reportArgumentType]
+    except BeartypeDecorHintException:
+        return True  # an annotation that means nothing at run time
+
+
+def _is_validator(metadata: Any) -> bool:
+    return type(metadata).__module__.startswith("beartype.")
+
+
+def _items(value: Any, origin: Any, args: tuple) -> list[tuple[Any, Any]] | None:
+    """The items of a container, each with its type. `None` if it is none that we know, or
+    not the one that is asked for."""
+    if origin not in (tuple, list, dict) or not isinstance(value, origin):
+        return None
+    if isinstance(value, dict):
+        key, item = args
+        return [*zip(value, (key,) * len(value))] + [(v, item) for v in value.values()]
+    if origin is list or args[1:] == (Ellipsis,):
+        return [(item, args[0]) for item in value]
+    return list(zip(value, args)) if len(value) == len(args) else None
+
+
+def why_not_of_type(value: Any, hint: Any) -> str | None:
+    """The reason why `value` is not of the type `hint`; or `None`.
+
+    The reason is empty where there is no more to say than that it is not.
+    """
+    try:
+        if conforms(value, hint):
+            return None
+    except (jaxtyping.AnnotationError, AttributeError, NameError):
+        # An axis such as "n+1" whose "n" is bound nowhere: there is nothing to hold it to.
+        return None
+    explain = getattr(hint, "__instancecheck_str__", None)
+    reason = "" if explain is None else explain(value)
+    reason, of_dtypes, _ = reason.partition(", not any of ")
+    if of_dtypes:  # it goes on with every dtype there is
+        reason += f", which is no {hint.dtype.__name__}"
+    if "the underlying array type" in reason:
+        reason = f"its type is {type(value).__name__}, not {hint_text(hint.array_type)}"
+    return reason
+
+
+def hint_text(hint: Any) -> str:
+    """A type as the user wrote it: `Float[Array, "out in"]`."""
+    is_class = isinstance(hint, type) and not isinstance(hint, types.GenericAlias)
+    text = hint.__name__ if is_class else str(hint)
+    for prefix in ("jaxtyping.", "typing.", "jaxlib._jax."):
+        text = text.replace(prefix, "")
+    return text.replace("'", '"')
+
+
+def split_hint(hint: Any) -> tuple[Any, tuple]:
+    """`Annotated[T, *metadata]` as `(T, metadata)`; any other hint as `(hint, ())`."""
+    if get_origin(hint) is Annotated:
+        inner, *metadata = get_args(hint)
+        return inner, tuple(metadata)
+    return hint, ()

@@ -1,0 +1,99 @@
+"""`Module`: an `equinox.Module` in which an annotation is enough to make a ref."""
+
+import dataclasses
+from typing import Any, dataclass_transform, TYPE_CHECKING
+
+import equinox as eqx
+
+from ._axis_names import bind_in_methods
+from ._config import config
+from ._field import declare_ref_fields, field, RefSpec
+from ._instance import check_instance, names_of_instance
+
+
+if TYPE_CHECKING:
+    from equinox._module._module import _ModuleMeta as _EquinoxMeta
+
+    # Type checkers ask the metaclass what a field is, and Equinox's knows only its own.
+    @dataclass_transform(field_specifiers=(dataclasses.field, eqx.field, field))
+    class _ModuleMeta(_EquinoxMeta): ...
+
+else:
+    _ModuleMeta = type(eqx.Module)
+
+
+__tracebackhide__ = True
+
+
+class Module(eqx.Module, metaclass=_ModuleMeta):
+    """An `equinox.Module` whose fields may hold refs. It is nothing more than that: every
+    function of Equinox works on it, because a ref is a leaf.
+
+    A field annotated as a ref (`rx.Param[...]`, `rx.Ref[...]`, or a collection of your
+    own) wraps what is assigned to it. Assigning a value makes a new ref in the field's
+    collection; assigning a ref shares it. Inside `__init__` too `self.weight` is the ref.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import jax.random as jr
+        import refx_eqx as rx
+        from jaxtyping import Array, Float, Int
+
+        class Linear(rx.Module):
+            weight: rx.Param[Float[Array, "out in"]]
+            bias: rx.Param[Float[Array, "out"]] | None
+            uses: rx.Ref[Int[Array, ""]] = rx.field(collection="counts")
+
+            def __init__(self, n_in, n_out, *, key):
+                self.weight = jr.normal(key, (n_out, n_in))
+                self.bias = None
+                self.uses = jnp.array(0)
+
+            def __call__(self, x):
+                self.uses.value += 1
+                return self.weight[...] @ x
+
+        linear = Linear(3, 2, key=jr.key(0))
+        assert linear(jnp.ones(3)).shape == (2,)
+        assert linear.uses.value == 1
+        assert linear.weight.name == "Linear.weight"
+        ```
+
+    After `__init__` a module is frozen, as in Equinox. To change a value, write to its
+    ref; to change which ref a field holds, use `equinox.tree_at`.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        declare_ref_fields(cls)
+
+    def __check_init__(self) -> None:
+        # The hook of Equinox for what must hold of an instance, called after `__init__`.
+        if config.check_types:
+            check_instance(self)
+
+    if not TYPE_CHECKING:
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            declared = type(self).__dataclass_fields__.get(name)
+            spec = None if declared is None else declared.metadata.get("converter")
+            if not isinstance(spec, RefSpec) or not spec.is_ref_field:
+                super().__setattr__(name, value)
+                return
+            try:
+                # Before the conversion, which may give the ref a name and a collection: a
+                # frozen module must leave it as it is.
+                super().__setattr__(name, value)
+            except dataclasses.FrozenInstanceError:
+                raise dataclasses.FrozenInstanceError(
+                    f"cannot assign to field '{name}': a module is frozen after its "
+                    f"`__init__`. To change the value of the ref, write `.{name}.value = "
+                    f"...`; to put another ref there, use `eqx.tree_at(lambda m: m.{name}, "
+                    "module, ref)`, which makes a new module."
+                ) from None
+            super().__setattr__(name, spec.convert(value, type(self).__name__))
+
+
+bind_in_methods(Module, names_of_instance)

@@ -1,0 +1,130 @@
+"""`Ref[T]` as a type: for the editor, for jaxtyping, for beartype.
+
+`Ref[Float[Array, "out in"]]` is a class whose `isinstance` check looks at the *value* of a
+ref. So it means something to every run-time type checker, in a signature and in a field,
+and the axis names in it are those of the running jaxtyping context.
+"""
+
+import functools
+from typing import Any, ClassVar, TypeVar, Union
+
+import jax
+import jax.tree_util as jtu
+
+from .._core._ref import Ref
+from ._hints import conforms
+
+
+__tracebackhide__ = True
+
+
+def _is_shape_only(value: Any) -> bool:
+    """Whether this is the value of a model that was made without its memory."""
+    leaves = jtu.tree_leaves(value)
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+
+
+class RefHint(type):
+    """The class of `Ref[T]`: a type, all of whose instances are refs with a `T` inside."""
+
+    ref_type: type
+    value_hint: Any
+
+    def __new__(mcs, name: str, bases: tuple, namespace: dict, **kwargs: Any):
+        # `class MyRef(rx.Ref[Array]): ...` subclasses `rx.Ref`, not the hint.
+        bases = tuple(b.ref_type if isinstance(b, RefHint) else b for b in bases)
+        return type(bases[0])(name, bases, namespace, **kwargs)
+
+    def __instancecheck__(cls, obj: Any) -> bool:
+        if not isinstance(obj, cls.ref_type):
+            return False
+        # Not `obj.value`: the type of a ref may be asked where its value may not be read.
+        value = obj._value
+        return conforms(value, cls.value_hint) or _is_shape_only(value)
+
+    def __subclasscheck__(cls, other: type) -> bool:
+        return other is cls or issubclass(other, cls.ref_type)
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        # `Ref[Float[Array, "n"]](x)` makes a ref, as a subscripted generic class does.
+        return cls.ref_type(*args, **kwargs)
+
+    def __reduce__(cls):
+        return subscript, (cls.ref_type, cls.value_hint)
+
+
+class OpenRefHint:
+    """`Ref[T]` for a type variable `T`: what `Param[...]` and the like are made of.
+
+    It has what `typing` asks of a generic alias (`__parameters__`, `__getitem__`), so that
+    `Annotated[Ref[T], ...][X]` becomes `Annotated[Ref[X], ...]`.
+    """
+
+    __parameters__: ClassVar[tuple] = ()
+
+    def __init__(self, ref_type: type, value_hint: Any):
+        self.ref_type = ref_type
+        self.value_hint = value_hint
+        self.__parameters__ = _type_variables(value_hint)  # type: ignore[misc]
+
+    def __getitem__(self, params: Any) -> Any:
+        if not isinstance(params, tuple):
+            params = (params,)
+        hint = self.value_hint
+        hint = params[0] if isinstance(hint, TypeVar) else hint[params]
+        return subscript(self.ref_type, hint)
+
+    def __or__(self, other: Any) -> Any:
+        return Union[self, other]
+
+    def __ror__(self, other: Any) -> Any:
+        return Union[other, self]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.ref_type(*args, **kwargs)
+
+    def __mro_entries__(self, bases: tuple) -> tuple:
+        return (self.ref_type,)
+
+    def __repr__(self) -> str:
+        return f"{self.ref_type.__name__}[{self.value_hint}]"
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, OpenRefHint) and (
+            (self.ref_type, self.value_hint) == (other.ref_type, other.value_hint)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.ref_type, self.value_hint))
+
+
+def _type_variables(hint: Any) -> tuple:
+    if isinstance(hint, TypeVar):
+        return (hint,)
+    if isinstance(hint, type):
+        # jaxtyping builds a class at once; the type variable of its dtype is lost in it.
+        return ()
+    return tuple(getattr(hint, "__parameters__", ()))
+
+
+def subscript(ref_type: type, hint: Any) -> Any:
+    """The type `ref_type[hint]`; one and the same object for equal arguments."""
+    if _type_variables(hint):
+        return OpenRefHint(ref_type, hint)
+    try:
+        return _cached_ref_hint(ref_type, hint)
+    except TypeError:  # an unhashable hint, such as `Annotated[int, []]`
+        return _ref_hint(ref_type, hint)
+
+
+def _ref_hint(ref_type: type, value_hint: Any) -> RefHint:
+    inside = value_hint.__name__ if isinstance(value_hint, type) else str(value_hint)
+    namespace = {"ref_type": ref_type, "value_hint": value_hint}
+    return type.__new__(RefHint, f"{ref_type.__name__}[{inside}]", (), namespace)
+
+
+_cached_ref_hint = functools.lru_cache(maxsize=None)(_ref_hint)
+
+
+# `Ref` itself knows no types: what `Ref[T]` means is said here.
+Ref.__class_getitem__ = classmethod(subscript)  # type: ignore[method-assign]

@@ -1,0 +1,315 @@
+"""Partitions: a tree taken apart by filters, and put together again.
+
+There are two forms. `partition` and `combine` keep the shape of the tree, with `NOTHING`
+where a part has no leaf. `tree_partition`, `get_partition` and `merge_partitions` give flat
+mappings from path to leaf, as the ancestor of this library did.
+"""
+
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax.tree_util as jtu
+
+from .._core._deref import NOTHING
+from .._core._errors import StructureError
+from .._core._nodes import is_opened
+from .._core._ref import Ref
+from ._filters import as_closed, choose, dotted, key_text, leaves_with_paths, Path
+
+
+__tracebackhide__ = True
+
+
+_T = TypeVar("_T")
+
+
+def _chosen(tree: Any, filters: tuple) -> tuple[list[Path], list[Any], Any, list[int]]:
+    pairs, treedef = leaves_with_paths(tree)
+    paths, leaves = [path for path, _ in pairs], [leaf for _, leaf in pairs]
+    return paths, leaves, treedef, choose(paths, as_closed(leaves), filters)
+
+
+def _split(leaves: list[Any], chosen: list[int], n: int) -> list[list[Any]]:
+    return [
+        [leaf if which == i else NOTHING for leaf, which in zip(leaves, chosen)]
+        for i in range(n)
+    ]
+
+
+def partition(tree: _T, *filters: Any) -> tuple[_T, ...]:
+    """Takes a tree apart, keeping its shape.
+
+    !!! Example
+
+        ```python
+        import refx_eqx as rx
+
+        tree = {"w": rx.Ref(1.0, "params"), "n": rx.Ref(0, "counts"), "act": "relu"}
+        params, counts, rest = rx.partition(tree, "params", "counts")
+        assert params == {"w": tree["w"], "n": rx.NOTHING, "act": rx.NOTHING}
+        assert rest == {"w": rx.NOTHING, "n": rx.NOTHING, "act": "relu"}
+        assert rx.combine(params, counts, rest) == tree
+        ```
+
+    **Arguments:**
+
+    - `tree`: a tree of refs, or a derefed one.
+    - `*filters`: any filters. A leaf goes to the first one that selects it.
+
+    **Returns:**
+
+    One tree for each filter and one for the rest, of the structure of `tree`. A leaf is in
+    one of them, and [`refx_eqx.NOTHING`][] (a pytree without leaves) is in the others. Refs
+    are the same objects.
+
+    **Raises:**
+
+    - `StructureError`: if a filter selects a ref at one of its places and not at another.
+    """
+    _, leaves, treedef, chosen = _chosen(tree, filters)
+    parts = _split(leaves, chosen, len(filters) + 1)
+    return tuple(jtu.tree_unflatten(treedef, part) for part in parts)
+
+
+def _is_missing(x: Any) -> bool:
+    return x is None or x is NOTHING
+
+
+def _is_place(x: Any) -> bool:
+    return _is_missing(x) or is_opened(x)
+
+
+def combine(*parts: _T) -> _T:
+    """Puts together what `partition` took apart.
+
+    Parts that `equinox.partition` made of a tree of refs, with `None` for what is
+    missing, are taken as well.
+
+    !!! Example
+
+        ```python
+        import refx_eqx as rx
+
+        tree = {"w": rx.Ref(1.0, "params"), "n": rx.Ref(0, "counts")}
+        params, rest = rx.partition(tree, "params")
+        assert rx.combine(params, rest)["w"] is tree["w"]
+        ```
+
+    **Arguments:**
+
+    - `*parts`: trees of one structure.
+
+    **Returns:**
+
+    The whole tree.
+
+    **Raises:**
+
+    - `StructureError`: if the structures differ, if two parts have a leaf at one place, if
+        none has, or if one ref is in different parts.
+    """
+    if not parts:
+        raise StructureError("Cannot combine nothing: `rx.combine` needs a part.")
+    flat = [jtu.tree_flatten_with_path(part, is_leaf=_is_place) for part in parts]
+    (first, treedef), *others = flat
+    for i, (_, other) in enumerate(others, start=1):
+        if other != treedef:
+            raise StructureError(
+                f"Cannot combine: part {i} does not have the structure of part 0: {other} "
+                f"and {treedef}. Combine the parts of one tree."
+            )
+    combined = []
+    owners: dict[Any, tuple[int, str]] = {}
+    for k, (keys, _) in enumerate(first):
+        where = dotted(tuple(map(key_text, keys)))
+        here = [(i, pairs[k][1]) for i, (pairs, _) in enumerate(flat)]
+        present = [(i, leaf) for i, leaf in here if not _is_missing(leaf)]
+        if len(present) > 1:
+            raise StructureError(
+                f"Cannot combine: parts {present[0][0]} and {present[1][0]} both have a "
+                f"leaf at `{where}`. Combine parts that `rx.partition` made of one tree."
+            )
+        if not present:
+            if any(leaf is NOTHING for _, leaf in here):
+                raise StructureError(
+                    f"Cannot combine: no part has a leaf at `{where}`. Pass all the parts "
+                    "that `rx.partition` returned, the last one included."
+                )
+            combined.append(None)
+            continue
+        ((i, leaf),) = present
+        if is_opened(leaf) or isinstance(leaf, Ref):
+            key = leaf.index if is_opened(leaf) else id(leaf)
+            part, earlier = owners.setdefault(key, (i, where))
+            if part != i:
+                raise StructureError(
+                    f"Cannot combine: one ref is in part {part} at `{earlier}` and in part "
+                    f"{i} at `{where}`. A tie cannot be torn: make the parts with one call "
+                    "of `rx.partition`."
+                )
+        combined.append(leaf)
+    return jtu.tree_unflatten(treedef, combined)
+
+
+class Partition(Mapping[Path, Any]):
+    """An immutable mapping from path to leaf: a part of a tree, and a pytree itself.
+
+    Made by [`refx_eqx.tree_partition`][] and [`refx_eqx.get_partition`][]. Equal to a dict
+    with the same items.
+
+    **Arguments:**
+
+    - `leaves`: a mapping from path to leaf, with `NOTHING` for what is in another part.
+    """
+
+    __slots__ = ("_leaves",)
+
+    def __init__(self, leaves: Mapping[Path, Any]):
+        self._leaves = dict(leaves)
+
+    def __getitem__(self, path: Path) -> Any:
+        return self._leaves[path]
+
+    def __iter__(self) -> Iterator[Path]:
+        return iter(self._leaves)
+
+    def __len__(self) -> int:
+        return len(self._leaves)
+
+    def __repr__(self) -> str:
+        return f"Partition({self._leaves!r})"
+
+
+jtu.register_pytree_with_keys(
+    Partition,
+    lambda p: ([(jtu.DictKey(k), v) for k, v in p.items()], tuple(p)),
+    lambda paths, leaves: Partition(dict(zip(paths, leaves))),
+    lambda p: (tuple(p.values()), tuple(p)),
+)
+
+
+def tree_partition(tree: Any, *filters: Any) -> tuple[tuple[Partition, ...], Hashable]:
+    """Takes a tree apart into flat mappings from path to leaf.
+
+    !!! Example
+
+        ```python
+        import refx_eqx as rx
+
+        r1, r2 = rx.Ref(1, "params"), rx.Ref(2, "batch_stats")
+        tree = {"a": [r1, r1, r2], "b": r2}
+        (params, rest), treedef = rx.tree_partition(tree, "params")
+        assert params == {
+            ("a", "0"): r1, ("a", "1"): r1, ("a", "2"): rx.NOTHING, ("b",): rx.NOTHING
+        }
+        assert rx.merge_partitions((params, rest), treedef) == tree
+        ```
+
+    **Arguments:**
+
+    - `tree`: a tree of refs, or a derefed one.
+    - `*filters`: any filters. A leaf goes to the first one that selects it.
+
+    **Returns:**
+
+    `(partitions, treedef)`: one mapping for each filter and one for the rest, all with the
+    path of every leaf as keys; and what [`refx_eqx.merge_partitions`][] needs.
+
+    **Raises:**
+
+    - `StructureError`: if a filter selects a ref at one of its places and not at another,
+        or if two leaves have the same path.
+    """
+    paths, leaves, treedef, chosen = _chosen(tree, filters)
+    if len(set(paths)) != len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise StructureError(
+            f"Cannot partition by path: two leaves have the path `{dotted(twice)}` (such as "
+            'the keys `1` and `"1"` of one dict). Use `rx.partition`, which keeps the shape '
+            "of the tree."
+        )
+    parts = _split(leaves, chosen, len(filters) + 1)
+    return tuple(Partition(dict(zip(paths, part))) for part in parts), treedef
+
+
+def get_partition(tree: Any, filter: Any) -> Partition:
+    """The first mapping of `tree_partition`: what `filter` selects.
+
+    !!! Example
+
+        ```python
+        import refx_eqx as rx
+
+        ref = rx.Ref(1, "params")
+        assert rx.get_partition([ref, 2], "params") == {("0",): ref, ("1",): rx.NOTHING}
+        ```
+
+    **Arguments:**
+
+    - `tree`: a tree of refs, or a derefed one.
+    - `filter`: any filter.
+
+    **Returns:**
+
+    A mapping with the path of every leaf as keys, and `NOTHING` for what is not selected.
+
+    **Raises:**
+
+    - `StructureError`: if the filter selects a ref at one of its places and not at another.
+    """
+    (part, _), _ = tree_partition(tree, filter)
+    return part
+
+
+def merge_partitions(partitions: Any, treedef: Any) -> Any:
+    """Puts together what `tree_partition` took apart.
+
+    !!! Example
+
+        ```python
+        import refx_eqx as rx
+
+        tree = [rx.Ref(1, "params"), 2]
+        partitions, treedef = rx.tree_partition(tree, "params")
+        assert rx.merge_partitions(partitions, treedef) == tree
+        ```
+
+    **Arguments:**
+
+    - `partitions`: all the partitions of a tree, in any order.
+    - `treedef`: the second result of `tree_partition`.
+
+    **Returns:**
+
+    The whole tree.
+
+    **Raises:**
+
+    - `StructureError`: if the partitions do not have the same paths, or if a path has a
+        leaf in two of them or in none.
+    """
+    if not partitions:
+        raise StructureError("Cannot merge no partitions: pass all of them.")
+    first, *others = partitions
+    for other in others:
+        if list(other) != list(first):
+            raise StructureError(
+                "Cannot merge partitions with different paths. Pass those that one call "
+                "of `rx.tree_partition` returned."
+            )
+    leaves = []
+    for path in first:
+        present = [p[path] for p in partitions if p[path] is not NOTHING]
+        if len(present) != 1:
+            count = "no leaf" if not present else f"{len(present)} leaves"
+            raise StructureError(
+                f"Cannot merge partitions: `{dotted(path)}` has {count}, and must have "
+                "one. Pass all the partitions of one tree, each once."
+            )
+        leaves.append(present[0])
+    if treedef.num_leaves != len(leaves):
+        raise StructureError(
+            f"Cannot merge partitions: {len(leaves)} leaves for a tree of "
+            f"{treedef.num_leaves}. Pass the treedef that belongs to them."
+        )
+    return jtu.tree_unflatten(treedef, leaves)

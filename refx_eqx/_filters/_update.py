@@ -1,0 +1,154 @@
+"""`update_refs`: the values of one tree into the refs of another, all of them or none."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+
+from .._core._deref import NOTHING, path_text
+from .._core._errors import CollectionError, describe, StructureError
+from .._core._nodes import Index, is_opened, Value
+from .._core._ref import check_value, check_writable, commits, Ref
+
+
+__tracebackhide__ = True
+
+
+def _is_place(x: Any) -> bool:
+    return x is None or x is NOTHING or isinstance(x, (Ref, Value, Index))
+
+
+def update_refs(target: Any, source: Any) -> None:
+    """Writes the values of `source` into the aligned refs of `target`.
+
+    All is validated first: on any mismatch nothing is written.
+
+    !!! Example
+
+        ```python
+        import jax
+        import refx_eqx as rx
+
+        model = {"w": rx.Ref(2.0, "params"), "n": rx.Ref(0, "counts")}
+        params = rx.get_partition(model, "params")
+        grads = jax.grad(lambda p: p["w",].value ** 2)(rx.deref(params))
+        new = jax.tree.map(lambda w, g: w - 0.25 * g, rx.deref(params), grads)
+        rx.update_refs(params, new)
+        assert model["w"].value == 1.0
+        ```
+
+    **Arguments:**
+
+    - `target`: a tree of refs. Its leaves that are not refs stay as they are.
+    - `source`: a tree of the same structure, with at the place of each ref a ref, a
+        `Value`, an `Index` (which stands for the `Value` of that index), a bare value, or
+        `None` or `NOTHING` for "leave it". Arrays must have the shape and dtype of what they
+        replace.
+
+    **Raises:**
+
+    - `StructureError`: if `target` is derefed, if the structures differ, if a value has
+        another shape or dtype, or if one ref of `target` gets two different values.
+    - `CollectionError`: if a ref or node of `source` is of another collection.
+    - `RefTypeError`: if a value breaks the declared type of its ref.
+    - `TraceLevelError`, `ImmutableError`: if a ref may not be written here.
+    """
+    leaves, treedef = jtu.tree_flatten_with_path(target, is_leaf=_is_place)
+    try:
+        sources = treedef.flatten_up_to(source)
+    except (ValueError, TypeError) as e:
+        raise StructureError(
+            "Cannot update refs: target and source do not have the same structure. "
+            f"JAX says: {e} Pass as source a tree aligned with the target, with "
+            "`rx.NOTHING` or `None` where a ref is to stay."
+        ) from None
+    nodes = {new.index: new for new in sources if isinstance(new, Value)}
+    new_values: dict[int, tuple[Ref, Any, str]] = {}
+    for (path, ref), new in zip(leaves, sources):
+        if is_opened(ref):
+            raise StructureError(
+                "Cannot update refs: the target is derefed, and has a "
+                f"{type(ref).__name__} at {path_text(path)}. Pass the tree of refs itself."
+            )
+        if not isinstance(ref, Ref) or new is None or new is NOTHING:
+            continue
+        if isinstance(new, (Ref, Value, Index)):
+            _check_collection(ref, new, path)
+        if isinstance(new, Index):
+            if new.index not in nodes:
+                raise StructureError(
+                    f"Cannot update refs: Index {new.index} of the source, at "
+                    f"{path_text(path)}, has no Value in it. Deref the whole source at "
+                    "once, or put `rx.NOTHING` there."
+                )
+            new = nodes[new.index]
+        value = new.value if isinstance(new, (Ref, Value)) else new
+        if not isinstance(new, Ref) and not jtu.tree_leaves(value):
+            continue  # `Value(None)`: this ref was filtered out of the source
+        check_writable(ref)  # before its value is looked at, which may be forbidden too
+        where = path_text(path)
+        check_value(ref, value)  # a broken declared type says more than a wrong shape
+        check_fits(ref, value, "Cannot update refs", where, "the source")
+        _, earlier, at = new_values.setdefault(id(ref), (ref, value, where))
+        if earlier is not value:
+            raise StructureError(
+                f"Cannot update refs: {describe(ref._name, ref._collection)} is one ref at "
+                f"{at} and {where} of the target, and the source has a different value at "
+                "each. Give one of them, and `rx.NOTHING` at the other."
+            )
+    write_all([(ref, value) for ref, value, _ in new_values.values()])
+
+
+def write_all(updates: list[tuple[Ref, Any]]) -> None:
+    """Writes all, or nothing: every check comes before the first write."""
+    checked = []
+    for ref, value in updates:
+        check_writable(ref)
+        checked.append((ref, check_value(ref, value)))
+    with commits.lock:
+        commits.store(checked)
+
+
+def _check_collection(ref: Ref, new: Ref | Value | Index, path: tuple) -> None:
+    if ref.collection != new.collection:
+        raise CollectionError(
+            f"Cannot update refs: at {path_text(path)} the target has "
+            f"{describe(ref._name, ref._collection)}, and the source is of collection "
+            f"{new.collection!r}. Align the two trees, or put `rx.NOTHING` there."
+        )
+
+
+def check_fits(ref: Ref, value: Any, failure: str, place: str, source: str) -> None:
+    """Same structure, shapes and dtypes as the present value of `ref`."""
+    old = ref.value
+    old_leaves, old_def = jtu.tree_flatten(old)
+    new_leaves, new_def = jtu.tree_flatten(value)
+    fits = old_def == new_def and all(map(_same_kind, old_leaves, new_leaves))
+    if not fits:
+        raise StructureError(
+            f"{failure}: {describe(ref._name, ref._collection)} at {place} holds "
+            f"{eqx.tree_pformat(old)}, and {source} has {eqx.tree_pformat(value)}. If the "
+            "change is meant, write it: `ref.value = ...`."
+        )
+
+
+def _same_kind(old: Any, new: Any) -> bool:
+    if isinstance(old, jax.ShapeDtypeStruct):  # in place of an array that is to come
+        found = getattr(new, "shape", None), getattr(new, "dtype", None)
+        return found == (old.shape, old.dtype)
+    if not eqx.is_array_like(old):
+        return not eqx.is_array_like(new)
+    if not eqx.is_array_like(new):
+        return False
+    if not eqx.is_array(old) or not eqx.is_array(new):  # a Python scalar: weakly typed
+        return jnp.shape(old) == jnp.shape(new) and _kind(old) == _kind(new)
+    return old.shape == new.shape and old.dtype == new.dtype
+
+
+def _kind(x: Any) -> str:
+    # NumPy has dtypes that JAX has not, such as that of a text.
+    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+    # To NumPy, `bfloat16` is of the kind of all that it does not know.
+    return "f" if jnp.issubdtype(dtype, jnp.floating) else dtype.kind
