@@ -387,12 +387,15 @@ def call(
     If another thread wrote a ref of the call meanwhile, it starts again: the outcome of
     calls from several threads is that of some order of them.
     """
+    hook = _trace.debug_hook()
     for _ in range(_MAX_TRIES):
         opened = open_call(fn, args, kwargs, is_dynamic)
         try:
             return opened.finish(transform(opened))
         except Disturbed:
             continue
+        finally:
+            _trace.restore_debug_hook(hook)
     raise ConcurrencyError(
         f"Other threads changed the refs of `{name_of(fn)}` during each of {_MAX_TRIES} "
         "calls. Take turns: guard the calls with a lock."

@@ -30,7 +30,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from jax._src import core
+from jax._src import api, config, core
 from jax._src.array import ArrayImpl
 from jax._src.interpreters.ad import JVPTracer
 from jax._src.interpreters.batching import BatchTrace, BatchTracer
@@ -131,11 +131,13 @@ def running_body(
     # Compare refs by identity: a subclass is free to define its own equality.
     body = _Body(name, {id(ref): ref for ref in carried}, transparent, opened)
     thread.state.bodies.append(body)
+    hook = debug_hook()
     try:
         yield
     finally:
         thread.state.bodies.pop()
         body.opened.clear()
+        restore_debug_hook(hook)
 
 
 # What a trace is called in a message. A trace of a kind that is not listed here (JAX adds
@@ -299,6 +301,31 @@ def staged_equations() -> Iterator[Any]:
             equation = equation()
         if equation is not None:
             yield equation
+
+
+def eval_jaxpr(closed: Any, arrays: list[Any]) -> list[Any]:
+    """Runs a program on arrays.
+
+    As `jax.extend.core.jaxpr_as_fun`, but that one does so with `jax_debug_nans` off.
+    """
+    return core.eval_jaxpr(closed.jaxpr, closed.consts, *arrays)
+
+
+# What checks the results of compiled programs under `jax_debug_nans` and `jax_debug_infs`
+# is a hook, which JAX sets by thread. Where JAX switches the flag off for a moment (in
+# `jnp.var`, in the batching of a jitted function, under `checkpoint`), it leaves the hook
+# off for good: seen in JAX 0.10 and 0.12. So a call of ours puts it back.
+debug_hook = api._post_hook_state.get_local
+
+
+def restore_debug_hook(hook: Any) -> None:
+    if debug_hook() is not hook:
+        api._post_hook_state.set_local(hook)
+
+
+def is_checking_results() -> bool:
+    """Whether JAX looks for NaNs or infinities in what a program returns."""
+    return config.debug_nans.value or config.debug_infs.value
 
 
 def is_tracer(x: Any) -> bool:

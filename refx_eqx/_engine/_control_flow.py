@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._core import _closure
+from .._core import _closure, _trace
 from .._core._call import Opened
 from .._core._deref import path_text
 from .._core._errors import describe, StructureError
@@ -43,10 +42,11 @@ class Staged:
         closed, outcome = jax.make_jaxpr(body, return_shape=True)(arrays)
         self._treedef = jtu.tree_structure(outcome)
         self.avals: Outcome = jtu.tree_unflatten(self._treedef, closed.out_avals)
-        self._run = jax.extend.core.jaxpr_as_fun(closed)
+        self._closed = closed
 
     def __call__(self, arrays: list[Any]) -> Outcome:
-        return jtu.tree_unflatten(self._treedef, self._run(*arrays))
+        out = _trace.eval_jaxpr(self._closed, arrays)
+        return jtu.tree_unflatten(self._treedef, out)
 
 
 class Kind(NamedTuple):

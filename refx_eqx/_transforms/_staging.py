@@ -8,6 +8,7 @@ import jax
 import jax.extend.core
 import jax.tree_util as jtu
 
+from .._core import _trace
 from .._core._call import call, open_call, Opened
 from .._core._errors import describe, name_of, StructureError
 from .._core._ref import Ref
@@ -143,8 +144,7 @@ class _ClosureConverted(eqx.Module):
                     "Call it with arguments like the example arguments (the same sharing "
                     "of refs, shapes, dtypes and static values), or convert it again."
                 )
-            run = jax.extend.core.jaxpr_as_fun(self.jaxpr(self.consts))
-            out = run(*opened.arrays)
+            out = _trace.eval_jaxpr(self.jaxpr(self.consts), opened.arrays)
             outs, updates = jtu.tree_unflatten(self.out_treedef, out)
             outcome = Outcome(outs, updates, self.info)
             return Outcome(*arrays_of(outcome), self.info)
