@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from .._core._call import call, Opened
 from .._core._errors import name_of, StructureError
 from .._core._structure import is_traced_in_ref, Outcome
-from .._filters._filters import choose, leaves_with_paths
+from .._filters._filters import check_can_select, choose, leaves_with_paths
 from ._backward import stripped
 from ._layout import Layout, layout_of_args, replaced, result_of, Sparse
 
@@ -46,6 +46,7 @@ def differentiable(
     """
     selected = [0] * len(layout.places)
     if wrt is not None:
+        check_can_select(tree, wrt)
         pairs, _ = leaves_with_paths(tree)
         leaves = [leaf for _, leaf in pairs]
         selected = choose([path for path, _ in pairs], leaves, (wrt,))

@@ -9,8 +9,13 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.tree_util as jtu
+import numpy as np
 
+from .._core import _trace
+from .._core._deref import path_of
 from .._core._errors import RefTypeError
+from .._core._nodes import is_opened
 from .._core._ref import declare, Ref
 from ._axis_names import AxisNames, name_scope, names_bound, NO_NAMES, union
 from ._batched import BatchedHint
@@ -149,3 +154,91 @@ def names_of_instance(instance: Any) -> AxisNames:
                 mine = (d for d in ref._declared or () if d.type is declared.type)
                 found.extend(declaration.names for declaration in mine)
     return union(found) if found else NO_NAMES
+
+
+# What `__getattribute__` below asks on each access: real classes, so it is quick. (The
+# `jax.Array` of the annotations answers `isinstance` in Python.)
+_ARRAYS = (_trace.ConcreteArray, jax.core.Tracer, np.ndarray)
+MAY_HOLD_ARRAYS = (*_ARRAYS, tuple, list, dict)
+
+
+def check_field(instance: Any, name: str, value: Any) -> None:
+    """That a field which is declared a ref, and is being read, holds one.
+
+    Equinox's own functions (`tree_at`, `combine`, ...) make instances without `__init__`,
+    so they may put an array in the place of a ref. Writing to that would do nothing: JAX
+    lets any attribute of an array be set. It is not always a mistake: in what `snapshot`
+    makes *all* refs are arrays. So it is one if the instance has a ref besides, or if
+    something was written already.
+
+    **Raises:**
+
+    - `RefTypeError`: if there is an array by mistake.
+    """
+    field = type(instance).__dataclass_fields__.get(name)
+    spec = None if field is None else field.metadata.get("converter")
+    if not isinstance(spec, RefSpec) or not spec.is_ref_field:
+        return
+    for x, where, declared in _held(spec, value, type(instance)):
+        if not isinstance(x, _ARRAYS):
+            continue
+        lost = "value" in getattr(x, "__dict__", ())
+        if lost or _has_refs(instance):
+            raise _not_a_ref(x, where, declared, lost)
+
+
+def check_refs_in_place(tree: Any, failure: str) -> None:
+    """That the fields which are declared refs hold refs, in every module of a tree.
+
+    **Raises:**
+
+    - `RefTypeError`: if there is something array-like in the place of a ref.
+    """
+
+    def visit(x: Any) -> bool:
+        if isinstance(x, eqx.Module):
+            for _, spec in _plan_of(type(x)).of_refs:
+                found = _held(spec, vars(x).get(spec.field_name), type(x))
+                for leaf, where, declared in found:
+                    if not isinstance(leaf, Ref) and eqx.is_array_like(leaf):
+                        place = path_of(tree, lambda other: other is leaf)
+                        raise _not_a_ref(leaf, where, declared, False, failure, place)
+        return is_opened(x)
+
+    jtu.tree_flatten(tree, is_leaf=visit)
+
+
+def _held(spec: RefSpec, value: Any, cls: type) -> list[tuple[Any, str, Declared]]:
+    try:
+        return spec.refs_in(value, cls.__name__)
+    except RefTypeError:
+        return []  # of another structure: a tree that is being manipulated
+
+
+def _has_refs(instance: Any) -> bool:
+    cls, fields = type(instance), vars(instance)
+    return any(
+        isinstance(x, Ref)
+        for name, spec in _plan_of(cls).of_refs
+        for x, _, _ in _held(spec, fields.get(name), cls)
+    )
+
+
+def _not_a_ref(
+    x: Any,
+    where: str,
+    declared: Declared,
+    lost: bool,
+    failure: str = "",
+    place: str = "",
+) -> RefTypeError:
+    collection = declared.collection
+    made = "rx.Ref(value)" if collection is None else f"rx.Ref(value, {collection!r})"
+    return RefTypeError(
+        (f"{failure}: " if failure else "")
+        + f"`{where}`{f' at {place}' if place else ''} is declared a ref, and holds "
+        + f"{eqx.tree_pformat(x)} instead"
+        + (", to which a value was written that no ref took" if lost else "")
+        + f". Where it is put there (by `eqx.tree_at`, `eqx.combine`, ...), put `{made}`. "
+        "In a module whose refs are all arrays, as in a snapshot, read the fields only."
+    )

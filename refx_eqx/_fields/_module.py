@@ -8,7 +8,7 @@ import equinox as eqx
 from ._axis_names import bind_in_methods
 from ._config import config
 from ._field import declare_ref_fields, field, RefSpec
-from ._instance import check_instance, names_of_instance
+from ._instance import check_field, check_instance, MAY_HOLD_ARRAYS, names_of_instance
 
 
 if TYPE_CHECKING:
@@ -75,6 +75,12 @@ class Module(eqx.Module, metaclass=_ModuleMeta):
             check_instance(self)
 
     if not TYPE_CHECKING:
+
+        def __getattribute__(self, name: str) -> Any:
+            out = super().__getattribute__(name)
+            if isinstance(out, MAY_HOLD_ARRAYS):
+                check_field(self, name, out)
+            return out
 
         def __setattr__(self, name: str, value: Any) -> None:
             declared = type(self).__dataclass_fields__.get(name)

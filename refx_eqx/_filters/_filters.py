@@ -25,6 +25,7 @@ from .._core import _trace
 from .._core._errors import describe, StructureError
 from .._core._nodes import is_opened, Value
 from .._core._ref import make_ref, Ref
+from .._fields._instance import check_refs_in_place
 
 
 __tracebackhide__ = True
@@ -284,6 +285,27 @@ def as_closed(leaves: list[Any]) -> list[Any]:
     return closed
 
 
+def check_can_select(tree: Any, *filters: Any) -> None:
+    """That a filter which asks what a ref is finds refs wherever the modules of the tree
+    declare them.
+
+    **Raises:**
+
+    - `RefTypeError`: if a field that is declared a ref holds an array.
+    """
+    asking = [f for f in map(as_filter, filters) if _asks_refs(f)]
+    if asking:
+        check_refs_in_place(tree, f"Cannot select by {asking[0]!r}")
+
+
+def _asks_refs(filter: Filter) -> bool:
+    if isinstance(filter, _All | _Any):
+        return any(map(_asks_refs, filter.filters))
+    if isinstance(filter, _Not):
+        return _asks_refs(filter.filter)
+    return isinstance(filter, _Collections | _OfType)
+
+
 def choose(paths: list[Path], leaves: list[Any], filters: tuple[Any, ...]) -> list[int]:
     """For each leaf, which of the filters is the first to select it; `len(filters)` if
     none does.
@@ -316,6 +338,7 @@ def choose(paths: list[Path], leaves: list[Any], filters: tuple[Any, ...]) -> li
 
 def selected_refs(tree: Any, filter: Any) -> list[Ref]:
     """The refs of a tree that a filter selects, each once, in order."""
+    check_can_select(tree, filter)
     pairs, _ = leaves_with_paths(tree)
     paths, leaves = [p for p, _ in pairs], [x for _, x in pairs]
     chosen = choose(paths, leaves, (filter,))
@@ -353,7 +376,10 @@ def filter_spec(tree: Any, filter: Any) -> Any:
     **Raises:**
 
     - `StructureError`: if the filter selects a ref at one of its places and not at another.
+    - `RefTypeError`: if a field that is declared a ref holds an array, where a filter asks
+        what is a ref (a collection, a class).
     """
+    check_can_select(tree, filter)
     pairs, treedef = leaves_with_paths(tree)
     closed = as_closed([leaf for _, leaf in pairs])
     chosen = choose([path for path, _ in pairs], closed, (filter,))

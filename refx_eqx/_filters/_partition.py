@@ -14,7 +14,15 @@ from .._core._deref import NOTHING
 from .._core._errors import StructureError
 from .._core._nodes import is_opened
 from .._core._ref import Ref
-from ._filters import as_closed, choose, dotted, key_text, leaves_with_paths, Path
+from ._filters import (
+    as_closed,
+    check_can_select,
+    choose,
+    dotted,
+    key_text,
+    leaves_with_paths,
+    Path,
+)
 
 
 __tracebackhide__ = True
@@ -24,6 +32,7 @@ _T = TypeVar("_T")
 
 
 def _chosen(tree: Any, filters: tuple) -> tuple[list[Path], list[Any], Any, list[int]]:
+    check_can_select(tree, *filters)
     pairs, treedef = leaves_with_paths(tree)
     paths, leaves = [path for path, _ in pairs], [leaf for _, leaf in pairs]
     return paths, leaves, treedef, choose(paths, as_closed(leaves), filters)
@@ -65,6 +74,8 @@ def partition(tree: _T, *filters: Any) -> tuple[_T, ...]:
     **Raises:**
 
     - `StructureError`: if a filter selects a ref at one of its places and not at another.
+    - `RefTypeError`: if a field that is declared a ref holds an array, where a filter asks
+        what is a ref (a collection, a class).
     """
     _, leaves, treedef, chosen = _chosen(tree, filters)
     parts = _split(leaves, chosen, len(filters) + 1)
@@ -219,6 +230,8 @@ def tree_partition(tree: Any, *filters: Any) -> tuple[tuple[Partition, ...], Has
 
     - `StructureError`: if a filter selects a ref at one of its places and not at another,
         or if two leaves have the same path.
+    - `RefTypeError`: if a field that is declared a ref holds an array, where a filter asks
+        what is a ref (a collection, a class).
     """
     paths, leaves, treedef, chosen = _chosen(tree, filters)
     if len(set(paths)) != len(paths):
@@ -256,6 +269,8 @@ def get_partition(tree: Any, filter: Any) -> Partition:
     **Raises:**
 
     - `StructureError`: if the filter selects a ref at one of its places and not at another.
+    - `RefTypeError`: if a field that is declared a ref holds an array, where a filter asks
+        what is a ref (a collection, a class).
     """
     (part, _), _ = tree_partition(tree, filter)
     return part

@@ -15,6 +15,7 @@ from .._core import _trace
 from .._core._errors import describe, RefTypeError, StructureError
 from .._core._nodes import is_opened
 from .._core._ref import check_value, check_writable, Ref
+from .._fields._instance import check_refs_in_place
 from ._filters import aliases, dotted, leaves_with_paths, selected_refs
 from ._update import check_fits, write_all
 
@@ -60,6 +61,7 @@ def state_dict(tree: Any, filter: Any = True) -> dict[str, Any]:
 
     - `StructureError`: if `tree` is derefed, if `filter` selects a ref at one of its places
         and not at another, or if two refs have the same path.
+    - `RefTypeError`: if a field that is declared a ref holds an array.
     - `TraceLevelError`: if a ref may not be read here.
     """
     places = _places(tree, filter, "Cannot make a state dict")
@@ -142,6 +144,7 @@ def _places(tree: Any, filter: Any, failure: str) -> dict[str, Ref]:
                 f"{failure}: the tree is derefed, and has a {type(leaf).__name__} at "
                 f"`{dotted(path)}`. Pass the tree of refs itself."
             )
+    check_refs_in_place(tree, failure)
     paths = aliases(tree)
     places: dict[str, Ref] = {}
     for ref in selected_refs(tree, filter):

@@ -11,6 +11,7 @@ from .._core._deref import NOTHING, path_text
 from .._core._errors import CollectionError, describe, StructureError
 from .._core._nodes import Index, is_opened, Value
 from .._core._ref import check_value, check_writable, commits, Ref
+from .._fields._instance import check_refs_in_place
 
 
 __tracebackhide__ = True
@@ -55,6 +56,7 @@ def update_refs(target: Any, source: Any) -> None:
     - `RefTypeError`: if a value breaks the declared type of its ref.
     - `TraceLevelError`, `ImmutableError`: if a ref may not be written here.
     """
+    check_refs_in_place(target, "Cannot update refs")
     leaves, treedef = jtu.tree_flatten_with_path(target, is_leaf=_is_place)
     try:
         sources = treedef.flatten_up_to(source)

@@ -1,0 +1,156 @@
+"""A field that is declared a ref and holds an array: found at the first door."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import Array, Float
+
+import refx_eqx as rx
+
+
+class Norm(rx.Module):
+    scale: rx.Param[Float[Array, "n"]]
+    mean: rx.BatchStat[Float[Array, "n"]]
+
+    def __call__(self, x):
+        self.mean.value = 0.9 * self.mean.value + 0.1 * x
+        return self.scale.value * (x - self.mean.value)
+
+
+class Plain(eqx.Module):
+    scale: rx.Param[Array] = rx.field()
+    mean: rx.BatchStat[Array] = rx.field()
+
+
+class Layers(rx.Module):
+    weights: list[rx.Param[Array]]
+
+
+def norm():
+    return Norm(jnp.ones(3), jnp.zeros(3))
+
+
+def both_replaced(module):
+    arrays = 2 * jnp.ones(3), 3 * jnp.ones(3)
+    return eqx.tree_at(lambda m: (m.scale, m.mean), module, arrays)
+
+
+TEXT = (
+    r"`{}`.* is declared a ref, and holds f32\[3\] instead.* Where it is put there \(by "
+    r"`eqx\.tree_at`, `eqx\.combine`, \.\.\.\), put `rx\.Ref\(value, '{}'\)`\."
+)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda m: eqx.tree_at(lambda m: m.mean, m, 3 * jnp.ones(3)),
+        lambda m: eqx.combine(eqx.filter(m, rx.collection("params")), rx.snapshot(m)),
+    ],
+    ids=["tree_at", "combine"],
+)
+def test_a_method_that_reads_it(make):
+    module = norm()
+    made = make(module)
+    with pytest.raises(rx.RefTypeError, match=TEXT.format("Norm.mean", "batch_stats")):
+        made(jnp.ones(3))
+    with pytest.raises(rx.RefTypeError, match=TEXT.format("Norm.mean", "batch_stats")):
+        rx.filter_jit(lambda m, x: m(x))(made, jnp.ones(3))
+    # The remedy.
+    mended = eqx.tree_at(
+        lambda m: m.mean, module, rx.Ref(3 * jnp.ones(3), "batch_stats")
+    )
+    mended(jnp.ones(3))
+    assert jnp.allclose(mended.mean.value, 2.8)
+
+
+def test_in_a_list():
+    layers = Layers([jnp.ones(3), jnp.ones(3)])
+    made = eqx.tree_at(lambda m: m.weights[1], layers, jnp.zeros(3))
+    with pytest.raises(
+        rx.RefTypeError, match=TEXT.format(r"Layers.weights\[1\]", "params")
+    ):
+        len(made.weights)
+
+
+def test_a_write_that_no_ref_took_is_told_when_it_is_read():
+    made = both_replaced(norm())
+    with pytest.raises(
+        rx.RefTypeError, match="to which a value was written that no ref"
+    ):
+        made.mean.value = jnp.ones(3)  # on a JAX array, so nothing can stop it
+        made.mean  # noqa: B018
+
+
+def test_a_write_inside_a_transform_raises():
+    def write(module):
+        module.mean.value = jnp.ones(3)
+
+    for transform in (jax.jit, rx.filter_jit, eqx.filter_jit):
+        with pytest.raises(AttributeError):
+            transform(write)(both_replaced(norm()))
+
+
+@pytest.mark.parametrize(
+    "door, failure",
+    [
+        (rx.state_dict, "Cannot make a state dict"),
+        (lambda m: rx.load_state_dict(m, {}), "Cannot load the state"),
+        (lambda m: rx.update_refs(m, m), "Cannot update refs"),
+        (lambda m: rx.filter_spec(m, "params"), "Cannot select by rx.collection"),
+        (lambda m: rx.filter_spec(m, ~rx.collection("params")), "Cannot select by"),
+        (lambda m: rx.filter_spec(m, rx.path("scale") & "params"), "Cannot select by"),
+        (lambda m: rx.partition(m, rx.path("scale"), "params"), "Cannot select by"),
+        (lambda m: rx.get_partition(m, rx.Ref), "Cannot select by Ref"),
+        (lambda m: rx.mutable("params", m).__enter__(), "Cannot select by"),
+        (lambda m: rx.filter_grad(jnp.sum, wrt="params")(m), "Cannot select by"),
+    ],
+)
+@pytest.mark.parametrize("cls", [Norm, Plain])
+def test_what_asks_for_refs(door, failure, cls):
+    module = cls(jnp.ones(3), jnp.zeros(3))
+    text = TEXT.format(f"{cls.__name__}.scale", "params")
+    with pytest.raises(rx.RefTypeError, match=f"{failure}.*: {text}"):
+        door({"norm": both_replaced(module)})
+
+
+def test_numpy_arrays_and_numbers_are_found_too():
+    for value in (np.zeros(3, np.float32), 1.5, True):
+        made = eqx.tree_at(lambda m: m.mean, norm(), value)
+        with pytest.raises(
+            rx.RefTypeError, match=r"`Norm\.mean` at \.mean is declared"
+        ):
+            rx.state_dict(made)
+
+
+def test_what_jax_puts_there_is_legal():
+    module = norm()
+    for leaf in (
+        None,
+        object(),
+        True,
+        0,
+        "spec",
+        jax.ShapeDtypeStruct((3,), jnp.float32),
+    ):
+        other = jax.tree.map(lambda _: leaf, module)
+        assert other.mean is leaf and other.scale is leaf
+        one = eqx.tree_at(lambda m: m.mean, module, leaf)
+        assert one.mean is leaf and isinstance(one.scale, rx.Ref)
+
+
+def test_snapshots_and_gradients_are_legal():
+    plain = rx.snapshot(norm())
+    doubled = jax.tree.map(lambda x: 2 * x, plain)
+    assert isinstance(doubled.mean, jax.Array) and doubled.scale[0] == 2.0
+    loss = lambda m: jnp.sum(m.scale * 3.0 + m.mean)
+    for grad in (jax.grad, eqx.filter_grad, rx.filter_grad):
+        grads = grad(loss)(plain)
+        assert grads.scale[0] == 3.0 and grads.mean[0] == 1.0
+    assert rx.filter_jit(loss)(plain) == 9.0
+    assert (
+        rx.filter_grad(lambda m: jnp.sum(m.scale.value))(norm()).scale.value[0] == 1.0
+    )
+    assert rx.filter_spec(plain, eqx.is_array).mean is True
