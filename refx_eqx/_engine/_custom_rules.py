@@ -18,6 +18,7 @@ from .._core import _trace
 from .._core._call import Opened, run_body
 from .._core._errors import describe, name_of, StructureError
 from .._core._structure import inside_of, join_value, Outcome, OutcomeInfo, split_value
+from ._places import bare_place
 
 
 __tracebackhide__ = True
@@ -39,10 +40,12 @@ class Frame:
     """What the function and its rules are run on. Holds no array and, strongly, no ref.
 
     - `info`, `written`: what the function did (or the rule that ran in its place).
+    - `remedy`: how to have a derivative by something, for messages.
     """
 
-    def __init__(self, name: str, fn: Any, opened: Opened):
+    def __init__(self, name: str, fn: Any, opened: Opened, remedy: str):
         self.name = name
+        self.remedy = remedy
         self.fn_name = name_of(fn)
         self.structure = opened.structure
         self.spans = opened.spans
@@ -105,12 +108,14 @@ class Frame:
             number = self.ref_at(i)
             if number in written:
                 continue
-            what = "an array" if number is None else self.describe(number)
+            if number is None:
+                what = f"the array in {bare_place(self.structure, i)}"
+            else:
+                what = self.describe(number)
             raise StructureError(
                 f"`{self.name}`: the rule of `{self.fn_name}` gives no derivative by {what}, "
-                "which is differentiated here. Pass it where the rule has a derivative for "
-                "it, or exclude it: `rx.filter_grad(..., wrt=...)`, or "
-                "`jax.lax.stop_gradient`."
+                f"which is differentiated here. {self.remedy} Or exclude it: "
+                "`rx.filter_grad(..., wrt=...)`, or `jax.lax.stop_gradient`."
             )
 
     def values(self, arrays: list[Any]) -> list[Any]:

@@ -24,6 +24,9 @@ from .._engine._layout import Layout, layout_of_args, result_of, Sparse
 __tracebackhide__ = True
 
 
+_REMEDY = "Pass it by position: the rule has a tangent for each positional argument."
+
+
 class filter_custom_jvp(Custom):
     """As `equinox.filter_custom_jvp`, by reference.
 
@@ -90,7 +93,7 @@ class filter_custom_jvp(Custom):
 
         def transform(opened: Opened) -> Outcome:
             plain, channels = without_channels(opened)
-            frame = Frame("filter_custom_jvp", self.__wrapped__, plain)
+            frame = Frame("filter_custom_jvp", self.__wrapped__, plain, _REMEDY)
             out, updates = _custom_jvp(frame, layout_of_args(plain, n))(plain.arrays)
             assert frame.info is not None
             outcome = Outcome(out, jax.lax.stop_gradient(updates), frame.info)

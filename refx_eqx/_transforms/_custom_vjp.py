@@ -36,6 +36,9 @@ from .._engine._layout import Layout, layout_of_first, result_of, Sparse
 __tracebackhide__ = True
 
 
+_REMEDY = "Pass it in the first argument, packed into a tuple with what is there now."
+
+
 class filter_custom_vjp(Custom):
     """As `equinox.filter_custom_vjp`, by reference. The backward rule too may write a ref.
 
@@ -132,7 +135,7 @@ class filter_custom_vjp(Custom):
 
         def transform(opened: Opened) -> Outcome:
             plain, channels = without_channels(opened)
-            frame = Frame("filter_custom_vjp", self.__wrapped__, plain)
+            frame = Frame("filter_custom_vjp", self.__wrapped__, plain, _REMEDY)
             flat = _Parts(frame, layout_of_first(plain)).joined()
             carriers = {i: x for i, x in enumerate(plain.arrays) if is_inexact(x)}
             if channels:
@@ -216,6 +219,9 @@ class _Parts:
         perturbed = [
             i in carriers and carriers[i].perturbed for i in range(len(arrays))
         ]
+        elsewhere = [i for i in _set(perturbed) if i not in self.positions]
+        n_bare = self.frame.structure.n_bare
+        self.frame.refuse_perturbed([i for i in elsewhere if i < n_bare], set())
         arrays = [x.value for x in arrays]
         channels = jtu.tree_map(lambda x: x.value, channels)
         flags = self.layout.fill(perturbed, other=False)
@@ -254,11 +260,13 @@ class _Parts:
             for (i, inexact), ct in zip(forward.made, of_out)
         )
         grads: dict[int, Any] = {}
-        wanted = any(forward.perturbed[i] for i in self.positions)
-        # Else JAX would not have called the rule: only a channel brought us here.
-        if wanted and any(ct is not None for ct in grad_out.values()):
+        if any(ct is not None for ct in grad_out.values()):
             residual = eqx.combine(kept, forward.statics)
-            grads, live = self.pull_back(forward, residual, arrays, grad_out, live)
+            args = forward, residual, arrays, grad_out, live
+            if any(forward.perturbed[i] for i in self.positions):
+                grads, live = self.pull_back(*args)
+            else:
+                self.check_unwanted(*args)
         of_carriers = {
             i: grads.get(i) if forward.perturbed[i] else None
             for i, x in enumerate(arrays)
@@ -267,16 +275,16 @@ class _Parts:
         none = [None] * len(arrays)
         return none, of_carriers, {i: live.get(i) for i in ends}
 
-    def pull_back(
+    def run_rule(
         self,
         forward: _Forward,
         residuals: Any,
         arrays: list[Any],
         grad_out: Sparse,
         ends: dict[int, Any],
-    ) -> tuple[dict[int, Any], dict[int, Any]]:
-        """Runs the backward rule. Returns the gradients by position, and the channels by
-        number: `ends` came along them, and what the rule wrote goes on."""
+    ) -> tuple[Any, dict[int, Any], list[Any]]:
+        """Runs the backward rule. Returns the gradient, what it wrote by number, and the
+        values that the refs had."""
         frame = self.frame
         present = frame.values(arrays)
         for i, end in ends.items():
@@ -291,11 +299,29 @@ class _Parts:
 
         outcome = frame.run(frame.with_values(arrays, present), run)
         new = updates_by_number(outcome)
-        perturbed = [i for i, flag in enumerate(forward.perturbed) if flag]
-        frame.refuse_perturbed(
-            [i for i in perturbed if i not in self.positions],
-            forward.written | new.keys(),
-        )
+        elsewhere = [i for i in _set(forward.perturbed) if i not in self.positions]
+        frame.refuse_perturbed(elsewhere, forward.written | new.keys())
+        return found["grad"], new, present
+
+    def check_unwanted(self, forward: _Forward, *args: Any) -> None:
+        """Where no gradient is asked of the rule. It is not run; but what is differentiated
+        must be state, and which refs it writes only the rule can tell."""
+        numbers = map(self.frame.ref_at, _set(forward.perturbed))
+        if any(number not in forward.written for number in numbers):
+            jax.eval_shape(lambda: self.run_rule(forward, *args) and None)
+
+    def pull_back(
+        self,
+        forward: _Forward,
+        residuals: Any,
+        arrays: list[Any],
+        grad_out: Sparse,
+        ends: dict[int, Any],
+    ) -> tuple[dict[int, Any], dict[int, Any]]:
+        """Returns the gradients by position, and the channels by number: `ends` came along
+        them, and what the rule wrote goes on."""
+        frame = self.frame
+        grad, new, present = self.run_rule(forward, residuals, arrays, grad_out, ends)
         written = {}
         for i, value in new.items():
             which = f"The backward rule of `{frame.fn_name}` writes {frame.describe(i)}"
@@ -304,7 +330,11 @@ class _Parts:
                 which, collection, value, present[i], ends.get(i)
             )
         what = "The gradient that a backward rule returns"
-        return self.layout.read(found["grad"], what), {**ends, **written}
+        return self.layout.read(grad, what), {**ends, **written}
+
+
+def _set(flags: list[bool]) -> list[int]:
+    return [i for i, flag in enumerate(flags) if flag]
 
 
 def _has_zeros(tree: Any) -> bool:

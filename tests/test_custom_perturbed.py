@@ -1,0 +1,170 @@
+"""A custom rule has no derivative by some of what it is given: that is said, never zero."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import pytest
+
+import refx_eqx as rx
+
+
+def value(w):
+    return w.value if isinstance(w, rx.Ref) else w
+
+
+def product(library):
+    """The product of the first argument with all others."""
+
+    def f(x, *args, **kwargs):
+        for w in jax.tree.leaves((args, kwargs)):
+            x = x * value(w)
+        return x
+
+    custom = library.filter_custom_vjp(f)
+    custom.def_fwd(lambda perturbed, *args, **kwargs: (f(*args, **kwargs), None))
+
+    @custom.def_bwd
+    def _(residuals, grad, perturbed, x, *args, **kwargs):
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            return f(grad, *args, **kwargs)
+
+    return custom
+
+
+def by_closure(w):
+    @rx.filter_custom_vjp
+    def f(x):
+        return x * w.value
+
+    f.def_fwd(lambda perturbed, x: (x * w.value, None))
+    f.def_bwd(lambda residuals, grad, perturbed, x: grad * w.value)
+    return f
+
+
+X = jnp.array(3.0)
+
+# What is differentiated, `w`, reaches the rule by each of these ways.
+WAYS = {
+    "a second argument": lambda f, w: f(X, w),
+    "a tree": lambda f, w: f(X, {"w": (w, 2.0)}),
+    "a keyword": lambda f, w: f(X, w=w),
+    "an integer first argument": lambda f, w: f(jnp.array(3), w),
+    "both": lambda f, w: f(X * value(w), w),
+    "a partial": lambda f, w: eqx.Partial(f, X)(w),
+}
+
+OUTER = {
+    "grad": lambda lib, f, w: lib.filter_grad(f)(w),
+    "jit of grad": lambda lib, f, w: lib.filter_jit(lib.filter_grad(f))(w),
+    "grad of jit": lambda lib, f, w: lib.filter_grad(lib.filter_jit(f))(w),
+    "vjp": lambda lib, f, w: lib.filter_vjp(f, w)[1](jnp.array(1.0)),
+    "checkpoint": lambda lib, f, w: lib.filter_grad(lib.filter_checkpoint(f))(w),
+    "vmap": lambda lib, f, w: lib.filter_grad(
+        lambda w: jnp.sum(lib.filter_vmap(lambda x: f(w) * x)(jnp.arange(2.0)))
+    )(w),
+}
+
+MATCH = "no derivative by .*, which is differentiated here. Pass it in the first arg"
+
+
+@pytest.mark.parametrize(
+    "way, outer",
+    [*((way, "grad of jit") for way in WAYS), *(("a keyword", x) for x in OUTER)],
+)
+def test_what_is_not_the_first_argument_is_refused(way, outer):
+    ref, array = rx.Ref(jnp.array(2.0), "params"), jnp.array(2.0)
+    with jax.check_tracer_leaks(False):  # the errors hold tracers
+        with pytest.raises(RuntimeError, match="Unexpected tangent"):
+            OUTER[outer](eqx, lambda w: WAYS[way](product(eqx), w), array)
+        for w in (ref, array):
+            with pytest.raises(rx.StructureError, match=MATCH):
+                OUTER[outer](rx, lambda w: WAYS[way](product(rx), w), w)
+    assert ref.value == 2.0
+
+
+@pytest.mark.parametrize("outer", OUTER)
+def test_what_the_function_closes_over_is_refused(outer):
+    w = rx.Ref(jnp.array(2.0), "params")
+    with jax.check_tracer_leaks(False):
+        with pytest.raises(rx.StructureError, match=MATCH):
+            OUTER[outer](rx, lambda w: by_closure(w)(X), w)
+
+
+@pytest.mark.parametrize(
+    "way, place",
+    [
+        ("a second argument", "the array in argument 1, which"),
+        ("a tree", r"the array in argument 1 at `\['w'\]\[0\]`, which"),
+        ("a keyword", "the array in the keyword argument `w`, which"),
+    ],
+)
+def test_the_message_says_where_the_array_is(way, place):
+    with pytest.raises(rx.StructureError, match=place):
+        rx.filter_grad(lambda w: WAYS[way](product(rx), w))(jnp.array(2.0))
+
+
+def test_the_remedies_of_the_message():
+    w, f = rx.Ref(jnp.array(2.0), "params"), product(rx)
+
+    @rx.filter_custom_vjp
+    def packed(xw):
+        return xw[0] * xw[1].value
+
+    packed.def_fwd(lambda perturbed, xw: (packed.__wrapped__(xw), None))
+    packed.def_bwd(lambda residuals, grad, perturbed, xw: (None, grad * xw[0]))
+    assert rx.filter_grad(lambda w: packed((X, w)))(w).value == 3.0
+
+    model = {"w": w, "x": X}
+    grads = rx.filter_grad(lambda m: f(m["x"], m["w"]), wrt=rx.path("x"))(model)
+    assert grads["x"] == 2.0
+    stopped = rx.filter_grad(lambda w: w.value * f(X, jax.lax.stop_gradient(w.value)))
+    assert stopped(w).value == 6.0
+
+
+@pytest.mark.parametrize("x_is_differentiated", [True, False])
+def test_state_that_a_rule_writes_is_no_parameter(x_is_differentiated):
+    model = {"w": rx.Ref(jnp.array(2.0)), "amax": rx.Ref(jnp.array(0.0), "fp8")}
+
+    @rx.filter_custom_vjp
+    def watch(x, amax):
+        return x
+
+    watch.def_fwd(lambda perturbed, x, amax: (x, None))
+
+    @watch.def_bwd
+    def _(residuals, grad, perturbed, x, amax):
+        amax.value = jnp.abs(grad)
+        return grad
+
+    def loss(model, x):
+        x = x * model["w"].value if x_is_differentiated else x
+        return watch(x, model["amax"]) * 5 * model["w"].value
+
+    grads = rx.filter_grad(loss)(model, X)
+    assert grads["w"].value == (60.0 if x_is_differentiated else 15.0)
+    assert grads["amax"].value == 0.0
+    # Nothing asks the rule for a gradient of data, so it does not run, as in JAX.
+    assert model["amax"].value == (10.0 if x_is_differentiated else 0.0)
+
+
+def test_a_rule_that_only_reads_beside_one_that_writes_the_collection():
+    """The channel of a ref does not hide that it is differentiated."""
+    model = {"w": rx.Ref(jnp.array(2.0), "all"), "n": rx.Ref(jnp.array(0.0), "all")}
+
+    @rx.filter_custom_vjp
+    def count(x, n):
+        return x
+
+    count.def_fwd(lambda perturbed, x, n: (x, None))
+
+    @count.def_bwd
+    def _(residuals, grad, perturbed, x, n):
+        n.value += 1.0
+        return grad
+
+    def loss(model):
+        return count(model["w"].value, model["n"]) * product(rx)(X, model["w"])
+
+    with pytest.raises(rx.StructureError, match=MATCH):
+        rx.filter_grad(loss)(model)
+    assert model["n"].value == 0.0
