@@ -1,5 +1,6 @@
 """What is traced again and what is not; and that nothing is kept that should be dropped."""
 
+import dataclasses
 import gc
 import os
 import subprocess
@@ -240,6 +241,33 @@ def test_a_repeated_call_notices_what_a_closure_variable_is_bound_to():
     del options
     with pytest.raises(NameError):
         f(ref)
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Options:
+    factor: float
+
+
+class WithOptions(eqx.Module):
+    ref: rx.Ref
+    options: Options
+
+
+@pytest.mark.parametrize("where", ["in a module", "closure", "argument"])
+def test_a_repeated_call_notices_a_static_leaf_that_changed_in_place(where):
+    options, ref = Options(2.0), rx.Ref(jnp.array(1.0))
+    model = WithOptions(ref, options)
+    by_module = rx.filter_jit(lambda model: model.ref.value * model.options.factor)
+    by_closure = rx.filter_jit(lambda: model.ref.value * model.options.factor)
+    by_argument = rx.filter_jit(lambda ref, options: ref.value * options.factor)
+    call = {
+        "in a module": lambda: float(by_module(model)),
+        "closure": lambda: float(by_closure()),
+        "argument": lambda: float(by_argument(ref, options)),
+    }[where]
+    for factor in (2.0, 3.0, 2.0, 5.0):
+        options.factor = factor
+        assert [call() for _ in range(4)] == [factor] * 4
 
 
 def test_what_cannot_be_planned_is_not_tried_at_each_call(monkeypatch):

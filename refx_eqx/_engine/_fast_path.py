@@ -8,11 +8,15 @@ back.
 What may have changed since is checked, cheaply, and then the plan is made anew:
 
 - a list or a dict in the module, or a closure variable: compared item by item, by identity;
+- a static leaf with a hash of its own (a dataclass with `unsafe_hash`): by its hash, as
+  programs are found. (Static fields of a module are compared by JAX, as parts of a treedef:
+  it does not notice one that changes in place, nor does Equinox.)
 - the structure of a ref (its value is no array any more, or its collection was set):
   `commits.irregular` counts the writes that could do that;
 - a tree of a type that is not known to be immutable: there is no plan for it.
 """
 
+import enum
 import functools
 import itertools
 import types
@@ -211,6 +215,7 @@ class Plan:
         "refs",
         "run",
         "slots",
+        "statics",
     )
 
     # For each array beside the refs: its position among those of the call, or the array
@@ -219,6 +224,7 @@ class Plan:
     # What could have changed.
     containers: list["_List | _Dict"]
     cells: list[_closure.Watched]
+    statics: list[tuple[Any, int]]
     # Weak references to the modules that the key has by identity.
     guards: list[weakref.ref]
     # Of the last outcome: its info, and the refs that it writes, or `None` if some of them
@@ -237,7 +243,7 @@ class Plan:
             functools.partial(variant.dispatch, opened) if donates else variant.plain
         )
         self.bare = bare
-        self.containers, self.cells = [], []
+        self.containers, self.cells, self.statics = [], [], []
         self.guards = []
         self.last = None, None
         self.irregular = irregular
@@ -257,8 +263,10 @@ class Plan:
         return True
 
     def holds(self) -> bool:
-        """Whether no list, dict or closure variable has changed."""
+        """Whether no list, dict, static object or closure variable has changed."""
         if self.containers and not all(x.holds() for x in self.containers):
+            return False
+        if self.statics and any(hash(obj) != then for obj, then in self.statics):
             return False
         try:
             # Most contents are objects that stay: that is quicker seen than keys compared.
@@ -427,6 +435,8 @@ class _Walk:
                 self._seen.add(id(leaf))
                 for inside in _closure.inside(leaf):
                     self.tree(inside)
+            else:
+                self._static(leaf)
 
     def _visit(self, x: Any) -> bool:
         kind = type(x)
@@ -438,9 +448,21 @@ class _Walk:
             self.unknown = True
         return False
 
+    def _static(self, leaf: Any) -> None:
+        if type(leaf).__hash__ is object.__hash__ or isinstance(leaf, _OF_ONE_HASH):
+            return
+        self._seen.add(id(leaf))
+        self._plan.statics.append((leaf, hash(leaf)))
+
 
 def _is_immutable(kind: type) -> bool:
     return _is_by_identity(kind) or issubclass(kind, _IMMUTABLE)
 
 
 _IMMUTABLE = (tuple, type(None), jtu.Partial, Lifted, *_ARRAYS)
+
+# What is hashed by its value, and cannot change it.
+_OF_ONE_HASH = (
+    *(bool, int, float, complex, str, bytes, type, type(None)),
+    *(enum.Enum, np.dtype, np.generic, np.ndarray, jax.Array, Ref),
+)
