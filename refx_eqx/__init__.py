@@ -15,6 +15,7 @@ from ._core._deref import (
 from ._core._errors import (
     CollectionError as CollectionError,
     ConcurrencyError as ConcurrencyError,
+    DonatedError as DonatedError,
     ImmutableError as ImmutableError,
     RefError as RefError,
     RefTypeError as RefTypeError,

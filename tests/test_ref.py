@@ -309,5 +309,6 @@ def test_errors_have_the_documented_bases():
         rx.RefTypeError,
         rx.ImmutableError,
         rx.ConcurrencyError,
+        rx.DonatedError,
     ):
         assert issubclass(error, rx.RefError)

@@ -14,7 +14,7 @@ import jax.tree_util as jtu
 
 from ._errors import describe, StructureError
 from ._nodes import Index, is_opened, note_of, Value
-from ._ref import is_ref, make_ref, Ref
+from ._ref import check_not_deleted, is_ref, make_ref, Ref
 
 
 __tracebackhide__ = True
@@ -160,6 +160,7 @@ def reref(tree: _T) -> _T:
     - `StructureError`: if `tree` holds a ref already, an `Index` without its `Value`, two
         values for one ref, or a node whose collection disagrees with its `Value`'s.
     - `RefTypeError`: if a value breaks the declared type of its ref.
+    - `DonatedError`: if the buffer of a value is gone.
     """
     leaves, treedef = jtu.tree_flatten(tree, is_leaf=is_opened)
     refs: dict[int, Ref] = {}
@@ -192,6 +193,8 @@ def _close(node: Value) -> Ref:
     ref = make_ref(
         node.ref_type, node.value, node.collection, node.note.name, node.note.declared
     )
+    for leaf in jtu.tree_leaves(node.value):
+        check_not_deleted(ref, leaf)
     for declaration in ref._declared or ():
         declaration.check_rebuilt(ref)
     return ref

@@ -21,7 +21,8 @@ class RefError(Exception):
     - [`refx_eqx.CollectionError`][]: a ref of one collection where another is declared;
     - [`refx_eqx.RefTypeError`][]: a value that breaks the declared type of a ref;
     - [`refx_eqx.ImmutableError`][]: a write that [`refx_eqx.mutable`][] does not allow;
-    - [`refx_eqx.ConcurrencyError`][]: a donated ref was changed by another thread.
+    - [`refx_eqx.ConcurrencyError`][]: a donated ref was changed by another thread;
+    - [`refx_eqx.DonatedError`][]: an array whose buffer was donated, and is gone.
     """
 
 
@@ -115,6 +116,33 @@ class ConcurrencyError(RefError, RuntimeError):
     again: its buffer was donated, or it was disturbed each time.
 
     Guard the calls with a lock.
+    """
+
+
+class DonatedError(RefError, RuntimeError):
+    """An array whose buffer is gone: it was donated to a call, or deleted.
+
+    A call of [`refx_eqx.filter_jit`][] with `donate=` takes no buffer of a ref that anybody
+    else holds, so it was another library's call, or `.delete()`.
+
+    !!! Example
+
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        ref = rx.Ref(jnp.zeros(3))
+        add_one = jax.jit(lambda x: x + 1, donate_argnums=0)
+        add_one(jnp.array(ref.value, copy=True))  # without the copy, `ref` loses its value
+        x = jnp.ones(3)
+        add_one(x)
+        try:
+            ref.value = x
+        except rx.DonatedError:
+            pass
+        assert ref.value[0] == 0.0
+        ```
     """
 
 

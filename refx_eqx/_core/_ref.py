@@ -16,7 +16,13 @@ import jax.tree_util as jtu
 from jax import Array
 
 from . import _trace
-from ._errors import describe, ImmutableError, StructureError, TraceLevelError
+from ._errors import (
+    describe,
+    DonatedError,
+    ImmutableError,
+    StructureError,
+    TraceLevelError,
+)
 
 
 if TYPE_CHECKING:
@@ -336,7 +342,9 @@ def check_value(ref: Ref, value: Any) -> Any:
 
     Returns what to store: a Python scalar becomes an array, if an array is declared.
     """
-    if type(value) is not _trace.ConcreteArray:
+    if type(value) is _trace.ConcreteArray:
+        check_not_deleted(ref, value)
+    else:
         for leaf in jtu.tree_leaves(value):
             if isinstance(leaf, Ref):
                 raise StructureError(
@@ -351,9 +359,19 @@ def check_value(ref: Ref, value: Any) -> Any:
                     "Cannot mutate ref from different trace level: "
                     f"{describe(ref._name, ref._collection)}: {reason}"
                 )
+            check_not_deleted(ref, leaf)
     for declaration in ref._declared or ():
         value = declaration.checked(ref, value)
     return value
+
+
+def check_not_deleted(ref: Ref, leaf: Any) -> None:
+    if _trace.is_deleted(leaf):
+        raise DonatedError(
+            f"Cannot put a deleted array into {describe(ref._name, ref._collection)}: its "
+            f"buffer ({leaf.dtype}{list(leaf.shape)}) was donated to a call, or deleted, "
+            "and its numbers are gone. Give that call a copy: `jnp.array(x, copy=True)`."
+        )
 
 
 def declare(ref: Ref, declaration: Any) -> None:

@@ -30,6 +30,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import jax
 from jax._src import api, config, core
 from jax._src.array import ArrayImpl
 from jax._src.interpreters.ad import JVPTracer
@@ -332,6 +333,11 @@ def is_tracer(x: Any) -> bool:
     return isinstance(x, core.Tracer)
 
 
+def is_deleted(x: Any) -> bool:
+    """Whether `x` is an array whose buffer is gone: it was donated, or deleted."""
+    return isinstance(x, _Array) and not isinstance(x, core.Tracer) and x.is_deleted()
+
+
 def has_tangent(x: Any) -> bool:
     """Whether `x` depends on an input of the `jvp` that is running innermost."""
     return isinstance(x, JVPTracer) and x._trace is core.trace_ctx.trace
@@ -371,3 +377,4 @@ def refuse_as_array(cls: type, refuse: Callable[[Any], Any]) -> None:
 # The class of a JAX array that is not a tracer. `type(x) is ConcreteArray` takes a tenth of
 # the time of `isinstance(x, jax.Array)`, which goes through a metaclass.
 ConcreteArray = ArrayImpl
+_Array = jax.Array

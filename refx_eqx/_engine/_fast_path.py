@@ -208,6 +208,7 @@ class Plan:
         "bare",
         "cells",
         "containers",
+        "donate",
         "guards",
         "irregular",
         "last",
@@ -238,9 +239,9 @@ class Plan:
         self.refs = opened.refs
         self.slots = opened.structure.slots
         # Without donation there is nothing to decide on a call.
-        donates = variant.donates
-        self.run = (
-            functools.partial(variant.dispatch, opened) if donates else variant.plain
+        self.run = variant.plain
+        self.donate = (
+            functools.partial(variant.dispatch, opened) if variant.donates else None
         )
         self.bare = bare
         self.containers, self.cells, self.statics = [], [], []
@@ -295,7 +296,11 @@ class Plan:
             calls.append(self.opened)
             try:
                 try:
-                    out, updates, info = self.run(arrays + values if arrays else values)
+                    if self.donate is not None:
+                        out, updates, info = self.donate(arrays + values, values)
+                    else:
+                        flat = arrays + values if arrays else values
+                        out, updates, info = self.run(flat)
                     if info.waits:
                         jax.block_until_ready((out, updates))
                 finally:

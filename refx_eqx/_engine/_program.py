@@ -6,22 +6,24 @@ programs too, so that a second call with the same structure does not trace again
 
 import functools
 import logging
+import sys
+import threading
 import types
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterable
+from operator import gt
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import tree_leaves as leaves
 
 from .._core import _trace
 from .._core._call import dispatching, Disturbed, Opened, running_call
 from .._core._closure import origin_of
-from .._core._errors import ConcurrencyError, describe
+from .._core._errors import ConcurrencyError, describe, DonatedError
 from .._core._ref import Ref
 from .._core._structure import DYNAMIC, inside_of, Outcome, Structure
 
@@ -33,10 +35,18 @@ Donate = Literal["all", "all-except-first", "warn", "warn-except-first", "none",
 
 
 class Split(NamedTuple):
-    """Which of the flat arrays are donated."""
+    """Which of the flat arrays are donated.
+
+    The first `n_outside` of those that are donated are outside refs. `alone` says for each
+    how often Python counts it if nobody but its ref holds it (see `apart`). `trees` says
+    which of them are in a ref with a pytree: the number of the ref, and their positions.
+    """
 
     donated: tuple[int, ...]
     kept: tuple[int, ...]
+    n_outside: int = 0
+    alone: tuple[int, ...] = ()
+    trees: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
 class _Resplit(Exception):
@@ -82,7 +92,9 @@ class Program:
         variant = self.variant(opened.structure)
         try:
             with dispatching(opened):
-                out, updates, info = variant.dispatch(opened, opened.arrays)
+                out, updates, info = variant.dispatch(
+                    opened, opened.arrays, opened.values
+                )
             if info.waits and _trace.is_evaluating():
                 # A failed check must leave every ref at its old value.
                 jax.block_until_ready((out, updates))
@@ -142,8 +154,13 @@ class Variant:
             donating, static_argnums=0, donate_argnums=1, **program.jitkwargs
         )
 
-    def dispatch(self, opened: Opened, arrays: list[Any]) -> tuple[list, dict, Any]:
-        """Calls the program; to be called while `opened` is the running call."""
+    def dispatch(
+        self, opened: Opened, arrays: list[Any], values: list[Any]
+    ) -> tuple[list, dict, Any]:
+        """Calls the program; to be called while `opened` is the running call.
+
+        `arrays` and `values` are those of the call, in place of what `opened` has.
+        """
         if self._donate == "none" or not _trace.is_evaluating():
             return self.plain(arrays)
         if _trace.is_checking_results():
@@ -151,17 +168,22 @@ class Variant:
             return self.plain(arrays)
         split = self.split(opened, arrays)
         while True:
-            donated, kept = apart(arrays, split)
             try:
-                if self._donate in ("warn", "warn-except-first", "refs"):
-                    return self._donating(split, donated, kept)
-                with warnings.catch_warnings():
-                    warnings.filterwarnings(
-                        "ignore", message="Some donated buffers were not usable*"
-                    )
-                    return self._donating(split, donated, kept)
+                return self._donate_once(split, arrays, values)
             except _Resplit as e:
                 split = self._other_splits[_types(arrays)] = e.split
+
+    def _donate_once(
+        self, split: Split, arrays: list[Any], values: list[Any]
+    ) -> tuple[list, dict, Any]:
+        donated, kept = apart(arrays, values, split)
+        if self._donate in ("warn", "warn-except-first", "refs"):
+            return self._donating(split, donated, kept)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="Some donated buffers were not usable*"
+            )
+            return self._donating(split, donated, kept)
 
     def lower(self, opened: Opened) -> tuple[Any, Split]:
         """The lowered program, and what of its arrays it donates."""
@@ -171,10 +193,14 @@ class Variant:
                 return self.plain.lower(arrays), Split((), tuple(range(len(arrays))))
             split = self.split(opened, arrays)
             try:
-                lowered = self._donating.lower(split, *apart(arrays, split))
+                lowered = self._donating.lower(
+                    split, *apart(arrays, opened.values, split)
+                )
             except _Resplit as e:
                 split = self._other_splits[_types(arrays)] = e.split
-                lowered = self._donating.lower(split, *apart(arrays, split))
+                lowered = self._donating.lower(
+                    split, *apart(arrays, opened.values, split)
+                )
             return lowered, split
 
     def split(self, opened: Opened, arrays: list[Any]) -> Split:
@@ -208,9 +234,22 @@ class Variant:
             for i, after in zip(range(*opened.spans[number]), leaves(new)):
                 if eqx.is_array(arrays[i]) and _same_buffer_type(arrays[i], after):
                     donated.add(i)
+        ordered = tuple(i for i in every if i in donated)
+        trees = {
+            number: tuple(k for k, i in enumerate(ordered) if i in range(*span))
+            for number, span in enumerate(opened.spans)
+            if self._structure.slots[number].inside is not None
+        }
+        in_trees = {k for positions in trees.values() for k in positions}
+        n_outside = sum(i < self._structure.n_bare for i in ordered)
         return Split(
-            tuple(i for i in every if i in donated),
+            ordered,
             tuple(i for i in every if i not in donated),
+            n_outside,
+            # What is outside refs the caller donates, who may well hold it.
+            (sys.maxsize,) * n_outside
+            + tuple(_ALONE - (k in in_trees) for k in range(n_outside, len(ordered))),
+            tuple((number, ks) for number, ks in trees.items() if ks),
         )
 
 
@@ -248,18 +287,57 @@ def _codes_by_part(structure: Structure) -> list[tuple[int, ...]]:
     return parts
 
 
-def apart(arrays: list[Any], split: Split) -> tuple[list[Any], list[Any]]:
+def apart(
+    arrays: list[Any], values: list[Any], split: Split
+) -> tuple[list[Any], list[Any]]:
+    """The arrays that are donated, and those that are not.
+
+    A buffer of a ref that somebody else holds too (a snapshot, a clone, another ref, a
+    variable) is theirs to keep: a copy is donated in its stead. Python counts who holds an
+    object: the ref or the pytree in it, and `arrays`, `values` and the list made here.
+
+    **Arguments:**
+
+    - `arrays`: of the call, flat.
+    - `values`: of its refs.
+    - `split`: which arrays to donate.
+    """
     donated = [arrays[i] for i in split.donated]
     kept = [arrays[i] for i in split.kept]
-    if donated and len(set(map(id, arrays))) != len(arrays):
-        # One buffer in two refs (an average that starts at the parameters, zeros made
-        # once) can be donated for neither: give away a copy.
-        seen = set(map(id, kept))
-        for k, x in enumerate(donated):
+    if any(map(gt, map(sys.getrefcount, donated), split.alone)):
+        for k, alone in enumerate(split.alone):
+            # Not through a generator or a variable, which are counted.
+            if sys.getrefcount(donated[k]) > alone:
+                donated[k] = _copy(donated[k])
+    for number, positions in split.trees:
+        if sys.getrefcount(values[number]) > _TREE_ALONE:
+            for k in positions:
+                donated[k] = _copy(donated[k])
+    if split.n_outside:
+        # The caller may donate what a ref has too, or one array twice.
+        seen = set(map(id, kept)) | set(map(id, donated[split.n_outside :]))
+        for k, x in enumerate(donated[: split.n_outside]):
             if id(x) in seen:
-                donated[k] = jnp.array(x, copy=True)
+                donated[k] = _copy(x)
             seen.add(id(x))
     return donated, kept
+
+
+def _copy(x: Any) -> Any:
+    return x.copy() if isinstance(x, jax.Array) else x  # a number of Python
+
+
+def _count_alone() -> tuple[int, int]:
+    """What `apart` counts for an array that only its ref holds, and for a pytree."""
+    ref = [object()]
+    values, arrays = ref[:], ref[:]
+    donated = [arrays[0]]
+    (of_array,) = map(sys.getrefcount, donated)
+    del arrays, donated
+    return of_array, sys.getrefcount(values[0])
+
+
+_ALONE, _TREE_ALONE = _count_alone()
 
 
 def _has_runtime_check(equations: Iterable[Any]) -> bool:
@@ -288,7 +366,8 @@ def explain(error: Exception, refs: list[Ref], values: list[Any]) -> None:
     - `equinox.EquinoxRuntimeError`: if a run-time check failed.
     - `Disturbed`: if another thread donated a value after it was read, and has written the
         new one: the call must run again.
-    - `ConcurrencyError`: if a value was donated, and there is no new one.
+    - `DonatedError`: if a value was donated, and there is no new one; `ConcurrencyError` if
+        it may have been another thread.
     """
     text = str(error)
     if _CHECK_FAILED in text:
@@ -296,19 +375,26 @@ def explain(error: Exception, refs: list[Ref], values: list[Any]) -> None:
         # Equinox's advice (to use `filter_jit`) behind it.
         message = text.split(_CHECK_FAILED, 1)[1].split("\n\n\n-----", 1)[0]
         raise eqx.EquinoxRuntimeError(message) from None
-    if "deleted" not in text and "donate" not in text:
+    # "Array has been deleted", "buffer that was donated", and on a GPU "Donation requested
+    # for invalid buffer".
+    if "deleted" not in text and "donat" not in text.lower():
         return
     for ref, value in zip(refs, values):
-        if any(
-            type(x) is _trace.ConcreteArray and x.is_deleted() for x in leaves(value)
-        ):
+        if any(map(_trace.is_deleted, leaves(value))):
             if ref._value is not value:
                 raise Disturbed from None
-            raise ConcurrencyError(
-                f"The buffer of {describe(ref._name, ref._collection)} is gone: it was "
-                "donated by a call that has not come back on another thread, or that "
-                "failed. Guard calls that donate with a lock; if it was one thread, the "
-                "value was also held elsewhere and donated there: copy it."
+            gone = f"The buffer of {describe(ref._name, ref._collection)} is gone: "
+            if threading.active_count() > 1:
+                raise ConcurrencyError(
+                    f"{gone}it was donated by a call that has not come back on another "
+                    "thread, or that failed. Guard calls that donate with a lock; if it was "
+                    "one thread, the array was also used elsewhere, and donated or deleted "
+                    "there: give a copy away."
+                ) from error
+            raise DonatedError(
+                f"{gone}its array was used elsewhere too, and donated or deleted there "
+                "(`jax.jit(..., donate_argnums=...)`, `.delete()`), or a call that donated "
+                "it failed. Give a copy away: `jnp.array(ref.value, copy=True)`."
             ) from error
 
 

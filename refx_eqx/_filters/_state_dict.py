@@ -54,8 +54,7 @@ def state_dict(tree: Any, filter: Any = True) -> dict[str, Any]:
     of a ref that is itself the tree is `""`. A shared ref is in it once.
 
     Values are as the refs hold them. One that is a pytree of several arrays stays one: how
-    to store it is up to the format. Nothing is copied, so write the dict to its file, or
-    copy its arrays, before a call of `filter_jit(donate="refs")` reuses them.
+    to store it is up to the format. Nothing is copied.
 
     **Raises:**
 

@@ -106,7 +106,9 @@ class Compiled:
                     outcome = Outcome(*self.compiled(opened.arrays))
                 else:
                     outcome = Outcome(
-                        *self.compiled(*apart(opened.arrays, self._split))
+                        *self.compiled(
+                            *apart(opened.arrays, opened.values, self._split)
+                        )
                     )
                 if outcome.info.waits:
                     jax.block_until_ready((outcome.out, outcome.updates))
@@ -172,7 +174,9 @@ def filter_jit(fun: Any = None, *, donate: Donate = "none", **jitkwargs: Any) ->
         `"all-except-first"`, `"warn"`, `"warn-except-first"`, `"none"` (the default); they
         donate the bare arrays too, in all arguments or all but the first. A ref that is
         not overwritten is never donated, nor is anything in a program with a run-time
-        check: it would be lost if the check failed.
+        check: it would be lost if the check failed. A buffer of a ref that anything else
+        holds (a [`refx_eqx.snapshot`][], a clone, another ref, a variable) is copied first,
+        and stays what it was.
     - `**jitkwargs`: passed on to `jax.jit`, such as `compiler_options`.
 
     **Returns:**
@@ -187,6 +191,7 @@ def filter_jit(fun: Any = None, *, donate: Donate = "none", **jitkwargs: Any) ->
     - `TraceLevelError`: if the function touches a ref that it reaches through a global name.
     - `StructureError`: if it changes a list, a dict or a closure variable that it was given.
     - `ConcurrencyError`: if another thread wrote a ref whose buffer was donated.
+    - `DonatedError`: if the array in a ref was donated or deleted elsewhere.
     """
     if fun is None:
         return functools.partial(filter_jit, donate=donate, **jitkwargs)
