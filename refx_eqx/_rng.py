@@ -1,7 +1,7 @@
 """`Rngs`: named streams of randomness, whose state is in refs.
 
 Both refs of a stream are of collection "rng". What that means under `filter_vmap`, `scan`
-and `map` is said in `_transforms/_lanes.py`.
+and `map` is said in `_engine/_rng_split.py`.
 """
 
 import zlib

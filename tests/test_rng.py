@@ -197,22 +197,27 @@ def test_the_same_in_each_lane_if_asked_for():
     assert all_different(split) and len(set(together.tolist())) == 1
 
 
-def test_the_same_in_each_lane_is_not_asked_for_at_one_place_only():
+def test_an_argument_says_it_for_the_function_that_reaches_the_ref_too():
+    key = rx.Ref(jr.key(0), "rng")
+    f = lambda k, x: x + jr.uniform(k.value) - jr.uniform(key.value)
+    out = rx.filter_vmap(f, in_axes=(rx.axes(rng=None), 0))(key, jnp.zeros(3))
+    assert out.tolist() == [0.0] * 3
+    out = rx.filter_vmap(lambda k, x: x + jr.uniform(key.value), in_axes=(None, 0))(
+        key, jnp.zeros(3)
+    )
+    assert all_different(out)
+
+
+def test_two_arguments_that_disagree_on_the_randomness_are_refused():
     key = rx.Ref(jr.key(0), "rng")
     with pytest.raises(
         rx.StructureError,
-        match=r"two axes: None in the function, .* None \(the same randomness in all "
-        r"lanes\) in argument 0",
+        match=r"two axes: None in argument 0, None \(the same randomness everywhere\) in "
+        r"argument 1",
     ):
-        rx.filter_vmap(
-            lambda k, x: x + jr.uniform(k.value) + jr.uniform(key.value),
-            in_axes=(rx.axes(rng=None), 0),
-        )(key, jnp.zeros(3))
-    # Instead: all of it by argument, with one axis.
-    out = rx.filter_vmap(
-        lambda k, x: x + jr.uniform(k.value), in_axes=(rx.axes(rng=None), 0)
-    )(key, jnp.zeros(3))
-    assert len(set(out.tolist())) == 1
+        rx.filter_vmap(lambda a, b, x: x, in_axes=(None, rx.axes(rng=None), 0))(
+            key, key, jnp.zeros(3)
+        )
 
 
 def test_dropout_in_a_model_that_is_broadcast():

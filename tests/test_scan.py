@@ -521,8 +521,8 @@ def test_one_ref_both_sliced_and_carried_is_refused():
     ref = rx.Ref(jnp.zeros(3), "state")
     with pytest.raises(rx.StructureError, match="'state'.*two axes"):
         rx.scan(lambda c, x: (c, None), ref, ref)
-    with pytest.raises(rx.StructureError, match="None in argument 0.* in argument 2"):
-        rx.scan(lambda c, x: (ref.value, None), jnp.zeros(3), ref)
+    with pytest.raises(rx.StructureError, match="None in the carry.* in `xs`"):
+        rx.scan(lambda c, x: (c, None), {"a": ref}, ref)
 
 
 def test_the_number_of_steps_must_be_known_and_agree():

@@ -15,7 +15,7 @@ others. `finish` is the only place where a caller's ref is written: all at once,
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from operator import is_
 from typing import Any, ParamSpec, TypeVar
 
@@ -39,6 +39,7 @@ from ._ref import (
     content,
     make_ref,
     Ref,
+    Withheld,
 )
 from ._structure import (
     hold,
@@ -105,10 +106,11 @@ class Opened:
         arrays: list[Any],
         transparent: bool = True,
         apply: Callable[..., Any] = _apply,
+        withheld: Sequence[tuple[int, Withheld]] = (),
     ) -> "Outcome":
         """The body of the lifted transform `name`, on these arrays. See `run_body`."""
         with _trace.running_body(name, self.refs, self.trace, transparent):
-            return run_body(self.structure, name, arrays, apply)
+            return run_body(self.structure, name, arrays, apply, withheld)
 
     def refs_after(self, outcome: "Outcome", arrays: list[Any]) -> list[Ref]:
         """Copies of the refs, as they would be after `finish`. Nothing is written.
@@ -167,7 +169,8 @@ def open_refs(reader: Reader) -> Opened:
     arrays = list(reader.bare)
     trace, in_body = _trace.current_trace(), bool(_trace.thread.state.bodies)
     for ref in reader.refs:
-        if in_body or ref._trace() is not trace:
+        is_elsewhere = in_body or ref._trace() is not trace
+        if is_elsewhere and type(ref._trace) is not Withheld:
             check_readable(ref)
         value = content(ref)
         values.append(value)
@@ -210,11 +213,13 @@ def run_body(
     name: str,
     arrays: list[Any],
     apply: Callable[..., Any] = _apply,
+    withheld: Sequence[tuple[int, Withheld]] = (),
 ) -> Outcome:
     """Calls the function of an opened call on inner refs, made of these arrays.
 
     The refs are owned by the running trace. This is a pure function of `arrays`. `apply`
     is given the callable and its arguments: one with several functions in it says which.
+    At the leaves that are `withheld` there are refs that may not be touched.
 
     **Raises:**
 
@@ -222,6 +227,9 @@ def run_body(
     """
     leaves, inner = structure.fill(arrays)
     before = [_inside(content(ref)) for ref in inner]
+    numbers = {id(ref): i for i, ref in enumerate(inner)}
+    for ref, number in _withhold(structure, leaves, withheld):
+        numbers[id(ref)] = number
     trees = structure.unflatten(leaves)
     fn, *args, kwargs = trees
 
@@ -240,8 +248,25 @@ def run_body(
         if not ref._written and _is_same(earlier, _inside(now)):
             continue
         updates[i] = hold(now)
-    out, info = _open_result(result, inner, name)
+    out, info = _open_result(result, numbers, name)
     return Outcome(out, updates, info)
+
+
+def _withhold(
+    structure: Structure, leaves: list, withheld: Sequence[tuple[int, Withheld]]
+) -> list[tuple[Ref, int]]:
+    """Puts refs that may not be touched at these leaves; with the numbers of the refs that
+    they stand for."""
+    made: dict[int, Ref] = {}
+    for leaf, reason in withheld:
+        number = structure.codes[leaf]
+        if number not in made:
+            slot, note = structure.slots[number], structure.notes[number]
+            made[number] = make_ref(
+                slot.ref_type, reason, slot.collection, note.name, note.declared
+            )
+        leaves[leaf] = made[number]
+    return [(ref, number) for number, ref in made.items()]
 
 
 def _inside(value: Any) -> tuple | None:
@@ -294,10 +319,12 @@ def _what_changed(structure: Structure, trees: list, placed: list) -> str:
     return "an argument"
 
 
-def _open_result(result: Any, inner: list[Ref], name: str) -> tuple[list, OutcomeInfo]:
+def _open_result(
+    result: Any, numbers: dict[int, int], name: str
+) -> tuple[list, OutcomeInfo]:
+    """`numbers` are those of the inner refs in the call, by `id`."""
     reader = Reader(is_result=True)
     reader.read(result)
-    numbers = {id(ref): i for i, ref in enumerate(inner)}
     carried: dict[int, int] = {}
     slots = []
     out = list(reader.bare)

@@ -287,6 +287,28 @@ jtu.register_pytree_node(
 )
 
 
+class Withheld:
+    """In place of the value of a ref that the function of a transform reaches, and that it
+    may not touch: `reason` says why. It is carried, and stays withheld, like any value.
+
+    It is also the owner of the ref: no trace, so that the common check already fails.
+    """
+
+    __slots__ = ("reason",)
+
+    def __init__(self, reason: str):
+        self.reason = reason
+
+    def __call__(self) -> None:
+        return None
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, Withheld) and self.reason == other.reason
+
+    def __hash__(self) -> int:
+        return hash(self.reason)
+
+
 def content(ref: Ref) -> Any:
     """What a transform carries of a ref: its value, with the channel if there is one."""
     return ref._value if ref._channel is None else Channelled(ref._value, ref._channel)
@@ -310,7 +332,11 @@ def _array_like(ref: Ref) -> Any:
 
 
 def check_readable(ref: Ref) -> None:
-    reason = _trace.why_not_readable(ref, ref._trace)
+    owner = ref._trace
+    if type(owner) is Withheld:
+        reason = owner.reason
+    else:
+        reason = _trace.why_not_readable(ref, owner)
     if reason is not None:
         which = describe(ref._name, ref._collection)
         raise TraceLevelError(
@@ -320,8 +346,12 @@ def check_readable(ref: Ref) -> None:
 
 def check_writable(ref: Ref) -> None:
     """The two questions before a write: the trace rule, and `mutable`."""
-    if not _trace.is_at_home(ref._trace):
-        reason = _trace.why_not_writable(ref, ref._trace)
+    owner = ref._trace
+    if not _trace.is_at_home(owner):
+        if type(owner) is Withheld:
+            reason = owner.reason
+        else:
+            reason = _trace.why_not_writable(ref, owner)
         if reason is not None:
             which = describe(ref._name, ref._collection)
             raise TraceLevelError(
@@ -402,7 +432,7 @@ def make_ref(
     ref._collection = collection
     ref._name = name
     ref._declared = declared
-    ref._trace = _trace.current_trace_ref()
+    ref._trace = value if type(value) is Withheld else _trace.current_trace_ref()
     ref._written = False
     return ref
 

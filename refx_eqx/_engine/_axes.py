@@ -1,30 +1,35 @@
-"""Which axis of each array of a call is mapped over: for `filter_vmap` and for `scan`."""
+"""Axes as they are given: `in_axes` and `out_axes`, for `filter_vmap`, `scan` and `map`."""
 
 import dataclasses
 import inspect
 import keyword
+import operator
 from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 import equinox as eqx
-import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._core._call import Opened
-from .._core._closure import Carried
+from .._core._closure import Carried, may_carry
 from .._core._errors import describe, StructureError
 from .._core._ref import Ref
-from .._core._structure import DYNAMIC
-from .._filters._filters import as_filter, Filter, leaves_with_paths, Path
+from .._filters._filters import as_filter, Filter, key_text, Path
 
 
 __tracebackhide__ = True
 
 
-_UNSET: Any = object()
+class _Unset:
+    """The default of `rx.axes` that was not given. One object, also where it is pickled."""
+
+    def __reduce__(self) -> str:
+        return "_UNSET"
+
+
+_UNSET: Any = _Unset()
 
 RNG = "rng"
-"""The collection of what randomness is drawn from. See `_lanes.py`."""
+"""The collection of what randomness is drawn from. See `_rng_split.py`."""
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -49,19 +54,23 @@ class axes:
         assert out[2] == 4.0 and model["n"].value[2] == 1.0
         ```
 
-    A broadcast ref of collection `"rng"` is split by lane; `rx.axes(rng=None)` asks for the
-    same randomness in each.
+    A broadcast ref of collection `"rng"` is split along the mapped axis. One that is named
+    with `None`, by whichever filter, is not: `rx.axes(rng=None)` asks for the same
+    randomness everywhere, and `rx.axes({rx.path("**.noise.**"): None}, default=None)` for
+    the same noise and another dropout.
 
     **Arguments:**
 
     - `by_collection`: a mapping from collection to axis (an `int`, or `None` to
         broadcast). A key may be any filter, such as `rx.path("**.shared.**")`; paths are
         those of the tree that these axes are given for. The first that matches decides.
-    - `default`: the axis of all other leaves: an `int`, `None`, or a function of an array.
+    - `default`: the axis of all other leaves: an `int`, `None`, or a function of a leaf.
         If omitted, a leaf that is not named is an error.
     - `**collections`: the axis of each collection.
 
     **Raises:**
+
+    - `TypeError`: if an axis is neither an `int` nor `None`.
 
     When used:
 
@@ -78,19 +87,36 @@ class axes:
         default: Any = _UNSET,
         **collections: int | None,
     ):
+        if by_collection is not None and not isinstance(by_collection, Mapping):
+            raise TypeError(
+                f"`rx.axes({by_collection!r})`: give a mapping from collection, or from "
+                "any filter, to axis, as in `rx.axes({'params': 0})`."
+            )
         merged = {**(by_collection or {}), **collections}
+        for given, axis in merged.items():
+            merged[given] = _as_axis(axis, f"rx.axes({{{given!r}: {axis!r}}})")
+        if default is not _UNSET and not callable(default):
+            default = _as_axis(default, f"rx.axes(default={default!r})")
         object.__setattr__(self, "by_collection", merged)
         object.__setattr__(self, "default", default)
 
-    def of(self, path: Path, leaf: Any) -> Any:
-        """The axis of one leaf of a tree."""
+    def named(self, path: Path, leaf: Any) -> Any:
+        """The axis of a leaf that is named, or `_UNSET`."""
         for given, axis in self.by_collection.items():
             # A predicate on a leaf is for refs here: arrays have the default.
             if isinstance(given, Filter) or isinstance(leaf, Ref):
                 if as_filter(given).matches(path, leaf):
-                    return SAME if given == RNG and axis is None else axis
+                    is_rng = isinstance(leaf, Ref) and leaf.collection == RNG
+                    return SAME if is_rng and axis is None else axis
+        return _UNSET
+
+    def of(self, path: Path, leaf: Any) -> Any:
+        """The axis of one leaf of a tree."""
+        axis = self.named(path, leaf)
+        if axis is not _UNSET:
+            return axis
         if self.default is not _UNSET:
-            return self.default
+            return _ask(self.default, leaf) if callable(self.default) else self.default
         if isinstance(leaf, Ref):
             what = describe(leaf._name, leaf._collection)
         elif eqx.is_array(leaf):
@@ -127,21 +153,34 @@ class _Same:
         return None
 
     def __repr__(self) -> str:
-        return "None (the same randomness in all lanes)"
+        return "None (the same randomness everywhere)"
 
 
 SAME = _Same()
 
 
-class Axes(NamedTuple):
-    """The axes of an opened call. Hashable.
+class Within(NamedTuple):
+    """`rx.axes` at the place of a function: they are asked of what is inside of it."""
 
-    - `flat`: the axis of each flat array, or `None`;
-    - `split`: the numbers of the refs that are split by lane.
-    """
+    axes: axes
+    path: Path
 
-    flat: tuple[int | None, ...]
-    split: tuple[int, ...]
+    def of(self, leaf: Any) -> Any:
+        axis = self.axes.named(self.path, leaf)
+        if axis is _UNSET:
+            axis = self.axes.default
+        return None if axis is _UNSET else axis
+
+
+def _as_axis(axis: Any, what: str) -> int | None:
+    if axis is None:
+        return None
+    try:
+        return operator.index(axis)
+    except TypeError:
+        raise TypeError(
+            f"`{what}`: an axis is an int, or `None` to broadcast, and this is {axis!r}."
+        ) from None
 
 
 def _is_none(x: Any) -> bool:
@@ -150,40 +189,118 @@ def _is_none(x: Any) -> bool:
 
 def leaf_axes(spec: Any, tree: Any, what: str) -> list[Any]:
     """The axis of each leaf of `tree`, as `in_axes` gives it: an int, `None`, or a function
-    that is still to be called on the arrays of a ref."""
+    that is still to be called on the arrays of a ref. For a function it may be a `Within`;
+    see `spread`."""
 
     # Not a tree: `None` is an axis here, and no leaf of the tree that has it.
     found: list[Any] = []
 
     def resolve(axis: Any, subtree: Any) -> None:
+        if isinstance(axis, axes):
+            for keys, leaf in jtu.tree_flatten_with_path(subtree)[0]:
+                path = tuple(map(key_text, keys))
+                inside = Within(axis, path) if may_carry(leaf) else None
+                found.append(inside or axis.of(path, leaf))
+            return
         leaves = jtu.tree_leaves(subtree)
-        if axis is None or isinstance(axis, int):
-            found.extend(axis for _ in leaves)
-        elif isinstance(axis, axes):
-            pairs, _ = leaves_with_paths(subtree)
-            found.extend(axis.of(*pair) for pair in pairs)
+        if axis is None or hasattr(axis, "__index__"):
+            found.extend([_as_axis(axis, what)] * len(leaves))
         elif callable(axis):
-            found.extend(axis if isinstance(x, Ref) else axis(x) for x in leaves)
+            found.extend(_ask(axis, leaf) for leaf in leaves)
         else:
-            raise ValueError(
+            raise _NoAxis(
                 f"`{what}` must consist of None, ints, functions of a leaf and "
                 f"`rx.axes`, and it has {axis!r}."
             )
 
     try:
         jtu.tree_map(resolve, spec, tree, is_leaf=_is_none)
+    except (_NoAxis, StructureError):
+        raise
     except ValueError as e:
-        if "must consist of" in str(e):
-            raise
         raise StructureError(
             f"`{what}` must be a prefix of the tree that it is for. JAX says: {e}"
         ) from None
     return found
 
 
+class _NoAxis(ValueError):
+    """What was given for an axis is none."""
+
+
+_NO_ANSWER = object()
+
+
+def _ask(axis: Any, leaf: Any) -> Any:
+    """What a function from leaf to axis says of a leaf; the function itself where it is to
+    be asked for each array in the leaf.
+
+    A ref is a leaf, so the function may tell it by its collection. Most know only arrays
+    (`eqx.if_array(0)`): they say of a ref what they say of anything that is no array.
+    """
+    if may_carry(leaf):
+        return axis
+    if not isinstance(leaf, Ref):
+        return _answer_of(axis, leaf)
+    of_ref, of_anything = _try(axis, leaf), _try(axis, _NO_ANSWER)
+    return axis if of_ref is _NO_ANSWER or of_ref == of_anything else of_ref
+
+
+def _try(axis: Any, leaf: Any) -> Any:
+    try:
+        return _answer_of(axis, leaf)
+    except Exception:
+        return _NO_ANSWER
+
+
+def _answer_of(axis: Any, leaf: Any) -> int | None:
+    return _as_axis(axis(leaf), "a function from leaf to axis")
+
+
 def array_axis(axis: Any, array: Any) -> int | None:
     """The axis of one array of the value of a ref."""
-    return axis if axis is None or isinstance(axis, int) else axis(array)
+    return axis if axis is None or isinstance(axis, int) else _answer_of(axis, array)
+
+
+class Given(NamedTuple):
+    """The axis of one leaf, and whether the leaf is inside of a function."""
+
+    axis: Any
+    is_inside: bool
+
+
+def spread(part: Carried, own: list[Any], leaves: list[Any]) -> list[Given]:
+    """The axis of each leaf, those inside of functions that close over refs included. Such
+    a function is one leaf of the tree, whose axis is that of all that is inside of it.
+
+    **Arguments:**
+
+    - `own`: what `leaf_axes` has found.
+    - `leaves`: all leaves of the part, those inside of functions included.
+    """
+    if not part.nodes:
+        return [Given(axis, False) for axis in own]
+    rest = iter(leaves)
+    given = []
+    for node, axis in zip(part.nodes, own):
+        if node is None:
+            next(rest)
+            given.append(Given(axis, False))
+            continue
+        for _ in range(_n_leaves(node)):
+            leaf = next(rest)
+            inner = axis.of(leaf) if isinstance(axis, Within) else axis
+            given.append(Given(inner, True))
+    return given
+
+
+def _n_leaves(node: Any) -> int:
+    """How many leaves there are inside of a function that closes over refs."""
+    if not isinstance(node, tuple):
+        return 0
+    carried = node[-1]
+    nodes = carried.nodes or [None] * carried.treedef.num_leaves
+    return sum(1 if inner is None else _n_leaves(inner) for inner in nodes)
 
 
 def named_in_axes(fn: Any, in_axes: Any, args: tuple) -> Any:
@@ -199,107 +316,3 @@ def named_in_axes(fn: Any, in_axes: Any, args: tuple) -> Any:
             f"{', '.join(map(repr, rest))}."
         )
     return by_position
-
-
-def call_axes(opened: Opened, args: tuple, in_axes: Any, name: str) -> Axes:
-    """The axis of each flat array of an opened call.
-
-    What the callable holds and what functions close over is broadcast.
-
-    **Raises:**
-
-    - `StructureError`: if one ref is reached with two different axes.
-    """
-    structure = opened.structure
-    rest = iter(leaf_axes(in_axes, args, "in_axes"))
-    bare: list[int | None] = []
-    of_ref: dict[int, tuple[Any, str]] = {}
-    position = 0
-    for i, (part, size) in enumerate(zip(structure.parts, structure.sizes)):
-        codes = structure.codes[position : position + size]
-        leaves = opened.leaves[position : position + size]
-        position += size
-        where = "the function, or what it closes over"
-        given: list[Any] = [_axis_of_callable(in_axes)] * size
-        if 0 < i <= len(args):
-            where = f"argument {i - 1}"
-            given = _given(part, [next(rest) for _ in range(part.treedef.num_leaves)])
-        for code, leaf, axis in zip(codes, leaves, given):
-            if code == DYNAMIC:
-                bare.append(None if axis is SAME else axis)
-            elif code >= 0:
-                earlier, earlier_where = of_ref.setdefault(code, (axis, where))
-                if earlier != axis:
-                    raise StructureError(
-                        f"`{name}` met {describe(leaf._name, leaf._collection)} with two "
-                        f"axes: {earlier!r} in {earlier_where}, {axis!r} in {where}. One "
-                        "ref is one parameter: give it one axis, for example by its "
-                        f"collection, as in `{axes_text(leaf, 0)}`."
-                    )
-    flat, split = list(bare), []
-    for number, (start, stop) in enumerate(opened.spans):
-        axis, _ = of_ref[number]
-        of_arrays = [array_axis(axis, opened.arrays[i]) for i in range(start, stop)]
-        flat.extend(of_arrays)
-        is_rng = opened.refs[number].collection == RNG
-        if is_rng and axis is not SAME and all(x is None for x in of_arrays):
-            split.append(number)
-    _check_sizes(opened, flat, name)
-    return Axes(tuple(flat), tuple(split))
-
-
-def _axis_of_callable(in_axes: Any) -> Any:
-    """Broadcast; and `rx.axes(rng=None)` as the whole of `in_axes` speaks of it too."""
-    is_same = isinstance(in_axes, axes) and in_axes.by_collection.get(RNG, 0) is None
-    return SAME if is_same else None
-
-
-def _given(part: Carried, own: list[Any]) -> list[Any]:
-    """The axes of the leaves of an argument. Those inside of a function that closes over
-    refs have none of their own: they are broadcast."""
-    if not part.nodes:
-        return own
-    given = []
-    for node, axis in zip(part.nodes, own):
-        given.extend([axis] if node is None else [None] * _n_leaves(node))
-    return given
-
-
-def _n_leaves(node: Any) -> int:
-    """How many leaves there are inside of a function that closes over refs."""
-    if not isinstance(node, tuple):
-        return 0
-    carried = node[-1]
-    nodes = carried.nodes or [None] * carried.treedef.num_leaves
-    return sum(1 if inner is None else _n_leaves(inner) for inner in nodes)
-
-
-def _check_sizes(opened: Opened, flat: list[int | None], name: str) -> None:
-    """Every mapped array has its axis, and all of these have one size."""
-    what = ["an array"] * opened.structure.n_bare
-    for ref, (start, stop) in zip(opened.refs, opened.spans):
-        what += [describe(ref._name, ref._collection)] * (stop - start)
-    first: tuple[int, str] | None = None
-    for array, axis, which in zip(opened.arrays, flat, what):
-        if axis is None:
-            continue
-        shape = jnp.shape(array)
-        if not -len(shape) <= axis < len(shape):
-            raise StructureError(
-                f"`{name}` cannot map {which} along axis {axis}: its shape is {shape}. "
-                "Broadcast it: `in_axes=None`, or by collection `in_axes=rx.axes(...)`."
-            )
-        first = first or (shape[axis], which)
-        if first[0] != shape[axis]:
-            raise StructureError(
-                f"`{name}` maps axes of different sizes: {first[0]} of {first[1]}, and "
-                f"{shape[axis]} of {which}, whose shape is {shape}. Broadcast one of them: "
-                "`in_axes=None`, or by collection `in_axes=rx.axes(...)`."
-            )
-
-
-def ref_axis(opened: Opened, flat_axes: tuple, number: int) -> int | None:
-    """The one axis of a ref: that of its arrays, which agree where there are several."""
-    start, stop = opened.spans[number]
-    found = {flat_axes[i] for i in range(start, stop)}
-    return found.pop() if len(found) == 1 else None

@@ -18,7 +18,7 @@ import equinox as eqx
 import jaxtyping
 
 from .._core._errors import CollectionError, describe, RefTypeError
-from .._core._ref import commits, declare, Ref
+from .._core._ref import commits, declare, Ref, Withheld
 from ._axis_names import name_scope
 from ._batched import BatchedHint
 from ._config import config
@@ -198,6 +198,8 @@ def check_declared(ref: Any, where: str, declared: "Declared") -> None:
             f"{eqx.tree_pformat(ref)}. Put `rx.Ref(value)` there, or assign the whole "
             "field, which makes a ref of each value."
         )
+    if type(ref._value) is Withheld:
+        return  # a module that is rebuilt where its refs may not be touched
     value = check_new(where, ref._collection, declared.type, ref._value)
     if value is not ref._value:
         with commits.lock:

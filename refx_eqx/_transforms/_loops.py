@@ -12,7 +12,7 @@ from .._core import _trace
 from .._core._call import call, Opened
 from .._core._errors import describe, name_of, StructureError
 from .._core._structure import Outcome
-from .._engine._axes import Axes
+from .._engine._call_axes import Axes
 from .._engine._control_flow import (
     as_callable,
     bare_parts,
@@ -226,7 +226,7 @@ def fori_loop(
         if length is None:
             return _run_fori(opened, arrays)
         (i, *_), carry = bare_parts(opened)[1], bare_parts(opened)[4]
-        axes = Axes((None,) * len(arrays), ())
+        axes = Axes((None,) * len(arrays))
         every = 1 if unroll is None else unroll
         return run_scan(
             opened, arrays, axes, carry, length, "fori_loop", unroll=every, counter=i

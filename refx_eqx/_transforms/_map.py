@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 
 from .._core._call import call, Opened
 from .._core._structure import Outcome
-from .._engine._axes import Axes, call_axes, ref_axis
+from .._engine._call_axes import Axes, call_axes, is_mapped, placed_update
 from .._engine._control_flow import as_callable, numbers_to_arrays
 from .._engine._program import Program, program_of
 from ._scan import n_steps, run_scan
@@ -29,7 +29,7 @@ def _map_in_batches(
 ) -> Outcome:
     """A scan over batches, each of which is vectorised; and what is left over."""
     mapped = [i for i, axis in enumerate(axes.flat) if axis is not None]
-    leading = Axes(tuple(None if a is None else 0 for a in axes.flat), axes.split)
+    leading = axes.in_front()
     n_batches, n_rest = divmod(length, batch_size)
     n_full = length - n_rest
 
@@ -49,9 +49,6 @@ def _map_in_batches(
     def as_elements(x: Any) -> Any:
         return x.reshape(n_full, *x.shape[2:])
 
-    def is_stacked(number: int) -> bool:
-        return ref_axis(opened, axes.flat, number) is not None
-
     results = []
     if n_batches:
         batches = with_elements(arrays, in_batches)
@@ -60,9 +57,9 @@ def _map_in_batches(
         )
         updates = dict(outcome.updates)
         for number, new in updates.items():
-            if is_stacked(number):
+            if is_mapped(opened, axes, number):
                 updates[number] = jtu.tree_map(as_elements, new)
-            else:
+            elif number not in axes.kept:
                 arrays = list(arrays)
                 arrays[slice(*opened.spans[number])] = jtu.tree_leaves(new)
         out = [as_elements(x) for x in outcome.out]
@@ -81,10 +78,9 @@ def _map_in_batches(
     out = jtu.tree_map(joined, *[outcome.out for outcome in results])
     updates = {}
     for number, last in results[-1].updates.items():
-        if is_stacked(number):
-            axis = ref_axis(opened, axes.flat, number) or 0
+        if is_mapped(opened, axes, number):
             last = jtu.tree_map(joined, *[x.updates[number] for x in results])
-            last = jtu.tree_map(lambda x: jnp.moveaxis(x, 0, axis), last)
+            last = placed_update(opened, axes, number, last, "map")
         updates[number] = last
     return Outcome(out, updates, results[0].info)
 
@@ -137,7 +133,9 @@ def map(
     f = as_callable(f)
 
     def transform(opened: Opened) -> Outcome:
-        axes = call_axes(opened, (f, xs), (None, in_axes), "map")
+        axes = call_axes(
+            opened, (xs,), (in_axes,), "map", whole=in_axes, names=("`xs`",)
+        )
         n = n_steps(opened.arrays, axes, None, "map")
 
         def run(opened: Opened, arrays: list[Any]) -> Outcome:

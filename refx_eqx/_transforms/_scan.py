@@ -6,12 +6,11 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 
 from .._core._call import call, Opened
-from .._core._errors import name_of
+from .._core._errors import describe, name_of, StructureError
 from .._core._structure import Outcome
-from .._engine._axes import Axes, call_axes, ref_axis
+from .._engine._call_axes import Axes, call_axes, is_mapped, placed_update, update_axes
 from .._engine._control_flow import (
     as_callable,
     bare_parts,
@@ -67,11 +66,8 @@ def run_scan(
     - `run`: one step, from arrays and its number (`None` if nothing is split by step).
     """
     mapped = [i for i, axis in enumerate(axes.flat) if axis is not None]
-    sliced = {
-        number
-        for number in range(len(opened.refs))
-        if ref_axis(opened, axes.flat, number) is not None
-    }
+    refs = range(len(opened.refs))
+    sliced = {number for number in refs if is_mapped(opened, axes, number)}
     xs = [jnp.moveaxis(arrays[i], axes.flat[i] or 0, 0) for i in mapped]
     if axes.split:
         xs.append(jnp.arange(length))
@@ -89,16 +85,22 @@ def run_scan(
         if run is not None:
             return run(mine, number)
         mine = split_keys(opened, axes.split, mine, number)
-        return opened.run(name, mine, transparent=False)
+        return opened.run(name, mine, transparent=False, withheld=axes.withheld)
 
     def stage(arrays: list[Any]) -> Staged:
         return Staged(body, with_slices(arrays, [_first(x) for x in xs]))
 
     loop = stage_loop(opened, arrays, bare, sliced, stage, name)
+    for number, new in loop.staged.avals.updates.items():
+        if number in sliced:
+            _check_all_sliced(opened, axes, number, new, name)
 
     def step(carry: tuple, x: list[Any]) -> tuple[tuple, tuple[list, dict]]:
         count, carried = carry
         arrays = loop.with_carry(carried)
+        for number in axes.kept:  # the same randomness: each step begins where all do
+            its_own = slice(*opened.spans[number])
+            arrays[its_own] = loop.arrays[its_own]
         if counter is not None:
             arrays[counter] = count
             count = count + 1
@@ -110,9 +112,23 @@ def run_scan(
         step, (count, loop.initial()), xs, length, reverse=reverse, unroll=unroll
     )
     for number, new in stacked.items():
-        axis = ref_axis(opened, axes.flat, number) or 0
-        stacked[number] = jtu.tree_map(lambda x: jnp.moveaxis(x, 0, axis), new)
+        stacked[number] = placed_update(opened, axes, number, new, name)
     return loop.outcome(final, (ys, stacked))
+
+
+def _check_all_sliced(
+    opened: Opened, axes: Axes, number: int, new: Any, name: str
+) -> None:
+    """Refuses a write to a ref of whose value a part is sliced, and a part is not: it can
+    be neither stacked nor carried."""
+    own = update_axes(opened, axes, number, new, name)
+    if None in own:
+        ref = opened.refs[number]
+        raise StructureError(
+            f"{describe(ref._name, ref._collection)} holds arrays that `{name}` slices, "
+            f"and others that it does not (axes {own}), and a step writes it. Put those "
+            "that are not sliced into a ref of their own."
+        )
 
 
 def _first(x: Any) -> jax.ShapeDtypeStruct:
@@ -244,7 +260,15 @@ def scan(
     f, init = as_callable(f), numbers_to_arrays(init)
 
     def transform(opened: Opened) -> Outcome:
-        axes = call_axes(opened, (f, init, xs), (None, None, in_axes), "scan")
+        # The axes that the user gives are those of `xs`; a carry has none.
+        axes = call_axes(
+            opened,
+            (init, xs),
+            (None, in_axes),
+            "scan",
+            whole=in_axes,
+            names=("the carry", "`xs`"),
+        )
         n = n_steps(opened.arrays, axes, length, "scan")
 
         def run(opened: Opened, arrays: list[Any]) -> Outcome:

@@ -11,17 +11,12 @@ import jax.tree_util as jtu
 
 from .._core import _trace
 from .._core._call import call, close_result, Opened
+from .._core._closure import flatten
 from .._core._errors import describe, StructureError
-from .._core._structure import DYNAMIC, n_arrays, Outcome
-from .._engine._axes import (
-    array_axis,
-    Axes,
-    axes_text,
-    call_axes,
-    leaf_axes,
-    named_in_axes,
-    ref_axis,
-)
+from .._core._nodes import Note
+from .._core._structure import DYNAMIC, n_arrays, Outcome, Slot
+from .._engine._axes import array_axis, axes_text, leaf_axes, named_in_axes, spread
+from .._engine._call_axes import Axes, call_axes, check_axis, update_axes
 from .._engine._rng_split import is_key, split_keys
 from .._engine._wrapper import Lifted
 
@@ -49,7 +44,7 @@ class _Vmap(Lifted):
         in_axes = named_in_axes(fn, options["in_axes"], args)
 
         def transform(opened: Opened) -> Outcome:
-            axes = call_axes(opened, args, in_axes, self.transform_name)
+            axes = call_axes(opened, args, in_axes, self.transform_name, whole=in_axes)
             return vmapped(
                 opened,
                 opened.arrays,
@@ -91,10 +86,10 @@ def vmapped(
 
     def body(arrays: list[Any], lane: Any) -> tuple[Any, Any]:
         mine = split_keys(opened, axes.split, arrays, lane)
-        outcome = opened.run(name, mine, transparent)
+        outcome = opened.run(name, mine, transparent, withheld=axes.withheld)
         trees = outcome.out, outcome.updates
         given = [
-            *_result_axes(opened, outcome, out_axes),
+            *_result_axes(opened, outcome, out_axes, name),
             *_update_axes(opened, outcome, axes, name),
         ]
         traced.update(info=outcome.info, axes=given)
@@ -140,30 +135,45 @@ def _n_lanes(arrays: list[Any], axes: Axes, axis_size: int | None, name: str) ->
     return axis_size
 
 
-def _result_axes(opened: Opened, outcome: Outcome, out_axes: Any) -> list[int | None]:
-    """The axis of each array of the result: those beside refs, then those of new refs."""
+def _result_axes(
+    opened: Opened, outcome: Outcome, out_axes: Any, name: str
+) -> list[int | None]:
+    """The axis of each array of the result: those outside refs, then those of new refs."""
     info = outcome.info
     structure = info.result
     (part,) = structure.parts
     result = close_result(outcome, opened.refs)
-    if part.nodes:
-        # The result has a function that closes over refs, which is no place for an axis.
-        given = [eqx.if_array(0)] * len(structure.codes)
-    else:
-        given = leaf_axes(out_axes, result, "out_axes")
+    leaves, _ = flatten(result)
+    given = spread(part, leaf_axes(out_axes, result, "out_axes"), leaves)
     arrays = iter(outcome.out)
     axes: list[int | None] = []
-    of_ref: dict[int, Any] = {}
-    for code, axis in zip(structure.codes, given):
+    of_refs: dict[int, list[Any]] = {}
+    for code, (axis, _) in zip(structure.codes, given):
         if code == DYNAMIC:
             axes.append(array_axis(axis, next(arrays)))
         elif code >= 0:
-            of_ref.setdefault(code, axis)
+            of_refs.setdefault(code, []).append(axis)
     for number, slot in enumerate(structure.slots):
         if number not in info.carried:
-            for _ in range(n_arrays(slot.inside)):
-                axes.append(array_axis(of_ref[number], next(arrays)))
+            mine = [next(arrays) for _ in range(n_arrays(slot.inside))]
+            by_place = [[array_axis(axis, x) for x in mine] for axis in of_refs[number]]
+            _check_one_axis(structure.notes[number], slot, by_place, name)
+            axes += by_place[0]
     return axes
+
+
+def _check_one_axis(note: Note, slot: Slot, by_place: list[list], name: str) -> None:
+    for other in by_place[1:]:
+        if other != by_place[0]:
+            raise StructureError(
+                f"`{name}(..., out_axes=...)` gives {describe(note.name, slot.collection)} "
+                f"two axes, {_text(by_place[0])} and {_text(other)}: it is one new ref at "
+                "two places of the result. Give both places one axis."
+            )
+
+
+def _text(axes: list) -> str:
+    return repr(axes[0] if len(axes) == 1 else axes)
 
 
 # The axis of a key that was broadcast, split by lane, and written: one lane's goes out.
@@ -174,8 +184,9 @@ def _update_axes(opened: Opened, outcome: Outcome, axes: Axes, name: str) -> lis
     """What came in on an axis goes out on it; what was broadcast must still be one value."""
     found: list[Any] = []
     for number, new in outcome.updates.items():
-        axis = ref_axis(opened, axes.flat, number)
-        for x in jtu.tree_leaves(new):
+        own = update_axes(opened, axes, number, new, name)
+        for x, axis in zip(jtu.tree_leaves(new), own):
+            check_axis(opened.refs[number], axis, jnp.ndim(x) + 1, name)
             if axis is not None or not _trace.is_batched(x):
                 found.append(axis)
             elif number in axes.split and is_key(x):

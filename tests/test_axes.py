@@ -1,0 +1,392 @@
+"""Axes of refs, and refs that a mapped argument and the function both reach."""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+import refx_eqx as rx
+
+
+class Layer(rx.Module):
+    weight: rx.Param[jax.Array]
+    calls: rx.Ref[jax.Array] = rx.field(collection="cache")
+
+    def __init__(self, key):
+        self.weight = jr.normal(key, (3, 3))
+        self.calls = jnp.zeros(())
+
+    def __call__(self, x):
+        self.calls.value += jnp.sum(x)
+        return jnp.tanh(self.weight[...] @ x)
+
+
+class Deep(rx.Module):
+    """Uses its own layers, in each of the ways of doing so, and its own scale beside."""
+
+    layers: Layer
+    scale: rx.Param[jax.Array]
+    way: str = eqx.field(static=True)
+
+    def __init__(self, key, way="scan"):
+        self.layers = rx.filter_vmap(Layer)(jr.split(key, 4))
+        self.scale = jnp.array(0.5)
+        self.way = way
+
+    def step(self, x, layer):
+        return layer(x) * self.scale[...], None
+
+    def one(self, layer):
+        return layer(jnp.ones(3)) * self.scale[...]
+
+    def __call__(self, x):
+        if self.way == "scan":
+            return rx.scan(
+                lambda x, layer: (layer(x) * self.scale[...], None), x, self.layers
+            )[0]
+        if self.way == "scan of a method":
+            return rx.scan(self.step, x, self.layers)[0]
+        if self.way == "filter_vmap":
+            return rx.filter_vmap(lambda layer: layer(x) * self.scale[...])(self.layers)
+        if self.way == "filter_vmap of a method":
+            return rx.filter_vmap(self.one)(self.layers) + x[None]
+        batch_size = {"map": None, "map in batches": 3}[self.way]
+        return rx.map(self.one, self.layers, batch_size=batch_size) + x[None]
+
+
+WAYS = [
+    "scan",
+    "scan of a method",
+    "filter_vmap",
+    "filter_vmap of a method",
+    "map",
+    "map in batches",
+]
+
+
+def by_hand(weights, scale, x, way):
+    """The same in a Python loop over plain arrays: the result, and what each layer adds to
+    its cache."""
+    added, outs = [], []
+    for weight in weights:
+        into = x if way == "filter_vmap" or "scan" in way else jnp.ones(3)
+        added.append(jnp.sum(into))
+        out = jnp.tanh(weight @ into) * scale
+        if "scan" in way:
+            x = out
+        outs.append(out)
+    if "scan" in way:
+        return x, jnp.stack(added)
+    out = jnp.stack(outs)
+    return (out if way == "filter_vmap" else out + x[None]), jnp.stack(added)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_method_maps_its_own_layers(way, jit):
+    model, x = Deep(jr.key(0), way), jnp.arange(3.0)
+    call = rx.filter_jit(lambda model, x: model(x)) if jit else lambda m, x: m(x)
+    weights, scale = model.layers.weight.value, model.scale.value
+    expected, added = by_hand(weights, scale, x, way)
+    for i in range(1, 3):
+        np.testing.assert_allclose(call(model, x), expected, rtol=1e-5)
+        np.testing.assert_allclose(model.layers.calls.value, i * added, rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_gradient_of_a_method_that_maps_its_own_layers(way):
+    model, x = Deep(jr.key(0), way), jnp.arange(3.0)
+    grads = rx.filter_grad(lambda model: jnp.sum(model(x)), wrt="params")(model)
+
+    def loss(weights, scale):
+        return jnp.sum(by_hand(weights, scale, x, way)[0])
+
+    of_weights, of_scale = jax.grad(loss, (0, 1))(
+        model.layers.weight.value, model.scale.value
+    )
+    np.testing.assert_allclose(grads.layers.weight.value, of_weights, rtol=1e-4)
+    np.testing.assert_allclose(grads.scale.value, of_scale, rtol=1e-4)
+
+
+class Blocks(rx.Module):
+    """Blocks, each of which scans its own layers. All of it is reached in each step."""
+
+    blocks: Deep
+    scale: rx.Param[jax.Array]
+
+    def __init__(self, key):
+        self.blocks = rx.filter_vmap(Deep)(jr.split(key, 2))
+        self.scale = jnp.array(2.0)
+
+    def __call__(self, x):
+        def step(x, block):
+            inner = lambda x, layer: (layer(x) * self.scale[...], None)
+            return rx.scan(inner, block(x), block.layers)[0], None
+
+        return rx.scan(step, x, self.blocks)[0]
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_nested(jit):
+    model, x = Blocks(jr.key(0)), jnp.arange(3.0)
+    expected, added = x, []
+    for weights, scale in zip(model.blocks.layers.weight[...], model.blocks.scale[...]):
+        expected, first = by_hand(weights, scale, expected, "scan")
+        expected, second = by_hand(weights, model.scale[...], expected, "scan")
+        added.append(first + second)
+    call = rx.filter_jit(lambda model, x: model(x)) if jit else lambda m, x: m(x)
+    np.testing.assert_allclose(call(model, x), expected, rtol=1e-5)
+    np.testing.assert_allclose(model.blocks.layers.calls[...], jnp.stack(added), 1e-4)
+    grads = rx.filter_grad(lambda model: jnp.sum(model(x)), wrt="params")(model)
+    assert grads.blocks.layers.weight.value.shape == (2, 4, 3, 3)
+
+
+def test_a_second_call_does_not_trace_again(trace_counter):
+    counted = trace_counter(Deep.step)
+    model = Deep(jr.key(0))
+    for _ in range(3):
+        rx.scan(functools.partial(counted, model), jnp.ones(3), model.layers)
+        model.layers.weight.value = 2 * model.layers.weight.value
+    rx.scan(functools.partial(counted, Deep(jr.key(1))), jnp.ones(3), model.layers)
+    assert counted.counter.count == 2  # and again for another sharing
+
+
+@pytest.mark.parametrize("touch", ["read", "write", "shape", "nested"])
+def test_the_whole_of_what_is_mapped_is_withheld_and_the_remedies_run(touch):
+    model, x = Deep(jr.key(0)), jnp.ones(3)
+    before = rx.snapshot(model)
+
+    def step(x, layer):
+        weight = model.layers.weight
+        if touch == "read":
+            return weight[...][0] @ x, None
+        if touch == "write":
+            weight.value = jnp.zeros((4, 3, 3))
+        if touch == "shape":
+            assert weight.shape
+        # What is reached only is carried further, and is withheld there too.
+        return rx.cond(x[0] > 0, lambda: weight[...][0] @ x, lambda: x), None
+
+    message = (
+        r"`Layer.weight` \(collection 'params'\): `scan` maps it along axis 0, and hands "
+        r"the function a slice of it, in `xs` at `.weight`.*Use the slice.*read that before"
+    )
+    with pytest.raises(rx.TraceLevelError, match=message):
+        rx.scan(step, x, model.layers)
+    assert eqx.tree_equal(rx.snapshot(model), before)
+
+    whole = model.layers.weight.value
+    out, _ = rx.scan(lambda x, layer: (whole[0] @ layer(x), None), x, model.layers)
+    assert out.shape == (3,)
+
+
+def test_what_is_only_reachable_may_be_returned_and_is_the_caller_s():
+    model = Deep(jr.key(0))
+    _, out = rx.filter_vmap(lambda layer: (layer.weight[...], model))(model.layers)
+    assert out.layers.weight is model.layers.weight
+
+
+def test_an_argument_that_gives_the_ref_another_axis_is_still_refused():
+    model = Deep(jr.key(0))
+    message = r"two axes: None in argument 0, .*if_array.* in argument 1"
+    with pytest.raises(rx.StructureError, match=message):
+        rx.filter_vmap(
+            lambda model, layer: layer.weight[...], in_axes=(None, eqx.if_array(0))
+        )(model, model.layers)
+    with pytest.raises(rx.StructureError, match="two axes: None in the carry, .*`xs`"):
+        rx.scan(lambda model, layer: (model, None), model, model.layers)
+
+
+# --- Axes within one value, of functions, of results. ---
+
+
+def test_arrays_of_one_value_on_different_axes_come_out_on_theirs():
+    value = {"a": jnp.arange(6.0).reshape(3, 2), "b": jnp.arange(6.0).reshape(2, 3)}
+    by_size = lambda x: None if not hasattr(x, "shape") else x.shape.index(3)
+    xs = jnp.arange(3.0)
+
+    def f(value, x):
+        return {"a": value["a"] + x, "b": value["b"] * x}
+
+    axes = {"a": 0, "b": 1}
+    expected = jax.vmap(f, in_axes=(axes, 0), out_axes=axes)(value, xs)
+
+    def g(ref, x):
+        ref.value = f(ref.value, x)
+
+    for run in [
+        lambda ref: rx.filter_vmap(g, in_axes=(by_size, 0))(ref, xs),
+        lambda ref: rx.scan(
+            lambda c, x: (c, g(*x)), None, (ref, xs), in_axes=(by_size, 0)
+        ),
+        lambda ref: rx.map(lambda x: g(*x), (ref, xs), in_axes=(by_size, 0)),
+        lambda ref: rx.map(
+            lambda x: g(*x), (ref, xs), in_axes=(by_size, 0), batch_size=2
+        ),
+    ]:
+        ref = rx.Ref(value)
+        run(ref)
+        assert eqx.tree_equal(ref.value, expected)
+
+
+def test_a_value_of_which_a_part_is_mapped():
+    by_size = lambda x: 0 if jnp.shape(x) == (3,) else None
+    ref = rx.Ref({"a": jnp.zeros(3), "b": jnp.ones(2)}, "state")
+
+    def f(ref, x):
+        ref.value = {"a": ref.value["a"] + x, "b": ref.value["b"]}
+
+    rx.filter_vmap(f, in_axes=(by_size, 0))(ref, jnp.arange(3.0))
+    assert ref.value["a"].tolist() == [0.0, 1.0, 2.0]
+    assert ref.value["b"].tolist() == [1.0, 1.0]
+    message = r"'state'.*holds arrays that `scan` slices, and others that it does not"
+    with pytest.raises(rx.StructureError, match=message + ".*a ref of their own"):
+        rx.scan(lambda c, x: (c, f(*x)), None, (ref, jnp.ones(3)), in_axes=(by_size, 0))
+    a, b = rx.Ref(ref.value["a"]), rx.Ref(ref.value["b"])  # the remedy
+
+    def g(c, x):
+        a.value, b.value = a.value + x[1], b.value + x[1]
+        return c, None
+
+    rx.scan(lambda c, x: (c, x[0].value), None, (a, jnp.ones(3)))
+    rx.scan(g, None, (b, jnp.ones(3)), in_axes=(None, 0))
+    assert b.value.tolist() == [4.0, 4.0]
+
+
+def test_a_write_of_another_structure_where_there_are_several_axes_is_refused():
+    by_size = lambda x: x.shape.index(3)
+    ref = rx.Ref({"a": jnp.zeros((3, 2)), "b": jnp.zeros((2, 3))}, "state")
+
+    def f(ref, x):
+        ref.value = x
+
+    with pytest.raises(rx.StructureError, match=r"'state'.*the axes \[0, 1\].*Keep"):
+        rx.filter_vmap(f, in_axes=(by_size, 0))(ref, jnp.ones(3))
+    ref.value = {"a": jnp.zeros((3, 2))}  # one axis
+    rx.filter_vmap(f, in_axes=(by_size, 0))(ref, jnp.ones(3))
+    assert ref.value.tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_a_slice_of_another_rank(axis):
+    ref, xs = rx.Ref(jnp.zeros((3, 3)), "state"), jnp.arange(3.0)
+
+    def f(ref, x):
+        ref.value = x
+
+    for run in [
+        lambda: rx.filter_vmap(f, in_axes=(axis, 0))(ref, xs),
+        lambda: rx.scan(lambda c, x: (c, f(*x)), None, (ref, xs), in_axes=(axis, 0)),
+        lambda: rx.map(lambda x: f(*x), (ref, xs), in_axes=(axis, 0), batch_size=2),
+    ]:
+        ref.value = jnp.zeros((3, 3))
+        if axis != 1:
+            run()
+            assert ref.value.tolist() == [0.0, 1.0, 2.0]
+            continue
+        message = (
+            "'state'.*along axis 1, and was written with a value of rank 0.*axis 0"
+        )
+        with pytest.raises(rx.StructureError, match=message):
+            run()
+        assert ref.shape == (3, 3)
+
+
+def test_a_ref_that_holds_nothing_is_mapped():
+    xs = jnp.arange(3.0)
+
+    def f(ref, x):
+        ref.value = x + jnp.zeros(2)
+
+    for axis, shape in [(0, (3, 2)), (1, (2, 3)), (eqx.if_array(0), (3, 2))]:
+        ref = rx.Ref(None)
+        rx.filter_vmap(f, in_axes=(axis, 0))(ref, xs)
+        assert ref.shape == shape
+        ref = rx.Ref(None)
+        rx.scan(lambda c, x: (c, f(*x)), None, (ref, xs), in_axes=(axis, 0))
+        assert ref.shape == shape
+
+
+def test_in_axes_of_a_function_are_those_of_what_it_closes_over():
+    ref, xs = rx.Ref(jnp.arange(6.0).reshape(2, 3), "state"), jnp.ones(3)
+    bias = jnp.arange(3.0)
+
+    def add(x):
+        ref.value = ref.value + x
+        return x
+
+    call = lambda f, x: f(x)
+    for axes in [1, rx.axes(state=1), rx.axes(default=1)]:
+        ref.value = jnp.arange(6.0).reshape(2, 3)
+        rx.filter_vmap(call, in_axes=(axes, 0))(add, jnp.arange(3.0))
+        assert ref.value.tolist() == [[0.0, 2.0, 4.0], [3.0, 5.0, 7.0]]
+    # A function is no array: by default what it closes over is broadcast.
+    ref.value = jnp.zeros(2)
+    for axes in [eqx.if_array(0), None, rx.axes(other=0, default=None)]:
+        rx.filter_vmap(call, in_axes=(axes, None), axis_size=3)(add, jnp.array(1.0))
+    assert ref.value.tolist() == [3.0, 3.0]
+    partial = functools.partial(lambda ref, b, x: ref.value + b + x, ref, bias)
+    out = rx.filter_vmap(call, in_axes=(rx.axes(state=None, default=0), 0))(partial, xs)
+    assert out.tolist() == [[4.0, 4.0], [5.0, 5.0], [6.0, 6.0]]
+
+
+def test_out_axes_of_functions():
+    xs = jnp.arange(6.0).reshape(3, 2)
+
+    def make(x):
+        new = rx.Ref(x, "new")
+        return x, functools.partial(lambda a, b: a + b, x), lambda: new
+
+    for axes, shape in [(1, (2, 3)), (0, (3, 2)), (eqx.if_array(1), (2, 3))]:
+        _, partial, closure = rx.filter_vmap(make, out_axes=(0, axes, axes))(xs)
+        assert partial.args[0].shape == shape and closure().shape == shape
+    out, *_ = rx.filter_vmap(make, out_axes=(1, 0, 0))(xs)
+    assert out.shape == (2, 3)
+    _, _, closure = rx.filter_vmap(make, out_axes=(0, 0, rx.axes(new=1)))(xs)
+    assert closure().shape == (2, 3)
+
+
+def test_two_out_axes_for_one_new_ref_are_refused():
+    xs = jnp.arange(6.0).reshape(3, 2)
+
+    def make(x):
+        new = rx.Ref(x, "new")
+        return new, new
+
+    message = r"gives an unnamed ref \(collection 'new'\) two axes, 0 and 1.*one axis"
+    with pytest.raises(rx.StructureError, match=message):
+        rx.filter_vmap(make, out_axes=(0, 1))(xs)
+    a, b = rx.filter_vmap(make, out_axes=1)(xs)
+    assert a is b and a.shape == (2, 3)
+
+
+def test_a_function_from_leaf_to_axis_may_tell_refs():
+    refs = {"w": rx.Ref(jnp.ones(3), "params"), "n": rx.Ref(jnp.zeros(3), "counts")}
+
+    def f(refs, x):
+        assert refs["w"].shape == (3,) and refs["n"].shape == ()
+        refs["n"].value += x
+
+    def axis(leaf):
+        if isinstance(leaf, rx.Ref) and leaf.collection == "params":
+            return None
+        return 0
+
+    for by in [
+        axis,
+        lambda leaf: 0 if getattr(leaf, "collection", "counts") == "counts" else None,
+        lambda leaf: {"params": None, "counts": 0}[leaf.collection],
+        lambda leaf: 0 if leaf is refs["n"] else None,
+    ]:
+        refs["n"].value = jnp.zeros(3)
+        rx.filter_vmap(f, in_axes=(by, 0))(refs, jnp.arange(3.0))
+        assert refs["n"].value.tolist() == [0.0, 1.0, 2.0]
+    # One that knows of arrays only is asked for the arrays in a ref.
+    for by in [lambda x: 0 if eqx.is_array(x) else None, lambda x: 0, eqx.if_array(0)]:
+        ref = rx.Ref({"a": jnp.zeros(3), "name": "a"})
+        out = rx.filter_vmap(lambda ref: ref.value["a"], in_axes=by)(ref)
+        assert out.shape == (3,)
