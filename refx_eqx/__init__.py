@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from ._checkpoint._save import load as load, save as save
 from ._core._call import functionalize as functionalize
 from ._core._deref import (
     as_refs as as_refs,
@@ -13,6 +14,7 @@ from ._core._deref import (
     snapshot as snapshot,
 )
 from ._core._errors import (
+    CheckpointError as CheckpointError,
     CollectionError as CollectionError,
     ConcurrencyError as ConcurrencyError,
     DonatedError as DonatedError,

@@ -22,7 +22,8 @@ class RefError(Exception):
     - [`refx_eqx.RefTypeError`][]: a value that breaks the declared type of a ref;
     - [`refx_eqx.ImmutableError`][]: a write that [`refx_eqx.mutable`][] does not allow;
     - [`refx_eqx.ConcurrencyError`][]: a donated ref was changed by another thread;
-    - [`refx_eqx.DonatedError`][]: an array whose buffer was donated, and is gone.
+    - [`refx_eqx.DonatedError`][]: an array whose buffer was donated, and is gone;
+    - [`refx_eqx.CheckpointError`][]: a file that is not a checkpoint, or not a whole one.
     """
 
 
@@ -142,6 +143,30 @@ class DonatedError(RefError, RuntimeError):
         except rx.DonatedError:
             pass
         assert ref.value[0] == 0.0
+        ```
+    """
+
+
+class CheckpointError(RefError, ValueError):
+    """A file could not be read as a checkpoint: it is cut off, of another format, or of a
+    newer version. Nothing was loaded.
+
+    !!! Example
+
+        ```python
+        import pathlib
+        import tempfile
+        import refx_eqx as rx
+
+        model = {"w": rx.Ref(1.0, "params")}
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, "model.safetensors")
+            path.write_bytes(b"not a checkpoint")
+            try:
+                rx.load(path, model)
+            except rx.CheckpointError:
+                pass
+        assert model["w"].value == 1.0
         ```
     """
 

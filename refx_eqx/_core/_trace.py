@@ -35,6 +35,7 @@ from jax._src import api, config, core
 from jax._src.array import ArrayImpl
 from jax._src.interpreters.ad import JVPTracer
 from jax._src.interpreters.batching import BatchTrace, BatchTracer
+from jax._src.lax.lax import _convert_element_type
 from jax._src.traceback_util import (
     api_boundary as api_boundary,
     register_exclusion,
@@ -336,6 +337,11 @@ def is_tracer(x: Any) -> bool:
 def is_deleted(x: Any) -> bool:
     """Whether `x` is an array whose buffer is gone: it was donated, or deleted."""
     return isinstance(x, _Array) and not isinstance(x, core.Tracer) and x.is_deleted()
+
+
+def as_weak(x: Any) -> Any:
+    """The same array, weakly typed. JAX has no public way to make one of a given value."""
+    return _convert_element_type(x, x.dtype, weak_type=True)
 
 
 def has_tangent(x: Any) -> bool:

@@ -1,0 +1,342 @@
+"""`save` and `load`: the values of a tree of refs in one file, by name.
+
+    tree of refs  -- state_dict -->  {name: value}  -- save -->  a safetensors file
+    tree of refs  <-- load_state_dict --  {name: value}  <-- load --  a safetensors file
+
+Any reader of safetensors finds an array for each name. The metadata has, under "refx_eqx",
+in JSON:
+
+- `version`: of the format that is described here;
+- `notes`: what an array cannot say, by name (see `_values.py`);
+- `tied`: by the first place of each shared ref, its other places.
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Callable, Container, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.tree_util as jtu
+import numpy as np
+
+from .._core._errors import CheckpointError, RefError, StructureError
+from .._core._ref import Ref
+from .._filters._filters import (
+    aliases,
+    as_filter,
+    dotted,
+    key_text,
+    leaves_with_paths,
+    selected_refs,
+)
+from .._filters._state_dict import load_state_dict, state_dict
+from . import _file
+from ._file import Stored, TensorFile
+from ._values import decoded, encoded, Note
+
+
+__tracebackhide__ = True
+
+
+VERSION = 1
+_OURS = "refx_eqx"
+
+Rename = Mapping[str, str | None] | Callable[[str], str | None]
+
+
+def save(path: str | os.PathLike, tree: Any, filter: Any = True) -> None:
+    """Saves the values of the refs of a tree to a file, by name.
+
+    The file is in the safetensors format, which many tools read. It is written beside
+    `path`, flushed to the disk, and renamed: if the process is killed meanwhile, what was
+    at `path` before is there still, and whole.
+
+    !!! Example
+
+        ```python
+        import pathlib
+        import tempfile
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        shared = rx.Ref(jnp.ones(2), "params")
+        model = {"encoder": shared, "decoder": shared, "step": rx.Ref(0, "counts")}
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, "model.safetensors")
+            rx.save(path, model)
+            shared.value = jnp.zeros(2)
+            rx.load(path, model)
+        assert model["encoder"].value[0] == 1.0
+        ```
+
+    The names are those of [`refx_eqx.state_dict`][]. A shared ref is in the file once, and
+    can be loaded by any of its names. All is kept: keys of `jax.random` with their
+    implementation, weak types, every dtype of JAX and NumPy but objects, and the numbers of
+    Python.
+
+    It needs the package `safetensors`: `pip install 'refx_eqx[checkpoint]'`.
+
+    **Arguments:**
+
+    - `path`: of the file. Its folder must exist.
+    - `tree`: a tree of refs: a model, or a tuple or dict of all that a program needs to go
+        on, so that what they share stays shared. The refs must be readable here.
+    - `filter`: any filter. What it selects is saved.
+
+    **Raises:**
+
+    - `StructureError`: if an array is selected that is not in a ref, or a value that no
+        file can hold, such as a function. Also whenever [`refx_eqx.state_dict`][] raises it.
+        Then nothing is written.
+    - `DonatedError`: if an array was donated to a call, or deleted.
+    - `TraceLevelError`: if a value is a tracer, or may not be read here.
+    - `OSError`: if the file cannot be written. Then what was at `path` is there still.
+    """
+    _file.safetensors()
+    _check_in_refs(tree, filter, "Cannot save", "would not be in the file")
+    arrays: dict[str, Stored] = {}
+    notes: dict[str, Note] = {}
+    for name, value in state_dict(tree, filter).items():
+        array, note = encoded(name, value)
+        if array is not None:
+            arrays[name] = array
+        if note:
+            notes[name] = note
+    tied = {
+        first: others for first, *others in _places(tree, filter).values() if others
+    }
+    ours = {"version": VERSION, "notes": notes, "tied": tied}
+    _file.write(path, arrays, {_OURS: json.dumps(ours, separators=(",", ":"))})
+
+
+def load(
+    path: str | os.PathLike,
+    tree: Any,
+    filter: Any = True,
+    *,
+    strict: bool = True,
+    rename: Rename | None = None,
+    convert: Callable[[str, np.ndarray], Any] | None = None,
+) -> None:
+    """Writes the values of a file into the refs of a tree, by name.
+
+    All is validated first: on any mismatch nothing is written. Nothing in the file is run.
+
+    !!! Example
+
+        ```python
+        import pathlib
+        import tempfile
+        import numpy as np
+        import safetensors.numpy
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        model = {"dense": {"weight": rx.Ref(jnp.zeros((2, 3)), "params")}}
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, "of_another_library.safetensors")
+            kernel = np.ones((3, 2), np.float32)
+            safetensors.numpy.save_file({"Dense_0.kernel": kernel}, path)
+            rx.load(
+                path,
+                model,
+                rename={"Dense_0.kernel": "dense.weight"},
+                convert=lambda name, array: array.T,
+            )
+        assert model["dense"]["weight"].value[1, 2] == 1.0
+        ```
+
+    **Arguments:**
+
+    - `path`: of a file that [`refx_eqx.save`][] wrote, or of any other safetensors file.
+    - `tree`: a tree of refs, whose values are of the structure, shapes and dtypes of those
+        to load. A `jax.ShapeDtypeStruct` is enough, as in the model that
+        [`refx_eqx.filter_eval_shape`][] makes. Values go to the devices of those that they
+        replace.
+    - `filter`: any filter. Only the refs that it selects are written.
+    - `strict`: whether each of these refs must have a value in the file, and each name of
+        the file a ref. If `False`, refs without a value stay as they are, and other names
+        are not looked at.
+    - `rename`: what the names of the file are in the tree: a mapping, in which other names
+        stay as they are, or a function of the name. `None` leaves a name out.
+    - `convert`: a function of the name in the tree and the array of the file, called for
+        each array that is loaded. It returns what to load: the array transposed, or of
+        another dtype.
+
+    **Raises:**
+
+    - `CheckpointError`: if the file is cut off, of another format, or of a newer version.
+    - `StructureError`: if refs or names are left over, if a value has another shape or
+        dtype than what it replaces, if `rename` has a name that the file does not have, or
+        gives two names the same place. Also whenever [`refx_eqx.load_state_dict`][] raises
+        it.
+    - `RefTypeError`: if a value breaks the declared type of its ref.
+    - `TraceLevelError`, `ImmutableError`: if a ref may not be written here.
+    - `OSError`: if the file cannot be read.
+    """
+    _check_in_refs(tree, filter, "Cannot load", "would stay as it is")
+    with _file.opened(path) as file:
+        content = _Content(file, path)
+        places = _places(tree, filter)
+        sources = _sources(content, places, rename)
+        state = _State(content, sources, _held(places), convert)
+        try:
+            load_state_dict(tree, state, filter, strict=strict)
+        except RefError as e:
+            e.add_note(
+                f"The state is that of {content.path}. If its names, shapes or dtypes are "
+                "other ones on purpose, say so by `rename=` and `convert=`."
+            )
+            raise
+
+
+def _check_in_refs(tree: Any, filter: Any, failure: str, fate: str) -> None:
+    selected = as_filter(filter)
+    for path, leaf in leaves_with_paths(tree)[0]:
+        is_array = isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
+        if is_array and selected.matches(path, leaf):
+            raise StructureError(
+                f"{failure}: the array at `{dotted(path)}` is not in a ref, so it {fate}. "
+                "Put it in one (`rx.as_refs(tree)` does so for all arrays of a tree), or "
+                "pass `rx.Ref` as `filter`, which selects the refs alone."
+            )
+
+
+def _places(tree: Any, filter: Any) -> dict[Ref, tuple[str, ...]]:
+    """Each selected ref, with all its places."""
+    places = aliases(tree)
+    return {ref: places[ref] for ref in selected_refs(tree, filter)}
+
+
+def _held(places: dict[Ref, tuple[str, ...]]) -> dict[str, Any]:
+    """What is to be replaced, by each of its names."""
+    held = {}
+    for ref, names in places.items():
+        for path, leaf in jtu.tree_leaves_with_path(ref.value):
+            for name in names:
+                keys = [name] if name else []
+                held[".".join([*keys, *map(key_text, path)])] = leaf
+    return held
+
+
+class _Content:
+    """The values of a file, by the names in it."""
+
+    def __init__(self, file: TensorFile, path: str | os.PathLike):
+        self._file = file
+        self.path = os.fspath(path)
+        # A file of another library has arrays and no more.
+        ours = self._parsed(file.metadata[_OURS]) if _OURS in file.metadata else {}
+        self._notes: dict[str, Note] = ours.get("notes", {})
+        self._tied: dict[str, list[str]] = ours.get("tied", {})
+        without_array = [name for name in self._notes if name not in file.names]
+        self.names = (*file.names, *without_array)
+
+    def _parsed(self, text: str) -> dict[str, Any]:
+        try:
+            ours = json.loads(text)
+            version = int(ours["version"])
+        except (ValueError, TypeError, KeyError):
+            raise self._broken("its metadata") from None
+        if version > VERSION:
+            raise CheckpointError(
+                f"Cannot load {self.path}: it is of version {version} of the format, and "
+                f"this version of refx_eqx reads those up to {VERSION}. Load it with the "
+                "version that wrote it, or a newer one."
+            )
+        return ours
+
+    def _broken(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"Cannot load {self.path}: {what} cannot be read. Load an earlier file."
+        )
+
+    def names_of(self, name: str) -> list[str]:
+        """A name of the file, and those of the other places of the same ref."""
+        first = _place_of(name, self._tied)
+        others = [] if first is None else self._tied[first]
+        return [name, *(other + name.removeprefix(first or "") for other in others)]
+
+    def value(self, name: str, old: Any) -> Any:
+        """The value at a name, to replace `old`."""
+        array = self._file[name] if name in self._file.names else None
+        try:
+            return decoded(array, self._notes.get(name, {}), old)
+        except (ValueError, TypeError, KeyError):
+            raise self._broken(f"the value of {name!r}") from None
+
+
+def _place_of(name: str, places: Container[str]) -> str | None:
+    """The place of the ref that `name` is, or is a part of the value of."""
+    keys = name.split(".")
+    starts = [".".join(keys[:n]) for n in range(len(keys), -1, -1)]
+    return next((start for start in starts if start in places), None)
+
+
+def _sources(
+    content: _Content, places: dict[Ref, tuple[str, ...]], rename: Rename | None
+) -> dict[str, str]:
+    """For each name in the tree that the file has a value for, the name in the file."""
+    renamed = _renaming(content, rename)
+    known = {place for names in places.values() for place in names}
+    sources: dict[str, str] = {}
+    for name in content.names:
+        keys = [renamed(n) for n in content.names_of(name)]
+        keys = [key for key in keys if key is not None]
+        # A tie is loaded by those of its names that there are; or by none, which is told.
+        there = [key for key in keys if _place_of(key, known) is not None]
+        for key in there or keys[:1]:
+            other = sources.setdefault(key, name)
+            if other != name:
+                raise StructureError(
+                    f"Cannot load the state: `rename` makes `{key}` of both {other!r} and "
+                    f"{name!r}. Make `None` of one of them."
+                )
+    return sources
+
+
+def _renaming(content: _Content, rename: Rename | None) -> Callable[[str], str | None]:
+    if rename is None:
+        return lambda name: name
+    if not isinstance(rename, Mapping):
+        return rename
+    known = {n for name in content.names for n in content.names_of(name)}
+    for name in rename:
+        if name not in known:
+            close = difflib.get_close_matches(name, known)
+            raise StructureError(
+                f"Cannot load the state: `rename` has {name!r}, and {content.path} does "
+                f"not. It has {', '.join(map(repr, close or sorted(known)))}."
+            )
+    return lambda name: rename.get(name, name)
+
+
+class _State(Mapping[str, Any]):
+    """What `load_state_dict` is given. A value is read when it is asked for: the file is
+    never on the host as a whole."""
+
+    def __init__(
+        self,
+        content: _Content,
+        sources: dict[str, str],
+        held: dict[str, Any],
+        convert: Callable[[str, np.ndarray], Any] | None,
+    ):
+        self._content = content
+        self._sources = sources
+        self._held = held
+        self._convert = convert
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._content.value(self._sources[key], self._held.get(key))
+        if self._convert is not None and isinstance(value, np.ndarray):
+            return self._convert(key, value)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
