@@ -344,6 +344,11 @@ def as_refs(
     The same tree with a ref for each selected leaf. An array object that is met twice
     becomes one ref.
     """
+    if not callable(where):
+        raise TypeError(
+            f"`rx.as_refs`: `where` is a function of a leaf that returns a bool, and was "
+            f"given {where!r}. Pass, for example, `where=eqx.is_inexact_array`."
+        )
     made: dict[int, Ref] = {}
 
     def convert(path: tuple, leaf: Any) -> Any:

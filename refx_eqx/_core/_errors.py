@@ -183,3 +183,20 @@ def name_of(fn: Any) -> str:
     """How every message refers to a function."""
     fn = getattr(fn, "__wrapped__", fn)
     return getattr(fn, "__qualname__", type(fn).__qualname__)
+
+
+def check_hashable(what: str, **given: Any) -> None:
+    """That what names a ref, or its place, can be a part of a key.
+
+    **Raises:**
+
+    - `TypeError`: if not.
+    """
+    try:
+        hash(tuple(given.values()))
+    except TypeError:
+        texts = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        raise TypeError(
+            f"`{what}` was given {texts}, which is not hashable. Use a string, or a tuple of "
+            "them."
+        ) from None

@@ -10,7 +10,7 @@ from typing import Any, TYPE_CHECKING
 import equinox as eqx
 import jax.tree_util as jtu
 
-from ._errors import describe
+from ._errors import check_hashable, describe
 from ._ref import Ref
 
 
@@ -85,6 +85,7 @@ class Value:
         ref_type: type[Ref] = Ref,
         note: Note = Note(None, None),
     ):
+        check_hashable("rx.Value", index=index, collection=collection)
         self.value = value
         self.index = index
         self.collection = collection
@@ -137,6 +138,7 @@ class Index:
         ref_type: type[Ref] = Ref,
         note: Note = Note(None, None),
     ):
+        check_hashable("rx.Index", index=index, collection=collection)
         self.index = index
         self.collection = collection
         self.ref_type = ref_type

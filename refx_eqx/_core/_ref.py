@@ -13,10 +13,12 @@ from typing import Any, Generic, overload, Self, TYPE_CHECKING, TypeVar
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jax import Array
 
 from . import _trace
 from ._errors import (
+    check_hashable,
     describe,
     DonatedError,
     ImmutableError,
@@ -136,7 +138,7 @@ class Ref(Generic[_T]):
     _written: bool
 
     def __init__(self, value: _T, collection: Hashable = None):
-        hash(collection)  # an unhashable collection is Python's own clear error, here
+        check_hashable("rx.Ref", collection=collection)
         self._collection = collection
         self._name = None
         self._declared = None
@@ -314,11 +316,17 @@ def content(ref: Ref) -> Any:
     return ref._value if ref._channel is None else Channelled(ref._value, ref._channel)
 
 
+# Past the `__setattr__` of a subclass, which might raise between two refs of one call.
+_set_value = Ref.__dict__["_value"].__set__
+_set_channel = Ref.__dict__["_channel"].__set__
+
+
 def set_content(ref: Ref, x: Any) -> None:
     if type(x) is Channelled:
-        ref._value, ref._channel = x.value, x.channel
+        _set_value(ref, x.value)
+        _set_channel(ref, x.channel)
     else:
-        ref._value = x
+        _set_value(ref, x)
 
 
 def _array_like(ref: Ref) -> Any:
@@ -375,7 +383,10 @@ def check_value(ref: Ref, value: Any) -> Any:
     if type(value) is _trace.ConcreteArray:
         check_not_deleted(ref, value)
     else:
-        for leaf in jtu.tree_leaves(value):
+        leaves = jtu.tree_leaves(value)
+        if any(map(_is_writeable, leaves)):
+            value = jtu.tree_map(_own, value)
+        for leaf in leaves:
             if isinstance(leaf, Ref):
                 raise StructureError(
                     "The value of a ref cannot hold a ref: "
@@ -402,6 +413,18 @@ def check_not_deleted(ref: Ref, leaf: Any) -> None:
             f"buffer ({leaf.dtype}{list(leaf.shape)}) was donated to a call, or deleted, "
             "and its numbers are gone. Give that call a copy: `jnp.array(x, copy=True)`."
         )
+
+
+def _is_writeable(leaf: Any) -> bool:
+    return type(leaf) is np.ndarray and leaf.flags.writeable
+
+
+def _own(leaf: Any) -> Any:
+    """A NumPy array that nobody can change in place: a change would be no write."""
+    if _is_writeable(leaf):
+        leaf = leaf.copy()
+        leaf.flags.writeable = False
+    return leaf
 
 
 def declare(ref: Ref, declaration: Any) -> None:

@@ -10,6 +10,7 @@ need two things that it has no public function for:
 
 import contextlib
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -105,6 +106,16 @@ def bind_in_methods(cls: type, names_of: Callable[[Any], AxisNames]) -> None:
     was called and before the first argument is checked, so this replaces the function that
     opens it. All other functions are left as they are.
     """
+
+    if not hasattr(_decorator, "push_shape_memo"):
+        warnings.warn(
+            "jaxtyping has no `jaxtyping._decorator.push_shape_memo` any more: the axis "
+            "names of the fields of a module are not bound in its `jaxtyped` methods. All "
+            "else is checked. Use a version of jaxtyping that refx_eqx was tested with "
+            "(0.3.11).",
+            stacklevel=2,
+        )
+        return
 
     def push_shape_memo(arguments: dict[str, Any]) -> tuple:
         memos = _storage.push_shape_memo(arguments)

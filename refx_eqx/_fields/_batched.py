@@ -44,6 +44,12 @@ class BatchedHint(type):
         hint: Any = jaxtyping.Shaped[np.ndarray, cls.axes]  # to pyright an `Annotated`
         return hint.__instancecheck_str__(stand_in)
 
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(
+            f"`rx.{cls.__name__}` is a type, and makes no stack. Make one with "
+            f"`rx.filter_vmap({hint_text(cls.inside)})(...)`."
+        )
+
     def __reduce__(cls):
         return operator.getitem, (Batched, (cls.inside, cls.axes))
 
@@ -132,12 +138,23 @@ else:
         - `ValueError`: if an axis stands for several.
         """
 
+        def __new__(cls, *args, **kwargs):
+            raise TypeError(
+                '`rx.Batched` is a type, to be subscripted: `rx.Batched[Linear, "n"]`. A '
+                "stack is made with `rx.filter_vmap(Linear)(...)`."
+            )
+
         def __class_getitem__(cls, item):
             if not isinstance(item, tuple) or len(item) != 2:
                 raise TypeError(
                     '`rx.Batched` takes a type and its axes: `rx.Batched[Linear, "n"]`.'
                 )
             inside, axes = item
+            if not isinstance(axes, str) or not axes.split():
+                raise TypeError(
+                    f"`rx.Batched[..., {axes!r}]`: the axes are names, in a string: "
+                    '`rx.Batched[Linear, "n"]`.'
+                )
             if any("..." in axis or "*" in axis for axis in axes.split()):
                 raise ValueError(
                     f"`rx.Batched[..., {axes!r}]`: each name must stand for one axis. Name "

@@ -22,6 +22,15 @@ def _parse(text: str) -> bool:
     )
 
 
+def _checked(value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(
+            f"`rx.config.check_types` is a bool, and was given {value!r}. Set it to `True` "
+            "or `False`."
+        )
+    return value
+
+
 class Config:
     """Settings of the library. There is one instance: `refx_eqx.config`.
 
@@ -44,6 +53,9 @@ class Config:
     sets it for the running thread, and ends with the block.
     """
 
+    # Nothing else can be set: a misspelled name would be without effect.
+    __slots__ = ("_everywhere", "_here")
+
     def __init__(self):
         self._everywhere = _parse(os.environ.get("REFX_CHECK_TYPES", "1"))
         self._here = threading.local()
@@ -61,13 +73,14 @@ class Config:
 
     @check_types.setter
     def check_types(self, value: bool) -> None:
-        self._everywhere = bool(value)
+        self._everywhere = _checked(value)
 
     @contextlib.contextmanager
     def __call__(self, *, check_types: bool) -> Iterator[None]:
         """Sets `check_types` on this thread for the duration of a `with` block."""
+        check = _checked(check_types)
         before = vars(self._here).copy()
-        self._here.check_types = check_types
+        self._here.check_types = check
         try:
             yield
         finally:

@@ -278,7 +278,10 @@ def _as_array(value: Any, old: Any, declaration: Declaration) -> Any:
         dtypes = [jnp.result_type(t) for t in (bool, int, float, complex)]
     for dtype in dtypes:
         if any(jnp.issubdtype(dtype, kind) for kind in wider):
-            new = jnp.asarray(value, dtype)
+            try:
+                new = jnp.asarray(value, dtype)
+            except OverflowError:  # 300, for an `int8`
+                return None
             if declaration.why_not(new) is None:
                 return new
     return None

@@ -6,22 +6,34 @@ a value in a `Ref` of the field's collection, and lets a `Ref` through.
 """
 
 import builtins
+import copy
 import dataclasses
 import inspect
 import sys
 import types
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Annotated, Any, get_args, get_origin, TypeVar, Union
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
+from typing import (
+    Annotated,
+    Any,
+    Final,
+    ForwardRef,
+    get_args,
+    get_origin,
+    TypeVar,
+    Union,
+)
 
 import equinox as eqx
+import jax.tree_util as jtu
 import jaxtyping
 
-from .._core._errors import CollectionError, describe, RefTypeError
+from .._core._errors import check_hashable, CollectionError, describe, RefTypeError
 from .._core._ref import commits, declare, Ref, Withheld
 from ._axis_names import name_scope
 from ._batched import BatchedHint
 from ._config import config
+from ._construction import keep_state, one_of_several
 from ._declaration import check_new, Declaration, DeclaredType
 from ._hints import split_hint
 from ._ref_type import OpenRefHint, RefHint
@@ -63,6 +75,9 @@ class Collection:
 
     name: Hashable
 
+    def __post_init__(self) -> None:
+        check_hashable("rx.Collection", name=self.name)
+
 
 Param = Annotated[Ref[_T], Collection("params")]
 """`Param[T]`: a ref to a `T`, of collection `"params"`: what an optimiser trains."""
@@ -72,6 +87,16 @@ BatchStat = Annotated[Ref[_T], Collection("batch_stats")]
 
 Cache = Annotated[Ref[_T], Collection("cache")]
 """`Cache[T]`: a ref to a `T`, of collection `"cache"`: keys and values while decoding."""
+
+
+def _collection_of_alias(ref: Ref, alias: Any) -> None:
+    # `typing` tells what it made by which alias: `rx.Param(x)` is of collection "params".
+    for metadata in getattr(alias, "__metadata__", ()):
+        if isinstance(metadata, Collection) and ref._collection is None:
+            ref._collection = metadata.name
+
+
+Ref.__orig_class__ = property(fset=_collection_of_alias)  # type: ignore[attr-defined]
 
 
 class RefSpec:
@@ -87,6 +112,8 @@ class RefSpec:
         self.field_name = ""
         # An `rx.Module` checks all its fields together, so that they share axis names.
         self.checked_by_module = False
+        # The specs of one bare `equinox.Module`, in order.
+        self.siblings: list[RefSpec] = [self]
 
     @property
     def is_ref_field(self) -> bool:
@@ -95,7 +122,7 @@ class RefSpec:
     def bind(self, owner: type, name: str, annotation: Any) -> None:
         """Takes what the annotation of the field says, once its class is known."""
         self.owner_name, self.field_name = owner.__name__, name
-        declared = read_annotation(annotation)
+        declared = read_annotation(annotation, owner)
         if declared is None and self.collection is not _UNSET:
             declared = Declared(Ref, Any, None, False)
         types_found: list[DeclaredType] = []
@@ -127,14 +154,21 @@ class RefSpec:
     def __call__(self, value: Any) -> Any:
         """The converter of a bare `equinox.Module`, which has no other hook: each ref is
         checked by itself, so axis names are shared within one annotation."""
-        value = self.convert(value, self.owner_name)
-        if self.is_ref_field and not self.checked_by_module and config.check_types:
-            for ref, where, declared in self.refs_in(value, self.owner_name):
-                with name_scope():
-                    check_declared(ref, where, declared)
-                    names = declared.type.names()
-                declare(ref, Declaration(declared.type, names))
+        if self.checked_by_module:
+            return self.convert(value, self.owner_name)
+        with one_of_several(self is self.siblings[0], self is self.siblings[-1]):
+            value = self.convert(value, self.owner_name)
+            if self.is_ref_field and config.check_types:
+                self._check(value)
         return value
+
+    def _check(self, value: Any) -> None:
+        for ref, where, declared in self.refs_in(value, self.owner_name):
+            with name_scope():
+                check_declared(ref, where, declared)
+                names = declared.type.names()
+            keep_state(ref)
+            declare(ref, Declaration(declared.type, names))
 
     def convert(self, value: Any, owner_name: str) -> Any:
         """What the field is to hold: a ref in place of each value that is declared one."""
@@ -171,6 +205,7 @@ def _as_ref(declared: "Declared", value: Any, name: str) -> Ref:
 
 
 def _adopt(ref: Ref, collection: Hashable, name: str) -> None:
+    keep_state(ref)
     if ref._collection is None:
         ref._collection = collection
         commits.irregular += 1
@@ -202,6 +237,7 @@ def check_declared(ref: Any, where: str, declared: "Declared") -> None:
         return  # a module that is rebuilt where its refs may not be touched
     value = check_new(where, ref._collection, declared.type, ref._value)
     if value is not ref._value:
+        keep_state(ref)
         with commits.lock:
             commits.store(((ref, value),))
 
@@ -211,7 +247,20 @@ class RefField(dataclasses.Field):
 
     def __set_name__(self, owner: type, name: str) -> None:
         spec = self.metadata["converter"]
+        for other in owner.__dict__.values():
+            if isinstance(other, RefField) and other is not self:
+                siblings = other.metadata["converter"].siblings
+                if siblings[0].owner_name:  # those before this one
+                    spec.siblings = siblings
+                    siblings.append(spec)
+                    break
         own = inspect.get_annotations(owner)
+        if not issubclass(owner, eqx.Module):
+            raise TypeError(
+                f"`rx.field` of `{owner.__name__}.{name}` makes no ref: "
+                f"`{owner.__name__}` is no module. Derive it from `rx.Module` or "
+                "`eqx.Module`."
+            )
         spec.bind(owner, name, resolve_annotation(owner, own.get(name, Any)))
 
 
@@ -258,6 +307,8 @@ def field(
     **Raises:**
 
     - `ValueError`: if both `collection` and `static=True` are given.
+    - `TypeError`: if `collection` is not hashable, if the default is a ref, or if the field
+        is in a class that is no `equinox.Module`.
     """
     if static:
         if collection is not _UNSET:
@@ -266,11 +317,19 @@ def field(
                 "ref, because it is not part of the pytree. Leave out one of the two."
             )
         return eqx.field(converter=converter, static=True, **kwargs)
+    if collection is not _UNSET:
+        check_hashable("rx.field", collection=collection)
     return ref_field(eqx.field(**kwargs), RefSpec(collection, converter))
 
 
 def ref_field(plain: dataclasses.Field, spec: RefSpec) -> RefField:
     """The field `plain` with the converter `spec`."""
+    if isinstance(plain.default, Ref):
+        raise TypeError(
+            "The default of a field is a ref, which all instances would share. Give the "
+            "value, of which each makes a ref of its own; or "
+            "`rx.field(default_factory=lambda: ref)`, if sharing is meant."
+        )
     # The parameters of `Field` grow from one Python to the next (3.14 adds `doc`).
     names = inspect.signature(dataclasses.Field).parameters
     arguments = {name: getattr(plain, name) for name in names}
@@ -305,13 +364,19 @@ def declare_ref_fields(cls: type) -> None:
     `weight: rx.Param[Array] = rx.field()`.
     """
     hints = _plain_hints[cls] = {}
+    slots = cls.__dict__.get("__slots__")
+    if slots:
+        raise TypeError(
+            f"`{cls.__name__}` has `__slots__ = {slots!r}`: a module keeps its fields in "
+            "its `__dict__`, as Equinox does. Leave `__slots__` out."
+        )
     for name, annotation in inspect.get_annotations(cls).items():
         default = cls.__dict__.get(name, dataclasses.MISSING)
         if isinstance(default, RefField):
             default.metadata["converter"].checked_by_module = True
             continue
         annotation = resolve_annotation(cls, annotation)
-        if read_annotation(annotation) is None:
+        if read_annotation(annotation, cls) is None:
             hints[name] = annotation
             continue
         if isinstance(default, dataclasses.Field):
@@ -380,9 +445,11 @@ def map_declared(
     }
     if all(new[key] is container[key] for key in keys):
         return container
-    kind: Any = type(container)
     if isinstance(value, Mapping):
-        return kind(new)
+        changed: Any = copy.copy(container)  # a `defaultdict` keeps its factory
+        changed.update(new)
+        return changed
+    kind: Any = type(container)
     if hasattr(value, "_fields"):  # a named tuple
         return kind(*new.values())
     return kind(new.values())
@@ -394,6 +461,12 @@ def _check_container(declared: Container, value: Any, where: str) -> None:
         expected = f"a {declared.kind.__name__}"
     elif not declared.is_same_for_all and len(value) != n:
         expected = f"a {declared.kind.__name__} of {n} items"
+    elif jtu.all_leaves([value]):  # a range, a text, a subclass of `list`
+        raise RefTypeError(
+            f"`{where}` is declared a {declared.kind.__name__} of refs, and was given "
+            f"{eqx.tree_pformat(value)}, which JAX does not look into: it is no pytree. "
+            "Assign a tuple, a list or a dict."
+        )
     else:
         return
     raise RefTypeError(
@@ -402,18 +475,34 @@ def _check_container(declared: Container, value: Any, where: str) -> None:
     )
 
 
-def read_annotation(annotation: Any) -> Declared | Container | None:
-    """What `annotation` says of refs; `None` if it does not speak of any."""
+def read_annotation(
+    annotation: Any, owner: type | None = None
+) -> Declared | Container | None:
+    """What `annotation` says of refs; `None` if it does not speak of any.
+
+    **Arguments:**
+
+    - `annotation`: the type; strings in it are looked up from `owner`.
+    - `owner`: the class that the annotation is in.
+
+    **Raises:**
+
+    - `TypeError`: if it says that refs are in something which is no pytree.
+    """
+    if owner is not None:
+        annotation = resolve_annotation(owner, annotation)
     hint, metadata = split_hint(annotation)
     origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Final and arguments:
+        return read_annotation(arguments[0], owner)
     if origin in (Union, types.UnionType):
-        found = [read_annotation(member) for member in arguments]
+        found = [read_annotation(member, owner) for member in arguments]
         first = next((d for d in found if d is not None), None)
         if first is None:
             return None
         return dataclasses.replace(first, optional=type(None) in arguments)
-    if isinstance(origin, type) and issubclass(origin, Sequence | Mapping):
-        return _read_container(origin, arguments)
+    if isinstance(origin, type) and issubclass(origin, Sequence | Mapping | Set):
+        return _read_container(origin, arguments, owner)
     collection = next((m.name for m in metadata if isinstance(m, Collection)), None)
     if isinstance(hint, RefHint | OpenRefHint):
         return Declared(hint.ref_type, hint.value_hint, collection, False)
@@ -422,7 +511,9 @@ def read_annotation(annotation: Any) -> Declared | Container | None:
     return None
 
 
-def _read_container(kind: type, arguments: tuple) -> Container | None:
+def _read_container(
+    kind: type, arguments: tuple, owner: type | None
+) -> Container | None:
     if issubclass(kind, Mapping):
         arguments, is_same_for_all = arguments[1:], True
     elif issubclass(kind, tuple):
@@ -430,9 +521,14 @@ def _read_container(kind: type, arguments: tuple) -> Container | None:
         arguments = arguments[:1] if is_same_for_all else arguments
     else:
         is_same_for_all = True
-    items = tuple(map(read_annotation, arguments))
+    items = tuple(read_annotation(argument, owner) for argument in arguments)
     if all(item is None for item in items):
         return None
+    if issubclass(kind, Set):
+        raise TypeError(
+            f"A field is annotated as a {kind.__name__} of refs, which JAX does not look "
+            "into: it is no pytree. Use a tuple, a list or a dict."
+        )
     return Container(kind, items, is_same_for_all, False)
 
 
@@ -483,8 +579,11 @@ def _enclosing_locals(module: dict) -> list[dict]:
 
 
 def resolve_annotation(owner: type, annotation: Any) -> Any:
-    """The annotation itself, where `from __future__ import annotations` left a string."""
+    """The annotation itself, where `from __future__ import annotations` left a string, or
+    quotes did (`Optional["Param[Array]"]`)."""
     for _ in range(2):  # An annotation in quotes is a string in a string there.
+        if isinstance(annotation, ForwardRef):
+            annotation = annotation.__forward_arg__
         if isinstance(annotation, str):
             annotation = eval(annotation, {}, _Namespace(owner))
     return annotation

@@ -20,6 +20,7 @@ from .._core._ref import declare, Ref
 from ._axis_names import AxisNames, name_scope, names_bound, NO_NAMES, union
 from ._batched import BatchedHint
 from ._config import config
+from ._construction import keep_state
 from ._declaration import Declaration
 from ._field import check_declared, Declared, plain_hints, RefSpec
 from ._hints import hint_text, why_not_of_type
@@ -70,6 +71,7 @@ def check_instance(instance: Any) -> None:
     if shapes in plan.known:
         for (name, _), declaration in zip(plan.of_refs, plan.known[shapes]):
             if declaration is not None:
+                keep_state(fields[name])
                 declare(fields[name], declaration)
         return
     checked = []
@@ -86,6 +88,7 @@ def check_instance(instance: Any) -> None:
             names = declared_type.names(instance)
             declarations[id(ref), declared_type] = Declaration(declared_type, names)
     for ref, declared_type in checked:
+        keep_state(ref)
         declare(ref, declarations[id(ref), declared_type])
     if shapes is not None and len(plan.known) < _MAX_KNOWN:
         plan.known[shapes] = tuple(

@@ -7,6 +7,7 @@ import equinox as eqx
 
 from ._axis_names import bind_in_methods
 from ._config import config
+from ._construction import making_a_module
 from ._field import declare_ref_fields, field, RefSpec
 from ._instance import check_field, check_instance, MAY_HOLD_ARRAYS, names_of_instance
 
@@ -19,7 +20,11 @@ if TYPE_CHECKING:
     class _ModuleMeta(_EquinoxMeta): ...
 
 else:
-    _ModuleMeta = type(eqx.Module)
+
+    class _ModuleMeta(type(eqx.Module)):
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            with making_a_module():
+                return super().__call__(*args, **kwargs)
 
 
 __tracebackhide__ = True

@@ -303,6 +303,11 @@ def merge_partitions(partitions: Any, treedef: Any) -> Any:
     - `StructureError`: if the partitions do not have the same paths, or if a path has a
         leaf in two of them or in none.
     """
+    if not isinstance(treedef, jtu.PyTreeDef):
+        raise StructureError(
+            f"Cannot merge partitions: the treedef is {treedef!r}. Pass the second result "
+            "of `rx.tree_partition`: `partitions, treedef = rx.tree_partition(tree, ...)`."
+        )
     if not partitions:
         raise StructureError("Cannot merge no partitions: pass all of them.")
     first, *others = partitions

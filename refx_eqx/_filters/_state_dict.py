@@ -64,6 +64,12 @@ def state_dict(tree: Any, filter: Any = True) -> dict[str, Any]:
     - `TraceLevelError`: if a ref may not be read here.
     """
     places = _places(tree, filter, "Cannot make a state dict")
+    if "allow_pickle" in places:
+        raise StructureError(
+            "Cannot make a state dict: `allow_pickle` is the path of "
+            f"{_described(places['allow_pickle'])}, and `numpy.savez` would take it for its "
+            "own argument, and leave it out. Call the field or the key something else."
+        )
     return {path: ref.value for ref, path in _first_places(places).items()}
 
 
@@ -164,6 +170,10 @@ def _first_places(places: dict[str, Ref]) -> dict[Ref, str]:
     for path, ref in places.items():
         first.setdefault(ref, path)
     return first
+
+
+def _described(ref: Ref) -> str:
+    return describe(ref._name, ref._collection)
 
 
 def _shown(key: str) -> str:

@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 
 from .._core._deref import NOTHING, path_text
 from .._core._errors import CollectionError, describe, StructureError
@@ -67,7 +68,7 @@ def update_refs(target: Any, source: Any) -> None:
             "`rx.NOTHING` or `None` where a ref is to stay."
         ) from None
     nodes = {new.index: new for new in sources if isinstance(new, Value)}
-    new_values: dict[int, tuple[Ref, Any, str]] = {}
+    new_values: dict[int, tuple[Ref, Any, Any, str]] = {}
     for (path, ref), new in zip(leaves, sources):
         if is_opened(ref):
             raise StructureError(
@@ -91,26 +92,49 @@ def update_refs(target: Any, source: Any) -> None:
             continue  # `Value(None)`: this ref was filtered out of the source
         check_writable(ref)  # before its value is looked at, which may be forbidden too
         where = path_text(path)
-        check_value(ref, value)  # a broken declared type says more than a wrong shape
+        # A broken declared type says more than a wrong shape.
+        stored = check_value(ref, value)
         check_fits(ref, value, "Cannot update refs", where, "the source")
-        _, earlier, at = new_values.setdefault(id(ref), (ref, value, where))
+        entry = ref, _as_arrays(ref, stored, where), value, where
+        _, _, earlier, at = new_values.setdefault(id(ref), entry)
         if earlier is not value:
             raise StructureError(
                 f"Cannot update refs: {describe(ref._name, ref._collection)} is one ref at "
                 f"{at} and {where} of the target, and the source has a different value at "
                 "each. Give one of them, and `rx.NOTHING` at the other."
             )
-    write_all([(ref, value) for ref, value, _ in new_values.values()])
+    write_all([(ref, stored) for ref, stored, _, _ in new_values.values()])
 
 
-def write_all(updates: list[tuple[Ref, Any]]) -> None:
-    """Writes all, or nothing: every check comes before the first write."""
-    checked = []
-    for ref, value in updates:
-        check_writable(ref)
-        checked.append((ref, check_value(ref, value)))
+def write_all(checked: list[tuple[Ref, Any]]) -> None:
+    """Writes values that were all checked, for refs that may be written."""
     with commits.lock:
         commits.store(checked)
+
+
+def _as_arrays(ref: Ref, value: Any, where: str) -> Any:
+    """`value` with an array for each Python number that replaces one."""
+
+    def convert(old: Any, new: Any) -> Any:
+        if not isinstance(old, jax.Array) or eqx.is_array(new):
+            return new
+        number = np.asarray(new)
+        if number.dtype.kind in "iu" and not _is_in_range(number, old.dtype):
+            raise StructureError(
+                f"Cannot update refs: {describe(ref._name, ref._collection)} at {where} "
+                f"holds {old.dtype}, which cannot hold {new}. Write an array of a wider "
+                "dtype: `ref.value = jnp.asarray(...)`."
+            )
+        return jnp.asarray(number.astype(old.dtype))
+
+    return jtu.tree_map(convert, ref.value, value)
+
+
+def _is_in_range(number: Any, dtype: Any) -> bool:
+    if not jnp.issubdtype(dtype, jnp.integer):
+        return True
+    limits = jnp.iinfo(dtype)
+    return int(limits.min) <= int(number) <= int(limits.max)
 
 
 def _check_collection(ref: Ref, new: Ref | Value | Index, path: tuple) -> None:

@@ -1,0 +1,81 @@
+"""What making a module changes of the refs that it is given, undone if it fails.
+
+A field that is given a ref names it, gives it its collection and holds it to its type. All
+of that is kept here while a module is being made, and set back if an exception ends it.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from .._core._ref import commits, Ref, set_content
+
+
+__tracebackhide__ = True
+
+
+_State = tuple[Ref, tuple[Any, ...]]
+
+
+class _Here(threading.local):
+    def __init__(self):
+        # Of the modules that are being made, one inside of the other.
+        self.logs: list[list[_State]] = []
+        # Of the fields of a bare `equinox.Module` that are converted already.
+        self.converted: list[_State] = []
+
+
+_here = _Here()
+
+
+def keep_state(ref: Ref) -> None:
+    """To be called before anything of a ref is changed by a field that holds it."""
+    if _here.logs:
+        state = ref._collection, ref._name, ref._declared, ref._value
+        _here.logs[-1].append((ref, state))
+
+
+@contextlib.contextmanager
+def making_a_module() -> Iterator[None]:
+    """While it lasts, a module is made. If that fails, its refs are as they were."""
+    with _logging([]) as log:
+        yield
+    if _here.logs:
+        _here.logs[-1].extend(log)  # the module around it may fail yet
+
+
+@contextlib.contextmanager
+def one_of_several(is_first: bool, is_last: bool) -> Iterator[None]:
+    """While it lasts, a field of a bare `equinox.Module` is converted: there is no hook
+    around all of them. If it fails, those before it are undone too."""
+    if is_first:
+        _here.converted = []
+    log = _here.converted
+    try:
+        with _logging(log):
+            yield
+    except BaseException:
+        is_last = True
+        raise
+    finally:
+        if is_last:
+            _here.converted = []
+
+
+@contextlib.contextmanager
+def _logging(log: list[_State]) -> Iterator[list[_State]]:
+    _here.logs.append(log)
+    try:
+        yield log
+    except BaseException:
+        with commits.lock:
+            for ref, (*rest, value) in reversed(log):
+                ref._collection, ref._name, ref._declared = rest
+                if ref._value is not value:
+                    set_content(ref, value)
+            commits.count += 1
+            commits.irregular += 1
+        raise
+    finally:
+        _here.logs.pop()

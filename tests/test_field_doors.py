@@ -1,0 +1,296 @@
+"""What a field is given and cannot hold: said by name, and nothing has changed."""
+
+import dataclasses
+import functools
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, Final, Optional
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import _decorator, Array, Float, Int8
+
+import refx_eqx as rx
+from refx_eqx._fields._axis_names import bind_in_methods
+
+
+class Pair(rx.Module):
+    a: rx.Param[Float[Array, ""]]
+    b: rx.Param[Float[Array, "3"]]
+
+
+class BarePair(eqx.Module):
+    a: rx.Param[Float[Array, ""]] = rx.field()
+    b: rx.Param[Float[Array, "3"]] = rx.field()
+
+
+class Checked(rx.Module):
+    a: rx.Param[Float[Array, ""]]
+
+    def __check_init__(self):
+        raise ValueError("never")
+
+
+class Outer(rx.Module):
+    inner: Any
+
+    def __init__(self, ref):
+        self.inner = Pair(ref, jnp.ones(3))
+        raise ValueError("never")
+
+
+def state(ref):
+    return ref.value, ref.collection, ref.name, ref._declared
+
+
+# A module that is not made.
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda ref: Pair(ref, jnp.ones(2)),
+        lambda ref: BarePair(ref, jnp.ones(2)),
+        Checked,
+        Outer,
+    ],
+    ids=["type", "bare", "check_init", "outer"],
+)
+def test_a_module_whose_construction_fails_leaves_the_refs_it_was_given(make):
+    ref = rx.Ref(1.0)
+    before = state(ref)
+    with pytest.raises((rx.RefTypeError, ValueError)):
+        make(ref)
+    assert state(ref) == before and type(ref.value) is float
+    # And afterwards it serves another module as ever.
+    pair = Pair(ref, jnp.ones(3))
+    assert pair.a is ref and ref.name == "Pair.a" and ref.collection == "params"
+    assert isinstance(ref.value, jax.Array)
+    bare = BarePair(rx.Ref(2.0), jnp.ones(3))
+    assert bare.a.name == "BarePair.a" and isinstance(bare.a.value, jax.Array)
+
+
+def test_a_failure_does_not_undo_the_module_before_it():
+    ref = rx.Ref(1.0)
+    made = BarePair(ref, jnp.ones(3))
+    with pytest.raises(rx.RefTypeError):
+        BarePair(rx.Ref(1.0), jnp.ones(2))
+    assert made.a is ref and ref.name == "BarePair.a"
+
+
+# Annotations.
+
+
+@pytest.mark.parametrize(
+    "annotation, value, get",
+    [
+        (Final[rx.Param[Array]], 1.0, lambda x: x),
+        (Optional["rx.Param[Array]"], 1.0, lambda x: x),
+        (list["rx.Param[Array]"], [1.0], lambda x: x[0]),
+        (dict[str, "rx.Param[Array] | None"], {"a": 1.0}, lambda x: x["a"]),
+    ],
+)
+def test_an_annotation_around_a_ref_makes_one(annotation, value, get):
+    class Holder(rx.Module):
+        field: annotation  # pyright: ignore[reportInvalidTypeForm]
+
+    ref = get(Holder(jax.tree.map(jnp.asarray, value)).field)
+    assert isinstance(ref, rx.Ref) and ref.collection == "params"
+
+
+@pytest.mark.parametrize("kind", [set, frozenset])
+def test_a_set_of_refs_is_refused(kind):
+    with pytest.raises(TypeError, match=f"a {kind.__name__} of refs, .* no pytree"):
+
+        class Holder(rx.Module):
+            field: kind[rx.Param[Array]]  # pyright: ignore
+
+
+def _cause(caught):
+    return caught.value.__cause__ or caught.value  # Python 3.11 wraps it
+
+
+def test_a_field_of_a_plain_dataclass_is_refused():
+    with pytest.raises((TypeError, RuntimeError)) as caught:
+
+        @dataclasses.dataclass
+        class Plain:
+            ref: rx.Param[Array] = rx.field()  # noqa: RUF009
+
+    assert "`Plain` is no module. Derive it from `rx.Module`" in str(_cause(caught))
+
+
+def test_a_default_that_is_a_ref_is_refused():
+    ref = rx.Ref(1.0)
+    with pytest.raises(TypeError, match="which all instances would share"):
+
+        class Holder(rx.Module):
+            ref: rx.Param[float] = rx.Ref(1.0)
+
+    with pytest.raises(TypeError, match="which all instances would share"):
+        rx.field(default=ref)
+
+    # The remedies.
+    class Own(rx.Module):
+        ref: rx.Param[float] = 1.0
+
+    class Shared(rx.Module):
+        ref: rx.Param[float] = rx.field(default_factory=lambda: ref)
+
+    assert Own().ref is not Own().ref and Shared().ref is Shared().ref is ref
+
+
+def test_slots_are_refused():
+    with pytest.raises(TypeError, match=r"`Slotted` has `__slots__ = \('w',\)`"):
+
+        class Slotted(rx.Module):
+            __slots__ = ("w",)
+            w: rx.Param[Array]
+
+
+@pytest.mark.parametrize("value", [range(3), "abc"])
+def test_a_sequence_that_is_no_pytree_is_refused(value):
+    class Holder(rx.Module):
+        refs: Sequence[rx.Ref[Any]]
+
+    text = (
+        r"`Holder\.refs` is declared a Sequence of refs, .* no pytree\. Assign a tuple"
+    )
+    with pytest.raises(rx.RefTypeError, match=text):
+        Holder(value)
+    assert [r.value for r in Holder(list(value)).refs] == list(value)
+
+
+def test_a_defaultdict_keeps_its_factory():
+    class Holder(rx.Module):
+        refs: dict[str, rx.Ref[int]]
+
+    given = defaultdict(int, a=1)
+    held = Holder(given).refs
+    assert held.default_factory is int and held["a"].value == 1 and given["a"] == 1
+
+
+# Called, set, subscripted.
+
+
+def test_a_collection_that_is_called_makes_a_ref_of_it():
+    assert rx.Param(1.0).collection == "params"
+    assert rx.BatchStat[float](1.0).collection == "batch_stats"
+    assert rx.Ref[float](1.0).collection is None
+    assert rx.Param(1.0, collection="lora").collection == "lora"
+
+
+def test_batched_is_a_type():
+    with pytest.raises(TypeError, match=r"is a type, to be subscripted"):
+        rx.Batched(Pair)
+    with pytest.raises(TypeError, match=r"rx\.filter_vmap\(Pair\)"):
+        rx.Batched[Pair, "n"](1)
+    for axes in (3, "", " "):
+        with pytest.raises(TypeError, match=r"the axes are names, in a string"):
+            rx.Batched[Pair, axes]
+
+
+def test_config_takes_a_bool_and_nothing_else():
+    with pytest.raises(TypeError, match=r"is a bool, and was given 'no'\. Set it to"):
+        rx.config.check_types = "no"  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(TypeError, match=r"is a bool, and was given 0"):
+        with rx.config(check_types=0):  # pyright: ignore[reportArgumentType]
+            pass
+    with pytest.raises(AttributeError, match="check_type"):
+        rx.config.check_type = False  # pyright: ignore[reportAttributeAccessIssue]
+    assert rx.config.check_types is True
+
+
+@pytest.mark.parametrize(
+    "make, text",
+    [
+        (lambda x: rx.Ref(1, x), "`rx.Ref` was given collection="),
+        (rx.Collection, "`rx.Collection` was given name="),
+        (lambda x: rx.field(collection=x), "`rx.field` was given collection="),
+        (lambda x: rx.Value(1, x), "`rx.Value` was given index="),
+        (lambda x: rx.Index(1, x), "`rx.Index` was given index=1, collection="),
+    ],
+)
+def test_what_is_not_hashable_is_named(make, text):
+    for x in ([], {}):
+        with pytest.raises(TypeError, match=rf"{text}.* not hashable\. Use a string"):
+            make(x)
+
+
+def test_as_refs_asks_a_function():
+    with pytest.raises(TypeError, match="`where` is a function .* was given 5"):
+        rx.as_refs({"a": jnp.ones(2)}, where=5)  # pyright: ignore[reportArgumentType]
+
+
+def test_merge_partitions_asks_a_treedef():
+    parts, treedef = rx.tree_partition([rx.Ref(1)], "params")
+    with pytest.raises(rx.StructureError, match="the treedef is None.* second result"):
+        rx.merge_partitions(parts, None)
+    assert rx.merge_partitions(parts, treedef)[0].value == 1
+
+
+# Writes.
+
+
+def test_an_update_by_numbers_keeps_the_dtype():
+    refs = [rx.Ref(jnp.array(1.0, jnp.bfloat16)), rx.Ref(jnp.array(1, jnp.int8))]
+    rx.update_refs(refs, [2.0, 3])
+    assert [r.dtype for r in refs] == [jnp.bfloat16, jnp.int8]
+    assert [r.value.item() for r in refs] == [2.0, 3]
+
+
+@pytest.mark.parametrize("typed", [False, True])
+def test_an_update_out_of_range_changes_nothing(typed):
+    class Small(rx.Module):
+        n: rx.Ref[Int8[Array, ""]]
+
+    n = Small(jnp.array(1, jnp.int8)).n if typed else rx.Ref(jnp.array(1, jnp.int8))
+    first = rx.Ref(jnp.array(1.0))
+    kind = rx.RefTypeError if typed else rx.StructureError
+    with pytest.raises(kind, match="cannot hold (weak_i32|300)"):
+        rx.update_refs([first, n], [2.0, 300])
+    assert first.value == 1.0 and n.value == 1
+    if typed:
+        with pytest.raises(rx.RefTypeError, match="cannot hold 300"):
+            n.value = 300
+
+
+def test_a_subclass_that_refuses_attributes_is_written_like_all():
+    class Refusing(rx.Ref):
+        def __setattr__(self, name, value):
+            if name == "_value" and hasattr(self, "_value"):
+                raise RuntimeError("no")
+            super().__setattr__(name, value)
+
+    refs = [rx.Ref(1), Refusing(2)]
+    rx.update_refs(refs, [5, 6])
+    assert [r.value for r in refs] == [5, 6]
+
+
+def test_the_buffer_of_a_numpy_array_is_not_shared():
+    given = np.zeros(2)
+    ref, tree = rx.Ref(given), rx.Ref({"a": given})
+    given[0] = 1.0
+    assert ref.value[0] == 0.0 and tree.value["a"][0] == 0.0
+    ref.value = given
+    given[1] = 1.0
+    assert ref.value.tolist() == [1.0, 0.0]
+    with pytest.raises(ValueError, match="read-only"):
+        ref.value[0] = 5.0
+
+
+def test_a_state_dict_has_no_argument_of_savez_in_it():
+    with pytest.raises(
+        rx.StructureError, match="`allow_pickle` is the path of an unnamed"
+    ):
+        rx.state_dict({"allow_pickle": rx.Ref(1.0)})
+
+
+def test_a_jaxtyping_without_the_function_that_is_replaced_is_told(monkeypatch):
+    monkeypatch.delattr(_decorator, "push_shape_memo")
+    with pytest.warns(UserWarning, match=r"`jaxtyping\._decorator\.push_shape_memo`"):
+        bind_in_methods(Pair, functools.partial(getattr, 1))
+    assert not hasattr(_decorator, "push_shape_memo") and np.ones(1).size == 1
