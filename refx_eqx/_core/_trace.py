@@ -330,6 +330,15 @@ def is_checking_results() -> bool:
     return config.debug_nans.value or config.debug_infs.value
 
 
+def is_jit_disabled() -> bool:
+    return config.disable_jit.value
+
+
+def is_concrete(x: Any) -> bool:
+    """Whether the value of `x` is known: also that of a tracer of `jvp` may be."""
+    return core.is_concrete(x)
+
+
 def is_tracer(x: Any) -> bool:
     return isinstance(x, core.Tracer)
 

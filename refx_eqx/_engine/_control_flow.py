@@ -178,13 +178,7 @@ def stage_loop(
         written = [number for number in updates if number not in sliced]
         inputs = list(bare)
         for number in written:
-            if inside_of(updates[number]) != opened.structure.slots[number].inside:
-                raise StructureError(
-                    f"`{name}` carries {_which(opened, number)} from step to step, and a "
-                    "step changes the structure of its value, or a static part of it. Give "
-                    "the value the same structure before the loop, with arrays for all "
-                    "that changes."
-                )
+            check_inside(opened, number, inside_of(updates[number]), name)
             inputs += range(*opened.spans[number])
         loop = Loop(staged, arrays, inputs, len(bare), written, [])
         promoted = False
@@ -199,6 +193,16 @@ def stage_loop(
                 arrays[i] = convert(arrays[i], kind)
         if not promoted:
             return loop
+
+
+def check_inside(opened: Opened, number: int, inside: Any, name: str) -> None:
+    """Refuses a step that changes the structure of the value of a ref."""
+    if inside != opened.structure.slots[number].inside:
+        raise StructureError(
+            f"`{name}` carries {_which(opened, number)} from step to step, and a step "
+            "changes the structure of its value, or a static part of it. Give the value "
+            "the same structure before the loop, with arrays for all that changes."
+        )
 
 
 def _which(opened: Opened, number: int) -> str:

@@ -1,5 +1,6 @@
 """Where in a call something is; for messages."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.tree_util as jtu
@@ -15,7 +16,17 @@ __tracebackhide__ = True
 def bare_place(structure: Structure, position: int) -> str:
     """Where in a call the array at a position of the bare ones is, such as "argument 1 at
     `['w']`"."""
-    leaf = [i for i, code in enumerate(structure.codes) if code == DYNAMIC][position]
+    bare = [i for i, code in enumerate(structure.codes) if code == DYNAMIC]
+    return _place(structure, bare[position])
+
+
+def ref_place(structure: Structure, number: int, names: Sequence[str] = ()) -> str:
+    """Where in a call the ref with this number is first. The first arguments have these
+    names, and those after them are operands."""
+    return _place(structure, structure.codes.index(number), names)
+
+
+def _place(structure: Structure, leaf: int, names: Sequence[str] = ()) -> str:
     i = 0
     while leaf >= structure.sizes[i]:
         leaf -= structure.sizes[i]
@@ -27,8 +38,10 @@ def bare_place(structure: Structure, position: int) -> str:
         # The keywords are a dict: the first key of the path is the name of one.
         name = path[0].key if path else "?"
         which, path = f"the keyword argument `{name}`", path[1:]
+    elif i <= len(names):
+        return names[i - 1]
     else:
-        which = f"argument {i - 1}"
+        which = f"operand {i - 1 - len(names)}" if names else f"argument {i - 1}"
     return f"{which} at `{path_text(path)}`" if path else which
 
 

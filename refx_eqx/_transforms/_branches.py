@@ -12,6 +12,7 @@ from .._core._call import call, Opened
 from .._core._errors import describe, StructureError
 from .._core._ref import Ref
 from .._core._structure import (
+    arrays_of,
     DYNAMIC,
     held,
     inside_of,
@@ -32,6 +33,8 @@ from .._engine._control_flow import (
     program_of_all,
     Staged,
 )
+from .._engine._in_python import runs_in_python
+from .._engine._places import ref_place
 
 
 __tracebackhide__ = True
@@ -60,6 +63,7 @@ def _run_branches(
     arrays: list[Any],
     name: str,
     which: dict[str, Callable[..., Any]],
+    position: Callable[[Any], int],
     choose: Callable[[Any, list[Callable], list[Any]], Any],
 ) -> Outcome:
     """Traces each branch, finds what they have in common, and builds the choice.
@@ -67,9 +71,15 @@ def _run_branches(
     **Arguments:**
 
     - `which`: what each branch is called, and what calls it.
+    - `position`: from the first argument to the number of the branch, if it is known.
     - `choose`: from the first argument, functions of the arrays, and the arrays.
     """
     first = bare_parts(opened)[1].start
+    if runs_in_python(arrays[first]):
+        # Only the branch that is chosen runs.
+        apply = list(which.values())[position(arrays[first])]
+        outcome = opened.run(name, arrays, False, apply)
+        return Outcome(*arrays_of(outcome), outcome.info)
 
     def stage(apply: Callable[..., Any]) -> Staged:
         return Staged(lambda arrays: opened.run(name, arrays, False, apply), arrays)
@@ -151,9 +161,14 @@ def _check_results(
     """Refuses branches whose results differ in anything but the values of arrays."""
     a, b = first.result, other.result
     if a.parts != b.parts:
+        one, two = _told_apart(
+            [_structure_text(a), _structure_text(b)],
+            "another, which prints the same: it differs in a static field, or in a function "
+            "that closes over refs",
+        )
         raise StructureError(
             f"`{name}`: the branches must return the same structure. {names[0]} returns "
-            f"{_structure_text(a)}, and {names[1]} returns {_structure_text(b)}."
+            f"{one}, and {names[1]} returns {two}."
         )
     statics = iter(zip(a.statics, b.statics))
     for i, (code, other_code) in enumerate(zip(a.codes, b.codes)):
@@ -164,14 +179,17 @@ def _check_results(
             if x == y:
                 continue
             texts = [f"the static value {static.obj!r}" for static in (x, y)]
+            texts = _told_apart(
+                texts, "another, which prints the same and is not equal"
+            )
             remedy = (
                 "What is not an array cannot depend on the branch: make it one, or "
                 "return the same in each."
             )
         else:
             texts = [
-                _ref_text(opened, first, code),
-                _ref_text(opened, other, other_code),
+                _ref_text(opened, first, code, name),
+                _ref_text(opened, other, other_code, name),
             ]
             same_ref = (
                 code == other_code
@@ -180,6 +198,10 @@ def _check_results(
             )
             if same_ref:
                 continue
+            texts = _told_apart(
+                texts,
+                "another, which differs in its type or in what its value is made of",
+            )
             remedy = (
                 "Which ref it is cannot depend on the branch: return the same ref from "
                 "each, or new refs of one kind from all, or the values."
@@ -190,14 +212,28 @@ def _check_results(
         )
 
 
-def _ref_text(opened: Opened, info: OutcomeInfo, code: int) -> str:
+# What comes before the operands.
+_ARGUMENTS = {
+    "cond": ["the predicate", "`true_fun`", "`false_fun`"],
+    "switch": ["the index", "the branches"],
+}
+
+
+def _told_apart(texts: list[str], other: str) -> list[str]:
+    """Two texts; `other` instead of the second, if it says what the first does."""
+    return [texts[0], other] if texts[0] == texts[1] else texts
+
+
+def _ref_text(opened: Opened, info: OutcomeInfo, code: int, name: str) -> str:
     if code == DYNAMIC:
         return "an array"
     if code == STATIC:
         return "a static value"
     if code in info.carried:
-        ref = opened.refs[info.carried[code]]
-        return describe(ref._name, ref._collection)
+        number = info.carried[code]
+        ref = opened.refs[number]
+        place = ref_place(opened.structure, number, _ARGUMENTS[name])
+        return f"{describe(ref._name, ref._collection)} of {place}"
     slot, note = info.result.slots[code], info.result.notes[code]
     return f"a new ref, {describe(note.name, slot.collection)}"
 
@@ -231,7 +267,9 @@ def _run_cond(opened: Opened, arrays: list[Any]) -> Outcome:
         return jax.lax.cond(pred, *branches, *arrays)
 
     which = {"`true_fun`": _true_branch, "`false_fun`": _false_branch}
-    return _run_branches(opened, arrays, "cond", which, choose)
+    return _run_branches(
+        opened, arrays, "cond", which, lambda pred: 0 if pred else 1, choose
+    )
 
 
 def cond(
@@ -299,7 +337,11 @@ def _run_switch(opened: Opened, arrays: list[Any], n: int) -> Outcome:
         return jax.lax.switch(index, branches, *arrays)
 
     which = {f"branch {i}": _branch(i) for i in range(n)}
-    return _run_branches(opened, arrays, "switch", which, choose)
+
+    def position(index: Any) -> int:
+        return min(max(int(index), 0), n - 1)
+
+    return _run_branches(opened, arrays, "switch", which, position, choose)
 
 
 def switch(index: Any, branches: Sequence[Callable[..., _T]], *operands: Any) -> _T:

@@ -23,6 +23,7 @@ from .._engine._control_flow import (
     stage_loop,
     Staged,
 )
+from .._engine._in_python import PythonLoop, runs_in_python
 from .._engine._program import Program, program_of
 from ._scan import run_scan
 
@@ -52,22 +53,46 @@ def _while_step(_: None, cond_fun: Any, body_fun: Any, val: Any) -> Any:
 def _run_while(opened: Opened, arrays: list[Any]) -> Outcome:
     _, _, _, carry, _ = bare_parts(opened)
 
+    def run(apply: Callable, arrays: list[Any]) -> Outcome:
+        return opened.run("while_loop", arrays, False, apply)
+
+    if runs_in_python(*arrays):
+        return _while_in_python(opened, arrays, carry, run)
+
     def stage(apply: Callable, arrays: list[Any]) -> Staged:
-        return Staged(
-            lambda arrays: opened.run("while_loop", arrays, False, apply), arrays
-        )
+        return Staged(functools.partial(run, apply), arrays)
 
     step = functools.partial(stage, _while_step)
     loop = stage_loop(opened, arrays, carry, set(), step, "while_loop")
     test = stage(_while_test, loop.arrays)
-    for number in test.avals.updates:
+    _refuse_writes_of_test(opened, test.avals)
+    return _loop_while(loop, lambda arrays: test(arrays).out[0], None)
+
+
+def _refuse_writes_of_test(opened: Opened, outcome: Outcome) -> None:
+    for number in outcome.updates:
         ref = opened.refs[number]
         raise StructureError(
             f"`while_loop`: `cond_fun` writes {describe(ref._name, ref._collection)}. It "
             "may only read, because it runs once more than `body_fun` does. Write the ref "
             "in `body_fun`."
         )
-    return _loop_while(loop, lambda arrays: test(arrays).out[0], None)
+
+
+def _while_in_python(
+    opened: Opened, arrays: list[Any], carry: range, run: Callable
+) -> Outcome:
+    loop = PythonLoop(opened, arrays, carry, "while_loop")
+    while True:
+        test = run(_while_test, loop.arrays)
+        _refuse_writes_of_test(opened, test)
+        if not test.out[0]:
+            return loop.outcome() if loop.has_run else run(_while_unchanged, arrays)
+        loop.step(functools.partial(run, _while_step), loop.arrays)
+
+
+def _while_unchanged(_: None, cond_fun: Any, body_fun: Any, val: Any) -> Any:
+    return val
 
 
 def _loop_while(

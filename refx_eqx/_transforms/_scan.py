@@ -1,5 +1,6 @@
 """`scan`, and the loop that `map` and `fori_loop` are made of too."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from .._engine._control_flow import (
     stage_loop,
     Staged,
 )
+from .._engine._in_python import PythonLoop, runs_in_python
 from .._engine._program import Program, program_of
 from .._engine._rng_split import split_keys
 
@@ -79,6 +81,13 @@ def run_scan(
         # The number of the step comes last.
         return arrays + list(x[len(mapped) :])
 
+    def begun(now: list[Any]) -> list[Any]:
+        now = list(now)
+        for number in axes.kept:  # the same randomness: each step begins where all do
+            its_own = slice(*opened.spans[number])
+            now[its_own] = arrays[its_own]
+        return now
+
     def body(arrays: list[Any]) -> Outcome:
         n = len(axes.flat)
         mine, number = arrays[:n], arrays[n] if axes.split else None
@@ -86,6 +95,25 @@ def run_scan(
             return run(mine, number)
         mine = split_keys(opened, axes.split, mine, number)
         return opened.run(name, mine, transparent=False, withheld=axes.withheld)
+
+    def placed(stacked: dict[int, Any]) -> dict[int, Any]:
+        return {
+            number: placed_update(opened, axes, number, new, name)
+            for number, new in stacked.items()
+        }
+
+    if runs_in_python() and length:
+        in_python = PythonLoop(opened, arrays, bare, name, sliced)
+        for i in reversed(range(length)) if reverse else range(length):
+            mine = with_slices(begun(in_python.arrays), [x[i] for x in xs])
+            in_python.step(body, mine)
+            if counter is not None:
+                in_python.arrays[counter] = in_python.arrays[counter] + 1
+        done = in_python.outcome(reverse)
+        stacked = {i: x for i, x in done.updates.items() if i in sliced}
+        for number, new in stacked.items():
+            _check_all_sliced(opened, axes, number, new, name)
+        return Outcome(done.out, {**done.updates, **placed(stacked)}, done.info)
 
     def stage(arrays: list[Any]) -> Staged:
         return Staged(body, with_slices(arrays, [_first(x) for x in xs]))
@@ -97,10 +125,7 @@ def run_scan(
 
     def step(carry: tuple, x: list[Any]) -> tuple[tuple, tuple[list, dict]]:
         count, carried = carry
-        arrays = loop.with_carry(carried)
-        for number in axes.kept:  # the same randomness: each step begins where all do
-            its_own = slice(*opened.spans[number])
-            arrays[its_own] = loop.arrays[its_own]
+        arrays = begun(loop.with_carry(carried))
         if counter is not None:
             arrays[counter] = count
             count = count + 1
@@ -108,12 +133,13 @@ def run_scan(
         return (count, loop.carry_of(outcome)), loop.rest_of(outcome)
 
     count = None if counter is None else loop.arrays[counter]
-    (_, final), (ys, stacked) = jax.lax.scan(
-        step, (count, loop.initial()), xs, length, reverse=reverse, unroll=unroll
-    )
-    for number, new in stacked.items():
-        stacked[number] = placed_update(opened, axes, number, new, name)
-    return loop.outcome(final, (ys, stacked))
+    # JAX runs no loop without a step in Python: it would not know what one returns.
+    staging = contextlib.nullcontext() if length else jax.disable_jit(False)
+    with staging:
+        (_, final), (ys, stacked) = jax.lax.scan(
+            step, (count, loop.initial()), xs, length, reverse=reverse, unroll=unroll
+        )
+    return loop.outcome(final, (ys, placed(stacked)))
 
 
 def _check_all_sliced(
