@@ -81,11 +81,11 @@ def run_scan(
         # The number of the step comes last.
         return arrays + list(x[len(mapped) :])
 
-    def begun(now: list[Any]) -> list[Any]:
+    def begun(now: list[Any], first: list[Any]) -> list[Any]:
         now = list(now)
         for number in axes.kept:  # the same randomness: each step begins where all do
             its_own = slice(*opened.spans[number])
-            now[its_own] = arrays[its_own]
+            now[its_own] = first[its_own]
         return now
 
     def body(arrays: list[Any]) -> Outcome:
@@ -105,7 +105,7 @@ def run_scan(
     if runs_in_python() and length:
         in_python = PythonLoop(opened, arrays, bare, name, sliced)
         for i in reversed(range(length)) if reverse else range(length):
-            mine = with_slices(begun(in_python.arrays), [x[i] for x in xs])
+            mine = with_slices(begun(in_python.arrays, arrays), [x[i] for x in xs])
             in_python.step(body, mine)
             if counter is not None:
                 in_python.arrays[counter] = in_python.arrays[counter] + 1
@@ -125,7 +125,7 @@ def run_scan(
 
     def step(carry: tuple, x: list[Any]) -> tuple[tuple, tuple[list, dict]]:
         count, carried = carry
-        arrays = begun(loop.with_carry(carried))
+        arrays = begun(loop.with_carry(carried), loop.arrays)
         if counter is not None:
             arrays[counter] = count
             count = count + 1
