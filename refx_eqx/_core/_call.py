@@ -30,6 +30,7 @@ from ._errors import (
     StructureError,
     TraceLevelError,
 )
+from ._identity import Asked, asked_of
 from ._nodes import is_opened, Value
 from ._ref import (
     Channelled,
@@ -77,6 +78,7 @@ class Opened:
 
     __slots__ = (
         "arrays",
+        "asked",
         "commit",
         "leaves",
         "refs",
@@ -99,6 +101,8 @@ class Opened:
         self.trace = _trace.current_trace()
         # What `filter_jit` learnt of this call before it compiles.
         self.traced: Any = None
+        # What the body asked of the identity of the refs, by their ids.
+        self.asked: dict[int, set[Any]] = {}
 
     def run(
         self,
@@ -109,8 +113,14 @@ class Opened:
         withheld: Sequence[tuple[int, Withheld]] = (),
     ) -> "Outcome":
         """The body of the lifted transform `name`, on these arrays. See `run_body`."""
-        with _trace.running_body(name, self.refs, self.trace, transparent):
-            return run_body(self.structure, name, arrays, apply, withheld)
+        with _trace.running_body(
+            name, self.refs, self.trace, transparent, self.asked
+        ) as body:
+            return run_body(self.structure, body, self.refs, arrays, apply, withheld)
+
+    def identities(self) -> Asked:
+        """What the body has asked of the identity of the refs."""
+        return asked_of(self.refs, self.asked)
 
     def refs_after(self, outcome: "Outcome", arrays: list[Any]) -> list[Ref]:
         """Copies of the refs, as they would be after `finish`. Nothing is written.
@@ -210,26 +220,30 @@ def running_call() -> Opened:
 
 def run_body(
     structure: Structure,
-    name: str,
+    body: _trace.Body,
+    refs: Sequence[Ref | None],
     arrays: list[Any],
     apply: Callable[..., Any] = _apply,
     withheld: Sequence[tuple[int, Withheld]] = (),
 ) -> Outcome:
     """Calls the function of an opened call on inner refs, made of these arrays.
 
-    The refs are owned by the running trace. This is a pure function of `arrays`. `apply`
-    is given the callable and its arguments: one with several functions in it says which.
+    The inner refs are owned by the running trace, and stand for `refs` (`None` if it is
+    not known for which) in `body`. This is a pure function of `arrays`. `apply` is given
+    the callable and its arguments: one with several functions in it says which.
     At the leaves that are `withheld` there are refs that may not be touched.
 
     **Raises:**
 
     - `StructureError`: if the function changed something that cannot be carried back.
     """
-    leaves, inner = structure.fill(arrays)
+    name = body.name
+    leaves, inner = structure.fill(arrays, body=body, outer=refs)
     before = [_inside(content(ref)) for ref in inner]
     numbers = {id(ref): i for i, ref in enumerate(inner)}
     for ref, number in _withhold(structure, leaves, withheld):
         numbers[id(ref)] = number
+        ref._body, ref._outer = body, refs[number]
     trees = structure.unflatten(leaves)
     fn, *args, kwargs = trees
 

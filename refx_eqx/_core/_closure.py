@@ -11,11 +11,12 @@ import dis
 import functools
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax.tree_util as jtu
 
+from ._identity import Identity
 from ._nodes import is_opened
 from ._ref import Ref
 
@@ -228,13 +229,23 @@ def _reaches_ref(tree: Any) -> bool:
     seen: set[int] = set()
     todo = [tree]
     while todo:
-        for leaf in jtu.tree_leaves(todo.pop(), is_leaf=is_opened):
+        for leaf in jtu.tree_leaves(todo.pop(), is_leaf=_is_opaque):
             if isinstance(leaf, Ref):
                 return True
             if may_carry(leaf) and id(leaf) not in seen:
                 seen.add(id(leaf))
                 todo.extend(inside(leaf))
     return False
+
+
+def _is_opaque(x: Any) -> bool:
+    return is_opened(x) or is_table(x)
+
+
+def is_table(x: Any) -> bool:
+    """Whether `x` is a dict with refs as keys. It is no tree to JAX, which sorts the keys;
+    so it is a leaf like a set of refs, to look refs up in."""
+    return isinstance(x, dict) and _has_ref(x)
 
 
 def unflatten(structure: Carried, leaves: list[Any]) -> Any:
@@ -314,13 +325,16 @@ def static_key(leaf: Any) -> Any:
         return held, _closure_key(leaf) if leaf.__closure__ else None
     if isinstance(leaf, float | complex):
         return type(leaf), repr(leaf)
+    if isinstance(leaf, set | frozenset) and _has_ref(leaf):
+        return type(leaf), _Items(map(_object_key, leaf))
     return type(leaf), held
 
 
 def weakly(leaf: Any) -> Any:
-    """`leaf`, or a weak reference to it if it is equal to nothing but itself: a cache must
-    not keep a function alive."""
-    if type(leaf).__eq__ is object.__eq__ and not isinstance(leaf, weakref.ref):
+    """`leaf`, or a weak reference to it if it is equal to nothing but itself, or a set of
+    refs: a cache must not keep a function or a ref alive."""
+    is_own = type(leaf).__eq__ is object.__eq__ and not isinstance(leaf, weakref.ref)
+    if is_own or (isinstance(leaf, set | frozenset) and _has_ref(leaf)):
         try:
             return weakref.ref(leaf)
         except TypeError:
@@ -388,38 +402,32 @@ _EMPTY = object()
 
 def _content_key(cell: types.CellType) -> Any:
     """What stands for the content of a cell. A container or an array is itself: like JAX,
-    we do not notice a list that is appended to."""
+    we do not notice a list that is appended to. But refs are taken into a set and out of
+    it (layers that are frozen, and thawed one by one), so that is noticed."""
     content = cell.cell_contents if _is_filled(cell) else _EMPTY
-    if content is None or isinstance(
-        content, bool | int | float | complex | str | bytes
-    ):
-        return static_key(content)
-    return _Identity(content)
+    if type(content) is set and _has_ref(content):
+        return _Items(map(_object_key, content))
+    if type(content) is dict and _has_ref(content):
+        items = content.items()
+        return _Items((_object_key(k), _object_key(v)) for k, v in items)
+    return _object_key(content)
 
 
-class _Identity:
-    """Stands for an object; equal for the same object. Holds it weakly if it can."""
+class _Items(frozenset):
+    """Stands for the items of a set or dict of refs."""
 
-    __slots__ = ("_id", "recall")
+    __slots__ = ()
 
-    def __init__(self, obj: Any):
-        self._id = id(obj)
-        try:
-            self.recall = weakref.ref(obj)
-        except TypeError:
-            self.recall = functools.partial(_itself, obj)
 
-    def __eq__(self, other: Any) -> bool:
-        if self is other:
-            return True
-        # What a dead object was is equal to nothing: its id may be another's by now.
-        mine = self.recall()
-        return (
-            isinstance(other, _Identity) and mine is not None and mine is other.recall()
-        )
+def _object_key(obj: Any) -> Any:
+    if obj is None or isinstance(obj, bool | int | float | complex | str | bytes):
+        return static_key(obj)
+    return Identity(obj)
 
-    def __hash__(self) -> int:
-        return self._id
+
+def _has_ref(items: Iterable[Any]) -> bool:
+    """Whether one of these objects is a ref."""
+    return any(issubclass(kind, Ref) for kind in set(map(type, items)))
 
 
 def _itself(obj: Any) -> Any:
@@ -443,8 +451,10 @@ def watched_cells(fn: types.FunctionType) -> list[Watched]:
     for cell in fn.__closure__ or ():
         if id(cell) not in rebound:
             key = _content_key(cell)
-            if isinstance(key, _Identity):
+            if isinstance(key, Identity):
                 recall = key.recall
+            elif isinstance(key, _Items):
+                recall = _gone  # the same object says nothing
             else:
                 recall = functools.partial(_itself, cell.cell_contents)
             watched.append((cell, key, recall))

@@ -25,6 +25,8 @@ from ._errors import (
     StructureError,
     TraceLevelError,
 )
+from ._identity import is_same, outermost
+from ._trace import Body
 
 
 if TYPE_CHECKING:
@@ -100,8 +102,13 @@ class Ref(Generic[_T]):
     and read there and under `vmap`; anything else is a
     [`refx_eqx.TraceLevelError`][], because the result would be silently stale.
 
-    Refs are equal when they are the same object. `copy.deepcopy` and `pickle` keep the
-    sharing within what they copy. Subclasses survive `deref` and `reref`, but only their
+    Refs are equal when they are the same ref. The ref that a lifted transform hands to its
+    function *is* the ref outside, in this sense, though it is another object: so a set, a
+    dict or a predicate over refs that was made outside means the same inside. Ask by `==`,
+    `in` or a look-up, never by `is` or `id`. A program that asks is used for no refs of
+    which the answer would be another.
+
+    `copy.deepcopy` and `pickle` keep the sharing within what they copy. Subclasses survive `deref` and `reref`, but only their
     type does: a subclass may add methods, not attributes.
 
     **Arguments:**
@@ -116,10 +123,13 @@ class Ref(Generic[_T]):
 
     __slots__ = (
         "__weakref__",
+        "_body",
         "_channel",
         "_collection",
         "_declared",
+        "_hashed",
         "_name",
+        "_outer",
         "_trace",
         "_value",
         "_written",
@@ -130,6 +140,12 @@ class Ref(Generic[_T]):
     _name: str | None
     # What a backward rule writes the ref by, if it may. See `_transforms/_backward.py`.
     _channel: Any
+    # Of an inner ref: the body that it was made for, and the ref that it stands for there.
+    # That is `None` if it is not known (in a rule that JAX runs after the call).
+    _body: Body | None
+    _outer: "Ref | None"
+    # Whether this very ref was hashed, and so may be in a set or a dict.
+    _hashed: bool
     # What each field that holds the ref declares of it.
     _declared: tuple[Any, ...] | None
     _trace: Any
@@ -143,8 +159,8 @@ class Ref(Generic[_T]):
         self._name = None
         self._declared = None
         self._trace = _trace.current_trace_ref()
-        self._written = False
-        self._channel = None
+        self._written = self._hashed = False
+        self._channel = self._body = self._outer = None
         self._value = check_value(self, value)
 
     if TYPE_CHECKING:
@@ -224,6 +240,18 @@ class Ref(Generic[_T]):
     def size(self) -> int:
         """The number of elements of the value, which must be array-like."""
         return jnp.size(_array_like(self))
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return is_same(self, other) if isinstance(other, Ref) else NotImplemented
+
+    def __hash__(self) -> int:
+        if not self._hashed:
+            self._hashed = True
+            # A plan may be for refs that are in no set and no dict.
+            commits.irregular += 1
+        return object.__hash__(outermost(self))
 
     def __copy__(self) -> Self:
         return _like(self, self.value)
@@ -450,13 +478,13 @@ def make_ref(
     `ShapeDtypeStruct`), so the inside of the library must be able to hold anything.
     """
     ref = object.__new__(ref_type)
-    ref._channel = None
+    ref._channel = ref._body = ref._outer = None
     set_content(ref, value)
     ref._collection = collection
     ref._name = name
     ref._declared = declared
     ref._trace = value if type(value) is Withheld else _trace.current_trace_ref()
-    ref._written = False
+    ref._written = ref._hashed = False
     return ref
 
 

@@ -8,7 +8,14 @@ and no function strongly.
 
 import functools
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import (
+    Callable,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -19,6 +26,7 @@ import jax.tree_util as jtu
 
 from . import _closure, _trace
 from ._closure import Carried, static_key, weakly
+from ._identity import NOTHING_ASKED
 from ._nodes import Note, note_of
 from ._ref import make_ref, Ref
 
@@ -204,12 +212,16 @@ class Structure:
         return isinstance(other, Structure) and self._key() == other._key()
 
     def fill(
-        self, arrays: list[Any], given: Mapping[int, Ref] | None = None
+        self,
+        arrays: list[Any],
+        given: Mapping[int, Ref] | None = None,
+        body: _trace.Body | None = None,
+        outer: Sequence[Ref | None] | None = None,
     ) -> tuple[list[Any], list[Ref]]:
         """The leaves of all parts again, made of other arrays; and the refs among them.
 
         They are new refs, owned by the running trace, but for those that are given by
-        their number.
+        their number. In a `body` they stand for those of `outer`, if these are known.
         """
         rest = iter(arrays)
         bare = iter([next(rest) for _ in range(self.n_bare)])
@@ -219,11 +231,12 @@ class Structure:
                 refs.append(given[i])
                 continue
             value = join_value(slot.inside, rest)
-            refs.append(
-                make_ref(
-                    slot.ref_type, value, slot.collection, note.name, note.declared
-                )
+            ref = make_ref(
+                slot.ref_type, value, slot.collection, note.name, note.declared
             )
+            ref._body = body
+            ref._outer = None if outer is None else outer[i]
+            refs.append(ref)
         statics = iter(self.statics)
         leaves = []
         for code in self.codes:
@@ -346,16 +359,18 @@ class OutcomeInfo:
     - `carried`: for each ref of the result that the call carries, its number in the call.
     - `build`: makes the result of its arrays, if it has nothing else; or `None`.
     - `waits`: whether a call must wait for run-time checks. `filter_jit` finds out.
+    - `asked`: what was asked of the identity of the refs: for which the program is right.
 
     By itself it is a pytree node without children, which is how it gets out of `jax.jit`.
     """
 
-    __slots__ = ("build", "carried", "result", "waits")
+    __slots__ = ("asked", "build", "carried", "result", "waits")
 
     def __init__(self, result: Structure, carried: dict[int, int]):
         self.result = result
         self.carried = carried
         self.waits = False
+        self.asked = NOTHING_ASKED
         (part,) = result.parts
         self.build: Callable[[list[Any]], Any] | None = None
         if result.n_bare == len(result.codes) and not part.nodes:

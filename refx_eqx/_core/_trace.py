@@ -74,16 +74,39 @@ def _chain(trace: Any) -> Iterator[Any]:
         trace = getattr(trace, "parent_trace", None)
 
 
-class _Body:
-    """One running body of a lifted transform, on one thread."""
+class Body:
+    """One body of a lifted transform, on one thread.
 
-    __slots__ = ("carried", "name", "opened", "transparent")
+    - `depth`: the number of bodies that it runs in, itself included;
+    - `asked`: what it asked of the identity of the refs that it carries, by their ids. See
+        `_identity.py`.
+    """
 
-    def __init__(self, name: str, carried: dict, transparent: bool, opened: list):
+    __slots__ = (
+        "asked",
+        "carried",
+        "depth",
+        "name",
+        "opened",
+        "running",
+        "transparent",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        carried: dict,
+        transparent: bool,
+        opened: list,
+        asked: dict[int, set[Any]],
+    ):
         self.name = name
         self.carried = carried
         self.transparent = transparent
         self.opened = opened
+        self.asked = asked
+        self.depth = len(thread.state.bodies) + 1
+        self.running = True
 
 
 class ThreadState:
@@ -97,7 +120,7 @@ class ThreadState:
     __slots__ = ("bodies", "calls", "guards")
 
     def __init__(self):
-        self.bodies: list[_Body] = []
+        self.bodies: list[Body] = []
         self.guards: list[tuple[Callable[[Any], bool], str]] = []
         self.calls: list[Any] = []
 
@@ -114,8 +137,12 @@ thread = _Thread()
 
 @contextlib.contextmanager
 def running_body(
-    name: str, carried: Iterable[Any], outer_trace: Any, transparent: bool
-):
+    name: str,
+    carried: Iterable[Any],
+    outer_trace: Any,
+    transparent: bool,
+    asked: dict[int, set[Any]],
+) -> Iterator[Body]:
     """Marks that the body of the lifted transform `name` runs, until the context ends.
 
     **Arguments:**
@@ -124,6 +151,7 @@ def running_body(
     - `carried`: the outer refs for which the body has inner ones.
     - `outer_trace`: the trace in which the transform was called.
     - `transparent`: whether refs that are not carried may be read from the body.
+    - `asked`: where to note what it asks of the identity of the refs.
     """
     opened = []
     for trace in _chain(current_trace()):
@@ -131,14 +159,18 @@ def running_body(
             break
         opened.append(trace)
     # Compare refs by identity: a subclass is free to define its own equality.
-    body = _Body(name, {id(ref): ref for ref in carried}, transparent, opened)
+    by_id = {id(ref): ref for ref in carried}
+    body = Body(name, by_id, transparent, opened, asked)
     thread.state.bodies.append(body)
     hook = debug_hook()
     try:
-        yield
+        yield body
     finally:
         thread.state.bodies.pop()
+        # Who keeps an inner ref keeps its body: not what that was about.
+        body.running = False
         body.opened.clear()
+        body.carried.clear()
         restore_debug_hook(hook)
 
 
@@ -161,7 +193,7 @@ def _kind(trace: Any) -> str:
     return _KINDS.get(name, f"a JAX trace of type {name}")
 
 
-def _body_of(trace: Any) -> _Body | None:
+def _body_of(trace: Any) -> Body | None:
     for body in reversed(thread.state.bodies):
         if any(trace is opened for opened in body.opened):
             return body

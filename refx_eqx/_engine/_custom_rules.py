@@ -17,6 +17,7 @@ import jax.tree_util as jtu
 from .._core import _trace
 from .._core._call import Opened, run_body
 from .._core._errors import describe, name_of, StructureError
+from .._core._ref import Ref
 from .._core._structure import inside_of, join_value, Outcome, OutcomeInfo, split_value
 from ._places import bare_place
 
@@ -57,9 +58,13 @@ class Frame:
         self._alive = [static.obj for static in opened.structure.statics]
 
     def run(self, arrays: list[Any], rule: Callable) -> Outcome:
-        refs = [ref for ref in (weak() for weak in self._refs) if ref is not None]
-        with _trace.running_body(self.name, refs, self._trace(), False):
-            return run_body(self.structure, self.name, arrays, rule)
+        refs = [weak() for weak in self._refs]
+        carried = [ref for ref in refs if ref is not None]
+        # A rule that runs after the body of its call may be run for other refs: those of
+        # whichever call is differentiated.
+        known = [None if ref is None or _has_ended(ref) else ref for ref in refs]
+        with _trace.running_body(self.name, carried, self._trace(), False, {}) as body:
+            return run_body(self.structure, body, known, arrays, rule)
 
     def run_function(self, arrays: list[Any]) -> Outcome:
         return self.run_forward(
@@ -131,6 +136,10 @@ class Frame:
         for value in values:
             new.extend(split_value(value)[1])
         return new
+
+
+def _has_ended(ref: Ref) -> bool:
+    return ref._body is not None and not ref._body.running
 
 
 class Custom:

@@ -11,8 +11,8 @@ What may have changed since is checked, cheaply, and then the plan is made anew:
 - a static leaf with a hash of its own (a dataclass with `unsafe_hash`): by its hash, as
   programs are found. (Static fields of a module are compared by JAX, as parts of a treedef:
   it does not notice one that changes in place, nor does Equinox.)
-- the structure of a ref (its value is no array any more, or its collection was set):
-  `commits.irregular` counts the writes that could do that;
+- the structure of a ref (its value is no array any more, or its collection was set), and
+  whether it matters which ref it is: `commits.irregular` counts what could change that;
 - a tree of a type that is not known to be immutable: there is no plan for it.
 """
 
@@ -41,7 +41,7 @@ from .._core._call import (
 )
 from .._core._ref import commits, Ref
 from .._core._structure import Held, is_traced, Outcome, OutcomeInfo
-from ._program import explain, Program
+from ._program import explain, Program, Variant
 from ._wrapper import Lifted
 
 
@@ -213,17 +213,19 @@ class Plan:
         "irregular",
         "last",
         "opened",
+        "program",
         "refs",
         "run",
         "slots",
         "statics",
+        "variant",
     )
 
     # For each array beside the refs: its position among those of the call, or the array
     # itself where a module holds it. `None` if they are just those of the call.
     bare: list[Any] | None
     # What could have changed.
-    containers: list["_List | _Dict"]
+    containers: list["_List | _Dict | _Set"]
     cells: list[_closure.Watched]
     statics: list[tuple[Any, int]]
     # Weak references to the modules that the key has by identity.
@@ -233,9 +235,15 @@ class Plan:
     last: tuple[OutcomeInfo | None, list[Ref] | None]
 
     def __init__(
-        self, opened: Opened, variant: Any, bare: list[Any] | None, irregular: int
+        self,
+        opened: Opened,
+        program: Program,
+        variant: Variant,
+        bare: list[Any] | None,
+        irregular: int,
     ):
         self.opened = opened
+        self.program, self.variant = program, variant
         self.refs = opened.refs
         self.slots = opened.structure.slots
         # Without donation there is nothing to decide on a call.
@@ -259,6 +267,9 @@ class Plan:
             or ref._declared != slot.declared
             for value, ref, slot in zip(values, self.refs, self.slots)
         ):
+            return False
+        # It may matter which refs these are, and that was found out meanwhile.
+        if self.program.variant(self.opened) is not self.variant:
             return False
         self.irregular = irregular
         return True
@@ -307,6 +318,8 @@ class Plan:
                     calls.pop()
                 known, written = self.last
                 if known is not info:
+                    if not info.asked.holds_for(refs):
+                        return NO_PLAN  # traced by another thread, for its own refs
                     written = _written_refs(self.opened, updates)
                     self.last = info, written
                 if written is None:
@@ -367,6 +380,19 @@ class _Dict:
         return tuple(items) == self.keys and all(map(is_, items.values(), self.then))
 
 
+class _Set:
+    """The same of a set."""
+
+    __slots__ = ("items", "then")
+
+    def __init__(self, items: set):
+        self.items = items
+        self.then = frozenset(items)
+
+    def holds(self) -> bool:
+        return self.items == self.then
+
+
 def _written_refs(opened: Opened, updates: dict[int, Any]) -> list[Ref] | None:
     """The refs that get one array each; `None` if some get anything else."""
     if any(type(x) is Held for x in updates.values()):
@@ -406,8 +432,8 @@ def make_plan(fn: Any, program: Program, args: tuple, kwargs: dict) -> Plan | No
         return None
     bare = opened.arrays[: opened.structure.n_bare]
     as_given = bare == list(range(next(positions)))
-    variant = program.variant(opened.structure)
-    plan = Plan(opened, variant, None if as_given else bare, irregular)
+    variant = program.variant(opened)
+    plan = Plan(opened, program, variant, None if as_given else bare, irregular)
     walk = _Walk(plan)
     walk.tree(fn)
     for arg in (*args, *kwargs.values()):
@@ -449,12 +475,19 @@ class _Walk:
             self._plan.containers.append(_List(x))
         elif kind is dict:
             self._plan.containers.append(_Dict(x))
+            return _closure.is_table(x)
         elif not (_is_immutable(kind) or jtu.all_leaves((x,))):
             self.unknown = True
         return False
 
     def _static(self, leaf: Any) -> None:
-        if type(leaf).__hash__ is object.__hash__ or isinstance(leaf, _OF_ONE_HASH):
+        if isinstance(leaf, set):
+            self._seen.add(id(leaf))
+            self._plan.containers.append(_Set(leaf))
+        # One without a hash is no part of a program, or is there by its identity.
+        if type(leaf).__hash__ in (object.__hash__, None):
+            return
+        if isinstance(leaf, _OF_ONE_HASH):
             return
         self._seen.add(id(leaf))
         self._plan.statics.append((leaf, hash(leaf)))

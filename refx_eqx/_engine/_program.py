@@ -13,7 +13,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterable
 from operator import gt
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -24,12 +24,15 @@ from .._core import _trace
 from .._core._call import dispatching, Disturbed, Opened, running_call
 from .._core._closure import origin_of
 from .._core._errors import ConcurrencyError, describe, DonatedError
-from .._core._ref import Ref
+from .._core._identity import Answers, answers_for, Asked, joined, Questions
+from .._core._ref import commits, Ref
 from .._core._structure import DYNAMIC, inside_of, Outcome, Structure
 
 
 __tracebackhide__ = True
 
+
+_T = TypeVar("_T")
 
 Donate = Literal["all", "all-except-first", "warn", "warn-except-first", "none", "refs"]
 
@@ -56,6 +59,71 @@ class _Resplit(Exception):
         self.split = split
 
 
+class ByCall(Generic[_T]):
+    """What is kept for the structure of a call; and for its very refs, as far as it was
+    asked which ones they are (see `_identity.py`)."""
+
+    def __init__(self):
+        self._kept: dict[Structure, _ByRefs[_T]] = {}
+
+    def get(self, opened: Opened, make: Callable[[Opened], _T]) -> _T:
+        """What is kept for this call; made if need be."""
+        by_refs = self._kept.get(opened.structure)
+        if by_refs is None:
+            by_refs = self._kept[opened.structure] = _ByRefs()
+        key = answers_for(by_refs.questions, opened.refs)
+        found = by_refs.kept.get(key)
+        if found is None:
+            found = by_refs.put(key, make(opened))
+        return found[0]
+
+    def note(self, opened: Opened, traced: _T) -> Asked:
+        """Notes that `traced`, of what is kept, was traced for a call: what the body asked
+        of its refs is from now on a part of the key."""
+        asked = opened.identities()
+        self._kept[opened.structure].learn(asked.questions, opened.refs, traced)
+        return asked
+
+
+class _ByRefs(Generic[_T]):
+    """What is kept for one structure: by the answers to some questions."""
+
+    def __init__(self):
+        self.questions: Questions = ()
+        # With what forgets it when its refs are gone.
+        self.kept: dict[Answers, tuple[_T, list[weakref.ref]]] = {}
+
+    def put(self, key: Answers, what: _T) -> tuple[_T, list[weakref.ref]]:
+        mine = weakref.ref(self)
+
+        def forget(_: Any) -> None:
+            by_refs = mine()
+            if by_refs is not None:
+                by_refs.kept.pop(key, None)
+
+        refs = [weakref.ref(x.recall(), forget) for x in key if x is not None]
+        entry = self.kept[key] = what, refs
+        return entry
+
+    def learn(self, asked: Questions, refs: list[Ref], traced: _T) -> None:
+        """`traced` was traced for these refs, and asked that."""
+        before = [number for number, _ in self.questions]
+        questions = joined(self.questions, asked)
+        key = answers_for(questions, refs)
+        known = self.kept.get(key)
+        if questions == self.questions and known is not None and known[0] is traced:
+            return
+        # What is kept already did not ask what is new: it is right for all other refs.
+        old = list(self.kept.items())
+        self.questions, self.kept = questions, {}
+        for answers, (what, _) in old:
+            told = dict(zip(before, answers))
+            if what is not traced:
+                self.put(tuple(told.get(number) for number, _ in questions), what)
+        self.put(key, traced)
+        commits.irregular += 1  # plans must look again
+
+
 class Program:
     """The compiled programs of one function: one for each structure, and for each set of
     shapes and dtypes within it.
@@ -79,22 +147,31 @@ class Program:
         self.body = body
         self.donate: Donate = donate
         self.jitkwargs = jitkwargs
-        self._variants: dict[Structure, Variant] = {}
+        self._variants: ByCall[Variant] = ByCall()
 
-    def variant(self, structure: Structure) -> "Variant":
-        """The program for one structure."""
-        variant = self._variants.get(structure)
-        if variant is None:
-            variant = self._variants[structure] = Variant(self, structure)
-        return variant
+    def variant(self, opened: Opened) -> "Variant":
+        """The program for the structure of a call, and for its refs if it matters which
+        they are."""
+        return self._variants.get(opened, self._new_variant)
+
+    def _new_variant(self, opened: Opened) -> "Variant":
+        return Variant(self, opened.structure)
+
+    def traced(self, variant: "Variant", opened: Opened) -> Asked:
+        """A variant was traced for a call: notes for which refs that is right."""
+        return self._variants.note(opened, variant)
 
     def __call__(self, opened: Opened) -> Outcome:
-        variant = self.variant(opened.structure)
         try:
             with dispatching(opened):
-                out, updates, info = variant.dispatch(
-                    opened, opened.arrays, opened.values
-                )
+                while True:
+                    variant = self.variant(opened)
+                    out, updates, info = variant.dispatch(
+                        opened, opened.arrays, opened.values
+                    )
+                    # Another thread may have traced it in between, for its own refs.
+                    if info.asked.holds_for(opened.refs):
+                        break
             if info.waits and _trace.is_evaluating():
                 # A failed check must leave every ref at its old value.
                 jax.block_until_ready((out, updates))
@@ -121,8 +198,10 @@ class Variant:
         body = program.body
 
         def traced(arrays: list[Any]) -> tuple[list[Any], dict[int, Any], Any]:
-            outcome = body(running_call(), arrays)
+            opened = running_call()
+            outcome = body(opened, arrays)
             outcome.info.waits = _has_runtime_check(_trace.staged_equations())
+            outcome.info.asked = program.traced(self, opened)
             return outcome.out, outcome.updates, outcome.info
 
         def donating(

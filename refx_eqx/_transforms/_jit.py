@@ -54,8 +54,8 @@ class _Jit(Lifted):
     def lower(self, /, *args: Any, **kwargs: Any) -> "Lowered":
         """Traces and lowers the function for these arguments. Nothing is written."""
         opened = open_call(self.__wrapped__, *self._bind(args, kwargs))
-        lowered, split = self._program.variant(opened.structure).lower(opened)
-        return Lowered(self, lowered, opened.structure, split)
+        lowered, split = self._program.variant(opened).lower(opened)
+        return Lowered(self, lowered, opened, split)
 
 
 class Lowered:
@@ -64,9 +64,9 @@ class Lowered:
     It has the attributes of `jax.stages.Lowered`; `compile` is aware of refs.
     """
 
-    def __init__(self, jit: _Jit, lowered: Any, structure: Structure, split: Split):
+    def __init__(self, jit: _Jit, lowered: Any, opened: Opened, split: Split):
         self.lowered = lowered
-        self._rest = jit, structure, split
+        self._rest = jit, opened.structure, split
 
     def compile(
         self, compiler_options: dict[str, str | bool] | None = None
@@ -109,6 +109,14 @@ class Compiled:
                         *self.compiled(
                             *apart(opened.arrays, opened.values, self._split)
                         )
+                    )
+                if not outcome.info.asked.holds_for(opened.refs):
+                    raise StructureError(
+                        f"`{name_of(jit.__wrapped__)}` was compiled for other refs: it "
+                        "asks which refs it is given (it looks them up in a set or dict, "
+                        "or compares them), and the answer would be another for these. "
+                        "Call the `filter_jit` function itself, which compiles when it "
+                        "must."
                     )
                 if outcome.info.waits:
                     jax.block_until_ready((outcome.out, outcome.updates))

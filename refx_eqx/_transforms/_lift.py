@@ -9,7 +9,8 @@ import jax.tree_util as jtu
 
 from .._core._call import call, dispatching, Opened, running_call
 from .._core._errors import describe, StructureError
-from .._core._structure import DYNAMIC, Outcome, Structure
+from .._core._structure import DYNAMIC, Outcome
+from .._engine._program import ByCall
 from .._engine._wrapper import Lifted
 
 
@@ -70,22 +71,32 @@ class _Call(Lifted):
         super().__init__(fn, transform=transform, args=args, kwargs=kwargs)
         name = getattr(transform, "__name__", type(transform).__name__)
         self._name = f"rx.lift({name})"
-        self._transformed: dict[Structure, tuple[Callable, dict[str, Any]]] = {}
+        self._transformed: ByCall[tuple[Callable, dict[str, Any]]] = ByCall()
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         return call(self.__wrapped__, args, kwargs, self._transform)
 
     def _transform(self, opened: Opened) -> Outcome:
-        of_fn, *of_args, of_kwargs = _positions(opened)
+        of_fn, *_ = _positions(opened)
         if of_fn:
             # The arrays of the callable are constants to the transform, and so a part of
             # the function that it is given: nothing may be kept from one call to the next.
-            transformed, traced = self._apply(opened)
-        else:
-            known = self._transformed.get(opened.structure)
-            if known is None:
-                known = self._transformed[opened.structure] = self._apply(opened)
-            transformed, traced = known
+            return self._dispatch(opened, *self._apply(opened))
+        while True:
+            known = self._transformed.get(opened, self._apply)
+            try:
+                outcome = self._dispatch(opened, *known)
+            finally:
+                if opened.asked:
+                    self._transformed.note(opened, known)
+            # Another thread may have traced it in between, for its own refs.
+            if outcome.info.asked.holds_for(opened.refs):
+                return outcome
+
+    def _dispatch(
+        self, opened: Opened, transformed: Callable, traced: dict[str, Any]
+    ) -> Outcome:
+        _, *of_args, of_kwargs = _positions(opened)
         arrays = opened.arrays
         args = [_Arrays([arrays[i] for i in mine]) for mine in of_args]
         keywords = {}
@@ -120,6 +131,7 @@ class _Call(Lifted):
             # carried may be read.
             now = running_call()
             outcome = now.run(self._name, arrays, transparent=False)
+            outcome.info.asked = now.identities()
             inputs = [jnp.shape(x) for x in arrays]
             traced["shapes"] = inputs, _shapes(outcome.updates)
             return outcome

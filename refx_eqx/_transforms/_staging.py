@@ -144,6 +144,13 @@ class _ClosureConverted(eqx.Module):
                     "Call it with arguments like the example arguments (the same sharing "
                     "of refs, shapes, dtypes and static values), or convert it again."
                 )
+            if not self.info.asked.holds_for(opened.refs):
+                raise StructureError(
+                    f"`{self.name}` was closure-converted for other refs: it asks which "
+                    "refs it is given (it looks them up in a set or dict, or compares "
+                    "them), and the answer would be another for these. Convert it again, "
+                    "with these arguments."
+                )
             out = _trace.eval_jaxpr(self.jaxpr(self.consts), opened.arrays)
             outs, updates = jtu.tree_unflatten(self.out_treedef, out)
             outcome = Outcome(outs, updates, self.info)
@@ -226,6 +233,7 @@ def filter_closure_convert(fn: Callable[..., Any], *args: Any, **kwargs: Any) ->
     jaxpr, (out, updates, info) = jax.make_jaxpr(flat, return_shape=True)(
         *opened.arrays
     )
+    info.asked = opened.identities()
     codes = opened.structure.codes[: opened.structure.sizes[0]]
     held = [x for x, code in zip(opened.leaves, codes) if code >= DYNAMIC]
     return _ClosureConverted(
@@ -302,10 +310,12 @@ def filter_pure_callback(
     types, statics = eqx.partition(result_shape_dtypes, is_traced)
 
     def run(arrays: list[Any], keep_alive: Any = keep_alive) -> Any:
-        trees, refs = _rebuild(structure, arrays)
-        fn, *inner_args, inner_kwargs = trees
-        out = fn(*inner_args, **inner_kwargs)
-        _refuse_writes(refs)
+        trace = _trace.current_trace()
+        with _trace.running_body("filter_pure_callback", (), trace, True, {}) as body:
+            trees, refs = _rebuild(structure, arrays, body)
+            fn, *inner_args, inner_kwargs = trees
+            out = fn(*inner_args, **inner_kwargs)
+            _refuse_writes(refs)
         out_arrays, out_statics = eqx.partition(out, eqx.is_array)
         if not eqx.tree_equal(out_statics, statics):
             raise StructureError(
@@ -331,8 +341,11 @@ def _refuse_writes(refs: list[Ref]) -> None:
             )
 
 
-def _rebuild(structure: Structure, arrays: list[Any]) -> tuple[list[Any], list[Ref]]:
+def _rebuild(
+    structure: Structure, arrays: list[Any], body: _trace.Body
+) -> tuple[list[Any], list[Ref]]:
     """The callable, the arguments and the keywords of a call, made of other arrays; and the
-    new refs in them, owned by the running trace."""
-    leaves, refs = structure.fill(arrays)
+    new refs in them, owned by the running trace. For which refs they stand is not known
+    when the program runs."""
+    leaves, refs = structure.fill(arrays, body=body)
     return structure.unflatten(leaves), refs
