@@ -57,6 +57,12 @@ from ._filters._state_dict import (
     state_dict as state_dict,
 )
 from ._filters._update import update_refs as update_refs
+from ._optim import (
+    apply_updates as apply_updates,
+    Optimizer as Optimizer,
+    param_labels as param_labels,
+    param_mask as param_mask,
+)
 from ._rng import Rngs as Rngs
 from ._transforms import (
     associative_scan as associative_scan,

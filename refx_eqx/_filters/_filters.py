@@ -86,7 +86,9 @@ class _Paths(Filter):
                 "Equinox filter spec of it: `rx.filter_spec(tree, filter)`. Under "
                 "`rx.mutable`, pass the tree too: `rx.mutable(filter, tree)`."
             )
-        return any(_matches(path, tuple(p.split("."))) for p in self.patterns)
+        # One key may be several names: "encoder.weight" in the state of an optimizer.
+        names = tuple(".".join(path).split(".")) if path else ()
+        return any(_matches(names, tuple(p.split("."))) for p in self.patterns)
 
     def __repr__(self) -> str:
         return f"rx.path({', '.join(map(repr, self.patterns))})"

@@ -63,14 +63,14 @@ def state_dict(tree: Any, filter: Any = True) -> dict[str, Any]:
     - `RefTypeError`: if a field that is declared a ref holds an array.
     - `TraceLevelError`: if a ref may not be read here.
     """
-    places = _places(tree, filter, "Cannot make a state dict")
+    places = places_of(tree, filter, "Cannot make a state dict")
     if "allow_pickle" in places:
         raise StructureError(
             "Cannot make a state dict: `allow_pickle` is the path of "
             f"{_described(places['allow_pickle'])}, and `numpy.savez` would take it for its "
             "own argument, and leave it out. Call the field or the key something else."
         )
-    return {path: ref.value for ref, path in _first_places(places).items()}
+    return {path: ref.value for ref, path in first_places(places).items()}
 
 
 def load_state_dict(
@@ -121,7 +121,7 @@ def load_state_dict(
     - `RefTypeError`: if a value breaks the declared type of its ref.
     - `TraceLevelError`, `ImmutableError`: if a ref may not be written here.
     """
-    places = _places(tree, filter, "Cannot load the state")
+    places = places_of(tree, filter, "Cannot load the state")
     if strict:
         _check_complete(places, state)
     new_values: dict[Ref, tuple[Any, str]] = {}
@@ -140,7 +140,7 @@ def load_state_dict(
     write_all([(ref, value) for ref, (value, _) in new_values.items()])
 
 
-def _places(tree: Any, filter: Any, failure: str) -> dict[str, Ref]:
+def places_of(tree: Any, filter: Any, failure: str) -> dict[str, Ref]:
     """Each place of each selected ref: the refs in the order of the tree, the first place
     of a ref before its others."""
     for path, leaf in leaves_with_paths(tree)[0]:
@@ -165,7 +165,7 @@ def _places(tree: Any, filter: Any, failure: str) -> dict[str, Ref]:
     return places
 
 
-def _first_places(places: dict[str, Ref]) -> dict[Ref, str]:
+def first_places(places: dict[str, Ref]) -> dict[Ref, str]:
     first: dict[Ref, str] = {}
     for path, ref in places.items():
         first.setdefault(ref, path)
@@ -184,7 +184,7 @@ def _check_complete(places: dict[str, Ref], state: Mapping[str, Any]) -> None:
     given = {places[key] for key in state if key in places}
     missing = [
         f"`{_shown(path)}`, {describe(ref._name, ref._collection)}"
-        for ref, path in _first_places(places).items()
+        for ref, path in first_places(places).items()
         if ref not in given
     ]
     unexpected = [repr(key) for key in state if key not in places]

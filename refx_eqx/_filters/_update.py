@@ -1,5 +1,6 @@
 """`update_refs`: the values of one tree into the refs of another, all of them or none."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
@@ -57,59 +58,78 @@ def update_refs(target: Any, source: Any) -> None:
     - `RefTypeError`: if a value breaks the declared type of its ref.
     - `TraceLevelError`, `ImmutableError`: if a ref may not be written here.
     """
-    check_refs_in_place(target, "Cannot update refs")
+    new_values: dict[int, tuple[Ref, Any]] = {}
+    for ref, value, where in aligned(target, source, "Cannot update refs", "source"):
+        check_writable(ref)  # before its value is looked at, which may be forbidden too
+        # A broken declared type says more than a wrong shape.
+        stored = check_value(ref, value)
+        check_fits(ref, value, "Cannot update refs", where, "the source")
+        new_values[id(ref)] = ref, _as_arrays(ref, stored, where)
+    write_all(list(new_values.values()))
+
+
+def aligned(
+    target: Any, source: Any, failure: str, what: str
+) -> Iterator[tuple[Ref, Any, str]]:
+    """Each ref of `target` that `source` has a value for, with that value and its place.
+
+    A ref is met once for each place that has one. It is the same at all of them.
+    """
+    check_refs_in_place(target, failure)
     leaves, treedef = jtu.tree_flatten_with_path(target, is_leaf=_is_place)
     try:
         sources = treedef.flatten_up_to(source)
     except (ValueError, TypeError) as e:
         raise StructureError(
-            "Cannot update refs: target and source do not have the same structure. "
-            f"JAX says: {e} Pass as source a tree aligned with the target, with "
-            "`rx.NOTHING` or `None` where a ref is to stay."
+            f"{failure}: target and {what} do not have the same structure. JAX says: {e} "
+            f"Pass as {what} a tree aligned with the target, with `rx.NOTHING` or `None` "
+            "where a ref is to stay."
         ) from None
     nodes = {new.index: new for new in sources if isinstance(new, Value)}
-    new_values: dict[int, tuple[Ref, Any, Any, str]] = {}
+    first: dict[int, tuple[Any, str]] = {}
     for (path, ref), new in zip(leaves, sources):
         if is_opened(ref):
             raise StructureError(
-                "Cannot update refs: the target is derefed, and has a "
-                f"{type(ref).__name__} at {path_text(path)}. Pass the tree of refs itself."
+                f"{failure}: the target is derefed, and has a {type(ref).__name__} at "
+                f"{path_text(path)}. Pass the tree of refs itself."
             )
         if not isinstance(ref, Ref) or new is None or new is NOTHING:
             continue
         if isinstance(new, (Ref, Value, Index)):
-            _check_collection(ref, new, path)
+            _check_collection(ref, new, path, failure, what)
         if isinstance(new, Index):
             if new.index not in nodes:
                 raise StructureError(
-                    f"Cannot update refs: Index {new.index} of the source, at "
-                    f"{path_text(path)}, has no Value in it. Deref the whole source at "
-                    "once, or put `rx.NOTHING` there."
+                    f"{failure}: Index {new.index} of the {what}, at {path_text(path)}, has "
+                    f"no Value in it. Deref the whole {what} at once, or put `rx.NOTHING` "
+                    "there."
                 )
             new = nodes[new.index]
         value = new.value if isinstance(new, (Ref, Value)) else new
         if not isinstance(new, Ref) and not jtu.tree_leaves(value):
             continue  # `Value(None)`: this ref was filtered out of the source
-        check_writable(ref)  # before its value is looked at, which may be forbidden too
         where = path_text(path)
-        # A broken declared type says more than a wrong shape.
-        stored = check_value(ref, value)
-        check_fits(ref, value, "Cannot update refs", where, "the source")
-        entry = ref, _as_arrays(ref, stored, where), value, where
-        _, _, earlier, at = new_values.setdefault(id(ref), entry)
+        earlier, at = first.setdefault(id(ref), (value, where))
         if earlier is not value:
             raise StructureError(
-                f"Cannot update refs: {describe(ref._name, ref._collection)} is one ref at "
-                f"{at} and {where} of the target, and the source has a different value at "
-                "each. Give one of them, and `rx.NOTHING` at the other."
+                f"{failure}: {describe(ref._name, ref._collection)} is one ref at {at} and "
+                f"{where} of the target, and the {what} has a different value at each. Give "
+                "one of them, and `rx.NOTHING` at the other."
             )
-    write_all([(ref, stored) for ref, stored, _, _ in new_values.values()])
+        yield ref, value, where
 
 
 def write_all(checked: list[tuple[Ref, Any]]) -> None:
     """Writes values that were all checked, for refs that may be written."""
     with commits.lock:
         commits.store(checked)
+
+
+def check_and_write(updates: list[tuple[Ref, Any]]) -> None:
+    """Writes all, or nothing: every check comes before the first write."""
+    for ref, _ in updates:
+        check_writable(ref)
+    write_all([(ref, check_value(ref, value)) for ref, value in updates])
 
 
 def _as_arrays(ref: Ref, value: Any, where: str) -> Any:
@@ -137,11 +157,13 @@ def _is_in_range(number: Any, dtype: Any) -> bool:
     return int(limits.min) <= int(number) <= int(limits.max)
 
 
-def _check_collection(ref: Ref, new: Ref | Value | Index, path: tuple) -> None:
+def _check_collection(
+    ref: Ref, new: Ref | Value | Index, path: tuple, failure: str, what: str
+) -> None:
     if ref.collection != new.collection:
         raise CollectionError(
-            f"Cannot update refs: at {path_text(path)} the target has "
-            f"{describe(ref._name, ref._collection)}, and the source is of collection "
+            f"{failure}: at {path_text(path)} the target has "
+            f"{describe(ref._name, ref._collection)}, and the {what} is of collection "
             f"{new.collection!r}. Align the two trees, or put `rx.NOTHING` there."
         )
 

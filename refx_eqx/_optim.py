@@ -1,0 +1,374 @@
+"""`Optimizer`: any transformation of Optax on a model of refs, in place.
+
+What Optax sees of a model, and why, is said in `_trained.py`. Each array of Optax's state is
+in a ref of its own, and all else of the state stays as it is. So `filter_jit` carries it as
+it carries a model, on its fast path.
+"""
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TYPE_CHECKING
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+
+from ._core._deref import path_text, snapshot
+from ._core._errors import StructureError
+from ._core._ref import declare, Ref
+from ._core._structure import is_traced_in_ref
+from ._fields._axis_names import NO_NAMES
+from ._fields._declaration import Declaration, DeclaredType
+from ._fields._module import Module
+from ._filters._filters import choose, leaves_with_paths
+from ._filters._update import aligned, check_and_write
+from ._trained import moved, Trained
+
+
+if TYPE_CHECKING:
+    import optax
+
+
+__tracebackhide__ = True
+
+
+class Optimizer(Module):
+    """An optimizer of Optax, with its state in refs: a step updates model and state in
+    place.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import optax
+        import refx_eqx as rx
+
+        class Line(rx.Module):
+            slope: rx.Param[float]
+
+            def __call__(self, x):
+                return self.slope.value * x
+
+        def loss(model, x, y):
+            return jnp.mean((model(x) - y) ** 2)
+
+        @rx.filter_jit(donate="refs")
+        def step(model, optimizer, x, y):
+            value, grads = rx.filter_value_and_grad(loss, wrt="params")(model, x, y)
+            optimizer.update(model, grads)
+            return value
+
+        model = Line(0.0)
+        optimizer = rx.Optimizer(model, optax.sgd(0.1, momentum=0.5))
+        x = jnp.arange(3.0)
+        for _ in range(50):
+            value = step(model, optimizer, x, 2 * x)
+        assert value < 1e-3 and abs(model.slope.value - 2) < 1e-3
+        assert list(rx.state_dict(optimizer)) == ["opt_state.0.trace.slope"]
+        ```
+
+    It works wherever refs do: as an argument or in a closure, under `filter_jit`, `scan` or
+    `filter_vmap` (an ensemble of models, with an optimizer each).
+
+    **What Optax sees** is `rx.state_dict(model, wrt)`: a flat dict with one array for each
+    selected ref, by the name of its first place. So a tied weight has one slot and counts
+    once in a global norm, and refs that are not selected are not there at all. For masks and
+    labels there are [`refx_eqx.param_mask`][] and [`refx_eqx.param_labels`][].
+
+    **Its state** is the attribute `opt_state`: what Optax keeps, with a ref of collection
+    `"opt_state"` for each array. So a learning rate of `optax.inject_hyperparams` is
+    `optimizer.opt_state.hyperparams["learning_rate"].value`, to read and to set.
+
+    **Arguments:**
+
+    - `model`: any tree of refs.
+    - `tx`: a transformation of Optax.
+    - `wrt`: any filter: the refs to train. The floating-point and complex arrays in them
+        are, as in [`refx_eqx.filter_grad`][].
+
+    **Raises:**
+
+    - `StructureError`: if `wrt` selects no ref to train, or an array that is in no ref.
+    """
+
+    opt_state: Any
+    tx: "optax.GradientTransformation"
+    wrt: Any
+    _names: tuple[str, ...] = eqx.field(static=True)
+
+    def __init__(
+        self, model: Any, tx: "optax.GradientTransformation", *, wrt: Any = "params"
+    ):
+        trained = Trained(model, wrt)
+        self.tx = tx
+        self.wrt = wrt
+        self.opt_state = _in_slots(tx.init(trained.values))
+        self._names = tuple(trained.refs)
+
+    def update(self, model: Any, grads: Any, /, **extra: Any) -> dict[str, Any]:
+        """Makes one step: writes the model and the state of the optimizer.
+
+        All is computed and checked first: if anything fails, nothing has changed.
+
+        **Arguments:**
+
+        - `model`: the model that the optimizer was made for, or a copy of it.
+        - `grads`: its gradients, as [`refx_eqx.filter_grad`][] returns them, or any other
+            tree aligned with the model (see [`refx_eqx.update_refs`][]). Those of refs that
+            `wrt` does not select are not looked at.
+        - `**extra`: what the transformation asks for beside, such as `value=` for
+            `optax.contrib.reduce_on_plateau`. What is about parameters in Optax is about the
+            model here: `grad=` has the form of `grads`; `value_fn=` and `obj_fn=` are
+            functions of a model, and `grad_fn=` returns gradients of one. They are called
+            with copies of the model, so what they write is dropped.
+
+        **Returns:**
+
+        The updates that were added, by name.
+
+        **Raises:**
+
+        - `StructureError`: if a gradient is missing or has another shape, or if the model
+            does not have the names that the optimizer was made for.
+        - `RefTypeError`: if a new value breaks the declared type of its ref.
+        - `TraceLevelError`, `ImmutableError`: if a ref may not be written here.
+        """
+        trained = Trained(model, self.wrt)
+        trained.check_names(self._names)
+        gradients = trained.by_name(grads, "gradients")
+        tx = _taking_extra(self.tx) if extra else self.tx
+        for name, translate in _TRANSLATIONS.items():
+            if extra.get(name) is not None:
+                extra[name] = translate(trained, extra[name])
+        updates: Any
+        updates, opt_state = tx.update(
+            gradients, snapshot(self.opt_state), trained.values, **extra
+        )
+        check_and_write(
+            [*trained.writes(updates), *_writes_to_slots(self.opt_state, opt_state)]
+        )
+        return updates
+
+
+def _gradients_of(trained: Trained, grad_fn: Callable[..., Any]) -> Callable[..., Any]:
+    of_values = trained.of_values(grad_fn)
+
+    def gradients(values: Any, *args: Any, **kwargs: Any) -> Any:
+        return trained.by_name(of_values(values, *args, **kwargs), "gradients")
+
+    return gradients
+
+
+# The arguments beside that are about parameters in Optax, and about the model here.
+_TRANSLATIONS: dict[str, Callable[[Trained, Any], Any]] = {
+    "grad": lambda trained, grad: trained.by_name(grad, "gradients"),
+    "value_fn": Trained.of_values,
+    "obj_fn": Trained.of_values,
+    "grad_fn": _gradients_of,
+}
+
+
+def _taking_extra(tx: Any) -> Any:
+    """The transformation, ignoring the arguments beside that it has no use for: as in
+    `optax.chain`."""
+    import optax
+
+    # `optax.MultiSteps` is none, and takes them as it is.
+    is_plain = isinstance(tx, optax.GradientTransformation)
+    return optax.with_extra_args_support(tx) if is_plain else tx
+
+
+# A slot holds an array. So a number that is written to it, such as a learning rate, becomes
+# one of the same dtype, and the compiled step stays as it is.
+_SLOT = Declaration(DeclaredType(Optimizer, "opt_state", 0, jax.Array), NO_NAMES)
+
+
+def _in_slots(opt_state: Any) -> Any:
+    """The state of Optax, with a ref in place of each array."""
+
+    def slot(path: tuple, leaf: Any) -> Any:
+        if not is_traced_in_ref(leaf):
+            return leaf
+        # A copy: Optax may have kept the array itself, or it may be that of a parameter,
+        # and a slot is donated.
+        ref = Ref(jnp.array(leaf), "opt_state")
+        ref._name = f"Optimizer.opt_state{jtu.keystr(path)}"
+        declare(ref, _SLOT)
+        return ref
+
+    return jtu.tree_map_with_path(slot, opt_state)
+
+
+def _writes_to_slots(slots: Any, opt_state: Any) -> list[tuple[Ref, Any]]:
+    """What is to be written for the state to become `opt_state`.
+
+    **Raises:**
+
+    - `StructureError`: if it is of another structure.
+    """
+    leaves, treedef = jtu.tree_flatten_with_path(slots)
+    new_leaves, new_treedef = jtu.tree_flatten(opt_state)
+    if new_treedef != treedef:
+        raise StructureError(
+            "Cannot update the optimizer: its transformation returned a state of another "
+            f"structure, {new_treedef}, than it has, {treedef}. `update` must return a "
+            "state as `init` does; for another transformation, make another `rx.Optimizer`."
+        )
+    writes = []
+    for (path, slot), new in zip(leaves, new_leaves):
+        if isinstance(slot, Ref):
+            writes.append((slot, jnp.asarray(new)))
+        elif slot is not new and slot != new:
+            raise StructureError(
+                f"Cannot update the optimizer: at {path_text(path)} of its state is "
+                f"{slot!r}, which is no array, and the transformation returned {new!r}. "
+                "Only arrays can change from step to step."
+            )
+    return writes
+
+
+def param_mask(model: Any, filter: Any, *, wrt: Any = "params") -> dict[str, bool]:
+    """A filter as a mask for Optax, in an [`refx_eqx.Optimizer`][].
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import optax
+        import refx_eqx as rx
+
+        model = {"weight": rx.Ref(jnp.ones(2), "params"), "bias": rx.Ref(jnp.ones(2), "params")}
+        mask = rx.param_mask(model, ~rx.path("**.bias"))
+        assert mask == {"weight": True, "bias": False}
+
+        optimizer = rx.Optimizer(model, optax.add_decayed_weights(-0.1, mask=mask))
+        optimizer.update(model, {"weight": jnp.zeros(2), "bias": jnp.zeros(2)})
+        assert (model["weight"].value < 1).all() and (model["bias"].value == 1).all()
+        ```
+
+    **Arguments:**
+
+    - `model`, `wrt`: those of the optimizer.
+    - `filter`: any filter.
+
+    **Returns:**
+
+    For each ref that is trained, by name, whether the filter selects it.
+
+    **Raises:**
+
+    - `StructureError`: whenever `rx.Optimizer(model, tx, wrt=wrt)` raises it, and if the
+        filter selects a ref at one of its places and not at another.
+    """
+    return param_labels(model, {True: filter, False: True}, wrt=wrt)  # type: ignore
+
+
+def param_labels(
+    model: Any, filters: Mapping[Hashable, Any], *, wrt: Any = "params"
+) -> dict[str, Hashable]:
+    """Filters as labels for `optax.partition`, in an [`refx_eqx.Optimizer`][].
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import optax
+        import refx_eqx as rx
+
+        model = {"encoder": [rx.Ref(1.0, "params")], "head": rx.Ref(1.0, "params")}
+        labels = rx.param_labels(model, {"slow": rx.path("encoder.**"), "fast": True})
+        assert labels == {"encoder.0": "slow", "head": "fast"}
+
+        tx = optax.partition({"slow": optax.sgd(0.1), "fast": optax.sgd(1.0)}, labels)
+        optimizer = rx.Optimizer(model, tx)
+        optimizer.update(model, {"encoder": [1.0], "head": 1.0})
+        assert model["encoder"][0].value == 0.9 and model["head"].value == 0.0
+        ```
+
+    **Arguments:**
+
+    - `model`, `wrt`: those of the optimizer.
+    - `filters`: for each label, any filter. A ref gets the label of the first one that
+        selects it; `True` as the last selects the rest.
+
+    **Returns:**
+
+    For each ref that is trained, by name, its label.
+
+    **Raises:**
+
+    - `StructureError`: if no filter selects a ref that is trained; whenever
+        `rx.Optimizer(model, tx, wrt=wrt)` raises it; and if a filter selects a ref at one
+        of its places and not at another.
+    """
+    trained = Trained(model, wrt)
+    pairs, _ = leaves_with_paths(model)
+    paths, leaves = [path for path, _ in pairs], [leaf for _, leaf in pairs]
+    chosen = choose(paths, leaves, tuple(filters.values()))
+    answers = {id(leaf): answer for leaf, answer in zip(leaves, chosen)}
+    names = [*filters, None]
+    labels = {name: names[answers[id(ref)]] for name, ref in trained.refs.items()}
+    unlabelled = [
+        trained.which(name)
+        for name, ref in trained.refs.items()
+        if answers[id(ref)] == len(filters)
+    ]
+    if unlabelled:
+        raise StructureError(
+            f"`rx.param_labels`: no filter selects {'; '.join(unlabelled)}. Add a label for "
+            "the rest, with the filter `True`, as the last."
+        )
+    return labels
+
+
+def apply_updates(model: Any, updates: Any) -> None:
+    """As `optax.apply_updates`, in place: adds updates to the refs of a model. For those who
+    keep the state of the optimizer by hand.
+
+    !!! Example
+
+        ```python
+        import equinox as eqx
+        import jax.numpy as jnp
+        import optax
+        import refx_eqx as rx
+
+        model = {"w": rx.Ref(jnp.array(2.0), "params"), "n": rx.Ref(jnp.array(0), "counts")}
+        tx = optax.sgd(0.25)
+        params = eqx.filter(rx.deref(model), rx.filter_spec(model, "params"))
+        opt_state = tx.init(params)
+
+        grads = rx.filter_grad(lambda model: model["w"].value ** 2, wrt="params")(model)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        rx.apply_updates(model, updates)
+        assert model["w"].value == 1.0
+        ```
+
+    **Arguments:**
+
+    - `model`: a tree of refs.
+    - `updates`: a tree aligned with it, as [`refx_eqx.update_refs`][] takes. A ref keeps its
+        dtype, as in Optax.
+
+    **Raises:**
+
+    - `StructureError`: if the structures differ, if an update has another shape than what it
+        is added to, or if there is one for an array that is in no ref. Nothing is written
+        then.
+    - `RefTypeError`: if a new value breaks the declared type of its ref.
+    - `TraceLevelError`, `ImmutableError`: if a ref may not be written here.
+    """
+    failure = "Cannot apply the updates"
+    writes: dict[int, tuple[Ref, Any]] = {}
+    for ref, update, where in aligned(model, updates, failure, "updates"):
+        writes[id(ref)] = ref, moved(ref, ref.value, update, f"at {where}")
+    leaves, treedef = jtu.tree_flatten_with_path(model, is_leaf=lambda x: x is None)
+    for (path, leaf), update in zip(leaves, treedef.flatten_up_to(updates)):
+        if not isinstance(leaf, Ref) and jtu.tree_leaves(update):
+            raise StructureError(
+                f"{failure}: there is one for {eqx.tree_pformat(leaf)} at {path_text(path)}, "
+                "which is in no ref, so it cannot be updated in place. Make a ref of it, for "
+                "example with `rx.as_refs`; or leave it out of the gradients: "
+                '`rx.filter_grad(loss, wrt="params")`.'
+            )
+    check_and_write(list(writes.values()))

@@ -1,0 +1,218 @@
+"""What an optimizer of Optax sees of a model of refs.
+
+It is the state dict of what is trained, `rx.state_dict(model, wrt)`: a flat dict with one
+entry for each selected ref, by the name of its first place.
+
+    {"encoder.weight": f32[8,4], "encoder.bias": f32[8], "layers.0.weight": f32[8,8]}
+
+It is no tree of the form of the model, although gradients are, for these reasons:
+
+- a tied weight is one entry, so it has one slot and counts once in a norm; and what is not
+  selected is not in it at all, so nothing can decay it;
+- a mask or labels are dicts too, written in plain Python over names. (A tree of the form of
+  a module cannot be one: Optax calls what is callable, and most modules are.)
+- the state of the optimizer depends on names alone: not on the class of a module, its static
+  fields, or its layers that have nothing to train. So it survives an `eqx.tree_at` on another
+  part of the model, and its own names are readable: `opt_state.0.mu.encoder.weight`.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+
+from ._core._deref import deref, reref
+from ._core._errors import describe, StructureError
+from ._core._nodes import is_opened, Value
+from ._core._ref import Ref
+from ._core._structure import is_traced_in_ref
+from ._engine._autodiff import is_inexact
+from ._filters._filters import choose, dotted, leaves_with_paths
+from ._filters._state_dict import first_places, places_of
+from ._filters._update import aligned
+
+
+__tracebackhide__ = True
+
+
+class Trained:
+    """The refs of a model that are trained.
+
+    - `refs`: the refs, by name;
+    - `values`: the arrays in them, with `None` for all else: what Optax sees.
+
+    **Raises:**
+
+    - `StructureError`: if `wrt` selects no ref to train, or an array that is in no ref.
+    """
+
+    def __init__(self, model: Any, wrt: Any):
+        self.model = model
+        self.refs: dict[str, Ref] = {}
+        self.values: dict[str, Any] = {}
+        places = first_places(places_of(model, wrt, "Cannot train the model"))
+        _check_in_refs(model, wrt)
+        for ref, name in places.items():
+            arrays = jtu.tree_map(lambda x: x if is_inexact(x) else None, ref.value)
+            if jtu.tree_leaves(arrays):
+                self.refs[name], self.values[name] = ref, arrays
+        if not self.refs:
+            raise StructureError(
+                f"Cannot train the model: wrt={wrt!r} selects no ref of it that holds a "
+                "floating-point or complex array. Pass the tree that has the refs, and as "
+                "`wrt` a filter that selects some; a filter that is a predicate is called "
+                "with the ref, not with its value."
+            )
+
+    def which(self, name: str) -> str:
+        """How messages refer to a ref."""
+        ref = self.refs[name]
+        return f"`{name}`, {describe(ref._name, ref._collection)}"
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """That the refs have these names: those that the optimizer has slots for."""
+        known = set(names)
+        missing = sorted(known - self.refs.keys())
+        unknown = sorted(self.refs.keys() - known)
+        if missing or unknown:
+            reasons = [f"it has no ref to train at {n!r}" for n in missing]
+            reasons += [f"the optimizer has no slot for {n!r}" for n in unknown]
+            raise StructureError(
+                "Cannot update the model: the optimizer was made for another: "
+                f"{'; '.join(reasons)}. Pass the model that it was made for; or make an "
+                "optimizer for this one: `rx.Optimizer(model, tx)`."
+            )
+
+    def by_name(self, tree: Any, what: str) -> dict[str, Any]:
+        """A tree aligned with the model, such as its gradients, in the form of `values`.
+
+        **Raises:**
+
+        - `StructureError`: if there is nothing for an array that is trained, or something of
+            another shape.
+        """
+        failure = f"Cannot use the {what}"
+        pieces = aligned(self.model, tree, failure, what)
+        given = {id(ref): piece for ref, piece, _ in pieces}
+        found, missing = {}, []
+        for name, ref in self.refs.items():
+            arrays = _arrays_like(self.values[name], given.get(id(ref)))
+            if arrays is None:
+                missing.append(self.which(name))
+                continue
+            found[name] = arrays
+            old, new = _shapes(self.values[name]), _shapes(arrays)
+            if old != new:
+                raise StructureError(
+                    f"{failure}: {self.which(name)}, has the shape {_text(old)}, and the "
+                    f"{what} have {_text(new)} there. Reduce what is one for each example "
+                    "first, for example with `jnp.mean(..., axis=0)`."
+                )
+        if missing:
+            raise StructureError(
+                f"{failure}: there is nothing for {'; '.join(missing)}. Differentiate with "
+                "respect to all that is trained: "
+                "`rx.filter_grad(loss, wrt=optimizer.wrt)`."
+            )
+        return found
+
+    def of_values(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """`fn`, a function of a model, as one of `values`. It is called with a copy of the
+        model, owned by the trace that calls it: Optax may do so in a loop."""
+        leaves, treedef = jtu.tree_flatten(self.model)
+        nodes = jtu.tree_leaves(deref(self.model), is_leaf=is_opened)
+        names = {id(ref): name for name, ref in self.refs.items()}
+
+        def of_values(values: Any, *args: Any, **kwargs: Any) -> Any:
+            new = [
+                _with_arrays(node, values[names[id(ref)]])
+                if isinstance(node, Value) and id(ref) in names
+                else node
+                for ref, node in zip(leaves, nodes)
+            ]
+            return fn(reref(treedef.unflatten(new)), *args, **kwargs)
+
+        return of_values
+
+    def writes(self, updates: Any) -> list[tuple[Ref, Any]]:
+        """What is to be written to add `updates`, in the form of `values`."""
+        expected, found = map(jtu.tree_structure, (self.values, updates))
+        if expected != found:
+            raise StructureError(
+                "Cannot update the model: the transformation returned updates of another "
+                f"structure, {found}, than it was given, {expected}."
+            )
+        return [
+            (ref, moved(ref, ref.value, updates[name], f"at `{name}`"))
+            for name, ref in self.refs.items()
+        ]
+
+
+def _check_in_refs(model: Any, wrt: Any) -> None:
+    """That `wrt` selects no array that is in no ref. (It would not be trained, silently.)"""
+    pairs, _ = leaves_with_paths(model)
+    chosen = choose([path for path, _ in pairs], [leaf for _, leaf in pairs], (wrt,))
+    for (path, leaf), which in zip(pairs, chosen):
+        if which == 0 and eqx.is_inexact_array(leaf):
+            raise StructureError(
+                f"Cannot train the model: wrt={wrt!r} selects {eqx.tree_pformat(leaf)} at "
+                f"`{dotted(path)}`, which is in no ref, so it cannot be updated in place. "
+                "Make a ref of it, for example with `rx.as_refs`; or select refs alone, as "
+                "`wrt=rx.Ref` does."
+            )
+
+
+def _arrays_like(value: Any, given: Any) -> Any:
+    """The arrays of `given` where `value` has some; `None` if one is missing."""
+    treedef = jtu.tree_structure(value)
+    try:
+        arrays = treedef.flatten_up_to(given)
+    except (ValueError, TypeError):
+        return None
+    if not all(map(is_traced_in_ref, arrays)):
+        return None
+    return jtu.tree_unflatten(treedef, arrays)
+
+
+def _shapes(value: Any) -> list[tuple[int, ...]]:
+    return [jnp.shape(x) for x in jtu.tree_leaves(value)]
+
+
+def _text(shapes: list[tuple[int, ...]]) -> str:
+    return ", ".join(map(str, shapes))
+
+
+def _with_arrays(node: Value, arrays: Any) -> Value:
+    value = eqx.combine(arrays, node.value)
+    return Value(value, node.index, node.collection, node.ref_type, node.note)
+
+
+def moved(ref: Ref, value: Any, update: Any, where: str) -> Any:
+    """The value of a ref with an update added, of the dtype that it has: as
+    `optax.apply_updates`. What has no update stays.
+
+    **Raises:**
+
+    - `StructureError`: if the update has another structure or shape.
+    """
+
+    def add(change: Any, old: Any) -> Any:
+        if change is None:
+            return old
+        new = jnp.asarray(old + change).astype(jnp.result_type(old))
+        if new.shape != jnp.shape(old):
+            raise ValueError(
+                f"{jnp.shape(old)} and {jnp.shape(change)} are not one shape."
+            )
+        return new
+
+    try:
+        return jtu.tree_map(add, update, value, is_leaf=lambda x: x is None)
+    except (ValueError, TypeError) as e:
+        raise StructureError(
+            f"Cannot update {describe(ref._name, ref._collection)} {where}: it holds "
+            f"{eqx.tree_pformat(value)}, and the update is {eqx.tree_pformat(update)}: {e} "
+            "An update has the structure and the shape of what it is added to."
+        ) from None
