@@ -161,3 +161,21 @@ def test_pure_callback_refuses_writes_and_other_results():
     with pytest.raises(Exception, match="must return what `result_shape_dtypes` says"):
         call(lambda w: "text")
     assert w.value == 2.0
+
+
+def test_what_is_closure_converted_says_what_it_returns():
+    x, ref = jnp.ones(3), rx.Ref(jnp.array(2.0), "params")
+
+    def plain(x):
+        return {"y": jnp.sum(x), "text": "a"}
+
+    equinox = eqx.filter_closure_convert(plain, x).out_struct
+    assert rx.filter_closure_convert(plain, x).out_struct == equinox
+
+    def f(ref, x):
+        ref.value = ref.value + 1
+        return ref, rx.Ref(x, "new"), "text"
+
+    given, new, text = rx.filter_closure_convert(f, ref, x).out_struct
+    assert given.value.shape == () and given.collection == "params"
+    assert new.value.shape == (3,) and new.collection == "new" and text == "text"

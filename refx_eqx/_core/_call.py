@@ -35,6 +35,7 @@ from ._nodes import is_opened, Value
 from ._ref import (
     Channelled,
     check_readable,
+    check_unleaked,
     check_writable,
     commits,
     content,
@@ -189,6 +190,7 @@ def open_refs(reader: Reader) -> Opened:
             arrays.append(value)
             slot = slot_of_array(type(ref), ref._collection, ref._declared)
         else:
+            check_unleaked(ref, value)
             inside, its_arrays = split_value(value)
             arrays.extend(its_arrays)
             slot = Slot(type(ref), ref._collection, ref._declared, inside)

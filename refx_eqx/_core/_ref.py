@@ -177,7 +177,10 @@ class Ref(Generic[_T]):
         """The present value."""
         if not _trace.is_at_home(self._trace):
             check_readable(self)
-        return self._value
+        value = self._value
+        if type(value) is not _trace.ConcreteArray:
+            check_unleaked(self, value)
+        return value
 
     @value.setter
     def value(self, value: _T) -> None:
@@ -378,6 +381,22 @@ def check_readable(ref: Ref) -> None:
         raise TraceLevelError(
             f"Cannot read ref from different trace level: {which}: {reason}"
         )
+
+
+def check_unleaked(ref: Ref, value: Any) -> None:
+    """Notices what a function left in a list or a dict of the value, where it may read the
+    ref and not write it."""
+    if _trace.is_tracer(value):
+        return
+    for leaf in jtu.tree_leaves(value):
+        reason = _trace.why_not_alive(leaf)
+        if reason is not None:
+            which = describe(ref._name, ref._collection)
+            raise TraceLevelError(
+                f"Cannot read ref from different trace level: {which}: a list or a dict in "
+                f"its value was changed in place, where it may only be read: {reason} And "
+                "write a new value now: `ref.value = ...`."
+            )
 
 
 def check_writable(ref: Ref) -> None:

@@ -6,6 +6,7 @@ refs that are written are carried, and those that are only read are constants, a
 """
 
 import functools
+import operator
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -279,6 +280,27 @@ def numbers_to_arrays(tree: Any) -> Any:
     return jtu.tree_map(
         lambda x: x if is_module(x) else convert_leaf(x), tree, is_leaf=is_module
     )
+
+
+def whole_number(x: Any, name: str, what: str, least: int | None = None) -> int:
+    """`x`, which must be a whole number, and known while tracing.
+
+    **Raises:**
+
+    - `TypeError`, `ValueError`: if it is none, or smaller than `least`.
+    """
+    try:
+        number = operator.index(x)
+    except TypeError:
+        raise TypeError(
+            f"`{name}`: {what} must be a whole number that is known while tracing, and it "
+            f"is {eqx.tree_pformat(x)}. Pass an `int`."
+        ) from None
+    if least is not None and number < least:
+        raise ValueError(
+            f"`{name}`: {what} must be at least {least}, and it is {number}."
+        )
+    return number
 
 
 def as_callable(fn: Any) -> Any:

@@ -106,6 +106,13 @@ class Frame:
                 return number
         return None
 
+    def place(self, position: int) -> str:
+        """What an array is, for messages."""
+        number = self.ref_at(position)
+        if number is None:
+            return f"the array in {bare_place(self.structure, position)}"
+        return self.describe(number)
+
     def refuse_perturbed(self, positions: list[int], written: set[int]) -> None:
         """Refuses a derivative by what is not differentiated. A ref that is written is
         state, and has none."""
@@ -113,13 +120,9 @@ class Frame:
             number = self.ref_at(i)
             if number in written:
                 continue
-            if number is None:
-                what = f"the array in {bare_place(self.structure, i)}"
-            else:
-                what = self.describe(number)
             raise StructureError(
-                f"`{self.name}`: the rule of `{self.fn_name}` gives no derivative by {what}, "
-                f"which is differentiated here. {self.remedy} Or exclude it: "
+                f"`{self.name}`: the rule of `{self.fn_name}` gives no derivative by "
+                f"{self.place(i)}, which is differentiated here. {self.remedy} Or exclude it: "
                 "`rx.filter_grad(..., wrt=...)`, or `jax.lax.stop_gradient`."
             )
 

@@ -5,7 +5,9 @@ programs too, so that a second call with the same structure does not trace again
 """
 
 import functools
+import itertools
 import logging
+import re
 import sys
 import threading
 import types
@@ -449,6 +451,9 @@ def explain(error: Exception, refs: list[Ref], values: list[Any]) -> None:
         it may have been another thread.
     """
     text = str(error)
+    callback = _CALLBACK_FAILED.search(text)
+    if callback and int(callback[1]) in _callback_errors:
+        raise _callback_errors.pop(int(callback[1])) from None
     if _CHECK_FAILED in text:
         # As `eqx.filter_jit` does. JAX hands over the message of a callback as text, with
         # Equinox's advice (to use `filter_jit`) behind it.
@@ -477,13 +482,32 @@ def explain(error: Exception, refs: list[Ref], values: list[Any]) -> None:
             ) from error
 
 
+class CallbackFailed(Exception):
+    """What JAX is told of an exception in a callback. JAX hands it over as text, with a
+    number in it by which `explain` finds the exception itself."""
+
+    def __init__(self, error: Exception):
+        number = next(_callback_numbers)
+        _callback_errors[number] = error
+        while len(_callback_errors) > _MAX_CALLBACK_ERRORS:  # nobody asked for these
+            _callback_errors.pop(next(iter(_callback_errors)))
+        super().__init__(f"[callback {number}] {type(error).__name__}: {error}")
+
+
+_CALLBACK_FAILED = re.compile(r"CallbackFailed: \[callback (\d+)\]")
+_MAX_CALLBACK_ERRORS = 100
+_callback_numbers = itertools.count()
+_callback_errors: dict[int, Exception] = {}
+
+
 class _QuietChecks(logging.Filter):
     """JAX logs the traceback of every callback that raises. A failed `eqx.error_if` comes
     to the user as an exception, and once is enough."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         kind = record.exc_info[0] if record.exc_info else None
-        return kind is None or kind.__name__ != "_EquinoxRuntimeError"
+        quiet = ("_EquinoxRuntimeError", CallbackFailed.__name__)
+        return kind is None or kind.__name__ not in quiet
 
 
 logging.getLogger("jax._src.callback").addFilter(_QuietChecks())

@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
 from .._core._call import call, Opened
 from .._core._errors import describe, StructureError
 from .._core._ref import Ref
-from .._core._structure import Outcome
+from .._core._structure import is_traced, Outcome
 from .._engine._control_flow import (
     as_callable,
     bare_parts,
@@ -17,6 +18,7 @@ from .._engine._control_flow import (
     numbers_to_arrays,
     place_text,
     Staged,
+    whole_number,
 )
 from .._engine._program import Program, program_of
 
@@ -78,6 +80,7 @@ def associative_scan(
 
     - `StructureError`: if `fn` writes a ref, if `elems` has one, or if `fn` changes the
         structure of what it is given.
+    - `ValueError`: if `elems` has no arrays to scan along `axis`.
     """
     fn, elems = as_callable(fn), numbers_to_arrays(elems)
     for path, leaf in jtu.tree_flatten_with_path(elems)[0]:
@@ -87,6 +90,15 @@ def associative_scan(
                 f"at {place_text(path)}. It combines values, and the results have no ref "
                 "to go to. Pass the values: `rx.snapshot(elems)`."
             )
+
+    axis = whole_number(axis, "associative_scan", "`axis`")
+    arrays = [x for x in jtu.tree_leaves(elems) if is_traced(x)]
+    shapes = [x.shape for x in arrays]
+    if not arrays or any(not -len(shape) <= axis < len(shape) for shape in shapes):
+        raise ValueError(
+            f"`associative_scan`: `elems` must have arrays, all with an axis {axis} to scan "
+            f"along, and it is {eqx.tree_pformat(elems)}. Pass arrays, or another `axis`."
+        )
 
     def run(opened: Opened, arrays: list[Any]) -> Outcome:
         return _run_associative_scan(opened, arrays, reverse, axis)

@@ -1,11 +1,15 @@
 """`filter_custom_jvp`: a function whose tangents are given by a rule."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 
 from .._core._call import call, Opened
+from .._core._deref import deref
 from .._core._errors import name_of
 from .._core._structure import arrays_of, Outcome
 from .._engine._autodiff import is_inexact
@@ -83,6 +87,27 @@ class filter_custom_jvp(Custom):
         """Sets the rule, and returns it."""
         self._first = fn_jvp
         return fn_jvp
+
+    def defjvp(self, fn_jvp: Callable) -> None:
+        """As the deprecated one of Equinox: sets a rule that is given zeros for `None`."""
+        warnings.warn(
+            "`filter_custom_jvp.defjvp` is deprecated, as in Equinox. Use `def_jvp`, whose "
+            "rule is given `None` for a tangent of zero.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+
+        def rule(primals: tuple, tangents: tuple, **kwargs: Any) -> Any:
+            def materialised(x: Any, t: Any) -> Any:
+                is_zero = t is None and eqx.is_inexact_array(x)
+                return jnp.zeros_like(x) if is_zero else t
+
+            opened = deref(primals)
+            return fn_jvp(
+                primals, jax.tree.map(materialised, opened, tangents), **kwargs
+            )
+
+        self.def_jvp(rule)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         if self._first is None:

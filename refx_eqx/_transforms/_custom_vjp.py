@@ -1,11 +1,13 @@
 """`filter_custom_vjp`: a function whose cotangents are given by a rule."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._core._call import call, Opened
@@ -124,6 +126,32 @@ class filter_custom_vjp(Custom):
         """Sets the backward rule, and returns it."""
         self._second = fn_bwd
         return fn_bwd
+
+    def defvjp(self, fn_fwd: Callable, fn_bwd: Callable) -> None:
+        """As the deprecated one of Equinox: sets rules that are not told what is
+        differentiated, and are given zeros for `None`."""
+        warnings.warn(
+            "`filter_custom_vjp.defvjp` is deprecated, as in Equinox. Use `def_fwd` and "
+            "`def_bwd`, whose rules take one more argument: `perturbed`.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+
+        def fwd(perturbed: Any, *args: Any, **kwargs: Any) -> tuple:
+            out, residuals = fn_fwd(*args, **kwargs)
+            return out, (eqx.filter(out, eqx.is_inexact_array), residuals)
+
+        def bwd(
+            both: tuple, grad: Any, perturbed: Any, *args: Any, **kwargs: Any
+        ) -> Any:
+            out, residuals = both
+            grad = jtu.tree_map(
+                lambda x, ct: jnp.zeros_like(x) if ct is None else ct, out, grad
+            )
+            return fn_bwd(residuals, grad, *args, **kwargs)
+
+        self.def_fwd(fwd)
+        self.def_bwd(bwd)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         if self._first is None or self._second is None:
@@ -330,7 +358,21 @@ class _Parts:
                 which, collection, value, present[i], ends.get(i)
             )
         what = "The gradient that a backward rule returns"
-        return self.layout.read(grad, what), {**ends, **written}
+        grads = self.layout.read(grad, what)
+        self.check_types(grads, arrays)
+        return grads, {**ends, **written}
+
+    def check_types(self, grads: dict[int, Any], arrays: list[Any]) -> None:
+        frame = self.frame
+        for i, grad in grads.items():
+            if grad is None or jnp.shape(grad) == arrays[i].shape:
+                continue
+            raise StructureError(
+                f"The backward rule of `{frame.fn_name}` returns {eqx.tree_pformat(grad)} as "
+                f"the gradient by {frame.place(i)}, which is "
+                f"{eqx.tree_pformat(arrays[i])}. Return a gradient of the same shape, or "
+                "`None` for zero."
+            )
 
 
 def _set(flags: list[bool]) -> list[int]:

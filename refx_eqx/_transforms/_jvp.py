@@ -62,9 +62,17 @@ def filter_jvp(
 
     **Raises:**
 
+    - `TypeError`: if the primals or the tangents are no tuple.
     - `StructureError`: if the tangents are not of the structure of the primals, or if
         something that cannot be differentiated has one.
     """
+    for what, given in (("primals", primals), ("tangents", tangents)):
+        if not isinstance(given, tuple | list):
+            raise TypeError(
+                f"`filter_jvp`: the {what} must be a tuple, with one item for each "
+                f"positional argument, and they are {eqx.tree_pformat(given)}. Pass "
+                f"`({what[:-1]},)`."
+            )
     if len(primals) != len(tangents):
         raise StructureError(
             f"`filter_jvp` takes one tangent for each primal: it was given {len(primals)} "

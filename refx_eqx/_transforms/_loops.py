@@ -22,6 +22,7 @@ from .._engine._control_flow import (
     program_of_all,
     stage_loop,
     Staged,
+    whole_number,
 )
 from .._engine._in_python import PythonLoop, runs_in_python
 from .._engine._program import Program, program_of
@@ -235,11 +236,17 @@ def fori_loop(
 
     - `StructureError`: if a step changes the structure of the carry, or the shape or dtype
         of a ref.
+    - `TypeError`: if `lower` or `upper` is no whole number.
     - `ValueError`: if `unroll` is given and `lower` or `upper` is traced.
     """
     body_fun, init_val = as_callable(body_fun), numbers_to_arrays(init_val)
     is_known = not (_trace.is_tracer(lower) or _trace.is_tracer(upper))
-    length = max(int(upper) - int(lower), 0) if is_known else None
+    if is_known:
+        first = whole_number(lower, "fori_loop", "`lower`")
+        length = max(whole_number(upper, "fori_loop", "`upper`") - first, 0)
+    else:
+        length = None
+        _check_bounds(lower, upper)
     if unroll is not None and length is None:
         raise ValueError(
             "`fori_loop`: `unroll` needs a number of steps that is known: here `lower` or "
@@ -262,6 +269,16 @@ def fori_loop(
         return program_of(body_fun, key, lambda: Program("fori_loop", run))(opened)
 
     return call(_fori_step, (lower, upper, body_fun, init_val), {}, transform)
+
+
+def _check_bounds(lower: Any, upper: Any) -> None:
+    for name, x in (("lower", lower), ("upper", upper)):
+        is_integer = jnp.issubdtype(jnp.result_type(x), jnp.integer)
+        if jnp.shape(x) != () or not is_integer:
+            raise TypeError(
+                f"`fori_loop`: `{name}` must be a scalar integer, and it is "
+                f"{eqx.tree_pformat(x)}. Convert it: `x.astype(int)`."
+            )
 
 
 def _same_dtype(lower: Any, upper: Any) -> tuple[jax.Array, jax.Array]:

@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 from .._core._call import call, Opened
 from .._core._structure import Outcome
 from .._engine._call_axes import Axes, call_axes, is_mapped, placed_update
-from .._engine._control_flow import as_callable, numbers_to_arrays
+from .._engine._control_flow import as_callable, numbers_to_arrays, whole_number
 from .._engine._program import Program, program_of
 from ._scan import n_steps, run_scan
 from ._vmap import vmapped
@@ -119,7 +119,8 @@ def map(
     - `xs`: what is sliced.
     - `batch_size`: so many elements are vectorised at a time, as with
         [`refx_eqx.filter_vmap`][]: within a batch, a ref that is not sliced can be written
-        with one value only.
+        with one value only. `f` runs once for a batch: a counter in such a ref counts the
+        batches, and one that is sliced counts the elements.
     - `in_axes`: as for [`refx_eqx.scan`][].
 
     **Returns:**
@@ -131,6 +132,8 @@ def map(
     As [`refx_eqx.scan`][]; and as [`refx_eqx.filter_vmap`][] with `batch_size`.
     """
     f = as_callable(f)
+    if batch_size is not None:
+        batch_size = whole_number(batch_size, "map", "`batch_size`", 1)
 
     def transform(opened: Opened) -> Outcome:
         axes = call_axes(

@@ -20,6 +20,7 @@ from .._engine._control_flow import (
     numbers_to_arrays,
     stage_loop,
     Staged,
+    whole_number,
 )
 from .._engine._in_python import PythonLoop, runs_in_python
 from .._engine._program import Program, program_of
@@ -168,6 +169,8 @@ def _first(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def n_steps(arrays: list[Any], axes: Axes, length: int | None, name: str) -> int:
+    if length is not None:
+        length = whole_number(length, name, "`length`", 0)
     for x, axis in zip(arrays, axes.flat):
         if axis is not None:
             size = jnp.shape(x)[axis]
@@ -182,7 +185,7 @@ def n_steps(arrays: list[Any], axes: Axes, length: int | None, name: str) -> int
             f"`{name}`: `xs` has nothing to slice, so the number of steps is not known. "
             "Give `length`."
         )
-    return int(length)
+    return length
 
 
 def scan(

@@ -20,7 +20,8 @@ from .._core._structure import (
     OutcomeInfo,
     Structure,
 )
-from .._engine._layout import layout_of_args, Result, result_of
+from .._engine._layout import Layout, layout_of_args, Result, result_of
+from .._engine._program import CallbackFailed, explain
 from .._engine._wrapper import Lifted
 
 
@@ -132,7 +133,16 @@ class _ClosureConverted(eqx.Module):
     types: tuple[jax.ShapeDtypeStruct, ...] = eqx.field(static=True)
     info: OutcomeInfo = eqx.field(static=True)
     out_treedef: Any = eqx.field(static=True)
+    out_layout: Layout = eqx.field(static=True)
+    out_types: tuple[Any, ...] = eqx.field(static=True)
     name: str = eqx.field(static=True)
+
+    @property
+    def out_struct(self) -> Any:
+        """What a call returns: derefed, with a `jax.ShapeDtypeStruct` for each array."""
+        layout = self.out_layout
+        statics = _statics(self.info.result, layout.treedef)
+        return eqx.combine(statics, layout.fill(self.out_types))
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
 
@@ -217,7 +227,8 @@ def filter_closure_convert(fn: Callable[..., Any], *args: Any, **kwargs: Any) ->
 
     **Returns:**
 
-    A function with the arguments of `fn`, which is a pytree. It takes arguments of the
+    A function with the arguments of `fn`, which is a pytree, and has an `out_struct`: the
+    derefed result, with `jax.ShapeDtypeStruct`s in place of arrays. It takes arguments of the
     structure, shapes and dtypes of the example.
 
     **Raises:**
@@ -234,6 +245,7 @@ def filter_closure_convert(fn: Callable[..., Any], *args: Any, **kwargs: Any) ->
         *opened.arrays
     )
     info.asked = opened.identities()
+    result = result_of(opened, Outcome(out, updates, info), list(_types(opened)))
     codes = opened.structure.codes[: opened.structure.sizes[0]]
     held = [x for x, code in zip(opened.leaves, codes) if code >= DYNAMIC]
     return _ClosureConverted(
@@ -244,6 +256,8 @@ def filter_closure_convert(fn: Callable[..., Any], *args: Any, **kwargs: Any) ->
         _types(opened),
         info,
         jtu.tree_structure((out, updates)),
+        result.layout,
+        tuple(result.arrays),
         name_of(fn),
     )
 
@@ -301,7 +315,9 @@ def filter_pure_callback(
 
     When the program runs:
 
-    - `StructureError`: if the callback writes a ref. JAX raises it as a run-time error.
+    - `StructureError`: if the callback writes a ref, or does not return what was said.
+    - What the callback raises: itself under `rx.filter_jit` and where nothing is staged, and
+        as a run-time error of JAX under the transforms of JAX.
     """
     opened = open_call(callback, args, kwargs)
     structure = opened.structure
@@ -310,6 +326,12 @@ def filter_pure_callback(
     types, statics = eqx.partition(result_shape_dtypes, is_traced)
 
     def run(arrays: list[Any], keep_alive: Any = keep_alive) -> Any:
+        try:
+            return run_callback(arrays)
+        except Exception as e:
+            raise CallbackFailed(e) from e
+
+    def run_callback(arrays: list[Any]) -> Any:
         trace = _trace.current_trace()
         with _trace.running_body("filter_pure_callback", (), trace, True, {}) as body:
             trees, refs = _rebuild(structure, arrays, body)
@@ -327,7 +349,13 @@ def filter_pure_callback(
 
     options = dict(sharding=sharding, vmap_method=vmap_method, vectorized=vectorized)
     given = {key: x for key, x in options.items() if x is not None}
-    arrays = jax.pure_callback(run, types, opened.arrays, **given)
+    try:
+        arrays = jax.pure_callback(run, types, opened.arrays, **given)
+        if _trace.is_evaluating():
+            jax.block_until_ready(arrays)
+    except jax.errors.JaxRuntimeError as e:
+        explain(e, opened.refs, opened.values)
+        raise
     return eqx.combine(arrays, statics)
 
 
