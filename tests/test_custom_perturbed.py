@@ -168,3 +168,46 @@ def test_a_rule_that_only_reads_beside_one_that_writes_the_collection():
     with pytest.raises(rx.StructureError, match=MATCH):
         rx.filter_grad(loss)(model)
     assert model["n"].value == 0.0
+
+
+def test_a_loss_that_returns_a_ref_is_told_to_return_its_value():
+    w = rx.Ref(jnp.array(2.0), "params")
+    with pytest.raises(TypeError, match="returned a ref. Return what is in it: `ref.v"):
+        rx.filter_grad(lambda w: w)(w)
+    assert rx.filter_grad(lambda w: w.value)(w).value == 1.0
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, rx.filter_jit])
+def test_what_no_backward_rule_has_written_stays_weakly_typed(wrap):
+    w, model = (
+        rx.Ref(jnp.array(2.0)),
+        {
+            "amax": rx.Ref(jnp.asarray(1.0), "fp8"),
+            "other": rx.Ref(jnp.asarray(1.0), "fp8"),
+            "count": rx.Ref(jnp.asarray(1), "fp8"),
+            "strong": rx.Ref(jnp.ones(()), "fp8"),
+        },
+    )
+
+    @rx.filter_custom_vjp
+    def watch(x, model):
+        return x
+
+    watch.def_fwd(lambda perturbed, x, model: (x, None))
+
+    @watch.def_bwd
+    def _(residuals, grad, perturbed, x, model):
+        model["amax"].value = jnp.abs(grad)
+        return grad
+
+    def loss(w, model):
+        return watch(w.value, model) * 5
+
+    def weak():
+        return {k: jax.typeof(r.value).weak_type for k, r in model.items()}
+
+    before = weak()
+    assert before["other"] and before["count"] and not before["strong"]
+    wrap(rx.filter_grad(loss))(w, model)
+    assert model["amax"].value == 5.0
+    assert {**weak(), "amax": None} == {**before, "amax": None}

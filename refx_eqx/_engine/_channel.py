@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._core import _trace
 from .._core._structure import join_value, split_value
 
 
@@ -38,8 +39,14 @@ def _unsigned(dtype: Any) -> Any:
 def decode(channel: list[list[Any]], like: Any) -> Any:
     """The value again, of the structure and dtypes of `like`."""
     inside, arrays = split_value(like)
-    decoded = [_decode(c, jnp.asarray(x).dtype) for c, x in zip(channel, arrays)]
-    return join_value(inside, iter(decoded))
+    return join_value(inside, map(_decoded_like, channel, arrays))
+
+
+def _decoded_like(pieces: list[Any], like: Any) -> Any:
+    like = jnp.asarray(like)
+    decoded = _decode(pieces, like.dtype)
+    # No cotangent is weakly typed; what no rule has written is to be what it was.
+    return _trace.as_weak(decoded) if jax.typeof(like).weak_type else decoded
 
 
 def _decode(pieces: list[Any], dtype: Any) -> Any:

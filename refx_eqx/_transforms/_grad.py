@@ -112,6 +112,11 @@ def _scalar(outcome: Outcome, has_aux: bool, name: str) -> Any:
             value = result.statics[0].obj
             if eqx.is_array_like(value):
                 return value
+        if len(codes) == 1 and codes[0] >= 0:
+            raise TypeError(
+                f"`{name}`: the function must return a scalar to differentiate, and it "
+                "returned a ref. Return what is in it: `ref.value`."
+            )
         raise TypeError(
             f"`{name}`: the function must return one scalar to differentiate"
             + (", and the rest as aux." if has_aux else ". For more, use has_aux=True.")
