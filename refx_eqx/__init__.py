@@ -26,6 +26,11 @@ from ._core._errors import (
 )
 from ._core._nodes import Index as Index, Value as Value
 from ._core._ref import Ref as Ref
+from ._display import (
+    count as count,
+    mermaid as mermaid,
+    tabulate as tabulate,
+)
 from ._fields._batched import Batched as Batched
 from ._fields._config import config as config
 from ._fields._field import (

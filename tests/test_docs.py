@@ -1,7 +1,7 @@
 """All code in the README, the docs and the docstrings runs, and what it shows is real.
 
 A page is a program: its ```python blocks run from top to bottom in one namespace. A ```text
-block shows what the ```python block before it printed, and the error that it raised, as
+(or ```mermaid) block shows what the ```python block before it printed, and the error that it raised, as
 `NameOfTheError: message`. How a text is wrapped into lines does not count. A block that
 prints or raises is followed by its ```text block, and no ```text block stands alone.
 
@@ -32,6 +32,9 @@ FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>[^\n]*)\n(?P<text>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
 )
+
+
+SHOWN = ("text", "mermaid")
 
 
 class Block(NamedTuple):
@@ -102,11 +105,11 @@ def run_page(text: str, file: Path) -> None:
             if block.language == "python":
                 printed, error = run(block, namespace, file)
                 after = blocks[i + 1 : i + 2]
-                shown = [block.text for block in after if block.language == "text"]
+                shown = [block.text for block in after if block.language in SHOWN]
                 if error is not None and not shown:
                     raise error
                 assert words(as_shown(printed, error)) == words("".join(shown))
-            elif block.language == "text":
+            elif block.language in SHOWN:
                 # Its own block compared it.
                 assert i > 0 and blocks[i - 1].language == "python"
             else:

@@ -7,6 +7,7 @@ places, and the two are one parameter.
 import copy
 import threading
 import types
+import weakref
 from collections.abc import Hashable, Iterable
 from typing import Any, Generic, overload, Self, TYPE_CHECKING, TypeVar
 
@@ -278,6 +279,12 @@ class Ref(Generic[_T]):
     def __repr__(self) -> str:
         return eqx.tree_pformat(self)
 
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        drawn = _drawn.get(self)
+        if drawn is None:
+            drawn = _drawn[self] = _Drawn(self)
+        return subtree_renderer(drawn, path=path)
+
     def __pdoc__(self, **kwargs: Any):
         # The hook of `eqx.tree_pformat`. It shows the cell as it is, without the trace
         # rule: a message about a ref that may not be read has to print it.
@@ -296,6 +303,31 @@ class Ref(Generic[_T]):
             end=wl.TextDoc(")"),
             indent=kwargs.get("indent", 2),
         )
+
+
+class _Drawn:
+    """What treescope is shown of a ref. It marks what it meets twice as one object, unless
+    that has an `__eq__` and a `__hash__`, as a `Ref` has: then it takes it for immutable."""
+
+    __slots__ = ("__weakref__", "_ref")
+
+    def __init__(self, ref: Ref):
+        self._ref = weakref.ref(ref)
+
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        from treescope import repr_lib
+
+        ref = self._ref()
+        assert ref is not None
+        return repr_lib.render_object_constructor(
+            object_type=type(ref),
+            attributes={"value": ref._value, "collection": ref._collection},
+            path=path,
+            subtree_renderer=subtree_renderer,
+        )
+
+
+_drawn: "weakref.WeakKeyDictionary[Ref, _Drawn]" = weakref.WeakKeyDictionary()
 
 
 def is_ref(x: Any) -> "TypeIs[Ref]":

@@ -1,0 +1,300 @@
+"""Looking at a tree of refs: how much is in it, where it is, and what is shared."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+
+from ._core._errors import StructureError
+from ._core._nodes import is_opened
+from ._core._ref import Ref
+from ._filters._filters import as_filter, choose, dotted, key_text, leaves_with_paths
+from ._transforms._jit import filter_jit
+
+
+__tracebackhide__ = True
+
+
+def count(tree: Any, filter: Any = True) -> int:
+    """How many numbers a tree holds: those of a shared ref once.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        shared = rx.Ref(jnp.zeros((3, 2)), "params")
+        model = {"embed": shared, "unembed": shared, "step": rx.Ref(jnp.array(0), "counts")}
+        assert rx.count(model) == 7
+        assert rx.count(model, "params") == 6
+        ```
+
+    **Arguments:**
+
+    - `tree`: a tree of refs. They must be readable here. A `jax.ShapeDtypeStruct` counts as
+        the array that it stands for.
+    - `filter`: any filter. What it selects is counted: refs, and arrays outside refs.
+
+    **Returns:**
+
+    The sum of the sizes of all arrays. A number of Python in a ref is one; outside refs it
+    is static, and does not count.
+
+    **Raises:**
+
+    - `StructureError`: if `tree` is derefed, or if `filter` selects a ref at one of its
+        places and not at another.
+    - `TraceLevelError`: if a ref may not be read here.
+    """
+    return sum(row.size for row in _rows(tree, filter) if row.tied_to is None)
+
+
+def tabulate(tree: Any, /, *args: Any, flops: bool = False, **kwargs: Any) -> str:
+    """A table of what a tree holds: of each ref its place, collection, shape and size.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        shared = rx.Ref(jnp.zeros((3, 2)), "params")
+        model = {"embed": shared, "unembed": shared, "step": rx.Ref(jnp.array(0), "counts")}
+        table = rx.tabulate(model)
+        assert "is embed" in table  # the other place of the shared ref
+        ```
+
+    It needs the package `rich`: `pip install 'refx_eqx[display]'`.
+
+    **Arguments:**
+
+    - `tree`: a tree of refs, such as a model. The refs must be readable here. A
+        `jax.ShapeDtypeStruct` counts as the array that it stands for.
+    - `*args`, `**kwargs`: what to call the model with, for `flops`. Nothing is computed,
+        and no ref is written.
+    - `flops`: whether to compile a call of the model, and say what the compiler expects it
+        to cost.
+
+    **Returns:**
+
+    The table, as text: a row for each place of a ref, and for each array outside refs. A
+    shared ref counts once, at its first place. Below it, the totals by collection.
+
+    **Raises:**
+
+    - `StructureError`: if `tree` is derefed.
+    - `TraceLevelError`: if a ref may not be read here.
+    - `ValueError`: if there are arguments, and `flops` is not asked for.
+    """
+    if (args or kwargs) and not flops:
+        raise ValueError(
+            "`rx.tabulate`: arguments for a call are given, and nothing is asked of it. Pass "
+            "`flops=True` too, or the model alone."
+        )
+    table = _rich_table()
+    totals: dict[str, tuple[int, int]] = {}
+    for row in _rows(tree, True):
+        if row.tied_to is not None:
+            note = f"is {row.tied_to}"
+            table.add_row(row.place, row.collection, row.type, note, "", "", "")
+            continue
+        n, nbytes = totals.get(row.collection, (0, 0))
+        totals[row.collection] = n + row.size, nbytes + row.nbytes
+        what = (row.place, row.collection, row.type, row.shape, row.dtype)
+        table.add_row(*what, f"{row.size:,}", _bytes_text(row.nbytes))
+    table.add_section()
+    for collection, (n, nbytes) in totals.items():
+        table.add_row("total", collection, "", "", "", f"{n:,}", _bytes_text(nbytes))
+    if len(totals) > 1:
+        n, nbytes = map(sum, zip(*totals.values()))
+        table.add_row("total", "", "", "", "", f"{n:,}", _bytes_text(nbytes))
+    text = _rendered(table)
+    if flops:
+        text += f"A call: {_flops(tree, args, kwargs):,.0f} FLOPs, as compiled.\n"
+    return text
+
+
+class _Row:
+    """What a table says of one place of a ref, or of an array outside refs."""
+
+    def __init__(self, place: str, leaf: Any, tied_to: str | None):
+        self.place = place
+        self.tied_to = tied_to
+        if isinstance(leaf, Ref):
+            value = leaf.value
+            self.collection = "" if leaf.collection is None else str(leaf.collection)
+            self.type = type(leaf).__name__
+        else:
+            value = leaf
+            self.collection = "outside refs"
+            self.type = ""
+        leaves = jtu.tree_leaves(value)
+        arrays = [_shape_of(leaf) for leaf in leaves if _is_array_like(leaf)]
+        self.size = sum(array.size for array in arrays)
+        self.nbytes = sum(array.size * array.dtype.itemsize for array in arrays)
+        if arrays and value is leaves[0]:
+            self.shape = str(arrays[0].shape)
+            # What is a number of Python is no array until it is traced.
+            plain = isinstance(leaves[0], (bool, int, float, complex))
+            self.dtype = type(leaves[0]).__name__ if plain else str(arrays[0].dtype)
+        else:
+            self.shape = eqx.tree_pformat(value, width=10_000)
+            self.dtype = ""
+
+
+def _is_array_like(leaf: Any) -> bool:
+    return eqx.is_array_like(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+    if hasattr(leaf, "dtype"):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    return jax.ShapeDtypeStruct((), jnp.result_type(leaf))
+
+
+def _rows(tree: Any, filter: Any) -> Iterator[_Row]:
+    pairs, _ = leaves_with_paths(tree)
+    for path, leaf in pairs:
+        if is_opened(leaf):
+            raise StructureError(
+                f"Cannot look at a derefed tree: there is a {type(leaf).__name__} at "
+                f"`{dotted(path)}`. Pass the tree of refs itself."
+            )
+    chosen = choose([p for p, _ in pairs], [x for _, x in pairs], (as_filter(filter),))
+    first: dict[int, str] = {}
+    for (path, leaf), answer in zip(pairs, chosen):
+        place = dotted(path)
+        if answer == 0 and isinstance(leaf, Ref):
+            known = first.setdefault(id(leaf), place)
+            yield _Row(place, leaf, None if known == place else known)
+        elif answer == 0 and hasattr(leaf, "dtype") and _is_array_like(leaf):
+            yield _Row(place, leaf, None)
+
+
+def _bytes_text(n: int) -> str:
+    size = float(n)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def _rich_table() -> Any:
+    try:
+        from rich.box import SIMPLE
+        from rich.table import Table
+    except ImportError:
+        raise ImportError(
+            "`rx.tabulate` needs the package `rich`: `pip install 'refx_eqx[display]'`."
+        ) from None
+    table = Table(box=SIMPLE)
+    for name in ("path", "collection", "type", "shape", "dtype"):
+        table.add_column(name)
+    for name in ("count", "bytes"):
+        table.add_column(name, justify="right")
+    return table
+
+
+def _rendered(table: Any) -> str:
+    from rich.console import Console
+
+    # As wide as the table is: the text may be going to a file.
+    console = Console(width=10_000, color_system=None, markup=False, emoji=False)
+    with console.capture() as captured:
+        console.print(table)
+    return (
+        "\n".join(line.rstrip() for line in captured.get().strip("\n").splitlines())
+        + "\n"
+    )
+
+
+def _flops(model: Any, args: tuple, kwargs: dict[str, Any]) -> float:
+    step: Any = filter_jit(lambda model, *args, **kwargs: model(*args, **kwargs))
+    costs = step.lower(model, *args, **kwargs).compile().cost_analysis()
+    return (costs or {}).get("flops", float("nan"))  # not every backend knows
+
+
+def mermaid(tree: Any) -> str:
+    """A drawing of a tree of refs, in which a shared ref is one box with several arrows.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        shared = rx.Ref(jnp.zeros((3, 2)), "params")
+        text = rx.mermaid({"embed": shared, "unembed": shared})
+        assert text.startswith("graph LR") and text.count("f32[3,2]") == 1
+        ```
+
+    **Arguments:**
+
+    - `tree`: a tree of refs. Nothing is read that the trace rule forbids: values are shown
+        as they are.
+
+    **Returns:**
+
+    The text of a graph in the language of [Mermaid](https://mermaid.js.org), which GitHub,
+    Jupyter and MkDocs draw.
+
+    **Raises:**
+
+    - `StructureError`: if `tree` is derefed.
+    """
+    nodes: list[str] = []
+    arrows: list[str] = []
+    n_arrows: Counter[str] = Counter()
+    refs: dict[Ref, str] = {}
+
+    def visit(node: Any) -> str | None:
+        """The name of the box of a node; `None` if there is no ref in it."""
+        if is_opened(node):
+            raise StructureError(
+                f"Cannot draw a derefed tree: there is a {type(node).__name__} in it. Pass "
+                "the tree of refs itself."
+            )
+        if isinstance(node, Ref):
+            if node not in refs:
+                refs[node] = f"r{len(refs)}"
+                nodes.append(f"    {refs[node]}([{_label(*_lines_of(node))}])")
+            return refs[node]
+        name = f"n{len(nodes)}"
+        at = len(nodes)
+        nodes.append(f"    {name}[{_label(type(node).__name__)}]")
+        found = False
+        children, _ = jtu.tree_flatten_with_path(
+            node, is_leaf=lambda x, node=node: x is not node
+        )
+        for path, child in children:
+            if path and (box := visit(child)) is not None:
+                found = True
+                n_arrows[box] += 1
+                text = _label(".".join(map(key_text, path)))
+                arrows.append(f"    {name} -->|{text}| {box}")
+        if not found:
+            del nodes[at:]
+        return name if found else None
+
+    visit(tree)
+    shared = ",".join(box for box in refs.values() if n_arrows[box] > 1)
+    if shared:
+        arrows += ["    classDef shared stroke-width:3px", f"    class {shared} shared"]
+    return "\n".join(["graph LR", *nodes, *arrows])
+
+
+def _lines_of(ref: Ref) -> tuple[str, ...]:
+    # As it is, without the trace rule: a drawing may be of a ref that cannot be read here.
+    value = eqx.tree_pformat(ref._value, width=10_000)
+    return value, "" if ref.collection is None else str(ref.collection)
+
+
+def _label(*lines: str) -> str:
+    text = "<br>".join(line for line in lines if line)
+    return '"' + text.replace('"', "#quot;") + '"'
