@@ -54,7 +54,7 @@ class Trained:
         self.values: dict[str, Any] = {}
         places = first_places(places_of(model, wrt, "Cannot train the model"))
         _check_in_refs(model, wrt)
-        for ref, name in places.items():
+        for name, ref in places.items():
             arrays = jtu.tree_map(lambda x: x if is_inexact(x) else None, ref.value)
             if jtu.tree_leaves(arrays):
                 self.refs[name], self.values[name] = ref, arrays

@@ -16,7 +16,7 @@ from .._core._errors import describe, RefTypeError, StructureError
 from .._core._nodes import is_opened
 from .._core._ref import check_value, check_writable, Ref
 from .._fields._instance import check_refs_in_place
-from ._filters import aliases, dotted, leaves_with_paths, selected_refs
+from ._filters import dotted, leaves_with_paths, selected_refs
 from ._update import check_fits, write_all
 
 
@@ -70,7 +70,7 @@ def state_dict(tree: Any, filter: Any = True) -> dict[str, Any]:
             f"{_described(places['allow_pickle'])}, and `numpy.savez` would take it for its "
             "own argument, and leave it out. Call the field or the key something else."
         )
-    return {path: ref.value for ref, path in first_places(places).items()}
+    return {path: ref.value for path, ref in first_places(places).items()}
 
 
 def load_state_dict(
@@ -124,12 +124,12 @@ def load_state_dict(
     places = places_of(tree, filter, "Cannot load the state")
     if strict:
         _check_complete(places, state)
-    new_values: dict[Ref, tuple[Any, str]] = {}
+    new_values: dict[int, tuple[Ref, Any, str]] = {}
     for key in state:
         if key in places:
             ref = places[key]
             value = _checked(ref, key, state[key])
-            earlier, other_key = new_values.setdefault(ref, (value, key))
+            _, earlier, other_key = new_values.setdefault(id(ref), (ref, value, key))
             if not _is_same(earlier, value):
                 raise StructureError(
                     f"Cannot load the state: {describe(ref._name, ref._collection)} is one "
@@ -137,7 +137,7 @@ def load_state_dict(
                     "state has a different value for each. Remove one of the two keys from "
                     "the state, or untie the ref: put `rx.clone(ref)` at one of its places."
                 )
-    write_all([(ref, value) for ref, (value, _) in new_values.items()])
+    write_all([(ref, value) for ref, value, _ in new_values.values()])
 
 
 def places_of(tree: Any, filter: Any, failure: str) -> dict[str, Ref]:
@@ -150,10 +150,14 @@ def places_of(tree: Any, filter: Any, failure: str) -> dict[str, Ref]:
                 f"`{dotted(path)}`. Pass the tree of refs itself."
             )
     check_refs_in_place(tree, failure)
-    paths = aliases(tree)
+    # By id: a program in which a ref is hashed is used for no other refs.
+    paths: dict[int, list[str]] = {}
+    for path, leaf in leaves_with_paths(tree)[0]:
+        if isinstance(leaf, Ref):
+            paths.setdefault(id(leaf), []).append(".".join(path))
     places: dict[str, Ref] = {}
     for ref in selected_refs(tree, filter):
-        for path in paths[ref]:
+        for path in paths[id(ref)]:
             other = places.setdefault(path, ref)
             if other is not ref:
                 raise StructureError(
@@ -165,11 +169,12 @@ def places_of(tree: Any, filter: Any, failure: str) -> dict[str, Ref]:
     return places
 
 
-def first_places(places: dict[str, Ref]) -> dict[Ref, str]:
-    first: dict[Ref, str] = {}
+def first_places(places: dict[str, Ref]) -> dict[str, Ref]:
+    """Of these places, the first of each ref."""
+    first: dict[int, tuple[str, Ref]] = {}
     for path, ref in places.items():
-        first.setdefault(ref, path)
-    return first
+        first.setdefault(id(ref), (path, ref))
+    return dict(first.values())
 
 
 def _described(ref: Ref) -> str:
@@ -181,11 +186,11 @@ def _shown(key: str) -> str:
 
 
 def _check_complete(places: dict[str, Ref], state: Mapping[str, Any]) -> None:
-    given = {places[key] for key in state if key in places}
+    given = {id(places[key]) for key in state if key in places}
     missing = [
         f"`{_shown(path)}`, {describe(ref._name, ref._collection)}"
-        for ref, path in first_places(places).items()
-        if ref not in given
+        for path, ref in first_places(places).items()
+        if id(ref) not in given
     ]
     unexpected = [repr(key) for key in state if key not in places]
     reasons = []
