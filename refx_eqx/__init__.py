@@ -70,6 +70,7 @@ from ._optim import (
 )
 from ._rng import Rngs as Rngs
 from ._transforms import (
+    add_axis as add_axis,
     associative_scan as associative_scan,
     axes as axes,
     cond as cond,

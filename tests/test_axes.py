@@ -1,6 +1,7 @@
 """Axes of refs, and refs that a mapped argument and the function both reach."""
 
 import functools
+import pickle
 
 import equinox as eqx
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from jaxtyping import Array, Float
 
 import refx_eqx as rx
 
@@ -390,3 +392,126 @@ def test_a_function_from_leaf_to_axis_may_tell_refs():
         ref = rx.Ref({"a": jnp.zeros(3), "name": "a"})
         out = rx.filter_vmap(lambda ref: ref.value["a"], in_axes=by)(ref)
         assert out.shape == (3,)
+
+
+# --- State along the mapped axis. ---
+
+
+class Cell(rx.Module):
+    weight: rx.Param[Float[Array, "n n"]]
+    h: rx.Ref[Float[Array, " n"]] = rx.field(collection="state")
+
+    def __call__(self, x):
+        self.h.value = jnp.tanh(self.weight[...] @ self.h[...] + x)
+        return self.h[...]
+
+
+def test_a_cell_keeps_a_state_for_each_element_of_a_batch():
+    cell, xs = Cell(0.1 * jnp.ones((3, 3)), jnp.zeros(3)), jnp.ones((5, 8, 3))
+
+    # Each message leads to the next, and the last to code that runs.
+    with pytest.raises(
+        rx.StructureError, match=r"map it.*rx.add_axis\(module, size, 'st"
+    ):
+        rx.filter_vmap(cell)(xs[0])
+    by_state = rx.axes(state=0, default=None)
+    step = rx.filter_vmap(Cell.__call__, in_axes=(by_state, 0))
+    with pytest.raises(rx.StructureError, match=r"different sizes.*`rx.add_axis"):
+        step(cell, xs[0])
+    with pytest.raises(
+        rx.RefTypeError, match=r"To map over the ref.*rx.add_axis\(module"
+    ):
+        cell.h.value = jnp.zeros((8, 3))
+
+    cells = rx.add_axis(cell, 8, "state")
+    assert cells.weight is cell.weight and cells.h is not cell.h
+
+    def loss(cells, xs):
+        _, hs = rx.scan(lambda cells, x: (cells, step(cells, x)), cells, xs)
+        return jnp.sum(hs)
+
+    value, grads = rx.filter_value_and_grad(loss, wrt="params")(cells, xs)
+
+    def plain(weight, h):
+        total = 0.0
+        for x in xs:
+            h = jnp.tanh(h @ weight.T + x)
+            total += jnp.sum(h)
+        return total, h
+
+    weight = cell.weight.value
+    (expected, h), grad = jax.value_and_grad(plain, has_aux=True)(
+        weight, jnp.zeros((8, 3))
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(cells.h.value, h, rtol=1e-5)
+    np.testing.assert_allclose(grads.weight.value, grad, rtol=1e-4)
+    assert cell.h.value.tolist() == [0.0] * 3
+
+    # It is as typed as before: by the type, and the axis on top of it.
+    cells.h.value = jnp.zeros((8, 3))
+    with pytest.raises(rx.RefTypeError, match="the sizes of the stack"):
+        cells.h.value = jnp.zeros((7, 3))
+    assert isinstance(rx.add_axis(cell, 2), rx.Batched[Cell, "b"])
+
+
+def test_add_axis_keeps_sharing_and_splits_keys():
+    shared = rx.Ref({"a": jnp.ones(2), "b": 1.0, "name": "x"}, "state")
+    rngs = rx.Rngs(0)
+    tree = rx.add_axis({"a": shared, "b": [shared], "rngs": rngs}, 4, axis=0)
+    assert tree["a"] is tree["b"][0] and tree["a"].collection == "state"
+    assert tree["a"].value["a"].shape == (4, 2) and tree["a"].value["b"].shape == (4,)
+    assert tree["a"].value["name"] == "x"
+    keys = rx.filter_vmap(lambda rngs: jr.uniform(rngs()))(tree["rngs"].default)
+    assert len(set(keys.tolist())) == 4
+    assert rx.add_axis(rx.Ref(jnp.ones(2)), 3, axis=-1).shape == (2, 3)
+
+
+def test_add_axis_refuses_what_it_cannot_do():
+    with pytest.raises(
+        rx.StructureError, match=r"'state'\) an axis 2: its shape is \(\)"
+    ):
+        rx.add_axis(rx.Ref(1.0, "state"), 3, axis=2)
+    with pytest.raises(rx.StructureError, match="selects"):
+        rx.add_axis({"x": jnp.ones(2)}, 3)
+    with pytest.raises(TypeError):
+        rx.add_axis(rx.Ref(1.0), 2.5)
+
+
+def test_a_factory_under_plain_equinox_names_the_lifted_one():
+    def factory(key):
+        return rx.Ref(jr.normal(key, (2,)), "params")
+
+    keys = jr.split(jr.key(0), 3)
+    with jax.check_tracer_leaks(False):
+        dead = eqx.filter_vmap(factory)(keys)
+    with pytest.raises(rx.TraceLevelError, match=r"use the lifted.*`rx.filter_vmap`"):
+        _ = dead.value
+    assert rx.filter_vmap(factory)(keys).shape == (3, 2)
+
+
+# --- What `rx.axes` takes. ---
+
+
+@pytest.mark.parametrize(
+    "make, text",
+    [
+        (lambda: rx.axes(params="0"), r"rx.axes\({'params': '0'}\).*an int, or `None`"),
+        (lambda: rx.axes(params=0.0), "an axis is an int"),
+        (lambda: rx.axes(default=1.5), r"rx.axes\(default=1.5\)"),
+        (lambda: rx.axes(by_collection=0), "give a mapping"),
+        (lambda: rx.axes("params"), "give a mapping"),
+    ],
+)
+def test_axes_that_are_none_are_refused(make, text):
+    with pytest.raises(TypeError, match=text):
+        make()
+
+
+def test_axes_pickle():
+    for axes in [rx.axes(params=0), rx.axes({rx.path("a"): 1}, default=None)]:
+        again = pickle.loads(pickle.dumps(axes))
+        assert again == axes and hash(again) == hash(axes) and repr(again) == repr(axes)
+    with pytest.raises(rx.StructureError, match="does not say"):
+        again = pickle.loads(pickle.dumps(rx.axes(params=0)))
+        rx.filter_vmap(lambda x: x, in_axes=(again,))(jnp.ones(2))

@@ -164,7 +164,7 @@ def first_lane(self, s, f):
 def half_done(self, s, f):
     def call(refs, sliced, inputs):
         self.plain_call(s, f)(refs, sliced, [x[0] for x in inputs])
-        raise rx.StructureError("... differs from lane to lane")
+        raise rx.StructureError("... differs along the mapped axis")
 
     return call
 

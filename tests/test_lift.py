@@ -2,6 +2,7 @@
 
 import functools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -185,3 +186,191 @@ def test_lifted_transforms_nest():
     assert lifted(w, count, jnp.array(3.0)) == 6.0
     assert rx.filter_jit(lifted)(w, count, jnp.array(3.0)) == 6.0
     assert count.value == 2
+
+
+# --- Axes, shapes and specs. ---
+
+
+def _same_as_vmap(in_axes, out_axes, ref_axis):
+    """Lifted, and by plain `jax.vmap` on arrays: the value of the ref and the result."""
+    w, x = jnp.arange(9.0).reshape(3, 3), 10 * jnp.arange(9.0).reshape(3, 3)
+    ref = rx.Ref(w)
+
+    def f(ref, x):
+        ref.value = ref.value + x[0]
+        return ref.value * x
+
+    def plain(w, x):
+        new = w + x[0]
+        return new, new * x
+
+    lifted = rx.lift(jax.vmap)(f, in_axes=in_axes, out_axes=out_axes)
+    out = lifted(ref, x)
+    new, expected = jax.vmap(plain, in_axes, (ref_axis, out_axes))(w, x)
+    assert jnp.array_equal(ref.value, new) and jnp.array_equal(out, expected)
+
+
+@pytest.mark.parametrize("out_axes", [0, 1, -1])
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_a_written_ref_comes_out_on_the_axis_that_it_came_in_on(axis, out_axes):
+    _same_as_vmap((axis, 0), out_axes, axis)
+    _same_as_vmap((axis, 1), out_axes, axis)
+
+
+def test_maps_that_are_no_vmap_by_name():
+    w = jnp.arange(6.0).reshape(2, 3)
+    for transform, options in [
+        (lambda fn: jax.vmap(fn, in_axes=(1, 0), out_axes=1), {}),
+        (lambda fn: jax.jit(jax.vmap(fn, in_axes=(1, 0))), {}),
+        (lambda fn: jax.vmap(jax.jit(fn), in_axes=(1, 0)), {}),
+        (eqx.filter_vmap, {"in_axes": (1, 0), "out_axes": eqx.if_array(1)}),
+    ]:
+        ref = rx.Ref(w)
+
+        def f(ref, x):
+            ref.value = ref.value + x
+            return x * jnp.ones(2)
+
+        lifted = rx.lift(transform)(f, **options)
+        for _ in range(2):
+            lifted(ref, jnp.arange(3.0))
+        assert jnp.array_equal(ref.value, w + 2 * jnp.arange(3.0)[None])
+
+
+def test_an_axis_that_cannot_be_told_is_refused_and_the_remedy_runs():
+    def f(ref, x):
+        ref.value = ref.value + x
+
+    ref = rx.Ref(jnp.zeros((3, 3)), "state")
+    lifted = rx.lift(lambda fn: jax.vmap(jax.jit(fn), in_axes=(1, 0)))(f)
+    with pytest.raises(
+        rx.StructureError, match=r"'state'\) an axis, and which.*filter_v"
+    ):
+        lifted(ref, jnp.arange(3.0))
+    assert jnp.array_equal(ref.value, jnp.zeros((3, 3)))
+    rx.filter_vmap(f, in_axes=(1, 0))(ref, jnp.arange(3.0))
+    assert ref.value[0].tolist() == [0.0, 1.0, 2.0]
+
+
+def test_a_ref_that_comes_back_without_its_axis_is_refused():
+    ref = rx.Ref(jnp.zeros(3), "state")
+
+    def f(ref, x):
+        ref.value = jnp.ones(())
+
+    with pytest.raises(rx.StructureError, match=r"shape \(\), without the axis"):
+        rx.lift(jax.vmap)(f, out_axes=None)(ref, jnp.ones(3))
+    assert ref.value.tolist() == [0.0] * 3
+
+
+def test_shapes_in_turn(trace_counter):
+    f = trace_counter(lambda count, x: _f(rx.Ref(2.0), count, x))
+    lifted, count = rx.lift(jax.jit)(f), rx.Ref(jnp.zeros(3))
+    for i, n in enumerate([3, 5, 3, 5], 1):
+        count.value = jnp.full(n, i)
+        assert lifted(count, jnp.ones(n)).tolist() == [2.0] * n
+        assert count.value.tolist() == [i + 1] * n
+    assert f.counter.count == 2
+
+
+def test_specs_are_prefixes_of_the_derefed_arguments():
+    mesh = jax.make_mesh((2,), ("x",))
+    by_row = jax.NamedSharding(mesh, jax.P("x"))
+    whole = jax.NamedSharding(mesh, jax.P())
+    tree = {"w": rx.Ref(jnp.arange(4.0)), "n": jnp.ones(4), "name": "static"}
+
+    def f(tree, x):
+        tree["w"].value += x
+        return tree["w"].value * tree["n"]
+
+    specs = {"w": by_row, "n": whole, "name": None}
+    lifted = rx.lift(jax.jit)(f, in_shardings=(specs, by_row))
+    assert lifted(tree, jnp.ones(4)).tolist() == [1.0, 2.0, 3.0, 4.0]
+    assert tree["w"].value.tolist() == [1.0, 2.0, 3.0, 4.0]
+    full = jax.tree.map(lambda _: by_row, rx.deref({"w": tree["w"]}))
+    lifted = rx.lift(jax.jit)(
+        f, in_shardings=(full | {"n": whole, "name": None}, by_row)
+    )
+    assert lifted(tree, jnp.ones(4)).tolist() == [2.0, 3.0, 4.0, 5.0]
+    axes = {"w": 0, "n": None, "name": None}
+    out = rx.lift(jax.vmap)(f, in_axes=(axes, None))(tree, jnp.ones(()))
+    assert out.shape == (4, 4) and tree["w"].value.tolist() == [3.0, 4.0, 5.0, 6.0]
+
+
+def test_specs_that_do_not_fit_name_the_remedy():
+    tree = {"w": rx.Ref(jnp.arange(4.0))}
+    f = lambda tree: (tree["w"].value, jnp.ones(2))
+    message = (
+        r"`rx.lift\(vmap\)`: the options do not fit.*use `rx.filter_vmap`.*JAX says"
+    )
+    with pytest.raises(rx.StructureError, match="(?s)" + message):
+        rx.lift(jax.vmap)(f, in_axes=({"other": 0},))(tree)
+    with pytest.raises(rx.StructureError, match="(?s)" + message):
+        rx.lift(jax.vmap)(f, out_axes=(0, None))(tree)
+    _, ones = rx.filter_vmap(f, out_axes=(0, None))(tree)
+    assert ones.shape == (2,)
+
+
+def test_shard_map():
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=auto)
+    tree = {"w": rx.Ref(jnp.arange(4.0), "params")}
+
+    def f(tree, x):
+        tree["w"].value = tree["w"].value + x
+        return x
+
+    options = {"mesh": mesh, "in_specs": ({"w": jax.P("x")}, jax.P("x"))}
+    rx.lift(jax.shard_map)(f, out_specs=jax.P("x"), **options)(tree, jnp.ones(4))
+    assert tree["w"].value.tolist() == [1.0, 2.0, 3.0, 4.0]
+    # A replicated ref cannot come back by the spec of a result that is not.
+    options["in_specs"] = ({"w": jax.P()}, jax.P())
+    lifted = rx.lift(jax.shard_map)(f, out_specs=jax.P("x"), check_vma=False, **options)
+    with pytest.raises(
+        rx.StructureError, match=r"'params'\) the shape \(8,\).*functionalize"
+    ):
+        lifted(tree, jnp.ones(4))
+    # Nor a part by that of one that is.
+    options["in_specs"] = ({"w": jax.P("x")}, jax.P("x"))
+    lifted = rx.lift(jax.shard_map)(f, out_specs=jax.P(), check_vma=False, **options)
+    with pytest.raises(rx.StructureError, match=r"shape \(2,\), where \(4,\) is"):
+        lifted(tree, jnp.ones(4))
+    assert tree["w"].value.tolist() == [1.0, 2.0, 3.0, 4.0]
+    # The remedy.
+    args, specs = (tree, jnp.ones(4)), ({"w": jax.P()}, jax.P("x"))
+    g = lambda tree, x: f(tree, jax.lax.pmean(x, "x")[:1])
+    pure = jax.shard_map(
+        rx.functionalize(g),
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=(jax.P(), ({"w": jax.P()}, None)),
+    )
+    out, updates = pure(*rx.deref(args))
+    rx.update_refs(args, updates)
+    assert out.tolist() == [1.0] and tree["w"].value.tolist() == [2.0, 3.0, 4.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    "transform, ours",
+    [
+        (jax.grad, "filter_grad"),
+        (eqx.filter_grad, "filter_grad"),
+        (
+            functools.partial(eqx.filter_value_and_grad, has_aux=True),
+            "filter_value_and",
+        ),
+        (eqx.filter_hessian, "filter_hessian"),
+        (eqx.filter_custom_vjp, "filter_custom_vjp"),
+    ],
+)
+def test_a_transform_that_cannot_be_lifted_names_ours(transform, ours):
+    with pytest.raises(rx.StructureError, match=f"cannot be lifted. Use `rx.{ours}"):
+        rx.lift(transform)
+
+
+@pytest.mark.parametrize("transform", [eqx.filter_jit, eqx.filter_checkpoint])
+def test_a_transform_of_equinox(transform):
+    w, count = _make()
+    lifted = rx.lift(transform)(_f)
+    for i in range(1, 3):
+        assert lifted(w, count, jnp.array(3.0)) == 6.0 and count.value == i

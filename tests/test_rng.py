@@ -208,6 +208,73 @@ def test_an_argument_says_it_for_the_function_that_reaches_the_ref_too():
     assert all_different(out)
 
 
+@pytest.mark.parametrize(
+    "axes",
+    [
+        rx.axes(rng=None),
+        rx.axes({rx.collection("rng"): None}),
+        rx.axes({rx.Ref: None}),
+        rx.axes({rx.path("**"): None}),
+        rx.axes({lambda ref: ref.collection == "rng": None}),
+    ],
+)
+@pytest.mark.parametrize("way", ["filter_vmap", "scan", "map", "map in batches"])
+def test_the_same_everywhere_by_any_filter(axes, way):
+    rngs, xs = rx.Rngs(0), jnp.zeros(5)
+    expected = [draw(rx.Rngs(0))] * 5
+    in_axes, f = (axes, 0), lambda rngs, x: x + draw(rngs)
+    if way == "filter_vmap":
+        out = rx.filter_vmap(f, in_axes=in_axes)(rngs, xs)
+    elif way == "scan":
+        _, out = rx.scan(lambda c, x: (c, f(*x)), 0, (rngs, xs), in_axes=in_axes)
+    else:
+        size = None if way == "map" else 2
+        out = rx.map(lambda x: f(*x), (rngs, xs), in_axes=in_axes, batch_size=size)
+    assert out.tolist() == [x.tolist() for x in expected]
+    # All of them together count once, so the next call draws others.
+    assert rngs.default.count.value == 1
+
+
+@pytest.mark.parametrize("way", ["filter_vmap", "scan", "map", "map in batches"])
+@pytest.mark.parametrize("by", ["path", "ref"])
+def test_one_stream_is_the_same_and_another_is_split(by, way):
+    rngs, xs = rx.Rngs(same=0, split=1), jnp.zeros(5)
+    if by == "path":
+        axes = rx.axes({rx.path("**.same.**"): None}, default=None)
+    else:
+        refs = set(rx.aliases(rngs.same))
+        axes = rx.axes({lambda leaf: leaf in refs: None}, default=None)
+
+    def f(rngs, x):
+        return jr.uniform(rngs.same()), jr.uniform(rngs.split()) + x
+
+    if way == "filter_vmap":
+        same, split = rx.filter_vmap(f, in_axes=(axes, 0))(rngs, xs)
+    else:
+        size = 2 if way == "map in batches" else None
+        kwargs = {"in_axes": (axes, 0)}
+        if way == "scan":
+            step = lambda c, x: (c, f(*x))
+            _, (same, split) = rx.scan(step, 0, (rngs, xs), **kwargs)
+        else:
+            same, split = rx.map(lambda x: f(*x), (rngs, xs), batch_size=size, **kwargs)
+    assert len(set(same.tolist())) == 1 and all_different(split)
+
+
+@pytest.mark.parametrize("transform", [rx.scan, rx.map])
+def test_axes_as_the_whole_of_in_axes_speak_of_the_function(transform):
+    rngs, xs = rx.Rngs(0), jnp.zeros(4)
+    same = rx.axes(rng=None, default=0)
+    if transform is rx.map:
+        out = rx.map(lambda x: draw(rngs), xs, in_axes=same)
+    else:
+        _, out = rx.scan(lambda c, x: (c, draw(rngs)), 0, xs, in_axes=same)
+    assert len(set(out.tolist())) == 1 and rngs.default.count.value == 1
+    # A ref of the carry is carried: that is what a carry is for.
+    _, out = rx.scan(lambda c, x: (c, draw(c)), rngs, xs, in_axes=same)
+    assert all_different(out) and rngs.default.count.value == 5
+
+
 def test_two_arguments_that_disagree_on_the_randomness_are_refused():
     key = rx.Ref(jr.key(0), "rng")
     with pytest.raises(

@@ -207,7 +207,9 @@ def _where(trace: Any) -> str:
 
 _ENDED = (
     "it was created inside a transform that has since ended, so its value is gone. "
-    "Return the ref from the transformed function instead of keeping it elsewhere."
+    "Return the ref from the transformed function instead of keeping it elsewhere; and "
+    "use the lifted transform (`rx.filter_vmap`, `rx.filter_jit`, ...): those of JAX and "
+    "Equinox do not carry refs out."
 )
 # JAX does not mark a staged trace as ended, so this is also what a leaked ref hears; and
 # the trace of a `custom_vjp` that is being staged out does not say what it was opened in.
@@ -397,6 +399,11 @@ def is_batched(x: Any) -> bool:
         and x._trace is core.trace_ctx.trace
         and x.batch_dim is not None
     )
+
+
+def batch_axis(x: Any) -> int | None:
+    """The axis along which the vmap that is running innermost maps `x`."""
+    return x.batch_dim if is_batched(x) else None
 
 
 def mapped_over(x: Any) -> tuple[bool, ...]:

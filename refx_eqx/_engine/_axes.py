@@ -287,20 +287,20 @@ def spread(part: Carried, own: list[Any], leaves: list[Any]) -> list[Given]:
             next(rest)
             given.append(Given(axis, False))
             continue
-        for _ in range(_n_leaves(node)):
+        for _ in range(n_leaves(node)):
             leaf = next(rest)
             inner = axis.of(leaf) if isinstance(axis, Within) else axis
             given.append(Given(inner, True))
     return given
 
 
-def _n_leaves(node: Any) -> int:
+def n_leaves(node: Any) -> int:
     """How many leaves there are inside of a function that closes over refs."""
     if not isinstance(node, tuple):
         return 0
     carried = node[-1]
     nodes = carried.nodes or [None] * carried.treedef.num_leaves
-    return sum(1 if inner is None else _n_leaves(inner) for inner in nodes)
+    return sum(1 if inner is None else n_leaves(inner) for inner in nodes)
 
 
 def named_in_axes(fn: Any, in_axes: Any, args: tuple) -> Any:

@@ -224,14 +224,16 @@ def _check_sizes(opened: Opened, flat: list[int | None], name: str) -> None:
         if not -len(shape) <= axis < len(shape):
             raise StructureError(
                 f"`{name}` cannot map {which} along axis {axis}: its shape is {shape}. "
-                "Broadcast it: `in_axes=None`, or by collection `in_axes=rx.axes(...)`."
+                "Broadcast it: `in_axes=None`, or by collection `in_axes=rx.axes(...)`. Or "
+                "give a ref the axis: `rx.add_axis(module, size, filter)`."
             )
         first = first or (shape[axis], which)
         if first[0] != shape[axis]:
             raise StructureError(
                 f"`{name}` maps axes of different sizes: {first[0]} of {first[1]}, and "
                 f"{shape[axis]} of {which}, whose shape is {shape}. Broadcast one of them: "
-                "`in_axes=None`, or by collection `in_axes=rx.axes(...)`."
+                "`in_axes=None`, or by collection `in_axes=rx.axes(...)`. Or give a ref the "
+                "axis: `rx.add_axis(module, size, filter)`."
             )
 
 
@@ -254,7 +256,7 @@ def update_axes(
     """
     old = list(axes.flat[slice(*opened.spans[number])])
     arrays = jtu.tree_leaves(new)
-    if _has_places_of(inside_of(new), opened.structure.slots[number].inside):
+    if has_places_of(inside_of(new), opened.structure.slots[number].inside):
         return old
     if len(set(old)) > 1:
         ref = opened.refs[number]
@@ -266,7 +268,7 @@ def update_axes(
     return [axes.of_refs[number] if axes.of_refs else None] * len(arrays)
 
 
-def _has_places_of(new: tuple | None, old: tuple | None) -> bool:
+def has_places_of(new: tuple | None, old: tuple | None) -> bool:
     """Whether two values have their arrays at the same places."""
     if new is None or old is None:
         return new is old

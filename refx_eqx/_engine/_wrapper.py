@@ -1,6 +1,7 @@
 """What a lifted transform returns."""
 
 import functools
+import sys
 from typing import Any
 
 import equinox as eqx
@@ -29,6 +30,13 @@ class Lifted:
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else eqx.Partial(self, instance)
 
+    def __reduce__(self) -> Any:
+        # As Python pickles a function: by its name, where that leads to it. Else by what it
+        # is made of; what it took over of the function for show does not always pickle.
+        if _is_named(self):
+            return getattr(self, "__qualname__")  # noqa: B009 (set by `update_wrapper`)
+        return _rebuild, (type(self), self.__wrapped__, self.options)
+
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("A lifted transform says what a call does.")
 
@@ -45,6 +53,18 @@ class Lifted:
             ),
             lambda aux, children: cls(*children, **aux.options),
         )
+
+
+def _rebuild(cls: type[Lifted], fn: Any, options: dict[str, Any]) -> Lifted:
+    return cls(fn, **options)
+
+
+def _is_named(lifted: Lifted) -> bool:
+    """Whether the name of the function leads to the lifted one, as after `@filter_jit`."""
+    obj: Any = sys.modules.get(getattr(lifted, "__module__", None) or "")
+    for part in getattr(lifted, "__qualname__", "").split("."):
+        obj = getattr(obj, part, None)
+    return obj is lifted
 
 
 class _Options:

@@ -307,6 +307,11 @@ def _error(
         remedy = "Make a JAX array of it: `jnp.asarray(value)`."
     elif _is_sized(old) and _is_sized(value) and old.shape == value.shape:
         remedy = "Convert it: `value.astype(ref.dtype)`."
+    elif _has_more_axes(value, old) and declaration.extra_axes(value):
+        remedy = (
+            "A write keeps the axes that there are. To map over the ref, give it the axis: "
+            f"`module = rx.add_axis(module, size, {collection!r})`."
+        )
     elif any(declaration.names):
         remedy = (
             "Write a value of the declared type. The names stay bound to what they were "
@@ -317,6 +322,10 @@ def _error(
         f"{describe(name, collection)} is declared {declaration!r}, and cannot hold "
         f"{got}{why}.{stack} {remedy}"
     )
+
+
+def _has_more_axes(value: Any, old: Any) -> bool:
+    return _is_sized(old) and _is_sized(value) and len(value.shape) > len(old.shape)
 
 
 def _find_declaration(

@@ -1,6 +1,7 @@
 """The lifted transforms: one file a family, each a thin adapter on `_functionalize`."""
 
 from .._engine._axes import axes as axes
+from ._add_axis import add_axis as add_axis
 from ._associative_scan import associative_scan as associative_scan
 from ._branches import cond as cond, switch as switch
 from ._checkpoint import filter_checkpoint as filter_checkpoint

@@ -261,7 +261,11 @@ def scan(
         ```
 
     A ref of collection `"rng"` that is not sliced is split by step: a step sees the key
-    with its own number folded in.
+    with its own number folded in. One that `in_axes` names with `None`, as in
+    `rx.axes(rng=None, ...)`, is not: every step begins with what it held before the loop.
+
+    A ref in `xs` that the step reaches as well (the method of a module that scans its own
+    layers) is the slice in `xs`. The whole of it may not be touched in a step.
 
     **Arguments:**
 
@@ -285,6 +289,7 @@ def scan(
 
     - `StructureError`: if a step changes the structure of the carry, or the shape or dtype
         of a ref that is carried; if one ref is both sliced and carried; if sizes differ.
+    - `TraceLevelError`: if a step touches the whole of a ref of which it has a slice.
     """
     f, init = as_callable(f), numbers_to_arrays(init)
 

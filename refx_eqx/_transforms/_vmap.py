@@ -195,10 +195,11 @@ def _update_axes(opened: Opened, outcome: Outcome, axes: Axes, name: str) -> lis
                 ref = opened.refs[number]
                 raise StructureError(
                     f"{describe(ref._name, ref._collection)} is broadcast by `{name}`, and "
-                    "was written with a value that differs from lane to lane. Either map "
-                    "it, with a value for each lane: pass it in an argument whose "
-                    f"`in_axes` is `{axes_text(ref, 0)}`; or write one value for all "
-                    "lanes, such as `jax.lax.pmean(value, axis_name)`."
+                    "was written with a value that differs along the mapped axis. Either "
+                    "map it: give it the axis, `rx.add_axis(module, size, "
+                    f"{ref._collection!r})`, and pass that in an argument whose `in_axes` "
+                    f"is `{axes_text(ref, 0)}`; or write one value for all, such as "
+                    "`jax.lax.pmean(value, axis_name)`."
                 )
     return found
 
@@ -241,6 +242,9 @@ def filter_vmap(
     axis. A ref that is broadcast may be written with one value for all lanes. The refs of
     the function itself, and of what it closes over, are broadcast. Refs made inside come
     out with a new axis; refs of the caller that are returned are the caller's own.
+
+    What an argument maps, the function may reach as well (the method of a module over its
+    own heads); the whole of it may not be touched inside.
 
     A broadcast ref of collection `"rng"` is split by lane: each lane sees the key with its
     own number folded in. See [`refx_eqx.Rngs`][].
@@ -292,8 +296,11 @@ def filter_vmap(
 
     - `fun`: the function to vectorise. Takes positional arguments only.
     - `in_axes`: a prefix of the tuple of arguments, or a dict by argument name. Each leaf is
-        an `int`, `None` for broadcast, a function of an array, or [`refx_eqx.axes`][].
-        By default all arrays are mapped on axis 0, in refs and beside them.
+        an `int`, `None` for broadcast, a function of a leaf, or [`refx_eqx.axes`][]. A
+        function of a leaf is given each ref, and each array; where it says of a ref what
+        it says of anything that is no array, it is asked for the arrays in the ref. The
+        axis of a function is that of what it closes over. By default all arrays are mapped
+        on axis 0, in refs and outside refs, but for those that functions close over.
     - `out_axes`: likewise, a prefix of the result.
     - `axis_name`: a name for the mapped axis, for collectives such as `jax.lax.pmean`.
     - `axis_size`: the size of the mapped axis; needed only if nothing is mapped.
@@ -309,6 +316,7 @@ def filter_vmap(
 
     - `StructureError`: if a broadcast ref is written with a value that differs between
         lanes, if one ref is met with two axes, or if sizes differ.
+    - `TraceLevelError`: if the function touches the whole of a ref of which it has a slice.
     """
     options = dict(
         in_axes=in_axes,

@@ -38,7 +38,7 @@ class Wrong(Exception):
 
 # What a refusal says, and the reason for it in plain Python.
 REFUSALS = [
-    ("differs from lane to lane", "lanes"),
+    ("differs along the mapped axis", "lanes"),
     ("met .* with two axes", "two axes"),
     ("the results differ at", "branches"),
     ("the branches must agree", "branches"),

@@ -1,0 +1,100 @@
+"""`add_axis`: refs that have an axis to map over."""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+
+from .._core._errors import describe, StructureError
+from .._core._ref import make_ref, Ref
+from .._core._structure import is_traced_in_ref
+from .._engine._axes import RNG
+from .._engine._rng_split import fold_in, is_key
+from .._filters._filters import selected_refs
+
+
+__tracebackhide__ = True
+
+
+def add_axis(tree: Any, size: int, filter: Any = True, *, axis: int = 0) -> Any:
+    """A tree of which some refs have one more axis, for
+    [`refx_eqx.filter_vmap`][], [`refx_eqx.scan`][] or [`refx_eqx.map`][] to map over.
+
+    So a cell that keeps a state runs on a batch: a state for each element, and parameters
+    that all share.
+
+    !!! Example
+
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import refx_eqx as rx
+        from jaxtyping import Array, Float
+
+        class Cell(rx.Module):
+            weight: rx.Param[Float[Array, "n n"]]
+            h: rx.Ref[Float[Array, "n"]] = rx.field(collection="state")
+
+            def __call__(self, x):
+                self.h.value = jnp.tanh(self.weight[...] @ self.h[...] + x)
+                return self.h[...]
+
+        cell = Cell(jnp.eye(3), jnp.zeros(3))
+        cells = rx.add_axis(cell, 8, "state")
+        assert cells.h.shape == (8, 3) and cells.weight is cell.weight
+
+        step = rx.filter_vmap(Cell.__call__, in_axes=(rx.axes(state=0, default=None), 0))
+        assert step(cells, jnp.ones((8, 3))).shape == (8, 3)
+        ```
+
+    The declared type of a ref stays what it was: inside of the mapped function the axis is
+    gone, and a write outside must keep it.
+
+    **Arguments:**
+
+    - `tree`: any pytree of refs.
+    - `size`: of the new axis.
+    - `filter`: which refs: any filter. By default all.
+    - `axis`: where the new axis is.
+
+    **Returns:**
+
+    The tree, with a new ref for each that is selected: its value repeated along the new
+    axis, or a key of its own for each place if it is a key of collection `"rng"`. What is
+    shared stays shared, and all other refs are those of `tree`.
+
+    **Raises:**
+
+    - `StructureError`: if no ref is selected, or if a value has no such axis.
+    """
+    size = operator.index(size)
+    selected = selected_refs(tree, filter)
+    if not selected:
+        raise StructureError(
+            f"`rx.add_axis`: {filter!r} selects no ref of this tree. Name a collection "
+            "that it has; `rx.aliases(tree)` lists its refs."
+        )
+    new = {id(ref): _with_axis(ref, size, axis) for ref in selected}
+    return jtu.tree_map(lambda leaf: new.get(id(leaf), leaf), tree)
+
+
+def _with_axis(ref: Ref, size: int, axis: int) -> Ref:
+    def stack(leaf: Any) -> Any:
+        if not is_traced_in_ref(leaf):
+            return leaf
+        one = jnp.asarray(leaf)
+        if not -one.ndim - 1 <= axis <= one.ndim:
+            raise StructureError(
+                f"`rx.add_axis` cannot give {describe(ref._name, ref._collection)} an axis "
+                f"{axis}: its shape is {one.shape}. Put it in front: `axis=0`."
+            )
+        if ref._collection == RNG and is_key(one):
+            many = jax.vmap(lambda number: fold_in(one, number))(jnp.arange(size))
+        else:
+            many = jnp.broadcast_to(one, (size, *one.shape))
+        return jnp.moveaxis(many, 0, axis)
+
+    value = jtu.tree_map(stack, ref.value)
+    return make_ref(type(ref), value, ref._collection, ref._name, ref._declared)
