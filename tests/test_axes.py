@@ -186,6 +186,33 @@ def test_the_whole_of_what_is_mapped_is_withheld_and_the_remedies_run(touch):
     assert out.shape == (3,)
 
 
+def test_what_is_only_reachable_goes_through_every_inner_transform():
+    model, x = Deep(jr.key(0)), jnp.ones(3)
+    weights, scale = model.layers.weight.value, model.scale.value
+
+    def step(x, layer):
+        # Each closes over the model, and so over all of its layers.
+        loss = lambda layer, x: jnp.sum(layer(x) * model.scale[...])
+        grads = rx.filter_grad(loss, wrt="params")(layer, x)
+        inner = rx.filter_jit(lambda x: x * model.scale[...])
+        kept = rx.filter_checkpoint(lambda x: inner(x) + model.scale[...])
+        batch = rx.filter_vmap(lambda x: x * model.scale[...])(kept(x))
+        x = rx.cond(x[0] > 0, lambda: batch, lambda: -batch)
+        model.scale.value = model.scale[...] + 1.0
+        return x, (grads.weight.value, repr(model.layers.weight))
+
+    x, (grads, text) = rx.scan(step, x, model.layers)
+    assert text == 'Ref(withheld, "params")' and model.scale.value == scale + 4.0
+    y = jnp.ones(3)
+    for weight, grad in zip(weights, grads):
+        expected = jax.grad(lambda w, y: jnp.sum(jnp.tanh(w @ y) * scale))(weight, y)
+        np.testing.assert_allclose(grad, expected, rtol=1e-5)
+        y = (y * scale + scale) * scale
+        y = jnp.where(y[0] > 0, y, -y)
+        scale += 1.0
+    np.testing.assert_allclose(x, y, rtol=1e-5)
+
+
 def test_what_is_only_reachable_may_be_returned_and_is_the_caller_s():
     model = Deep(jr.key(0))
     _, out = rx.filter_vmap(lambda layer: (layer.weight[...], model))(model.layers)

@@ -367,6 +367,9 @@ class Withheld:
     def __call__(self) -> None:
         return None
 
+    def __repr__(self) -> str:
+        return "withheld"
+
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, Withheld) and self.reason == other.reason
 
