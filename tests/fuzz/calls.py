@@ -253,7 +253,11 @@ class Call:
         }
         # Names that are closed over by one branch and not by another.
         chance = 0.25 if self.kind.passes else 0.6
-        closed_of = [gen.some(self.rest, chance)[:4] for _ in range(self.n_blocks)]
+        # What is sliced and closed over as well is withheld, which plain Python is not: the
+        # tests of axes have that.
+        mapped = {refs[n].type for n, k in zip(self.sliced, self.axes) if k is not None}
+        rest = [n for n in self.rest if refs[n].type not in mapped]
+        closed_of = [gen.some(rest, chance)[:4] for _ in range(self.n_blocks)]
         kept_of = [self.kept() for _ in range(self.n_blocks)]
         blocks: list[Block] = []
         returned = None if self.kind.returns_refs else ()

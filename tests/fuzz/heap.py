@@ -132,11 +132,9 @@ class Heap(Interpreter):
         closed = [
             {n: env[n] for n in (*block.closed, *block.kept)} for block in s.blocks
         ]
-        # A ref has one axis, whatever the names for it.
+        # A ref has one axis, whatever the names for it. What is closed over says nothing.
         axes = s.option("axes") or (0,) * len(sliced)
-        found: dict[int, Any] = {
-            env[n].i: None for block in s.blocks for n in block.closed
-        }
+        found: dict[int, Any] = {}
         of_refs = [SAME if self.is_same_key(s, ref) else None for ref in refs]
         for ref, axis in zip([*refs, *sliced], [*of_refs, *axes]):
             if found.setdefault(ref.i, axis) != axis:

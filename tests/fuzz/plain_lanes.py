@@ -45,12 +45,12 @@ class Lanes(Heap):
         of_refs = {x.i: axis for x, axis in zip(sliced, axes) if axis is not None}
         of_arrays = s.option("array_axes")
         closed_over = [x for x in closed[0].values() if self.is_ref(x)]
-        # What is closed over is in no argument for which `in_axes` could ask for one key.
-        split = [ref for ref in refs if not self.is_same_key(s, ref)]
+        same = {ref.i for ref in refs if self.is_same_key(s, ref)}
         keys = [
             ref.i
-            for ref in [*split, *sliced, *closed_over]
+            for ref in [*refs, *sliced, *closed_over]
             if ref.collection == "rng"
+            and ref.i not in same
             and is_key(self.read(ref))
             and ref.i not in of_refs
         ]
