@@ -502,18 +502,32 @@ def test_methods_of_a_plain_class_are_told_to_pass_their_refs():
     assert rx.filter_jit(lambda model, x: model(x))(trainer.model, ONE) == 2.0
 
 
-def test_refs_in_a_default_argument_are_refused_with_the_remedy():
-    ref = rx.Ref(jnp.array(1.0), "params")
+def test_refs_in_default_arguments_are_carried(trace_counter):
+    ref, count = rx.Ref(jnp.array(1.0), "params"), rx.Ref(jnp.array(0))
 
-    @rx.filter_jit
-    def f(x, hidden=ref):
+    def f(x, hidden=ref, *, uses=[count]):  # noqa: B006
+        uses[0].value += 1
         return hidden.value * x
 
-    with pytest.raises(
-        rx.TraceLevelError, match=r"but was not passed in.*Pass the ref"
-    ):
-        f(ONE)
-    assert f(ONE, ref) == 1.0  # the remedy
+    counted = trace_counter(f)
+    lifted = rx.filter_jit(counted)
+    for value in (1.0, 2.0, 3.0):
+        ref.value = jnp.array(value)
+        assert lifted(ONE) == value
+    assert count.value == 3 and counted.counter.count == 1
+    assert rx.filter_jit(f)(ONE, rx.Ref(jnp.array(7.0))) == 7.0
+    assert rx.filter_grad(lambda same, x: f(x))(ref, ONE).value == 1.0
+    assert f.__defaults__ == (ref,) and f.__kwdefaults__ == {"uses": [count]}
+
+
+def test_the_idiom_of_functions_made_in_a_loop():
+    refs = [rx.Ref(jnp.array(float(i))) for i in range(3)]
+    fns = [lambda x, ref=ref: ref.value * x for ref in refs]
+    run = rx.filter_jit(lambda fns, x: [fn(x) for fn in fns])
+    assert run(fns, ONE) == [0.0, 1.0, 2.0]
+    refs[1].value = jnp.array(5.0)
+    assert run(fns, ONE) == [0.0, 5.0, 2.0]
+    assert rx.scan(lambda c, x, ref=refs[2]: (c + ref.value * x, None), ONE, XS)[0] == 7
 
 
 GLOBAL = make()
@@ -599,3 +613,90 @@ def test_a_function_that_carries_refs_keeps_its_attributes():
     f.scale = 3.0  # pyright: ignore[reportFunctionMemberAccess]
     out, doc, name = rx.filter_jit(f)(jnp.array(1.0))
     assert (float(out), doc, name) == (6.0, "Says so.", "f")
+
+
+@pytest.mark.parametrize("call", [jitted, vectorised])
+def test_a_closure_that_is_returned_holds_the_arrays_of_the_trace_too(call):
+    ref = rx.Ref(jnp.array(2.0))
+
+    def f(x):
+        twice = x * 2
+
+        def g(y, *, once=x):
+            return ref.value * twice + once + y
+
+        return g
+
+    make_g = rx.filter_jit(f)
+    for value in (1.0, 3.0):
+        g = make_g(jnp.array(value))
+        assert g(ONE) == 5 * value + 1
+        assert rx.filter_jit(g)(ONE) == 5 * value + 1
+    ref.value = jnp.array(0.0)
+    assert g(ONE) == 4.0
+
+
+def test_a_closure_over_nothing_but_arrays_of_the_trace_is_returned():
+    g, bound = rx.filter_jit(
+        lambda x: ((lambda y: x + y), {"fn": functools.partial(max, x)})
+    )(ONE)
+    assert g(ONE) == 2.0
+    assert bound["fn"](jnp.array(0.0)) == 1.0
+
+
+def test_an_auxiliary_result_may_be_a_closure_over_arrays():
+    ref = rx.Ref(jnp.array(2.0))
+
+    def loss(ref, x):
+        inside = ref.value * x
+        return inside, lambda: inside + ref.value
+
+    (_, aux), _ = rx.filter_value_and_grad(loss, has_aux=True)(ref, ONE)
+    assert aux() == 4.0
+
+
+def test_what_is_no_pytree_may_be_closed_over():
+    ref = rx.Ref(jnp.array(2.0))
+    mixed = {0: jnp.array(3.0), "x": jnp.array(4.0)}
+    cycle: list = [1]
+    cycle.append(cycle)
+
+    @rx.filter_jit
+    def f(x):
+        ref.value += 1
+        return ref.value * mixed[0] * mixed["x"] * x + len(cycle)
+
+    assert [float(f(ONE)) for _ in range(3)] == [38.0, 50.0, 62.0]
+
+
+def test_a_container_that_holds_itself_is_refused_as_an_argument():
+    cycle: dict = {"ref": rx.Ref(ONE)}
+    cycle["again"] = [(cycle,)]
+    calls = (
+        lambda: rx.filter_jit(lambda x: x)(cycle),
+        lambda: rx.filter_grad(lambda x: x)(cycle),
+        lambda: rx.scan(lambda c, x: (c, x), cycle, XS),
+        lambda: rx.deref(cycle),
+    )
+    for call in calls:
+        with pytest.raises(
+            rx.StructureError, match="A dict holds itself.*Take the cycle out"
+        ):
+            call()
+    cycle["again"] = [(cycle["ref"], cycle["ref"])]  # the remedy: shared, but no cycle
+    assert rx.filter_jit(lambda tree: tree["again"][0][1].value)(cycle) == 1.0
+
+
+def test_a_consumed_state_may_be_closed_over():
+    ref = rx.Ref(ONE)
+    norm, old = eqx.nn.make_with_state(eqx.nn.StateIndex)(ONE)
+    new = old.set(norm, jnp.array(2.0))
+
+    @rx.filter_jit
+    def f(x):
+        try:
+            old.get(norm)
+        except ValueError:
+            return ref.value * x * new.get(norm)
+
+    assert f(ONE) == 2.0

@@ -162,6 +162,29 @@ def test_a_change_of_structure_is_refused():
         rx.functionalize(step)(*rx.deref(([rx.Ref(jnp.zeros(1))],)))
 
 
+def test_a_write_to_what_is_no_argument_is_refused():
+    count, w = rx.Ref(jnp.array(0), "counts"), rx.Ref(jnp.array(2.0))
+
+    def step(w):
+        count.value += 1
+        return w.value * count.value
+
+    text = r"`functionalize`: `.*step` writes an unnamed ref \(collection 'counts'\).*Pass the"
+    with pytest.raises(rx.StructureError, match=text):
+        rx.functionalize(step)(*rx.deref((w,)))
+    assert count.value == 0
+    out, _ = rx.functionalize(lambda w: w.value * count.value)(*rx.deref((w,)))
+    assert out == 0.0  # reading is no write
+
+    def passed(w, count):  # the remedy
+        count.value += 1
+        return w.value * count.value
+
+    out, updates = rx.functionalize(passed)(*rx.deref((w, count)))
+    rx.update_refs((w, count), updates)
+    assert out == 2.0 and count.value == 1
+
+
 def test_a_new_process_without_the_package_runs_an_exported_step(tmp_path):
     model, x = Model(), jnp.array([3.0, 4.0])
     args = (model, x)

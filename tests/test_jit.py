@@ -627,6 +627,59 @@ def test_a_closure_variable_bound_anew_inside_is_refused():
         f()
 
 
+@jax.tree_util.register_pytree_node_class
+class Positive:
+    """A class of a user's that checks what it is rebuilt of."""
+
+    def __init__(self, x):
+        if eqx.is_array(x) and not isinstance(x, jax.core.Tracer) and x < 0:
+            raise ValueError("must be positive")
+        self.x = x
+
+    def tree_flatten(self):
+        return (self.x,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+@pytest.mark.parametrize("value", [jnp.array(0.0), [jnp.array(0.0)]])
+def test_a_result_that_cannot_be_rebuilt_changes_nothing(value):
+    ref = rx.Ref(value)
+
+    @rx.filter_jit
+    def f(ref, x):
+        ref.value = jax.tree.map(lambda y: y + 1, ref.value)
+        return Positive(x), rx.Ref(x)
+
+    def total():
+        return sum(jax.tree.leaves(ref.value))
+
+    for k in range(3):  # the third by a plan
+        f(ref, jnp.array(1.0))
+        with pytest.raises(ValueError, match="must be positive"):
+            f(ref, jnp.array(-1.0))
+        assert total() == k + 1
+
+
+def test_a_function_that_wraps_itself():
+    def f(x):
+        return x + 1
+
+    class Wrapper:
+        def __call__(self, x):
+            return x + 1
+
+    own, other = Wrapper(), Wrapper()
+    own.__wrapped__ = own  # pyright: ignore[reportAttributeAccessIssue]
+    f.__wrapped__ = other  # pyright: ignore[reportFunctionMemberAccess]
+    other.__wrapped__ = f  # pyright: ignore[reportAttributeAccessIssue]
+    for fn in (own, f, other):
+        assert rx.filter_jit(fn)(jnp.array(1.0)) == 2.0
+        assert rx.filter_vmap(fn)(jnp.ones(2))[1] == 2.0
+
+
 # Ahead of time.
 
 

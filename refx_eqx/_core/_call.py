@@ -16,13 +16,13 @@ others. `finish` is the only place where a caller's ref is written: all at once,
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from operator import is_
 from typing import Any, ParamSpec, TypeVar
 
 import jax.tree_util as jtu
 
-from . import _closure, _trace
-from ._deref import deref, path_text, reref
+from . import _trace
+from ._changes import place_of, Watch
+from ._deref import deref, reref
 from ._errors import (
     ConcurrencyError,
     describe,
@@ -36,6 +36,7 @@ from ._ref import (
     Channelled,
     check_readable,
     check_unleaked,
+    check_value,
     check_writable,
     commits,
     content,
@@ -142,10 +143,12 @@ class Opened:
         return copies
 
     def finish(self, outcome: "Outcome") -> Any:
-        """Writes back what was written, and closes the result."""
+        """Closes the result, and writes back what was written."""
+        # Closed first, because to rebuild a class of the user's may raise.
+        result = close_result(outcome, self.refs)
         updates = updates_of(outcome, self.refs)
         commit(self.refs, self.values, self.commit, updates)
-        return close_result(outcome, self.refs)
+        return result
 
 
 def open_call(
@@ -238,20 +241,29 @@ def run_body(
     **Raises:**
 
     - `StructureError`: if the function changed something that cannot be carried back.
+    - `RefTypeError`: if it changed a value in place to one that a ref does not declare.
     """
     name = body.name
     leaves, inner = structure.fill(arrays, body=body, outer=refs)
-    before = [_inside(content(ref)) for ref in inner]
+    before = [_Before(ref) for ref in inner]
     numbers = {id(ref): i for i, ref in enumerate(inner)}
     for ref, number in _withhold(structure, leaves, withheld):
         numbers[id(ref)] = number
         ref._body, ref._outer = body, refs[number]
     trees = structure.unflatten(leaves)
+    watch = Watch(trees)
     fn, *args, kwargs = trees
 
     result = apply(fn, *args, **kwargs)
 
-    _check_unchanged(structure, name, trees, leaves)
+    lost = watch.lost(result)
+    if lost is not None:
+        raise StructureError(
+            f"`{name}` cannot carry back a change of structure: the function changed "
+            f"{place_of(lost, trees)} in place (a list appended to, an entry of a dict "
+            "replaced, a closure variable rebound, ...). Put what changes into a `rx.Ref`, "
+            "or change a copy, such as `list(...)` or `dict(...)`, and return that."
+        )
     updates = {}
     for i, (ref, earlier) in enumerate(zip(inner, before)):
         if ref._collection != structure.slots[i].collection:
@@ -260,10 +272,8 @@ def run_body(
                 f"{describe(ref._name, ref._collection)} had no collection when it came "
                 "in. Give it one where it is made: `rx.Ref(value, collection)`."
             )
-        now = content(ref)
-        if not ref._written and _is_same(earlier, _inside(now)):
-            continue
-        updates[i] = hold(now)
+        if ref._written or earlier.differs(ref):
+            updates[i] = hold(content(ref))
     out, info = _open_result(result, numbers, name)
     return Outcome(out, updates, info)
 
@@ -285,54 +295,24 @@ def _withhold(
     return [(ref, number) for number, ref in made.items()]
 
 
-def _inside(value: Any) -> tuple | None:
-    """To notice a change inside of a value. `None` for one array, which cannot change."""
-    return None if is_traced_in_ref(value) else jtu.tree_flatten(value)
+class _Before:
+    """What a ref held when a body began: to notice what was not assigned."""
 
+    __slots__ = ("_channel", "_watch")
 
-def _is_same(before: tuple | None, after: tuple | None) -> bool:
-    if before is None or after is None:
-        return before is after
-    (leaves, treedef), (new_leaves, new_treedef) = before, after
-    return treedef == new_treedef and all(map(is_, leaves, new_leaves))
+    def __init__(self, ref: Ref):
+        self._channel = ref._channel
+        value = ref._value
+        self._watch = None if is_traced_in_ref(value) else Watch([value])
 
-
-def _check_unchanged(
-    structure: Structure, name: str, trees: list, placed: list
-) -> None:
-    """Refuses what could not be carried back: a list appended to, an entry replaced."""
-    reader = Reader()
-    for tree in trees:
-        reader.read(tree)
-    same_parts = tuple(reader.parts) == structure.parts
-    if same_parts and all(a is b for a, b in zip(reader.leaves, placed)):
-        return
-    raise StructureError(
-        f"`{name}` cannot carry back a change of structure: the function changed "
-        f"{_what_changed(structure, trees, placed)} in place (a list appended to, an entry "
-        "of a dict replaced, a closure variable rebound, ...). Put what changes into a "
-        "`rx.Ref`, or return the new tree."
-    )
-
-
-def _what_changed(structure: Structure, trees: list, placed: list) -> str:
-    rest = iter(placed)
-    last = len(trees) - 1
-    for i, (part, tree) in enumerate(zip(structure.parts, trees)):
-        mine = [next(rest) for _ in range(structure.sizes[i])]
-        leaves, carried = _closure.flatten(tree)
-        if carried == part and all(a is b for a, b in zip(leaves, mine)):
-            continue
-        if i == 0:
-            return "the callable, or what it closes over,"
-        which = "a keyword argument" if i == last else f"argument {i - 1}"
-        if carried == part:
-            pairs, _ = jtu.tree_flatten_with_path(tree)
-            for (path, _), leaf, old in zip(pairs, leaves, mine):
-                if leaf is not old:
-                    return f"{which} at `{path_text(path)}`"
-        return which
-    return "an argument"
+    def differs(self, ref: Ref) -> bool:
+        if ref._channel is not self._channel:
+            return True
+        if self._watch is None or not self._watch.changed():
+            return False
+        # It was changed in place: only now is its type checked.
+        check_value(ref, ref._value)
+        return True
 
 
 def _open_result(
@@ -480,22 +460,24 @@ def functionalize(fn: Callable[_P, _T]) -> Callable[_P, tuple[_T, Any]]:
 
     **Raises:**
 
-    - `StructureError`: if the arguments are not derefed, or if `fn` changes the structure of
-        an argument.
+    - `StructureError`: if the arguments are not derefed, if `fn` changes the structure of
+        an argument, or if it writes a ref that it is not given as an argument.
     """
 
     @functools.wraps(fn)
     def pure(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
         inner_args, inner_kwargs = reref((args, kwargs))
+        carried = inner_args if not kwargs else (inner_args, inner_kwargs)
+        # Before the call, which may consume what it is given.
+        leaves, derefed = jtu.tree_leaves(carried), deref(carried)
         opened = open_call(fn, inner_args, inner_kwargs)
         outcome = opened.run("functionalize", opened.arrays)
         numbers = {id(ref): i for i, ref in enumerate(opened.refs)}
         new = {i: release(x) for i, x in outcome.updates.items()}
-        # The caller's tree, with `None` in place of all but what was written.
-        carried = inner_args if not kwargs else (inner_args, inner_kwargs)
-        updates = deref(carried)
+        _check_passed(fn, [opened.refs[i] for i in new], leaves)
+        # The caller's tree, with `None` instead of all but what was written.
         updates = _replace_values(
-            carried, updates, lambda ref: new.get(numbers[id(ref)])
+            leaves, derefed, lambda ref: new.get(numbers[id(ref)])
         )
         final = opened.refs_after(outcome, opened.arrays)
         return deref(close_result(outcome, final)), updates
@@ -503,9 +485,23 @@ def functionalize(fn: Callable[_P, _T]) -> Callable[_P, tuple[_T, Any]]:
     return pure
 
 
-def _replace_values(closed: Any, opened: Any, value: Callable[[Ref], Any]) -> Any:
-    """`opened`, the derefed form of `closed`, with `value(ref)` in each `Value`."""
-    refs = jtu.tree_leaves(closed)
+def _check_passed(fn: Any, written: list[Ref], leaves: list[Any]) -> None:
+    """Refuses a write that is not among the updates, which are of the arguments."""
+    passed = set(map(id, leaves))
+    for ref in written:
+        if id(ref) not in passed:
+            raise StructureError(
+                f"`functionalize`: `{name_of(fn)}` writes "
+                f"{describe(ref._name, ref._collection)}, which it does not get as an "
+                "argument: it closes over it, or is a module that holds it. The updates "
+                "are those of the arguments, so this write would be lost. Pass the ref, or "
+                "the module that holds it, as an argument."
+            )
+
+
+def _replace_values(refs: list[Any], opened: Any, value: Callable[[Ref], Any]) -> Any:
+    """`opened`, the derefed form of a tree with the leaves `refs`, with `value(ref)` in
+    each `Value`."""
     nodes, treedef = jtu.tree_flatten(opened, is_leaf=is_opened)
     replaced = []
     for ref, node in zip(refs, nodes):

@@ -2,9 +2,10 @@
 
 JAX treats a function as an opaque leaf. For us a function that closes over refs is a node:
 its children are the contents of those of its closure cells in which a ref can be reached,
-followed through nested functions, bound methods and `functools.partial`. Rebuilding the
-node makes a new function, of the same code, with new cells. Cells without refs stay the
-very same objects, so `nonlocal` works on them.
+followed through nested functions, bound methods and `functools.partial`, and its default
+arguments if there is one in them. Rebuilding the node makes a new function, of the same
+code, with new cells. Cells without refs stay the very same objects, so `nonlocal` works on
+them.
 """
 
 import dis
@@ -12,13 +13,16 @@ import functools
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax.tree_util as jtu
 
+from . import _trace
+from ._errors import StructureError
 from ._identity import Identity
 from ._nodes import is_opened
-from ._ref import Ref
+from ._ref import is_ref, Ref
 
 
 __tracebackhide__ = True
@@ -90,7 +94,8 @@ class _Function(tuple):
     """A function: `(number, code, globals, cells, extras, origin, carried)`.
 
     `cells` has the cell that is kept, or `None` for one whose content is carried. `extras`
-    are its looks, defaults and attributes. `origin` is the function itself, weakly.
+    are its looks, defaults and attributes; the defaults are `None` if they are carried,
+    behind the contents of the cells. `origin` is the function itself, weakly.
     """
 
     __slots__ = ()
@@ -114,77 +119,123 @@ class _Again(int):
     __slots__ = ()
 
 
-def flatten(tree: Any) -> tuple[list[Any], Carried]:
-    """The leaves of a tree, those inside of functions that carry refs included."""
+class _Opening(NamedTuple):
+    """What one `flatten` has found.
+
+    - `out`: the leaves;
+    - `numbers`: of the functions that were met, by their ids;
+    - `is_wanted`: which leaves make it open the function that they are in.
+    """
+
+    out: list[Any]
+    numbers: dict[int, int]
+    is_wanted: Callable[[Any], bool]
+
+
+def flatten(
+    tree: Any, is_wanted: Callable[[Any], bool] = is_ref
+) -> tuple[list[Any], Carried]:
+    """The leaves of a tree, those inside of functions that carry refs included.
+
+    **Arguments:**
+
+    - `is_wanted`: which leaves make a node of the function that they are in.
+
+    **Raises:**
+
+    - `StructureError`: if a list or a dict holds itself.
+    """
+    refuse_cycle(tree)
     leaves, treedef = jtu.tree_flatten(tree)
     if not any(map(may_carry, leaves)):
         # `None` for every leaf, without making a tuple of them.
         return leaves, Carried(treedef, ())
-    out: list[Any] = []
-    return out, _flatten(leaves, treedef, out, {})
+    opening = _Opening([], {}, is_wanted)
+    return opening.out, _flatten(leaves, treedef, opening)
+
+
+def refuse_cycle(tree: Any) -> None:
+    if holds_itself(tree):
+        raise StructureError(
+            f"A {type(tree).__name__} holds itself, or something in it does: that is no "
+            "pytree, as it has no end. Take the cycle out of what is passed."
+        )
+
+
+def is_ref_or_tracer(leaf: Any) -> bool:
+    """What makes a node of a function that is returned: an array of the trace must come
+    out as the other results do, and not stay behind in a cell."""
+    return isinstance(leaf, Ref) or _trace.is_tracer(leaf)
 
 
 def may_carry(leaf: Any) -> bool:
     kind = type(leaf)
     if kind not in _CALLABLES:
         return False
-    return kind is not types.FunctionType or leaf.__closure__ is not None
+    return kind is not types.FunctionType or bool(
+        leaf.__closure__ or leaf.__defaults__ or leaf.__kwdefaults__
+    )
 
 
 _CALLABLES = frozenset((types.FunctionType, types.MethodType, functools.partial))
 
 
-def _flatten(leaves: list, treedef: Any, out: list, numbers: dict[int, int]) -> Carried:
+def _flatten(leaves: list, treedef: Any, opening: _Opening) -> Carried:
     nodes = []
     for leaf in leaves:
         node = None
         # A partial is always opened: what was bound in it are arguments like others.
-        if type(leaf) is functools.partial or (may_carry(leaf) and _reaches_ref(leaf)):
-            node = _open(leaf, out, numbers)
+        if type(leaf) is functools.partial or (
+            may_carry(leaf) and reaches(leaf, opening.is_wanted)
+        ):
+            node = _open(leaf, opening)
         else:
-            out.append(leaf)
+            opening.out.append(leaf)
         nodes.append(node)
     if all(node is None for node in nodes):
         nodes = []
     return Carried(treedef, tuple(nodes))
 
 
-def _sub(tree: Any, out: list, numbers: dict[int, int]) -> Carried:
+def _sub(tree: Any, opening: _Opening) -> Carried:
     leaves, treedef = jtu.tree_flatten(tree)
-    return _flatten(leaves, treedef, out, numbers)
+    return _flatten(leaves, treedef, opening)
 
 
-def _open(leaf: Any, out: list, numbers: dict[int, int]) -> Any:
+def _open(leaf: Any, opening: _Opening) -> Any:
     if type(leaf) is types.MethodType:
-        return _Method((_sub((leaf.__func__, leaf.__self__), out, numbers),))
+        return _Method((_sub((leaf.__func__, leaf.__self__), opening),))
     if type(leaf) is functools.partial:
-        return _Partial((_sub((leaf.func, leaf.args, leaf.keywords), out, numbers),))
-    number = numbers.get(id(leaf))
+        return _Partial((_sub((leaf.func, leaf.args, leaf.keywords), opening),))
+    number = opening.numbers.get(id(leaf))
     if number is not None:
         return _Again(number)
-    number = numbers[id(leaf)] = len(numbers)
+    number = opening.numbers[id(leaf)] = len(opening.numbers)
     rebound = _rebound_cells(_reachable_functions(leaf))
-    kept, contents = [], []
-    for cell in leaf.__closure__:
-        if _is_filled(cell) and _reaches_ref(cell.cell_contents):
-            kept.append(None)
-            contents.append(cell.cell_contents)
-        else:
-            kept.append(_Kept(cell, id(cell) in rebound))
-    looks = _Unasked((name, getattr(leaf, name)) for name in _LOOKS)
-    own = ((k, _Same(v)) for k, v in vars(leaf).items() if k != "__wrapped__")
-    defaults = _Same(leaf.__defaults__), _Same(leaf.__kwdefaults__)
-    carried = _sub(contents, out, numbers)
-    globals_ = _Same(leaf.__globals__)
+    carried = carried_cells(leaf, opening.is_wanted)
+    # By identity: cells are equal when their contents are.
+    ids = set(map(id, carried))
+    kept = tuple(
+        None if id(cell) in ids else _Kept(cell, id(cell) in rebound)
+        for cell in leaf.__closure__ or ()
+    )
+    contents: list[Any] = [cell.cell_contents for cell in carried]
+    extras: list[Any] = [_Unasked((name, getattr(leaf, name)) for name in _LOOKS)]
+    for defaults in (leaf.__defaults__, leaf.__kwdefaults__):
+        is_carried = bool(defaults) and reaches(defaults, opening.is_wanted)
+        extras.append(None if is_carried else _Same(defaults))
+        if is_carried:
+            contents.append(defaults)
+    extras += ((k, _Same(v)) for k, v in vars(leaf).items() if k != "__wrapped__")
     return _Function(
         (
             number,
             leaf.__code__,
-            globals_,
-            tuple(kept),
-            (looks, *defaults, *own),
+            _Same(leaf.__globals__),
+            kept,
+            tuple(extras),
             _Unasked((weakref.ref(origin_of(leaf)),)),
-            carried,
+            _sub(contents, opening),
         )
     )
 
@@ -212,12 +263,24 @@ def _is_filled(cell: types.CellType) -> bool:
     return True
 
 
+def carried_cells(
+    fn: types.FunctionType, is_wanted: Callable[[Any], bool] = is_ref
+) -> list[types.CellType]:
+    """The cells of a function whose content is carried with it."""
+    return [
+        cell
+        for cell in fn.__closure__ or ()
+        if _is_filled(cell) and reaches(cell.cell_contents, is_wanted)
+    ]
+
+
 def inside(obj: Any) -> Iterator[Any]:
     """The trees that a callable leaf holds."""
     if type(obj) is types.FunctionType:
         for cell in obj.__closure__ or ():
             if _is_filled(cell):
                 yield cell.cell_contents
+        yield from filter(None, (obj.__defaults__, obj.__kwdefaults__))
     elif type(obj) is types.MethodType:
         yield obj.__func__
         yield obj.__self__
@@ -225,27 +288,75 @@ def inside(obj: Any) -> Iterator[Any]:
         yield (obj.func, obj.args, obj.keywords)
 
 
-def _reaches_ref(tree: Any) -> bool:
+def reaches(tree: Any, is_wanted: Callable[[Any], bool] = is_ref) -> bool:
+    """Whether there is such a leaf in a tree, or in a function in it."""
+    return any(map(is_wanted, reachable(tree)))
+
+
+def reachable(tree: Any) -> Iterator[Any]:
+    """The leaves of a tree, and of what the functions in it hold."""
     seen: set[int] = set()
     todo = [tree]
     while todo:
-        for leaf in jtu.tree_leaves(todo.pop(), is_leaf=_is_opaque):
-            if isinstance(leaf, Ref):
-                return True
+        for leaf in _leaves(todo.pop()):
+            yield leaf
             if may_carry(leaf) and id(leaf) not in seen:
                 seen.add(id(leaf))
                 todo.extend(inside(leaf))
+
+
+def _leaves(tree: Any) -> list[Any]:
+    """The leaves of what a function holds; none if JAX cannot tell them.
+
+    What is in a cell need be no pytree: a dict with keys of two types is not one, nor a
+    list that holds itself. JAX never asks, so the function must work here as well.
+    """
+    if holds_itself(tree):
+        return []
+    try:
+        return jtu.tree_leaves(tree, is_leaf=_is_whole)
+    except (ValueError, TypeError):
+        return []
+
+
+def holds_itself(tree: Any) -> bool:
+    """Whether a list or a dict is inside of itself, by lists, dicts and tuples alone.
+
+    To be asked before JAX is: its `RecursionError` (jaxlib 0.10 to 0.12) leaves the count
+    of the interpreter wrong, so that everything after it fails, up to the exit.
+    """
+    if type(tree) not in _CONTAINERS:
+        return False
+    # A container is left when it is met the second time on the stack.
+    todo, entered, left = [tree], set(), set()
+    while todo:
+        obj = todo[-1]
+        if id(obj) in entered:
+            todo.pop()
+            entered.discard(id(obj))
+            left.add(id(obj))
+            continue
+        entered.add(id(obj))
+        for x in obj.values() if type(obj) is dict else obj:
+            if type(x) in _CONTAINERS and id(x) not in left:
+                if id(x) in entered:
+                    return True
+                todo.append(x)
     return False
-
-
-def _is_opaque(x: Any) -> bool:
-    return is_opened(x) or is_table(x)
 
 
 def is_table(x: Any) -> bool:
     """Whether `x` is a dict with refs as keys. It is no tree to JAX, which sorts the keys;
     so it is a leaf like a set of refs, to look refs up in."""
     return isinstance(x, dict) and _has_ref(x)
+
+
+_CONTAINERS = (list, dict, tuple)
+
+
+def _is_whole(x: Any) -> bool:
+    # A state that was consumed does not let itself be flattened, and holds no refs.
+    return is_opened(x) or is_table(x) or isinstance(x, eqx.nn.State)
 
 
 def unflatten(structure: Carried, leaves: list[Any]) -> Any:
@@ -277,8 +388,7 @@ def _close(node: Any, leaves: Iterator[Any], made: dict[int, Any]) -> Any:
     number, code, globals_, kept, extras, (origin,), carried = node
     looks, defaults, kwdefaults, *own = extras
     cells = tuple(types.CellType() if keep is None else keep.cell for keep in kept)
-    fn = types.FunctionType(code, globals_.obj, argdefs=defaults.obj, closure=cells)
-    fn.__kwdefaults__ = kwdefaults.obj
+    fn = types.FunctionType(code, globals_.obj, closure=cells)
     for name, value in looks:
         setattr(fn, name, value)
     for name, held in own:
@@ -290,6 +400,8 @@ def _close(node: Any, leaves: Iterator[Any], made: dict[int, Any]) -> Any:
     for cell, keep in zip(cells, kept):
         if keep is None:
             cell.cell_contents = next(contents)
+    fn.__defaults__ = next(contents) if defaults is None else defaults.obj
+    fn.__kwdefaults__ = next(contents) if kwdefaults is None else kwdefaults.obj
     return fn
 
 

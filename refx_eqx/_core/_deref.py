@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 import equinox as eqx
 import jax.tree_util as jtu
 
+from ._closure import refuse_cycle
 from ._errors import describe, StructureError
 from ._nodes import Index, is_opened, note_of, Value
 from ._ref import check_not_deleted, is_ref, make_ref, Ref
@@ -93,9 +94,10 @@ def deref(tree: _T) -> _T:
 
     **Raises:**
 
-    - `StructureError`: if `tree` holds a `Value` or an `Index` already.
+    - `StructureError`: if `tree` holds a `Value` or an `Index` already, or itself.
     - `TraceLevelError`: if a ref may not be read here.
     """
+    refuse_cycle(tree)
     leaves, treedef = jtu.tree_flatten(tree, is_leaf=is_opened)
     indices: dict[int, int] = {}
     opened = []

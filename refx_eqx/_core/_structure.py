@@ -28,7 +28,7 @@ from . import _closure, _trace
 from ._closure import Carried, static_key, weakly
 from ._identity import NOTHING_ASKED
 from ._nodes import Note, note_of
-from ._ref import make_ref, Ref
+from ._ref import is_ref, make_ref, Ref
 
 
 __tracebackhide__ = True
@@ -278,6 +278,7 @@ class Reader:
     ):
         self.is_dynamic = is_dynamic
         self.is_result = is_result
+        self._opens = _closure.is_ref_or_tracer if is_result else is_ref
         self.parts: list[Carried] = []
         self.leaves: list[Any] = []
         self.codes: list[int] = []
@@ -287,7 +288,7 @@ class Reader:
         self._numbers: dict[int, int] = {}
 
     def read(self, tree: Any) -> None:
-        leaves, carried = _closure.flatten(tree)
+        leaves, carried = _closure.flatten(tree, self._opens)
         self.parts.append(carried)
         self.leaves.extend(leaves)
         for leaf in leaves:

@@ -277,6 +277,11 @@ def numbers_to_arrays(tree: Any) -> Any:
     def convert_leaf(x: Any) -> Any:
         return jnp.asarray(x) if isinstance(x, bool | int | float | complex) else x
 
+    _closure.refuse_cycle(tree)
+    # The very same tree, where it has none: what a function returns is what it was given.
+    leaves = jtu.tree_leaves(tree, is_leaf=is_module)
+    if not any(isinstance(x, bool | int | float | complex) for x in leaves):
+        return tree
     return jtu.tree_map(
         lambda x: x if is_module(x) else convert_leaf(x), tree, is_leaf=is_module
     )
@@ -311,19 +316,31 @@ def as_callable(fn: Any) -> Any:
     return fn
 
 
-def check_carry(before: Any, after: Any, name: str) -> None:
+class CarryBefore:
+    """A carry as it was given to a step, which may change it in place or consume it."""
+
+    __slots__ = ("leaves", "structure")
+
+    def __init__(self, carry: Any):
+        self.leaves, self.structure = _closure.flatten(carry)
+
+    def tree(self) -> Any:
+        return _closure.unflatten(self.structure, self.leaves)
+
+
+def check_carry(given: CarryBefore, after: Any, name: str) -> None:
     """Refuses a step that changes the carry in anything but the values of arrays.
 
     **Raises:**
 
     - `StructureError`: if the structure differs, a static leaf, or which ref is where.
     """
-    old_leaves, old = _closure.flatten(before)
     new_leaves, new = _closure.flatten(after)
-    if old != new:
+    old_leaves = given.leaves
+    if given.structure != new:
         raise StructureError(
             f"`{name}`: a step must return a carry of the structure that it was given. It "
-            f"was given {eqx.tree_pformat(before)} and returned "
+            f"was given {eqx.tree_pformat(given.tree())} and returned "
             f"{eqx.tree_pformat(after)}. Return the same structure from each step."
         )
     for i, (a, b) in enumerate(zip(old_leaves, new_leaves)):
@@ -344,17 +361,17 @@ def check_carry(before: Any, after: Any, name: str) -> None:
             )
         raise StructureError(
             f"`{name}`: a step must return the carry that it was given, with other values "
-            f"in its arrays at most. At {_path(before, i)} it was given {_text(a)}, and "
-            f"returned {_text(b)}{_whence(b, before, old_leaves)}. {remedy}"
+            f"in its arrays at most. At {_path(given.tree(), i)} it was given {_text(a)}, "
+            f"and returned {_text(b)}{_whence(b, given)}. {remedy}"
         )
 
 
-def _whence(leaf: Any, before: Any, leaves: list[Any]) -> str:
+def _whence(leaf: Any, given: CarryBefore) -> str:
     """Where in the carry a ref was before it was moved."""
     if isinstance(leaf, Ref):
-        for i, other in enumerate(leaves):
+        for i, other in enumerate(given.leaves):
             if other is leaf:
-                return f" from {_path(before, i)}"
+                return f" from {_path(given.tree(), i)}"
     return ""
 
 

@@ -67,20 +67,23 @@ class Plans:
             return NO_PLAN
         key: list[Any] = []
         arrays: list[Any] = []
-        for arg in args:
-            kind = type(arg)
-            if kind in _by_identity:
-                key.append(id(arg))
-            elif kind is _trace.ConcreteArray:
-                key.append(None)
-                arrays.append(arg)
-            elif not _describe(arg, key, arrays):
-                return NO_PLAN
-        if kwargs:
-            key.append(tuple(kwargs))
-            for arg in kwargs.values():
-                if not _describe(arg, key, arrays):
+        try:
+            for arg in args:
+                kind = type(arg)
+                if kind in _by_identity:
+                    key.append(id(arg))
+                elif kind is _trace.ConcreteArray:
+                    key.append(None)
+                    arrays.append(arg)
+                elif not _describe(arg, key, arrays):
                     return NO_PLAN
+            if kwargs:
+                key.append(tuple(kwargs))
+                for arg in kwargs.values():
+                    if not _describe(arg, key, arrays):
+                        return NO_PLAN
+        except RecursionError:  # a list that holds itself: the general way says so
+            return NO_PLAN
         try:
             plan = self._plans.get(tuple(key))
         except TypeError:
@@ -325,8 +328,14 @@ class Plan:
                 if written is None:
                     # A value that is not one array: the general way.
                     outcome = Outcome(out, updates, info)
+                    result = close_result(outcome, refs)
                     commit(refs, values, started, updates_of(outcome, refs))
-                    return close_result(outcome, refs)
+                    return result
+                # Closed before anything is written: a class of the user's may raise.
+                if info.build is None:
+                    result = close_result(Outcome(out, updates, info), refs)
+                else:
+                    result = info.build(out)
                 lock.acquire()  # half the time of a `with` statement
                 try:
                     if commits.count != started and not all(
@@ -346,9 +355,7 @@ class Plan:
                 except Disturbed:
                     continue
                 raise
-            if info.build is None:
-                return close_result(Outcome(out, updates, info), refs)
-            return info.build(out)
+            return result
 
 
 class _List:
@@ -453,7 +460,12 @@ class _Walk:
         self._seen: set[int] = set()
 
     def tree(self, tree: Any) -> None:
-        leaves = jtu.tree_leaves(tree, is_leaf=self._visit)
+        try:
+            _closure.refuse_cycle(tree)
+            leaves = jtu.tree_leaves(tree, is_leaf=self._visit)
+        except (ValueError, TypeError):  # what a function closes over need be no pytree
+            self.unknown = True
+            return
         for leaf in leaves:
             if id(leaf) in self._seen:
                 continue

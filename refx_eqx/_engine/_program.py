@@ -520,7 +520,9 @@ _programs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 def anchor(fn: Any) -> Any:
     """The object whose life a program shares: the Python function that is run."""
-    while True:
+    seen: set[int] = set()
+    while id(fn) not in seen:  # a wrapper may wrap itself
+        seen.add(id(fn))
         if isinstance(fn, types.FunctionType):
             return origin_of(fn)
         if isinstance(fn, functools.partial | eqx.Partial):
@@ -530,7 +532,8 @@ def anchor(fn: Any) -> Any:
         elif hasattr(fn, "__wrapped__"):
             fn = fn.__wrapped__
         else:
-            return type(fn)
+            break
+    return type(fn)
 
 
 def program_of(fn: Any, key: Hashable, make: Callable[[], Program]) -> Program:

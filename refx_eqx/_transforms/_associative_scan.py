@@ -14,6 +14,7 @@ from .._core._structure import is_traced, Outcome
 from .._engine._control_flow import (
     as_callable,
     bare_parts,
+    CarryBefore,
     check_carry,
     numbers_to_arrays,
     place_text,
@@ -31,8 +32,9 @@ _T = TypeVar("_T")
 
 def _combine(fn: Any, a: Any, b: Any) -> Any:
     """One application of the function of `associative_scan`."""
+    given = CarryBefore(a)
     out = numbers_to_arrays(fn(a, b))
-    check_carry(a, out, "associative_scan")
+    check_carry(given, out, "associative_scan")
     return out
 
 

@@ -197,7 +197,8 @@ def filter_jit(fun: Any = None, *, donate: Donate = "none", **jitkwargs: Any) ->
     When called:
 
     - `TraceLevelError`: if the function touches a ref that it reaches through a global name.
-    - `StructureError`: if it changes a list, a dict or a closure variable that it was given.
+    - `StructureError`: if it changes in place what is no copy (a list in a module, the refs
+        in a dict, a closure variable), and does not return it.
     - `ConcurrencyError`: if another thread wrote a ref whose buffer was donated.
     - `DonatedError`: if the array in a ref was donated or deleted elsewhere.
     """

@@ -16,6 +16,7 @@ from .._engine._call_axes import Axes
 from .._engine._control_flow import (
     as_callable,
     bare_parts,
+    CarryBefore,
     check_carry,
     Loop,
     numbers_to_arrays,
@@ -46,8 +47,9 @@ def _while_test(_: None, cond_fun: Any, body_fun: Any, val: Any) -> Any:
 
 
 def _while_step(_: None, cond_fun: Any, body_fun: Any, val: Any) -> Any:
+    given = CarryBefore(val)
     new = numbers_to_arrays(body_fun(val))
-    check_carry(val, new, "while_loop")
+    check_carry(given, new, "while_loop")
     return new
 
 
@@ -172,8 +174,9 @@ def while_loop(
 def _fori_step(i: Any, upper: Any, body_fun: Any, val: Any) -> Any:
     """One step of `fori_loop`, with the arguments of `fori_loop`: `i` is in the place of
     `lower`."""
+    given = CarryBefore(val)
     new = numbers_to_arrays(body_fun(i, val))
-    check_carry(val, new, "fori_loop")
+    check_carry(given, new, "fori_loop")
     return new
 
 

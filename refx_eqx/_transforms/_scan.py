@@ -15,6 +15,7 @@ from .._engine._call_axes import Axes, call_axes, is_mapped, placed_update, upda
 from .._engine._control_flow import (
     as_callable,
     bare_parts,
+    CarryBefore,
     check_carry,
     kind_of,
     numbers_to_arrays,
@@ -35,6 +36,7 @@ _Carry = TypeVar("_Carry")
 
 def _step(f: Any, carry: Any, x: Any) -> tuple[Any, Any]:
     """One step of `scan`, with the arguments of `scan`."""
+    given = CarryBefore(carry)
     out = f(carry, x)
     if not isinstance(out, tuple) or len(out) != 2:
         raise TypeError(
@@ -42,7 +44,7 @@ def _step(f: Any, carry: Any, x: Any) -> tuple[Any, Any]:
             f"{eqx.tree_pformat(out)}."
         )
     new, y = numbers_to_arrays(out)
-    check_carry(carry, new, "scan")
+    check_carry(given, new, "scan")
     return new, y
 
 

@@ -1,0 +1,144 @@
+"""What a function changed in place in what it was given.
+
+A function is given trees that are rebuilt for it. What it changes in them in place is not
+seen by the caller, as in JAX:
+
+1. A list or a dict of an argument is a copy. Its entries may be replaced, added and
+   removed; only the refs in it must stay, because what becomes of a ref is carried back.
+2. A list or a dict in a module or in a closure is state. So is a static field, and a closure
+   variable. A change of it would be lost, so it is refused.
+3. What is returned is carried by the result, however it was changed.
+
+Only what could have changed is looked at again. In particular an `equinox.nn.State` is not:
+a function that was given one consumes it, and it may not be flattened then.
+"""
+
+import functools
+import types
+from collections import defaultdict, OrderedDict
+from operator import is_
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax.tree_util as jtu
+
+from . import _closure
+from ._deref import path_text
+from ._ref import Ref
+
+
+__tracebackhide__ = True
+
+
+class _Node(NamedTuple):
+    """Something that may be changed in place, and what was in it."""
+
+    obj: Any
+    part: int
+    is_copy: bool
+    children: list[Any]
+    rest: Any
+
+
+class Watch:
+    """What can be changed in place in some trees, as it is now."""
+
+    __slots__ = ("_nodes",)
+
+    def __init__(self, trees: list[Any]):
+        self._nodes: list[_Node] = []
+        seen: set[int] = set()
+        todo = [(tree, part, True) for part, tree in enumerate(trees)]
+        while todo:
+            obj, part, is_copy = todo.pop()
+            opened = _open(obj)
+            if opened is None or id(obj) in seen:
+                continue
+            children, rest = opened
+            if not isinstance(obj, tuple):
+                seen.add(id(obj))
+                is_copy = is_copy and type(obj) in _COPIES
+                self._nodes.append(_Node(obj, part, is_copy, children, rest))
+            todo.extend((child, part, is_copy) for child in children)
+
+    def changed(self) -> bool:
+        return any(map(_differs, self._nodes))
+
+    def lost(self, result: Any) -> _Node | None:
+        """Something whose change would be lost, of a function that returns `result`."""
+        found = [node for node in self._nodes if _differs(node) and _matters(node)]
+        if found:
+            returned = _containers(result)
+            found = [node for node in found if id(node.obj) not in returned]
+        return found[0] if found else None
+
+
+_COPIES = (list, dict, OrderedDict, defaultdict)
+
+
+def _open(obj: Any) -> tuple[list[Any], Any] | None:
+    """What is in `obj`, and what else it has; `None` if nothing in it can change."""
+    if obj is None or isinstance(obj, (Ref, eqx.nn.State)):
+        return None
+    if _closure.may_carry(obj):
+        return _open_callable(obj)
+    children, rest = jtu.tree_flatten(obj, is_leaf=lambda x: x is not obj)
+    if len(children) == 1 and children[0] is obj:
+        return None
+    return children, rest
+
+
+def _open_callable(fn: Any) -> tuple[list[Any], Any] | None:
+    if type(fn) is types.MethodType:
+        return [fn.__func__, fn.__self__], None
+    if type(fn) is functools.partial:
+        return [fn.func, *fn.args, *fn.keywords.values()], tuple(fn.keywords)
+    # The cells that were made for it; all others are the user's own.
+    cells = _closure.carried_cells(fn)
+    return [cell.cell_contents for cell in cells] + [fn.__kwdefaults__], None
+
+
+def _differs(node: _Node) -> bool:
+    children, rest = _open(node.obj) or ([], None)
+    same = len(children) == len(node.children) and rest == node.rest
+    return not (same and all(map(is_, children, node.children)))
+
+
+def _matters(node: _Node) -> bool:
+    """Whether a change of `node` is more than one of a copy."""
+    now, _ = _open(node.obj) or ([], None)
+    return not node.is_copy or _refs(node.children) != _refs(now)
+
+
+def _refs(trees: list[Any]) -> list[int]:
+    """The refs in some trees, as often as they are in them."""
+    leaves = _closure.reachable(trees)
+    return sorted(id(leaf) for leaf in leaves if isinstance(leaf, Ref))
+
+
+def _containers(tree: Any) -> set[int]:
+    found: set[int] = set()
+
+    def visit(x: Any) -> bool:
+        found.add(id(x))
+        return False
+
+    jtu.tree_leaves(tree, is_leaf=visit)
+    return found
+
+
+def place_of(node: _Node, trees: list[Any]) -> str:
+    """Which of the trees of a call it is that was changed, and where; for a message."""
+    if node.part == 0:
+        return "the callable, or what it closes over,"
+    last = node.part == len(trees) - 1
+    which = "a keyword argument" if last else f"argument {node.part - 1}"
+
+    def is_leaf(x: Any) -> bool:
+        return x is node.obj or isinstance(x, eqx.nn.State)
+
+    pairs, _ = jtu.tree_flatten_with_path(trees[node.part], is_leaf=is_leaf)
+    for path, leaf in pairs:
+        if leaf is node.obj and path:
+            return f"{which} at `{path_text(path)}`"
+    return which
