@@ -4,10 +4,10 @@ from importlib.metadata import version as _version
 
 from ._checkpoint._save import load as load, save as save
 from ._core._call import functionalize as functionalize
+from ._core._dag import Dag as Dag
 from ._core._deref import (
     as_refs as as_refs,
     clone as clone,
-    Dag as Dag,
     deref as deref,
     NOTHING as NOTHING,
     reref as reref,

@@ -483,23 +483,82 @@ def test_a_lifted_function_as_an_argument_carries_its_closure():
     assert model.calls.value == 1
 
 
-def test_methods_of_a_plain_class_are_told_to_pass_their_refs():
-    # Not a pytree: what it holds cannot be seen.
-    class Trainer:
-        def __init__(self):
-            self.model = make()
+class Plain:
+    """Not a pytree: what it holds cannot be seen."""
+
+    shared = rx.Ref(jnp.array(2.0))
+
+    def __init__(self):
+        self.model = make()
+
+    def step(self, x):
+        return self.model(x)
+
+    def of_the_class(self, x):
+        return self.shared.value * x
+
+
+class Static(eqx.Module):
+    model: Scale = eqx.field(static=True)
+
+    def __call__(self, x):
+        return self.model(x)
+
+
+def with_an_attribute(x):
+    return with_an_attribute.model(x)  # pyright: ignore[reportFunctionMemberAccess]
+
+
+with_an_attribute.model = make()  # pyright: ignore[reportFunctionMemberAccess]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: rx.filter_jit(Plain().step)(ONE),
+        lambda: rx.filter_jit(Plain().of_the_class)(ONE),
+        lambda: rx.filter_jit(lambda plain, x: plain.step(x))(Plain(), ONE),
+        lambda: rx.filter_jit(Static(make()))(ONE),
+        lambda: rx.filter_jit(with_an_attribute)(ONE),
+    ],
+    ids=["self", "class", "argument", "static field", "function attribute"],
+)
+def test_what_cannot_be_seen_is_named_with_the_remedy(call):
+    text = (
+        r"a class, a static field, an attribute of a function or a plain Python object "
+        r"\(`self`\) is not carried. Pass the ref, or the module that holds it, as an "
+        r"argument. A plain object is no pytree: make it an `rx.Module`, or pass what"
+    )
+    with pytest.raises(rx.TraceLevelError, match=text):
+        call()
+
+
+def test_the_remedies_for_a_plain_object_run():
+    plain = Plain()
+    assert rx.filter_jit(lambda model, x: model(x))(plain.model, ONE) == 2.0
+
+    class Trainer(rx.Module):
+        model: Scale
 
         def step(self, x):
             return self.model(x)
 
-    trainer = Trainer()
-    with pytest.raises(
-        rx.TraceLevelError,
-        match=r"Pass the ref, or the module that holds it, as an arg",
-    ):
-        rx.filter_jit(trainer.step)(ONE)
-    assert trainer.model.calls.value == 0
-    assert rx.filter_jit(lambda model, x: model(x))(trainer.model, ONE) == 2.0
+    assert rx.filter_jit(Trainer(plain.model).step)(ONE) == 2.0
+    assert plain.model.calls.value == 2
+
+
+def test_a_third_party_transform_is_given_a_snapshot_or_a_dag():
+    model = make()
+
+    def third_party(log_density, *args):
+        return jax.jit(jax.grad(log_density))(*args)
+
+    text = r"A third-party function takes `rx.snapshot\(model\)`, to read, or `rx.Dag\(model\)`"
+    with pytest.raises(rx.TraceLevelError, match=text):
+        third_party(lambda x: model.factor[...] * x, ONE)
+    plain = rx.snapshot(model)
+    assert third_party(lambda x: plain.factor * x, ONE) == 2.0
+    assert third_party(lambda x, dag: dag.value(x), ONE, rx.Dag(model)) == 2.0
 
 
 def test_refs_in_default_arguments_are_carried(trace_counter):
@@ -543,7 +602,7 @@ def test_a_module_level_global_is_refused_with_the_remedy():
         match=(
             r"`Scale.factor` \(collection 'params'\): it is used inside the body of "
             r"`filter_jit`, but was not passed in: what a function reaches through a global "
-            r"name is not carried. Pass the ref, or the module that holds it, as an arg"
+            r"name, .* is not carried. Pass the ref, or the module that holds it, as an arg"
         ),
     ):
         rx.filter_jit(read_global)(ONE)
@@ -553,7 +612,7 @@ def test_a_module_level_global_is_refused_with_the_remedy():
 def test_a_global_function_reached_by_closure_is_refused_too():
     fn = read_global
     with pytest.raises(
-        rx.TraceLevelError, match=r"through a global name is not carried"
+        rx.TraceLevelError, match=r"through a global name, .* is not carried"
     ):
         rx.filter_jit(lambda x: fn(x))(ONE)
 

@@ -358,3 +358,35 @@ def test_nothing_is_a_pytree_without_leaves():
     assert copy.copy(rx.NOTHING) is rx.NOTHING
     assert copy.deepcopy([rx.NOTHING])[0] is rx.NOTHING
     assert pickle.loads(pickle.dumps(rx.NOTHING)) is rx.NOTHING
+
+
+def test_reref_takes_no_value_that_holds_a_ref():
+    ref, inner = rx.Ref(jnp.array(1.0), "params"), rx.Ref(2.0)
+    tree = {"a": rx.deref(ref)}
+    for held in (inner, [inner], rx.deref(inner)):
+        tree["a"].value = held
+        text = r"that of an unnamed ref \(collection 'params'\) at \['a'\] holds .*side by side"
+        with pytest.raises(rx.StructureError, match=text):
+            rx.reref(tree)
+    a, b = rx.reref(rx.deref((ref, inner)))  # the remedy
+    assert (a.value, b.value) == (1.0, 2.0)
+
+
+def test_reref_takes_no_tracer_that_has_ended():
+    kept = []
+    with jax.check_tracer_leaks(False):
+        jax.jit(lambda dag: kept.append(rx.deref(dag.value)))(
+            rx.Dag(rx.Ref(jnp.array(1.0)))
+        )
+    with pytest.raises(
+        rx.TraceLevelError, match="Cannot reref in a different trace level.*tracer"
+    ):
+        rx.reref(kept.pop())
+
+
+def test_reref_takes_no_other_type_for_a_ref():
+    for wrong in (None, int, "Ref"):
+        with pytest.raises(
+            rx.StructureError, match=r"at \[0\] has ref_type=.*no subclass of `rx.Ref`"
+        ):
+            rx.reref([rx.Value(1.0, 0, None, wrong)])  # pyright: ignore[reportArgumentType]

@@ -99,7 +99,8 @@ def reref_of_a_replaced_value(linear, value):
 
 def mapped_dag(linear, value):
     n = iter(range(3))
-    jax.tree.map(lambda x: value if next(n) == 0 else x, rx.Dag(linear))
+    dag = jax.tree.map(lambda x: value if next(n) == 0 else x, rx.Dag(linear))
+    dag.value  # noqa: B018
 
 
 def construction(linear, value):

@@ -10,7 +10,8 @@ seen by the caller, as in JAX:
 3. What is returned is carried by the result, however it was changed.
 
 Only what could have changed is looked at again. In particular an `equinox.nn.State` is not:
-a function that was given one consumes it, and it may not be flattened then.
+a function that was given one consumes it, and it may not be flattened then. Nor is a `Dag`,
+which is passed by value.
 """
 
 import functools
@@ -23,6 +24,7 @@ import equinox as eqx
 import jax.tree_util as jtu
 
 from . import _closure
+from ._dag import Dag
 from ._deref import path_text
 from ._ref import Ref
 
@@ -78,7 +80,7 @@ _COPIES = (list, dict, OrderedDict, defaultdict)
 
 def _open(obj: Any) -> tuple[list[Any], Any] | None:
     """What is in `obj`, and what else it has; `None` if nothing in it can change."""
-    if obj is None or isinstance(obj, (Ref, eqx.nn.State)):
+    if obj is None or isinstance(obj, (Ref, Dag, eqx.nn.State)):
         return None
     if _closure.may_carry(obj):
         return _open_callable(obj)

@@ -7,13 +7,14 @@ this file is small things built on the two.
 """
 
 from collections.abc import Callable, Hashable
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax.tree_util as jtu
 
+from . import _trace
 from ._closure import refuse_cycle
-from ._errors import describe, StructureError
+from ._errors import describe, StructureError, TraceLevelError
 from ._nodes import Index, is_opened, note_of, Value
 from ._ref import check_not_deleted, is_ref, make_ref, Ref
 
@@ -159,8 +160,10 @@ def reref(tree: _T) -> _T:
 
     **Raises:**
 
-    - `StructureError`: if `tree` holds a ref already, an `Index` without its `Value`, two
-        values for one ref, or a node whose collection disagrees with its `Value`'s.
+    - `StructureError`: if `tree` holds a ref already (in a `Value` too), an `Index` without
+        its `Value`, two values for one ref, a node whose collection disagrees with its
+        `Value`'s, or one whose `ref_type` is no class of refs.
+    - `TraceLevelError`: if a value holds a tracer of a transform that has ended.
     - `RefTypeError`: if a value breaks the declared type of its ref.
     - `DonatedError`: if the buffer of a value is gone.
     """
@@ -175,6 +178,7 @@ def reref(tree: _T) -> _T:
                     "together after they were derefed? Deref the whole of them at once: "
                     "`rx.deref((tree1, tree2))`."
                 )
+            _check_node(tree, leaf)
             refs[leaf.index] = _close(leaf)
     closed = []
     for leaf in leaves:
@@ -189,6 +193,30 @@ def reref(tree: _T) -> _T:
         else:
             closed.append(leaf)
     return jtu.tree_unflatten(treedef, closed)
+
+
+def _check_node(tree: Any, node: Value) -> None:
+    """What the value of a ref must be, of a node that anybody may have made."""
+    which = describe(node.note.name, node.collection)
+    if not (isinstance(node.ref_type, type) and issubclass(node.ref_type, Ref)):
+        raise StructureError(
+            f"Cannot reref: the Value of {which} at {path_of(tree, lambda x: x is node)} "
+            f"has ref_type={node.ref_type!r}, which is no subclass of `rx.Ref`. Leave "
+            "`ref_type` as `rx.deref` sets it."
+        )
+    for leaf in jtu.tree_leaves(node.value, is_leaf=is_opened):
+        if isinstance(leaf, Ref) or is_opened(leaf):
+            raise StructureError(
+                "Cannot reref: the value of a ref cannot hold a ref, and that of "
+                f"{which} at {path_of(tree, lambda x: x is node)} holds {leaf!r}. Put the "
+                "two refs side by side in a tuple or a module."
+            )
+        reason = _trace.why_not_alive(leaf)
+        if reason is not None:
+            raise TraceLevelError(
+                f"Cannot reref in a different trace level: {which} at "
+                f"{path_of(tree, lambda x: x is node)}: {reason}"
+            )
 
 
 def _close(node: Value) -> Ref:
@@ -220,49 +248,6 @@ def _resolve(tree: Any, node: Value | Index, refs: dict[int, Ref]) -> Ref:
             "they were derefed? Deref the whole of them at once: `rx.deref((tree1, tree2))`."
         )
     return ref
-
-
-class Dag(Generic[_T]):
-    """A pytree node that opens its refs when it is flattened, and closes them again when
-    it is unflattened. With it any transform of anybody carries refs, by value.
-
-    !!! Example
-
-        ```python
-        import jax
-        import refx_eqx as rx
-
-        @jax.jit
-        def double(dag):
-            dag.value["a"].value *= 2
-            return dag
-
-        ref = rx.Ref(1.0)
-        dag = double(rx.Dag({"a": ref, "b": ref}))
-        assert dag.value["b"].value == 2.0
-        assert ref.value == 1.0  # by value: the caller's own refs are not written
-        ```
-
-    **Arguments:**
-
-    - `value`: any pytree of refs. Its refs must be readable where the node is flattened.
-    """
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: _T):
-        self.value = value
-
-    def __repr__(self) -> str:
-        return f"Dag({eqx.tree_pformat(self.value)})"
-
-
-jtu.register_pytree_with_keys(
-    Dag,
-    lambda dag: (((jtu.GetAttrKey("value"), deref(dag.value)),), None),
-    lambda _, children: Dag(reref(*children)),
-    lambda dag: ((deref(dag.value),), None),
-)
 
 
 def clone(tree: _T) -> _T:

@@ -235,13 +235,16 @@ def why_not_readable(ref: Any, owner: TraceRef) -> str | None:
                     f"it is used inside {_kind(trace)}, which does not carry refs. Use the "
                     "lifted transform of `refx_eqx` (`rx.filter_jit`, `rx.filter_grad`, "
                     "`rx.scan`, ...) and pass the ref, or the module that holds it, as an "
-                    "argument."
+                    "argument. A third-party function takes `rx.snapshot(model)`, to read, "
+                    "or `rx.Dag(model)`, to carry."
                 )
         elif not body.transparent:
             return (
                 f"it is used inside the body of `{body.name}`, but was not passed in: "
-                "what a function reaches through a global name is not carried. Pass the "
-                "ref, or the module that holds it, as an argument."
+                "what a function reaches through a global name, a class, a static field, an "
+                "attribute of a function or a plain Python object (`self`) is not carried. "
+                "Pass the ref, or the module that holds it, as an argument. A plain object "
+                "is no pytree: make it an `rx.Module`, or pass what it holds."
             )
     return _UNRELATED
 
