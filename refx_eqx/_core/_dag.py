@@ -1,5 +1,6 @@
 """`Dag`: a tree of refs as a pytree node, for a transform that has never heard of refs."""
 
+import weakref
 from typing import Any, Generic, TypeVar
 
 import equinox as eqx
@@ -7,8 +8,8 @@ import jax.tree_util as jtu
 
 from . import _trace
 from ._deref import deref, reref
-from ._errors import describe, TraceLevelError
-from ._ref import is_ref, Ref
+from ._errors import TraceLevelError
+from ._ref import Ref
 
 
 __tracebackhide__ = True
@@ -51,8 +52,9 @@ class Dag(Generic[_T]):
         ```
 
     A `Dag` that a transform has handed to a function may be closed over there by the body of
-    another transform: a solver's vector field, a step of `jax.lax.scan`. The body may read
-    what it gets at `.value`, but not write it: nothing would carry that out.
+    another transform: a solver's vector field, a step of `jax.lax.scan`, or a loss by
+    another argument. At `.value` the body gets a copy, and what it writes ends with it. Ask
+    once in a body: `model = dag.value`.
 
     **Arguments:**
 
@@ -63,7 +65,8 @@ class Dag(Generic[_T]):
     When `.value` is asked for:
 
     - `TraceLevelError`: where the `Dag` was unflattened, if the body of an inner transform
-        has read it already: it would not see what is written from now on.
+        has read it already: it would not see what is written from now on. In such a body,
+        if what it was given before is gone, and with it what was written.
     - `StructureError`: if the leaves of the derefed tree were replaced by what no ref holds.
     """
 
@@ -78,11 +81,8 @@ class Dag(Generic[_T]):
         """The tree, with refs that may be read and written here."""
         if self._derefed is _MADE:
             return self._tree
-        here = _trace.current_trace_ref()
-        if here is not self._home:
-            if self._copy is None or self._copy[0] is not here:
-                self._copy = here, _lend(self._derefed)
-            return self._copy[1]
+        if _trace.current_trace_ref() is not self._home:
+            return self._copy_here()
         if self._copy is not None:
             raise TraceLevelError(
                 "Cannot open a Dag in two trace levels: its `.value` was asked for inside "
@@ -93,6 +93,29 @@ class Dag(Generic[_T]):
         self._derefed = _MADE
         return self._tree
 
+    def _copy_here(self) -> _T:
+        """The tree for a body that closes over the `Dag`: the same refs each time it asks.
+
+        They are held weakly. What the body writes to them is its own, and may not stay
+        behind in a `Dag` that outlives it.
+        """
+        here = _trace.current_trace_ref()
+        if self._copy is None or self._copy[0] is not here:
+            tree = reref(self._derefed)
+            leaves, treedef = jtu.tree_flatten(tree)
+            held = [weakref.ref(x) if isinstance(x, Ref) else x for x in leaves]
+            self._copy = here, treedef, held
+            return tree
+        _, treedef, held = self._copy
+        leaves = [x() if isinstance(x, weakref.ref) else x for x in held]
+        if any(new is None and old is not None for new, old in zip(leaves, held)):
+            raise TraceLevelError(
+                "Cannot open a Dag twice inside a transform that it was not passed to: the "
+                "refs that it made there are gone, and with them what was written. Ask "
+                "once, `model = dag.value`, and use that; or pass the Dag as an argument."
+            )
+        return jtu.tree_unflatten(treedef, leaves)
+
     def __repr__(self) -> str:
         tree = self._tree if self._derefed is _MADE else self._derefed
         return f"Dag({eqx.tree_pformat(tree)})"
@@ -101,42 +124,6 @@ class Dag(Generic[_T]):
         if self._derefed is _MADE:
             return Dag, (self._tree,)
         return _unflatten, (None, (self._derefed,))
-
-
-class _Lent:
-    """Declares of a ref that nobody may write it: what a `Dag` gives to an inner transform
-    that closes over it."""
-
-    type = None
-
-    def checked(self, ref: Ref, value: Any) -> Any:
-        raise TraceLevelError(
-            "Cannot mutate ref from different trace level: "
-            f"{describe(ref._name, ref._collection)}: it is of a Dag that this function "
-            "closes over, and nothing would carry out what is written. Pass the Dag through "
-            "the transform, as an argument or in the carry, and return it; or read a copy "
-            "that is not written, such as `rx.snapshot(dag.value)`."
-        )
-
-    def check_rebuilt(self, ref: Ref) -> None:
-        pass
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Lent)
-
-    def __hash__(self) -> int:
-        return 0
-
-
-def _lend(derefed: Any) -> Any:
-    tree = reref(derefed)
-    for ref in filter(is_ref, jtu.tree_leaves(tree)):
-        if _LENT not in (ref._declared or ()):
-            ref._declared = (*(ref._declared or ()), _LENT)
-    return tree
-
-
-_LENT = _Lent()
 
 
 def _flatten(dag: Dag) -> tuple[tuple, None]:
@@ -153,7 +140,7 @@ def _unflatten(_: None, children: Any) -> Dag:
     dag = object.__new__(Dag)
     (dag._derefed,) = children
     dag._home = _trace.current_trace_ref()
-    # The trace of the last inner transform that asked, and the tree that it was given.
+    # Of the last inner transform that asked: its trace, and the tree that it was given.
     dag._copy = None
     return dag
 
