@@ -25,7 +25,7 @@ from ._core._errors import (
     TraceLevelError as TraceLevelError,
 )
 from ._core._nodes import Index as Index, Value as Value
-from ._core._ref import Ref as Ref
+from ._core._ref import is_ref as is_ref, Ref as Ref
 from ._display import (
     count as count,
     mermaid as mermaid,
@@ -46,9 +46,9 @@ from ._filters._filters import (
     collection as collection,
     Filter as Filter,
     filter_spec as filter_spec,
-    mutable as mutable,
     path as path,
 )
+from ._filters._mutable import mutable as mutable
 from ._filters._partition import (
     combine as combine,
     get_partition as get_partition,

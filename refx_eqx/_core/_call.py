@@ -378,7 +378,7 @@ def commit(
     - `updates`: the refs to write, with their new values.
     """
     trace, state = _trace.current_trace(), _trace.thread.state
-    quiet = not state.bodies and not state.guards
+    quiet = not state.bodies and not _trace.guards.get()
     for ref, _ in updates:
         if not (quiet and ref._trace() is trace):
             check_writable(ref)

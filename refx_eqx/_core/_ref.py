@@ -4,11 +4,12 @@ A `Ref` is a *leaf*: JAX never looks inside it. So a tree of refs may hold one r
 places, and the two are one parameter.
 """
 
+import contextlib
 import copy
 import threading
 import types
 import weakref
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, Generic, overload, Self, TYPE_CHECKING, TypeVar
 
 import equinox as eqx
@@ -447,14 +448,27 @@ def check_writable(ref: Ref) -> None:
             raise TraceLevelError(
                 f"Cannot mutate ref from different trace level: {which}: {reason}"
             )
-    for allows, filter_text in _trace.thread.state.guards:
+    for allows, where in _trace.guards.get():
         if not allows(ref):
             which = describe(ref._name, ref._collection)
-            raise ImmutableError(
-                f"Cannot write {which}: this code runs under `rx.mutable({filter_text})`, "
-                "which does not select it. Widen the filter, or write the ref outside of "
-                "the `with` block."
-            )
+            raise ImmutableError(f"Cannot write {which}: this code runs {where}")
+
+
+@contextlib.contextmanager
+def guarded(allows: Callable[[Ref], bool], where: str) -> Iterator[None]:
+    """While it lasts, only refs that `allows` selects may be written.
+
+    **Arguments:**
+
+    - `where`: for messages: where this is, and what to do.
+    """
+    guard = allows, where
+    _trace.guards.set((*_trace.guards.get(), guard))
+    try:
+        yield
+    finally:
+        # Not the guards of before: a generator may end in between.
+        _trace.guards.set(tuple(g for g in _trace.guards.get() if g is not guard))
 
 
 def check_value(ref: Ref, value: Any) -> Any:

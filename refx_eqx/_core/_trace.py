@@ -23,6 +23,7 @@ after a write. Plain `jax.grad` is refused because no gradient would flow to the
 """
 
 import contextlib
+import contextvars
 import os
 import pathlib
 import threading
@@ -113,15 +114,13 @@ class ThreadState:
     """What this library keeps of one thread.
 
     - `bodies`: the bodies of lifted transforms that run, outermost first;
-    - `guards`: what `mutable` allows: `(predicate on a ref, text of the filter)`;
     - `calls`: the opened calls whose transformed function is being dispatched.
     """
 
-    __slots__ = ("bodies", "calls", "guards")
+    __slots__ = ("bodies", "calls")
 
     def __init__(self):
         self.bodies: list[Body] = []
-        self.guards: list[tuple[Callable[[Any], bool], str]] = []
         self.calls: list[Any] = []
 
 
@@ -133,6 +132,11 @@ class _Thread(threading.local):
 
 
 thread = _Thread()
+
+# What may be written: `(predicate on a ref, where this is and what to do)`. A context
+# variable, because an `asyncio` task has its own. (A thread begins with none.)
+guards: contextvars.ContextVar[tuple[tuple[Callable[[Any], bool], str], ...]]
+guards = contextvars.ContextVar("refx_eqx guards", default=())
 
 
 @contextlib.contextmanager
@@ -290,13 +294,13 @@ def undisturbed_state() -> ThreadState | None:
     """The state of this thread if nothing is going on in it: no transform, no body of a
     lifted one, no `mutable`. Else `None`."""
     state = thread.state
-    if _context.trace is _eval_trace and not state.bodies and not state.guards:
+    if _context.trace is _eval_trace and not state.bodies and not _get_guards():
         return state
     return None
 
 
 # Names of this module are found sooner than those in `core`.
-_context, _eval_trace = core.trace_ctx, core.eval_trace
+_context, _eval_trace, _get_guards = core.trace_ctx, core.eval_trace, guards.get
 
 
 def is_at_home(owner: TraceRef) -> bool:

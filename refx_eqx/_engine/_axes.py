@@ -13,7 +13,7 @@ import jax.tree_util as jtu
 from .._core._closure import Carried, may_carry
 from .._core._errors import describe, StructureError
 from .._core._ref import Ref
-from .._filters._filters import as_filter, Filter, key_text, Path
+from .._filters._filters import as_filter, as_option, Filter, key_text, Path
 
 
 __tracebackhide__ = True
@@ -93,6 +93,7 @@ class axes:
                 "any filter, to axis, as in `rx.axes({'params': 0})`."
             )
         merged = {**(by_collection or {}), **collections}
+        merged = {as_option(given): axis for given, axis in merged.items()}
         for given, axis in merged.items():
             merged[given] = _as_axis(axis, f"rx.axes({{{given!r}: {axis!r}}})")
         if default is not _UNSET and not callable(default):

@@ -1,8 +1,8 @@
 """`config`: the switch of the run-time type checks."""
 
 import contextlib
+import contextvars
 import os
-import threading
 from collections.abc import Iterator
 
 import jaxtyping
@@ -50,7 +50,7 @@ class Config:
         ```
 
     Assigning to `rx.config.check_types` sets it for the whole program. The `with` block
-    sets it for the running thread, and ends with the block.
+    sets it for the running thread and `asyncio` task, and ends with the block.
     """
 
     # Nothing else can be set: a misspelled name would be without effect.
@@ -58,7 +58,9 @@ class Config:
 
     def __init__(self):
         self._everywhere = _parse(os.environ.get("REFX_CHECK_TYPES", "1"))
-        self._here = threading.local()
+        # Of an `asyncio` task, and so of a thread: each begins with none.
+        self._here: contextvars.ContextVar[tuple[tuple[object, bool], ...]]
+        self._here = contextvars.ContextVar("refx_eqx.config", default=())
 
     @property
     def check_types(self) -> bool:
@@ -69,7 +71,8 @@ class Config:
         """
         if jaxtyping.config.jaxtyping_disable:
             return False
-        return getattr(self._here, "check_types", self._everywhere)
+        here = self._here.get()
+        return here[-1][1] if here else self._everywhere
 
     @check_types.setter
     def check_types(self, value: bool) -> None:
@@ -77,15 +80,14 @@ class Config:
 
     @contextlib.contextmanager
     def __call__(self, *, check_types: bool) -> Iterator[None]:
-        """Sets `check_types` on this thread for the duration of a `with` block."""
-        check = _checked(check_types)
-        before = vars(self._here).copy()
-        self._here.check_types = check
+        """Sets `check_types` in this task for the duration of a `with` block."""
+        mine = object(), _checked(check_types)
+        self._here.set((*self._here.get(), mine))
         try:
             yield
         finally:
-            vars(self._here).clear()
-            vars(self._here).update(before)
+            # Not what was before: a generator may end in between.
+            self._here.set(tuple(x for x in self._here.get() if x is not mine))
 
     def __repr__(self) -> str:
         return f"rx.config(check_types={self.check_types})"

@@ -6,6 +6,7 @@ A filter is
 - a subclass of `Ref`;
 - `True` (everything) or `False` (nothing);
 - `rx.collection("params", "lora")` or `rx.path("encoder.**.weight")`;
+- a ref, or a tree or set of refs, such as a part of the model: these very refs;
 - a predicate: a function of a leaf that returns a bool;
 - a combination of these with `&`, `|` and `~`.
 
@@ -13,18 +14,20 @@ A filter decides per ref, not per place. It sees a ref also where the tree is de
 it must give the same answer at every place of one ref, so that a tie cannot be torn.
 """
 
-import contextlib
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Hashable, Iterator
+import functools
+from collections.abc import Callable, Hashable
 from typing import Any
 
+import equinox as eqx
 import jax.tree_util as jtu
 
-from .._core import _trace
+from .._core._closure import is_table
 from .._core._errors import describe, StructureError
+from .._core._identity import Identity
 from .._core._nodes import is_opened, Value
-from .._core._ref import make_ref, Ref
+from .._core._ref import guarded, make_ref, Ref
 from .._fields._instance import check_refs_in_place
 
 
@@ -33,6 +36,13 @@ __tracebackhide__ = True
 
 Path = tuple[str, ...]
 """The keys on the way to a leaf, as text: `("layers", "0", "weight")`."""
+
+
+_ONLY_ANSWERS = "in a filter, which only answers which refs are meant. Write the ref before, or after."
+
+
+def _nothing(ref: Any) -> bool:
+    return False
 
 
 class Filter:
@@ -46,7 +56,8 @@ class Filter:
         raise NotImplementedError(f"{type(self).__name__} must say what it matches.")
 
     def __call__(self, leaf: Any) -> bool:
-        return self.matches(None, leaf)
+        with guarded(_nothing, _ONLY_ANSWERS):
+            return self.matches(None, leaf)
 
     def __and__(self, other: Any) -> "Filter":
         return _All((self, as_filter(other)))
@@ -77,7 +88,7 @@ class _Collections(Filter):
 
 @dataclasses.dataclass(frozen=True)
 class _Paths(Filter):
-    patterns: tuple[str, ...]
+    patterns: tuple[str | Path, ...]
 
     def matches(self, path: Path | None, leaf: Any) -> bool:
         if path is None:
@@ -88,7 +99,10 @@ class _Paths(Filter):
             )
         # One key may be several names: "encoder.weight" in the state of an optimizer.
         names = tuple(".".join(path).split(".")) if path else ()
-        return any(_matches(names, tuple(p.split("."))) for p in self.patterns)
+        return any(
+            path == p if isinstance(p, tuple) else _matches(names, tuple(p.split(".")))
+            for p in self.patterns
+        )
 
     def __repr__(self) -> str:
         return f"rx.path({', '.join(map(repr, self.patterns))})"
@@ -114,6 +128,47 @@ class _OfType(Filter):
 
     def __repr__(self) -> str:
         return self.ref_type.__name__
+
+
+@dataclasses.dataclass(frozen=True)
+class _Refs(Filter):
+    """These very refs. Held weakly: options of a transform, and so of a cache, have it."""
+
+    refs: tuple[Identity, ...]
+    text: str = dataclasses.field(compare=False)
+
+    def matches(self, path: Path | None, leaf: Any) -> bool:
+        if not isinstance(leaf, Ref):
+            return False
+        if Identity(leaf) in self._set:
+            return True
+        # Refs of one body are told apart without asking which refs they stand for.
+        alive = [ref for ref in (x.recall() for x in self.refs) if ref is not None]
+        return any(ref._body is not leaf._body and ref == leaf for ref in alive)
+
+    @functools.cached_property
+    def _set(self) -> frozenset[Identity]:
+        return frozenset(self.refs)
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _refs_in(tree: Any) -> list[Ref]:
+    """The refs in a ref, a tree or a set of refs."""
+    if isinstance(tree, set | frozenset) or is_table(tree):
+        return [x for x in tree if isinstance(x, Ref)]
+    return [x for x in jtu.tree_leaves(tree) if isinstance(x, Ref)]
+
+
+def _these(tree: Any) -> _Refs | None:
+    """The filter for the refs of a tree; `None` for what is no tree of refs."""
+    refs = list({id(ref): ref for ref in _refs_in(tree)}.values())
+    if not refs:
+        return None
+    names = [describe(ref._name, ref._collection) for ref in refs[:3]]
+    more = [f"{len(refs) - 3} more"] if len(refs) > 3 else []
+    return _Refs(tuple(map(Identity, refs)), f"these refs: {', '.join(names + more)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,11 +247,31 @@ def collection(*names: Hashable) -> Filter:
     **Returns:**
 
     A filter.
+
+    **Raises:**
+
+    - `TypeError`: if a name is not hashable, or is a ref: a ref is a filter itself.
     """
+    for name in names:
+        if isinstance(name, Ref):
+            which = describe(name._name, name._collection)
+            raise TypeError(
+                f"`rx.collection` takes the names of collections, and was given a ref, "
+                f"{which}. For this very ref, use the ref itself as the filter; for those "
+                "of its collection, `rx.collection(ref.collection)`."
+            )
+        try:
+            hash(name)
+        except TypeError:
+            raise TypeError(
+                f"`rx.collection` takes the names of collections, which are hashable, and "
+                f"was given {name!r}. Pass several one by one: `rx.collection('params', "
+                "'lora')`, or `rx.collection(*names)`."
+            ) from None
     return _Collections(names)
 
 
-def path(*patterns: str) -> Filter:
+def path(*patterns: str | Path) -> Filter:
     """The leaves at places that match any of these patterns.
 
     !!! Example
@@ -213,13 +288,26 @@ def path(*patterns: str) -> Filter:
 
     - `*patterns`: the keys on the way to a leaf, joined with dots: attribute names, dict
         keys, positions. `*` stands for one key or a part of one, `**` for any number of
-        keys, none included.
+        keys, none included. Or a tuple of keys, which are taken as they are: for a key with
+        a dot, a bracket or a star in it.
 
     **Returns:**
 
     A filter. It needs the tree, so it is not a function of a leaf alone: use it where a
     filter is asked for, or through [`refx_eqx.filter_spec`][].
+
+    **Raises:**
+
+    - `TypeError`: if a pattern is neither a text nor a tuple of texts.
     """
+    for pattern in patterns:
+        keys = pattern if isinstance(pattern, tuple) else (pattern,)
+        if not all(isinstance(key, str) for key in keys):
+            raise TypeError(
+                "`rx.path` takes patterns, such as 'encoder.**.weight', or tuples of keys, "
+                f"such as ('layers', '0', 'weight'), and was given {pattern!r}. Positions "
+                "are text too: '0'. Pass several patterns one by one."
+            )
     return _Paths(patterns)
 
 
@@ -231,6 +319,10 @@ def as_filter(filter: Any) -> Filter:
         return _Constant(filter)
     if isinstance(filter, type) and issubclass(filter, Ref):
         return _OfType(filter)
+    if _is_tree(filter):
+        these = _these(filter)
+        if these is not None:
+            return these
     if callable(filter):
         return _Where(filter)
     try:
@@ -238,10 +330,24 @@ def as_filter(filter: Any) -> Filter:
     except TypeError:
         raise TypeError(
             f"{filter!r} is not a filter. A filter is a collection name, a subclass of "
-            "`rx.Ref`, `rx.collection(...)`, `rx.path(...)`, a function of a leaf, or a "
-            "combination of these with `&`, `|` and `~`."
+            "`rx.Ref`, `rx.collection(...)`, `rx.path(...)`, a ref or a tree of refs, a "
+            "function of a leaf, or a combination of these with `&`, `|` and `~`."
         ) from None
     return _Collections((filter,))
+
+
+def _is_tree(filter: Any) -> bool:
+    """Whether a filter may be a tree of refs: a module is, also one that can be called; a
+    function or a partial is a predicate, whatever it holds."""
+    if isinstance(filter, eqx.Module):
+        return not isinstance(filter, eqx.Partial)
+    return not callable(filter)
+
+
+def as_option(filter: Any) -> Any:
+    """A filter as an option that is kept: a tree of refs is not held, only known again."""
+    found = as_filter(filter)
+    return found if isinstance(found, _Refs) else filter
 
 
 def key_text(key: Any) -> str:
@@ -314,15 +420,32 @@ def choose(paths: list[Path], leaves: list[Any], filters: tuple[Any, ...]) -> li
 
     **Raises:**
 
-    - `StructureError`: if the answer differs between two places of one ref.
+    - `StructureError`: if the answer differs between two places of one ref, or if a filter
+        names what there is not.
     """
     resolved = [as_filter(f) for f in filters]
-    answers: list[int] = []
+    with guarded(_nothing, _ONLY_ANSWERS):
+        answers = [_first(resolved, path, leaf) for path, leaf in zip(paths, leaves)]
+    for i, f in enumerate(resolved):
+        if leaves and i not in answers and _is_by_name(f):
+            # It may be that those before it took all.
+            if not any(map(f.matches, paths, leaves)):
+                raise _selects_nothing(f, paths, leaves)
+    _check_ties(resolved, paths, leaves, answers)
+    return answers
+
+
+def _first(filters: list[Filter], path: Path, leaf: Any) -> int:
+    return next(
+        (i for i, f in enumerate(filters) if f.matches(path, leaf)), len(filters)
+    )
+
+
+def _check_ties(
+    filters: list[Filter], paths: list[Path], leaves: list[Any], answers: list[int]
+) -> None:
     first: dict[int, tuple[int, Path]] = {}
-    for path, leaf in zip(paths, leaves):
-        answer = next(
-            (i for i, f in enumerate(resolved) if f.matches(path, leaf)), len(resolved)
-        )
+    for path, leaf, answer in zip(paths, leaves, answers):
         if isinstance(leaf, Ref):
             earlier, earlier_path = first.setdefault(id(leaf), (answer, path))
             if earlier != answer:
@@ -330,12 +453,58 @@ def choose(paths: list[Path], leaves: list[Any], filters: tuple[Any, ...]) -> li
                     f"A filter must select a ref at all of its places or at none: "
                     f"{describe(leaf._name, leaf._collection)} is one ref at "
                     f"`{dotted(earlier_path)}` and `{dotted(path)}`, and "
-                    f"{', '.join(map(repr, resolved))} would tear it apart. Select "
-                    f'both, for example with `rx.path("{dotted(earlier_path)}", '
-                    f'"{dotted(path)}")`, or neither.'
+                    f"{', '.join(map(repr, filters))} would tear it apart. Select "
+                    f"both, for example with `rx.path({_pattern(earlier_path)}, "
+                    f"{_pattern(path)})`, or neither."
                 )
-        answers.append(answer)
-    return answers
+
+
+def _pattern(path: Path) -> str:
+    """How to give this place to `rx.path`."""
+    special = any(set(key) & set(".*?[") for key in path)
+    return repr(path) if special else f'"{dotted(path)}"'
+
+
+def _selects_nothing(
+    filter: Filter, paths: list[Path], leaves: list[Any]
+) -> StructureError:
+    refs = [leaf for leaf in leaves if isinstance(leaf, Ref)]
+    collections = list(dict.fromkeys(ref._collection for ref in refs))
+    places = [f"`{dotted(path)}`" for path in paths]
+    if len(places) > 8:
+        places = [*places[:8], f"{len(places) - 8} more"]
+    return StructureError(
+        f"{filter!r} selects nothing in this tree, which has "
+        + (
+            f"refs of the collections {', '.join(map(repr, collections))}"
+            if refs
+            else "no refs"
+        )
+        + f", and leaves at {', '.join(places)}. Correct the name"
+        + _hint(filter)
+        + ". If there may be none, say so: `rx.collection('lora') | False`."
+    )
+
+
+def _is_by_name(filter: Filter) -> bool:
+    """Whether a filter is made of names alone: if it selects nothing, that is likely to be
+    a typing error. A predicate, a type, `~` and `False` may select nothing: what they
+    select depends on the tree."""
+    if isinstance(filter, _All | _Any):
+        return all(map(_is_by_name, filter.filters))
+    if isinstance(filter, _Collections):
+        return bool(filter.names)
+    return isinstance(filter, _Paths | _Refs) and filter != _Paths(())
+
+
+def _hint(filter: Filter) -> str:
+    """A tuple of names is a name itself."""
+    names = filter.names if isinstance(filter, _Collections) else ()
+    if len(names) == 1 and isinstance(names[0], tuple):
+        return f" (for several collections, write `rx.collection{names[0]!r}`)"
+    if isinstance(filter, _Refs):
+        return " (a copy has other refs, and a derefed tree has none: select from the tree)"
+    return ""
 
 
 def selected_refs(tree: Any, filter: Any) -> list[Ref]:
@@ -416,54 +585,3 @@ def aliases(tree: Any) -> dict[Ref[Any], tuple[str, ...]]:
         if isinstance(leaf, Ref):
             places[leaf] = (*places.get(leaf, ()), ".".join(path))
     return places
-
-
-@contextlib.contextmanager
-def mutable(filter: Any, tree: Any = None) -> Iterator[None]:
-    """While the context lasts, only the refs that `filter` selects may be written.
-
-    The limit holds for this thread. It may be nested; then all of the filters must allow
-    a write. What a lifted transform writes back is checked too.
-
-    !!! Example
-
-        ```python
-        import refx_eqx as rx
-
-        weight, count = rx.Ref(1.0, "params"), rx.Ref(0, "counts")
-        with rx.mutable("counts"):
-            count.value += 1
-            try:
-                weight.value = 2.0
-            except rx.ImmutableError:
-                pass
-        assert weight.value == 1.0 and count.value == 1
-        ```
-
-    **Arguments:**
-
-    - `filter`: any filter. `False` forbids every write.
-    - `tree`: the tree that the paths of a path filter are of. Not needed for others.
-
-    **Raises:**
-
-    - `ImmutableError`: at a write that is not allowed.
-    """
-    resolved = as_filter(filter)
-    allows: Callable[[Any], bool] = resolved
-    if tree is not None:
-        allowed = {id(ref): ref for ref in selected_refs(tree, resolved)}
-
-        def allows_in_tree(ref: Ref) -> bool:
-            # An inner ref of a lifted transform is not in the tree. Its write is checked
-            # when it comes back to the ref that is.
-            return id(ref) in allowed or _trace.is_inner(ref._trace)
-
-        allows = allows_in_tree
-
-    guards = _trace.thread.state.guards
-    guards.append((allows, repr(resolved)))
-    try:
-        yield
-    finally:
-        guards.pop()

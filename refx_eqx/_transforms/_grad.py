@@ -22,6 +22,7 @@ from .._engine._backward import (
 )
 from .._engine._layout import first_of_pair, layout_of_first, replaced, Sparse
 from .._engine._wrapper import Lifted
+from .._filters._filters import as_option
 
 
 __tracebackhide__ = True
@@ -277,4 +278,4 @@ def _lift_grad(cls: Callable, fun: Any, wrt: Any, has_aux: bool, kwargs: dict) -
         return functools.partial(
             _lift_grad, cls, wrt=wrt, has_aux=has_aux, kwargs=kwargs
         )
-    return cls(fun, wrt=wrt, has_aux=has_aux, gradkwargs=kwargs)
+    return cls(fun, wrt=as_option(wrt), has_aux=has_aux, gradkwargs=kwargs)

@@ -11,6 +11,7 @@ from .._engine._autodiff import Differentiated, first_of, nothing_to_differentia
 from .._engine._backward import stripped
 from .._engine._layout import layout_of_first
 from .._engine._wrapper import Lifted
+from .._filters._filters import as_option
 
 
 __tracebackhide__ = True
@@ -125,7 +126,7 @@ def filter_jacfwd(
     - `StructureError`: if there is nothing to differentiate, or if `wrt` selects a ref at
         one of its places and not at another.
     """
-    return _JacFwd(fun, has_aux=has_aux, wrt=wrt, holomorphic=holomorphic)
+    return _JacFwd(fun, has_aux=has_aux, wrt=as_option(wrt), holomorphic=holomorphic)
 
 
 def filter_jacrev(
@@ -151,7 +152,7 @@ def filter_jacrev(
 
     **Arguments:**, **Returns:**, **Raises:** as for [`refx_eqx.filter_jacfwd`][].
     """
-    return _JacRev(fun, has_aux=has_aux, wrt=wrt, holomorphic=holomorphic)
+    return _JacRev(fun, has_aux=has_aux, wrt=as_option(wrt), holomorphic=holomorphic)
 
 
 def filter_hessian(
@@ -182,4 +183,4 @@ def filter_hessian(
     A function with the arguments of `fun`, which returns the Hessian, or `(hessian, aux)`:
     a tree of the structure of the Jacobian, with such a tree again for each of its arrays.
     """
-    return _Hessian(fun, has_aux=has_aux, wrt=wrt, holomorphic=holomorphic)
+    return _Hessian(fun, has_aux=has_aux, wrt=as_option(wrt), holomorphic=holomorphic)

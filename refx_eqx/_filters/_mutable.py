@@ -1,0 +1,65 @@
+"""`mutable`: which refs may be written."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .._core import _trace
+from .._core._ref import guarded, Ref
+from ._filters import as_filter, selected_refs
+
+
+__tracebackhide__ = True
+
+
+@contextlib.contextmanager
+def mutable(filter: Any, tree: Any = None) -> Iterator[None]:
+    """While the context lasts, only the refs that `filter` selects may be written.
+
+    The limit holds for this thread and this `asyncio` task. It may be nested; then all of
+    the filters must allow a write. A generator that yields inside of the block limits who
+    runs it until it goes on, as a context manager made of a generator is meant to. What a lifted transform writes back is checked too.
+
+    !!! Example
+
+        ```python
+        import refx_eqx as rx
+
+        weight, count = rx.Ref(1.0, "params"), rx.Ref(0, "counts")
+        with rx.mutable("counts"):
+            count.value += 1
+            try:
+                weight.value = 2.0
+            except rx.ImmutableError:
+                pass
+        assert weight.value == 1.0 and count.value == 1
+        ```
+
+    **Arguments:**
+
+    - `filter`: any filter. `False` forbids every write. Without a tree, nobody can tell
+        whether a name is misspelt; nothing is written then that is not selected.
+    - `tree`: the tree that the paths of a path filter are of. Not needed for others.
+
+    **Raises:**
+
+    - `ImmutableError`: at a write that is not allowed.
+    """
+    resolved = as_filter(filter)
+    allows: Callable[[Any], bool] = resolved
+    if tree is not None:
+        allowed = {id(ref): ref for ref in selected_refs(tree, resolved)}
+
+        def allows_in_tree(ref: Ref) -> bool:
+            # An inner ref of a lifted transform is not in the tree. Its write is checked
+            # when it comes back to the ref that is.
+            return id(ref) in allowed or _trace.is_inner(ref._trace)
+
+        allows = allows_in_tree
+
+    where = (
+        f"under `rx.mutable({resolved!r})`, which does not select it. Widen the filter, or "
+        "write the ref outside of the `with` block."
+    )
+    with guarded(allows, where):
+        yield
