@@ -7,11 +7,13 @@ from ._core._call import functionalize as functionalize
 from ._core._dag import Dag as Dag
 from ._core._deref import (
     as_refs as as_refs,
+    block_until_ready as block_until_ready,
     clone as clone,
     deref as deref,
     NOTHING as NOTHING,
     reref as reref,
     snapshot as snapshot,
+    tree_equal as tree_equal,
 )
 from ._core._errors import (
     CheckpointError as CheckpointError,
@@ -47,6 +49,7 @@ from ._filters._filters import (
     Filter as Filter,
     filter_spec as filter_spec,
     path as path,
+    values as values,
 )
 from ._filters._mutable import mutable as mutable
 from ._filters._partition import (

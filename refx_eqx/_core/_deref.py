@@ -348,3 +348,68 @@ def as_refs(
         return ref
 
     return jtu.tree_map_with_path(convert, tree)
+
+
+def tree_equal(
+    *trees: Any, typematch: bool = False, rtol: Any = 0.0, atol: Any = 0.0
+) -> Any:
+    """As `equinox.tree_equal`, by value: refs are equal if what they hold is, and if they
+    are shared at the same places.
+
+    !!! Example
+
+        ```python
+        import equinox as eqx
+        import refx_eqx as rx
+
+        ref = rx.Ref(1.0, "params")
+        tied, untied = [ref, ref], [ref, rx.clone(ref)]
+        assert rx.tree_equal(tied, rx.clone(tied))
+        assert not rx.tree_equal(tied, untied)
+        assert not eqx.tree_equal(tied, rx.clone(tied))  # other refs
+        ```
+
+    **Arguments:**
+
+    - `*trees`: any pytrees, of refs or derefed. Their refs must be readable here.
+    - `typematch`, `rtol`, `atol`: as in `equinox.tree_equal`.
+
+    **Returns:**
+
+    Whether all are equal: in structure, sharing, collections, ref types and values. A `bool`;
+    inside of a transform it may be a traced scalar, as in Equinox.
+    """
+    derefed = [_derefed(tree) for tree in trees]
+    return eqx.tree_equal(*derefed, typematch=typematch, rtol=rtol, atol=atol)
+
+
+def _derefed(tree: Any) -> Any:
+    leaves = jtu.tree_leaves(tree, is_leaf=is_opened)
+    return tree if any(map(is_opened, leaves)) else deref(tree)
+
+
+def block_until_ready(tree: _T) -> _T:
+    """As `jax.block_until_ready`, which does not look into refs: waits until the arrays of
+    a tree are computed, in refs and outside of them.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        ref = rx.Ref(jnp.ones(3))
+        ref.value = ref.value @ jnp.ones((3, 3))
+        assert rx.block_until_ready(ref) is ref
+        ```
+
+    **Arguments:**
+
+    - `tree`: any pytree. Its refs must be readable here.
+
+    **Returns:**
+
+    The tree itself.
+    """
+    jax.block_until_ready(_derefed(tree))
+    return tree

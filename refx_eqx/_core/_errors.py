@@ -90,7 +90,8 @@ class CollectionError(RefError, ValueError):
 
 
 class RefTypeError(RefError, TypeError):
-    """A value does not have the type that its ref declares."""
+    """A value does not have the type that its ref declares; or a ref was used as if it were
+    the value that it holds."""
 
 
 class ImmutableError(RefError, ValueError):
@@ -169,6 +170,11 @@ class CheckpointError(RefError, ValueError):
         assert model["w"].value == 1.0
         ```
     """
+
+
+# In a traceback an error shows where it is imported from, not where it is written.
+for _error in (RefError, *RefError.__subclasses__()):
+    _error.__module__ = "refx_eqx"
 
 
 def describe(name: str | None, collection: Hashable) -> str:

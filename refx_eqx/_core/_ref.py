@@ -28,6 +28,7 @@ from ._errors import (
     TraceLevelError,
 )
 from ._identity import is_same, outermost
+from ._misuse import missing_attribute, misuse, refuse_to_be_a_value
 from ._trace import Body
 
 
@@ -249,7 +250,11 @@ class Ref(Generic[_T]):
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
-        return is_same(self, other) if isinstance(other, Ref) else NotImplemented
+        if isinstance(other, Ref):
+            return is_same(self, other)
+        if eqx.is_array_like(other):
+            raise misuse(self, "`==`")
+        return NotImplemented
 
     def __hash__(self) -> int:
         if not self._hashed:
@@ -257,6 +262,14 @@ class Ref(Generic[_T]):
             # A plan may be for refs that are in no set and no dict.
             commits.irregular += 1
         return object.__hash__(outermost(self))
+
+    if not TYPE_CHECKING:  # else every attribute is there for a type checker
+
+        def __getattr__(self, name: str) -> Any:
+            own = getattr(type(self), name, None)
+            if isinstance(own, property) and own.fget is not None:
+                return own.fget(self)  # Python asks here once more if that raised
+            raise missing_attribute(self, name)
 
     def __copy__(self) -> Self:
         return _like(self, self.value)
@@ -332,7 +345,27 @@ _drawn: "weakref.WeakKeyDictionary[Ref, _Drawn]" = weakref.WeakKeyDictionary()
 
 
 def is_ref(x: Any) -> "TypeIs[Ref]":
-    """Whether `x` is a [`refx_eqx.Ref`][]. For use as an `is_leaf` or a filter."""
+    """Whether `x` is a [`refx_eqx.Ref`][]. For use as an `is_leaf` or a filter.
+
+    !!! Example
+
+        ```python
+        import equinox as eqx
+        import refx_eqx as rx
+
+        tree = {"w": rx.Ref(1.0), "act": "relu"}
+        refs, rest = eqx.partition(tree, rx.is_ref)
+        assert rx.is_ref(refs["w"]) and refs["act"] is None
+        ```
+
+    **Arguments:**
+
+    - `x`: anything.
+
+    **Returns:**
+
+    A `bool`.
+    """
     return isinstance(x, Ref)
 
 
@@ -583,3 +616,4 @@ def _refuse_as_array(ref: Ref) -> Any:
 
 
 _trace.refuse_as_array(Ref, _refuse_as_array)
+refuse_to_be_a_value(Ref)

@@ -517,6 +517,42 @@ def selected_refs(tree: Any, filter: Any) -> list[Ref]:
     return list(found.values())
 
 
+def values(tree: Any, filter: Any = True) -> list[Any]:
+    """The values of the refs of a tree, each once: for counts, norms and sizes.
+
+    !!! Example
+
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        tied = rx.Ref(jnp.ones((2, 3)), "params")
+        model = {"in": tied, "out": tied, "steps": rx.Ref(jnp.array(0), "counts")}
+        n_params = sum(x.size for x in jax.tree.leaves(rx.values(model, "params")))
+        assert n_params == 6
+        ```
+
+    **Arguments:**
+
+    - `tree`: a tree of refs. Those that are selected must be readable here.
+    - `filter`: any filter.
+
+    **Returns:**
+
+    A list with the value of each ref that is selected, in the order of the tree. A shared
+    ref is in it once. For the tree with values instead of refs, see
+    [`refx_eqx.snapshot`][]; for values by path, [`refx_eqx.state_dict`][].
+
+    **Raises:**
+
+    - `StructureError`: if the filter selects a ref at one of its places and not at another,
+        or names what there is not.
+    - `TraceLevelError`: if a ref may not be read here.
+    """
+    return [ref.value for ref in selected_refs(tree, filter)]
+
+
 def filter_spec(tree: Any, filter: Any) -> Any:
     """A filter as an Equinox filter spec for the derefed tree.
 

@@ -1,0 +1,69 @@
+"""What a ref is not: the array that it holds.
+
+Python's own message for `ref + 1` says that there is no `+` for a `Ref`. Ours says which ref
+it is, and how its value is read.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from ._errors import describe, RefTypeError
+
+
+__tracebackhide__ = True
+
+
+# `hasattr(ref, "__float__")` and the like are `True` by this, as they are for a tracer of
+# JAX, whose `float` raises too. There is no `__index__`: JAX and NumPy ask whether there is
+# one to tell a dimension from an array.
+_BINARY = "add sub mul matmul truediv floordiv mod divmod pow lshift rshift and or xor"
+_UNARY = "neg pos abs invert bool len int float complex round trunc floor ceil"
+_COMPARISONS = "lt le gt ge"
+_SYMBOLS = {
+    "add": "+", "sub": "-", "mul": "*", "matmul": "@", "truediv": "/", "floordiv": "//",
+    "mod": "%", "pow": "**", "lshift": "<<", "rshift": ">>", "and": "&", "or": "|",
+    "xor": "^", "neg": "-", "pos": "+", "invert": "~", "lt": "<", "le": "<=", "gt": ">",
+    "ge": ">=",
+}  # fmt: skip
+
+
+def refuse_to_be_a_value(cls: type) -> None:
+    """Gives the class of refs all the operators that its value has, to refuse them."""
+    binary = _BINARY.split()
+    for name in (*binary, *_UNARY.split(), *_COMPARISONS.split()):
+        setattr(cls, f"__{name}__", _refusing(name))
+    for name in binary:
+        setattr(cls, f"__r{name}__", _refusing(name))
+
+
+def _refusing(name: str) -> Callable[..., Any]:
+    what = f"`{_SYMBOLS[name]}`" if name in _SYMBOLS else f"`{name}()`"
+
+    def refuse(self: Any, *args: Any) -> Any:
+        raise misuse(self, what, name)
+
+    return refuse
+
+
+def misuse(ref: Any, what: str, name: str = "") -> RefTypeError:
+    """The error for a ref that is used as if it were its value."""
+    remedy = "read it: `ref[...]`; and write it: `ref[...] = ...`."
+    if name == "bool":
+        remedy = (
+            "read it: `ref[...]`; or ask whether there is a ref: `ref is not None`."
+        )
+    return RefTypeError(
+        f"A ref is not the value that it holds: {what} was asked of "
+        f"{describe(ref._name, ref._collection)}. To use the value, {remedy}"
+    )
+
+
+def missing_attribute(ref: Any, name: str) -> AttributeError:
+    """The error for an attribute that a ref has not; its value may have it."""
+    text = f"{type(ref).__name__!r} object has no attribute {name!r}"
+    if not name.startswith("_") and hasattr(type(ref._value), name):
+        text += (
+            f". The value of {describe(ref._name, ref._collection)} has it: read it, "
+            f"`ref[...].{name}`."
+        )
+    return AttributeError(text, name=name, obj=ref)

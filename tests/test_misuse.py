@@ -1,0 +1,117 @@
+"""A ref that is used as if it were its value is named, with how the value is read."""
+
+import builtins
+import copy
+import math
+import operator
+import pickle
+import traceback
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import refx_eqx as rx
+
+
+class Linear(rx.Module):
+    weight: rx.Param[jax.Array]
+
+
+def make():
+    return Linear(jnp.ones((2, 2))).weight
+
+
+MESSAGE = (
+    r"A ref is not the value that it holds: `.*` was asked of `Linear.weight` \(collection "
+    r"'params'\). To use the value, read it: `ref\[...\]`"
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "lshift", "rshift"]
+    + ["and_", "or_", "xor", "lt", "le", "gt", "ge", "eq", "ne"],
+)  # fmt: skip
+@pytest.mark.parametrize("other", [2, 2.0, np.float32(2), jnp.ones((2, 2))])
+def test_operators(name, other):
+    ref, op = make(), getattr(operator, name)
+    with pytest.raises(rx.RefTypeError, match=MESSAGE):
+        op(ref, other)
+    with pytest.raises(rx.RefError, match=r"Linear.weight"):
+        op(other, ref)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [operator.neg, operator.pos, operator.abs, operator.invert, len, int, float, complex]
+    + [round, math.floor, math.ceil, math.trunc, lambda ref: divmod(ref, 2)],
+)  # fmt: skip
+def test_functions(fn):
+    with pytest.raises(rx.RefTypeError, match=MESSAGE):
+        fn(make())
+
+
+def test_in_place():
+    ref = make()
+    before = ref
+    with pytest.raises(rx.RefTypeError, match=r"and write it: `ref\[...\] = ...`"):
+        ref += 1  # type: ignore[operator]
+    assert ref is before
+    ref[...] += 1  # the remedy
+    assert ref[0, 0] == 2.0
+
+
+def test_truth():
+    with pytest.raises(rx.RefTypeError, match=r"there is a ref: `ref is not None`"):
+        builtins.bool(rx.Ref(False))
+
+
+def test_attributes_of_the_value():
+    ref = make()
+    with pytest.raises(
+        AttributeError,
+        match=r"has no attribute 'T'. The value of `Linear.weight` .* has it: read it, "
+        r"`ref\[...\].T`",
+    ):
+        ref.T  # type: ignore[attr-defined] # noqa: B018
+    assert ref[...].T.shape == (2, 2)  # the remedy
+    with pytest.raises(AttributeError, match=r"no attribute 'valeu'$"):
+        ref.valeu  # type: ignore[attr-defined] # noqa: B018
+    with pytest.raises(AttributeError, match="holds str, which has no shape"):
+        rx.Ref("text").shape  # noqa: B018
+    assert not hasattr(ref, "T") and not hasattr(ref, "aval")
+
+
+def test_a_ref_is_still_a_leaf_for_everybody():
+    ref = make()
+    assert jax.tree.leaves([ref]) == [ref] and [ref].index(ref) == 0
+    assert ref in [None, "a", ref] and ref != "a"
+    assert not eqx.is_array(ref) and not eqx.is_inexact_array(ref)
+    assert eqx.filter([ref, 1.0], eqx.is_inexact_array) == [None, None]
+    assert copy.deepcopy(ref) != ref
+    assert pickle.loads(pickle.dumps(ref)).shape == (2, 2)
+    assert "Ref" in repr(ref) and "Ref" in eqx.tree_pformat([ref])
+    with pytest.raises(rx.TraceLevelError, match="Cannot use ref as an array"):
+        jnp.sum(ref)  # type: ignore[arg-type]
+
+
+def test_equality_is_by_value_when_it_is_asked_for():
+    a = Linear(jnp.ones((2, 2)))
+    assert rx.tree_equal(a, rx.clone(a)) and rx.tree_equal(a, rx.deref(a))
+    assert not rx.tree_equal(a, Linear(jnp.zeros((2, 2))))
+    assert rx.tree_equal(a, Linear(jnp.ones((2, 2)) + 1e-3), atol=1e-2)
+    assert not rx.tree_equal([rx.Ref(1, "a")], [rx.Ref(1, "b")])
+
+
+def test_errors_show_where_they_are_imported_from():
+    names = [name for name in dir(rx) if name.endswith("Error")]
+    assert len(names) >= 7
+    for name in names:
+        error = getattr(rx, name)
+        assert error.__module__ == "refx_eqx"
+        assert pickle.loads(pickle.dumps(error("text"))).args == ("text",)
+        shown = traceback.format_exception_only(error("text"))
+        assert shown == [f"refx_eqx.{name}: text\n"]
