@@ -101,7 +101,8 @@ def test_axes_by_ref():
     by_ref = rx.axes({net.encoder.weight: 0}, default=None)
     out = rx.filter_vmap(loss, in_axes=(by_ref, None))(net, jnp.array(1.0))
     assert out.tolist() == [0.0, 2.0, 4.0]
-    by_module = rx.axes({net.decoder: None}, counts=None, default=0)
+    decoder: Any = net.decoder
+    by_module = rx.axes({decoder: None}, counts=None, default=0)
     out = rx.filter_vmap(loss, in_axes=(by_module, None))(net, jnp.array(1.0))
     assert out.tolist() == [0.0, 2.0, 4.0]
 
@@ -162,15 +163,18 @@ def test_what_may_select_nothing():
     assert rx.filter_spec((), "params") == ()
 
 
+wrong: Any = rx
+
+
 @pytest.mark.parametrize(
     "make_filter, text",
     [
-        (lambda: rx.collection(["a", "b"]), r"which are hashable, and was given \['a', 'b'\]"),
-        (lambda: rx.collection(rx.Ref(1)), "For this very ref, use the ref itself"),
-        (lambda: rx.path(3), "takes patterns, .* and was given 3"),
-        (lambda: rx.path(None), "and was given None"),
-        (lambda: rx.path(["a"]), r"was given \['a'\]"),
-        (lambda: rx.path(("a", 0)), r"was given \('a', 0\). Positions are text too"),
+        (lambda: wrong.collection(["a", "b"]), r"which are hashable, and was given \['a', 'b'\]"),
+        (lambda: wrong.collection(rx.Ref(1)), "For this very ref, use the ref itself"),
+        (lambda: wrong.path(3), "takes patterns, .* and was given 3"),
+        (lambda: wrong.path(None), "and was given None"),
+        (lambda: wrong.path(["a"]), r"was given \['a'\]"),
+        (lambda: wrong.path(("a", 0)), r"was given \('a', 0\). Positions are text too"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_of_filters(make_filter, text):
