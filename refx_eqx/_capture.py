@@ -1,0 +1,284 @@
+"""`capture`: what the layers of a model return, without a change to their classes.
+
+1. Each submodule is replaced by one of a subclass that names its output, with the primitive
+   of `jax.ad_checkpoint.checkpoint_name`: an identity, which JAX batches and differentiates
+   as one. So it does not matter what the model does with a layer, `jax.vmap` included.
+2. The function is traced, and its jaxpr evaluated by hand. What has a name is noted, and
+   something may be added to it: that is where the gradient of a layer's output comes from.
+"""
+
+import functools
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.extend as jex
+import jax.tree_util as jtu
+from jax.ad_checkpoint import checkpoint_name
+
+from ._core._errors import StructureError
+from ._core._ref import Ref
+from ._filters._filters import key_text
+from ._transforms._lift import lift
+
+
+__tracebackhide__ = True
+
+
+def capture(
+    fn: Callable[..., Any],
+    *,
+    where: Callable[[eqx.Module], bool] = lambda module: True,
+    add: dict[str, tuple[Any, ...]] | None = None,
+) -> Callable[..., tuple[Any, dict[str, tuple[Any, ...]]]]:
+    """Makes a function return what the layers of its model return, too.
+
+    !!! Example
+
+        ```python
+        import equinox as eqx
+        import jax
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        mlp = eqx.nn.MLP(3, 1, 8, depth=1, key=jax.random.key(0))
+        model = rx.snapshot(rx.as_refs(mlp, "params"))
+        x = jnp.ones(3)
+
+        def loss(model, x):
+            return jnp.sum(model(x) ** 2)
+
+        out, seen = rx.capture(loss)(model, x)
+        assert seen["layers.0"][0].shape == (8,)  # the first call of the first layer
+
+        # The gradient with respect to what each layer returns.
+        zeros = jax.tree.map(jnp.zeros_like, seen)
+        grads = rx.filter_grad(lambda zeros: rx.capture(loss, add=zeros)(model, x)[0])(zeros)
+        assert jnp.allclose(grads["layers.1"][0], 2 * seen["layers.1"][0])
+        ```
+
+    It works under the lifted transforms, and in a model that uses them, or those of JAX: a
+    layer under `vmap` has outputs with the mapped axis. Refs are carried as by every lifted transform. The function is traced at each
+    call: put the call under [`refx_eqx.filter_jit`][].
+
+    **Arguments:**
+
+    - `fn`: a model, or a function whose first argument is one. Traced.
+    - `where`: which of its submodules to capture: a function of the module. Those that
+        cannot be called are left out in any case.
+    - `add`: what to add to the outputs: a dict like the one that is returned.
+
+    **Returns:**
+
+    A function of the same arguments, which returns the result and a dict. The dict has, by
+    the path of each submodule that is called, a tuple: for each call, in order, the arrays of
+    what it returned.
+
+    **Raises:**
+
+    When the function is called:
+
+    - `StructureError`: if a submodule is called where its output cannot be brought out: in
+        the body of a loop, a branch of a `cond`, a function with a derivative rule of its
+        own; or if `add` has other calls than there are.
+    """
+
+    @functools.wraps(fn, updated=())
+    def capturing(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, tuple[Any, ...]]]:
+        tags = _Tags({} if add is None else add)
+        function: Any = fn
+        if isinstance(fn, eqx.Module):
+            function = _renamed(fn, where)
+        elif not args:
+            raise TypeError(
+                "`rx.capture`: the layers of the first argument are captured, and there is "
+                "none. Pass the model by position, as the first."
+            )
+        else:
+            model, *others = args
+            args = (_renamed(model, where), *others)
+        out = lift(tags.transform)(function)(*args, **kwargs)
+        return out, tags.seen()
+
+    return capturing
+
+
+# 1. Names
+
+
+_PREFIX = "refx_eqx.capture:"
+_structures: list[Any] = []
+
+
+def _renamed(model: Any, where: Callable[[eqx.Module], bool]) -> Any:
+    """The model, with submodules that name what they return."""
+
+    def visit(node: Any, path: tuple[str, ...]) -> Any:
+        if isinstance(node, Ref):
+            return node
+        children, treedef = jtu.tree_flatten_with_path(
+            node, is_leaf=lambda x: x is not node
+        )
+        if children and not children[0][0]:  # no key on the way: `node` is a leaf
+            return node
+        new = [visit(x, (*path, *map(key_text, keys))) for keys, x in children]
+        out = jtu.tree_unflatten(treedef, new)
+        if path and isinstance(node, eqx.Module) and callable(node) and where(node):
+            named = object.__new__(_naming(type(node), ".".join(path)))
+            vars(named).update(vars(out))
+            return named
+        return out
+
+    return visit(model, ())
+
+
+@functools.lru_cache(maxsize=4096)  # equal structures are not traced again
+def _naming(cls: type, path: str) -> type:
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = super(naming, self).__call__(*args, **kwargs)
+        arrays, rest = eqx.partition(out, eqx.is_array)
+        leaves, structure = jtu.tree_flatten(arrays)
+        if structure not in _structures:
+            _structures.append(structure)
+        number = _structures.index(structure)
+        named = [
+            checkpoint_name(leaf, f"{_PREFIX}{number}:{i}:{path}")
+            for i, leaf in enumerate(leaves)
+        ]
+        return eqx.combine(jtu.tree_unflatten(structure, named), rest)
+
+    members = {
+        "__call__": __call__,
+        "__doc__": cls.__doc__,
+        "__module__": cls.__module__,
+    }
+    naming: Any = type(cls)(cls.__name__, (cls,), members)
+    return naming
+
+
+# 2. Evaluation
+
+_INLINED = ("jit", "pjit", "checkpoint", "remat2", "closed_call", "core_call")
+
+
+class _Tags:
+    """What is seen of names, and what is to be added, while a jaxpr is evaluated."""
+
+    def __init__(self, add: dict[str, tuple[Any, ...]]):
+        self._noted: list[tuple[str, Any]] = []
+        self._add: defaultdict[str, deque[Any]] = defaultdict(deque)
+        for path, calls in add.items():
+            for value in calls:
+                for i, leaf in enumerate(jtu.tree_leaves(value)):
+                    self._add[f"{i}:{path}"].append(leaf)
+
+    def transform(self, fn: Callable) -> Callable:
+        def evaluated(*args: Any, **kwargs: Any) -> Any:
+            jaxpr, shapes = jax.make_jaxpr(fn, return_shape=True)(*args, **kwargs)
+            leaves = jtu.tree_leaves((args, kwargs))
+            added = iter([self._next(name) for name in _names(jaxpr.jaxpr)])
+            noted, outs = _evaluate(jaxpr.jaxpr, jaxpr.consts, leaves, added)
+            self._noted = noted
+            left = [path for path, values in self._add.items() if values]
+            if left:
+                raise StructureError(
+                    "`rx.capture`: `add` has more than there are calls for "
+                    f"`{left[0].partition(':')[2]}`. Pass a dict like the one that is "
+                    "returned without it, for the same arguments."
+                )
+            return jtu.tree_unflatten(jtu.tree_structure(shapes), outs)
+
+        return evaluated
+
+    def _next(self, name: str) -> Any:
+        values = self._add[name.removeprefix(_PREFIX).partition(":")[2]]
+        return values.popleft() if values else None
+
+    def seen(self) -> dict[str, tuple[Any, ...]]:
+        calls: dict[str, list[tuple[Any, list[Any]]]] = {}
+        for name, value in self._noted:
+            number, i, path = name.removeprefix(_PREFIX).split(":", 2)
+            if i == "0":
+                calls.setdefault(path, []).append((_structures[int(number)], []))
+            calls[path][-1][1].append(value)
+        return {
+            path: tuple(
+                jtu.tree_unflatten(structure, xs) for structure, xs in all_calls
+            )
+            for path, all_calls in calls.items()
+        }
+
+
+def _name_of(eqn: Any) -> str | None:
+    name = eqn.params.get("name") if eqn.primitive.name == "name" else None
+    return name if isinstance(name, str) and name.startswith(_PREFIX) else None
+
+
+def _jaxprs_of(eqn: Any) -> list[Any]:
+    leaves = jtu.tree_leaves(
+        eqn.params,
+        is_leaf=lambda x: isinstance(x, (jex.core.Jaxpr, jex.core.ClosedJaxpr)),
+    )
+    jaxprs = [x.jaxpr if isinstance(x, jex.core.ClosedJaxpr) else x for x in leaves]
+    return [x for x in jaxprs if isinstance(x, jex.core.Jaxpr)]
+
+
+def _names(jaxpr: Any) -> Iterator[str]:
+    """The names in a jaxpr, in the order of its evaluation."""
+    for eqn in jaxpr.eqns:
+        name = _name_of(eqn)
+        if name is not None:
+            yield name
+        for inner in _jaxprs_of(eqn):
+            yield from _names(inner)
+
+
+def _evaluate(
+    jaxpr: Any, consts: list[Any], args: list[Any], added: Iterator[Any]
+) -> tuple[list[tuple[str, Any]], list[Any]]:
+    """Evaluates a jaxpr: what has a name, with that name, and the results.
+
+    `added` has for each name, in order, what to add, or `None`.
+    """
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args]))
+    noted: list[tuple[str, Any]] = []
+
+    def read(var: Any) -> Any:
+        return var.val if isinstance(var, jex.core.Literal) else values[var]
+
+    for eqn in jaxpr.eqns:
+        inputs = [read(var) for var in eqn.invars]
+        name, kind = _name_of(eqn), eqn.primitive.name
+        if name is not None:
+            extra = next(added)
+            outs = inputs if extra is None else [inputs[0] + extra]
+            noted.append((name, outs[0]))
+        elif not any(True for inner in _jaxprs_of(eqn) for _ in _names(inner)):
+            params = eqn.primitive.get_bind_params(eqn.params)
+            # A pair, before JAX 0.10.2.
+            functions, params = params if isinstance(params, tuple) else ((), params)
+            with eqn.ctx.manager:
+                outs = eqn.primitive.bind(*functions, *inputs, **params)
+            outs = outs if eqn.primitive.multiple_results else [outs]
+        elif kind in _INLINED:
+            (body,) = [x for k, x in eqn.params.items() if k in ("jaxpr", "call_jaxpr")]
+            closed = isinstance(body, jex.core.ClosedJaxpr)
+            with eqn.ctx.manager:
+                inner, outs = _evaluate(
+                    body.jaxpr if closed else body,
+                    body.consts if closed else [],
+                    inputs,
+                    added,
+                )
+            noted += inner
+        else:
+            path = next(n for x in _jaxprs_of(eqn) for n in _names(x)).split(":", 3)[-1]
+            raise StructureError(
+                f"`rx.capture`: `{path}` is called inside of `{kind}`, which cannot bring out "
+                "what it returns there. Leave it out: `rx.capture(fn, where=lambda module: "
+                "...)`."
+            )
+        values.update(zip(eqn.outvars, outs))
+    return noted, [read(var) for var in jaxpr.outvars]
