@@ -200,6 +200,8 @@ def test_a_ref_can_be_the_whole_tree():
 # treescope
 
 
+# treescope 0.1.10 looks at a class that NumPy deprecates.
+@pytest.mark.filterwarnings("ignore:The chararray class is deprecated")
 def test_treescope_marks_a_shared_ref():
     tree = make()
     text = treescope.render_to_text(tree)

@@ -476,7 +476,7 @@ def test_a_file_with_a_damaged_header_loads_nothing_that_was_not_meant(path):
                 rx.load(path, tree)
             except rx.RefError:
                 refused += 1
-                assert tree["a"].value is zeros and tree["n"].value == 1
+                assert tree["a"].value.tolist() == [0, 0] and tree["n"].value == 1
             else:
                 assert tree["a"].value.tolist() == [1, 1]
                 assert type(tree["n"].value) is int
@@ -536,7 +536,7 @@ def test_a_dtype_that_numpy_does_not_have_is_refused(path):
 
 
 def test_a_wrong_shape_or_dtype_is_refused_and_nothing_is_written(path):
-    tree = {"a": rx.Ref(jnp.ones(2)), "b": rx.Ref(jnp.ones(2))}
+    tree = {"a": rx.Ref(jnp.ones(2)), "b": rx.Ref(jnp.array([1.5, 1.5]))}
     rx.save(path, tree)
     text = "at `b` holds {}, and the state has f32[2]"
     other = {"a": rx.Ref(jnp.zeros(2)), "b": rx.Ref(jnp.zeros(3))}

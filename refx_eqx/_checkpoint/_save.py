@@ -98,15 +98,16 @@ def save(path: str | os.PathLike, tree: Any, filter: Any = True) -> None:
     _check_in_refs(tree, filter, "Cannot save", "would not be in the file")
     arrays: dict[str, Stored] = {}
     notes: dict[str, Note] = {}
+    places = _places(tree, filter)
+    held = _held(places)
     for name, value in state_dict(tree, filter).items():
-        array, note = encoded(name, value)
+        # The value itself, where a state dict has its data alone: of a key of `jax.random`.
+        array, note = encoded(name, held.get(name, value))
         if array is not None:
             arrays[name] = array
         if note:
             notes[name] = note
-    tied = {
-        first: others for first, *others in _places(tree, filter).values() if others
-    }
+    tied = {first: others for first, *others in places.values() if others}
     ours = {"version": VERSION, "notes": notes, "tied": tied}
     _file.write(path, arrays, {_OURS: json.dumps(ours, separators=(",", ":"))})
 
@@ -211,7 +212,7 @@ def _places(tree: Any, filter: Any) -> dict[Ref, tuple[str, ...]]:
 
 
 def _held(places: dict[Ref, tuple[str, ...]]) -> dict[str, Any]:
-    """What is to be replaced, by each of its names."""
+    """What the refs hold, by each of its names."""
     held = {}
     for ref, names in places.items():
         for path, leaf in jtu.tree_leaves_with_path(ref.value):
