@@ -294,3 +294,25 @@ def test_a_jaxtyping_without_the_function_that_is_replaced_is_told(monkeypatch):
     with pytest.warns(UserWarning, match=r"`jaxtyping\._decorator\.push_shape_memo`"):
         bind_in_methods(Pair, functools.partial(getattr, 1))
     assert not hasattr(_decorator, "push_shape_memo") and np.ones(1).size == 1
+
+
+def test_a_module_that_makes_a_stack_of_modules_keeps_no_tracer():
+    class Inner(rx.Module):
+        weight: rx.Param[jax.Array]
+
+    class Outer(rx.Module):
+        layers: Inner
+        given: rx.Param[jax.Array]
+
+        def __init__(self, given, fails):
+            # Under the leak checks of JAX, which ask when the `vmap` ends.
+            self.layers = rx.filter_vmap(Inner)(jnp.ones((3, 2)))
+            self.given = given
+            if fails:
+                raise ValueError("no")
+
+    given = rx.Ref(jnp.zeros(2))
+    with pytest.raises(ValueError, match="no"):
+        Outer(given, True)
+    assert given.collection is None and given.name is None
+    assert Outer(given, False).layers.weight.shape == (3, 2)

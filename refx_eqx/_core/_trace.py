@@ -308,6 +308,12 @@ def is_at_home(owner: TraceRef) -> bool:
     return owner() is core.trace_ctx.trace and not thread.state.bodies
 
 
+def outlives(owner: TraceRef, trace: TraceRef) -> bool:
+    """Whether `owner` ends no sooner than `trace` does."""
+    mine = owner()
+    return mine is not None and any(mine is x for x in _chain(trace()))
+
+
 def is_inner(owner: TraceRef) -> bool:
     """Whether `owner` is a trace that a lifted transform of ours opened, and runs."""
     return _body_of(owner()) is not None

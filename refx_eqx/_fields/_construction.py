@@ -7,8 +7,9 @@ of that is kept here while a module is being made, and set back if an exception 
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+from .._core import _trace
 from .._core._ref import commits, Ref, set_content
 
 
@@ -18,10 +19,17 @@ __tracebackhide__ = True
 _State = tuple[Ref, tuple[Any, ...]]
 
 
+class _Log(NamedTuple):
+    """The states of refs, and the trace in which the module is made that they belong to."""
+
+    states: list[_State]
+    trace: _trace.TraceRef
+
+
 class _Here(threading.local):
     def __init__(self):
         # Of the modules that are being made, one inside of the other.
-        self.logs: list[list[_State]] = []
+        self.logs: list[_Log] = []
         # Of the fields of a bare `equinox.Module` that are converted already.
         self.converted: list[_State] = []
 
@@ -33,7 +41,7 @@ def keep_state(ref: Ref) -> None:
     """To be called before anything of a ref is changed by a field that holds it."""
     if _here.logs:
         state = ref._collection, ref._name, ref._declared, ref._value
-        _here.logs[-1].append((ref, state))
+        _here.logs[-1].states.append((ref, state))
 
 
 @contextlib.contextmanager
@@ -42,7 +50,11 @@ def making_a_module() -> Iterator[None]:
     with _logging([]) as log:
         yield
     if _here.logs:
-        _here.logs[-1].extend(log)  # the module around it may fail yet
+        # The module around it may fail yet. (A ref of a trace inside of it, as that of
+        # `filter_vmap` over layers, ends with that trace, which nobody may keep.)
+        outer = _here.logs[-1]
+        mine = (x for x in log if _trace.outlives(x[0]._trace, outer.trace))
+        outer.states.extend(mine)
 
 
 @contextlib.contextmanager
@@ -65,7 +77,7 @@ def one_of_several(is_first: bool, is_last: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _logging(log: list[_State]) -> Iterator[list[_State]]:
-    _here.logs.append(log)
+    _here.logs.append(_Log(log, _trace.current_trace_ref()))
     try:
         yield log
     except BaseException:
