@@ -7,7 +7,6 @@ from ._checkpoint._save import load as load, save as save
 from ._core._call import functionalize as functionalize
 from ._core._dag import Dag as Dag
 from ._core._deref import (
-    as_refs as as_refs,
     block_until_ready as block_until_ready,
     clone as clone,
     deref as deref,
@@ -44,6 +43,7 @@ from ._fields._field import (
     Param as Param,
 )
 from ._fields._module import Module as Module
+from ._filters._as_refs import as_refs as as_refs
 from ._filters._filters import (
     aliases as aliases,
     collection as collection,

@@ -6,7 +6,7 @@
 this file is small things built on the two.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -17,6 +17,7 @@ from ._closure import refuse_cycle
 from ._errors import describe, StructureError, TraceLevelError
 from ._nodes import Index, is_opened, note_of, Value
 from ._ref import check_not_deleted, is_ref, make_ref, Ref
+from ._referenced import snapshot_of
 
 
 __tracebackhide__ = True
@@ -299,55 +300,7 @@ def snapshot(tree: Any) -> Any:
 
     The same tree without refs. What was shared now is the same array object twice.
     """
-    return jtu.tree_map(lambda x: x.value if isinstance(x, Ref) else x, tree)
-
-
-def as_refs(
-    tree: Any, collection: Hashable = None, where: Callable[[Any], bool] = eqx.is_array
-) -> Any:
-    """Turns the arrays of a plain tree into refs: the opposite of `snapshot`.
-
-    !!! Example
-
-        ```python
-        import equinox as eqx
-        import jax
-        import refx_eqx as rx
-
-        linear = eqx.nn.Linear(3, 2, key=jax.random.key(0))
-        linear = rx.as_refs(linear, "params")
-        assert linear.weight.collection == "params"
-        linear.weight.value *= 2
-        ```
-
-    **Arguments:**
-
-    - `tree`: any pytree. Refs that it holds already are left as they are.
-    - `collection`: of the new refs.
-    - `where`: which leaves to turn into refs, a function of a leaf.
-
-    **Returns:**
-
-    The same tree with a ref for each selected leaf. An array object that is met twice
-    becomes one ref.
-    """
-    if not callable(where):
-        raise TypeError(
-            f"`rx.as_refs`: `where` is a function of a leaf that returns a bool, and was "
-            f"given {where!r}. Pass, for example, `where=eqx.is_inexact_array`."
-        )
-    made: dict[int, Ref] = {}
-
-    def convert(path: tuple, leaf: Any) -> Any:
-        if isinstance(leaf, Ref) or not where(leaf):
-            return leaf
-        ref = made.get(id(leaf)) if eqx.is_array(leaf) else None
-        if ref is None:
-            ref = made[id(leaf)] = Ref(leaf, collection)
-            ref._name = jtu.keystr(path, simple=True, separator=".") or None
-        return ref
-
-    return jtu.tree_map_with_path(convert, tree)
+    return snapshot_of(tree)
 
 
 def tree_equal(

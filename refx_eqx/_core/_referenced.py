@@ -1,0 +1,205 @@
+"""Modules whose tree holds refs, and whose methods see the values.
+
+A module of Equinox is written for arrays: its methods compute with `self.weight`. Once its
+arrays are refs, it is made an instance of a subclass, one for each class, whose methods run on
+what `view` makes of the module at that moment: the same module, of its own class, with the
+values of the refs. From outside, its attributes are the refs.
+
+    layer.weight      # a ref
+    layer(x)          # type(layer).__call__(view(layer), x): an array
+
+The subclass differs by its methods alone. It has the fields, the name, the documentation and
+the signature of its base, and is a pytree of its own, so two trees are of one structure when
+they would be without.
+"""
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax.tree_util as jtu
+
+from ._ref import Ref
+
+
+__tracebackhide__ = True
+
+
+_bases: dict[type, type] = {}
+_subclasses: dict[type, type] = {}
+# Nothing is kept alive by these: JAX keeps every class that is a pytree.
+
+
+def is_referenced(x: Any) -> bool:
+    return type(x) in _bases
+
+
+def as_referenced(module: eqx.Module) -> eqx.Module:
+    """The same module, with methods that see the values of its refs."""
+    cls = type(module)
+    return module if cls in _bases else _copy(module, subclass_of(cls), vars(module))
+
+
+def subclass_of(cls: type) -> type:
+    subclass = _subclasses.get(cls)
+    if subclass is None:
+        names = {"__module__", "__qualname__", "__doc__"} & vars(cls).keys()
+        namespace = {name: vars(cls)[name] for name in names if name != "__qualname__"}
+        namespace["__qualname__"] = cls.__qualname__
+        for name, attribute in _attributes(cls).items():
+            on_values = _on_values(name, attribute)
+            if on_values is not None:
+                namespace[name] = on_values
+        namespace["__reduce__"] = _reduce
+        subclass = type(cls)(cls.__name__, (cls,), namespace)
+        _subclasses[cls] = subclass
+        _bases[subclass] = cls
+    return subclass
+
+
+def view(module: Any) -> Any:
+    """What the methods of a module see: itself, of its own class, with the values of refs.
+
+    A module inside that was written for refs is left as it is.
+    """
+    return _lowered(module, _value_in_zone)
+
+
+def snapshot_of(tree: Any) -> Any:
+    """The tree without refs, and with the classes that its modules had without."""
+    return _lowered_leaf(tree, _value_everywhere)
+
+
+def zone(module: eqx.Module) -> Callable[[Any], bool]:
+    """Where the fields of a module end: at the modules in them. For use as an `is_leaf`."""
+    return lambda x: x is not module and isinstance(x, eqx.Module)
+
+
+def _value_in_zone(x: Any) -> Any:
+    if isinstance(x, Ref):
+        return x.value
+    return _lowered(x, _value_in_zone) if is_referenced(x) else x
+
+
+def _value_everywhere(x: Any) -> Any:
+    if isinstance(x, Ref):
+        return x.value
+    return _lowered(x, _value_everywhere) if is_referenced(x) else x
+
+
+def _lowered_leaf(tree: Any, value: Callable[[Any], Any]) -> Any:
+    return jtu.tree_map(value, tree, is_leaf=is_referenced)
+
+
+def _lowered(module: Any, value: Callable[[Any], Any]) -> Any:
+    is_leaf = is_referenced if value is _value_everywhere else _is_module
+    static = {
+        name
+        for name, field in type(module).__dataclass_fields__.items()
+        if field.metadata.get("static", False)
+    }
+    fields = {
+        name: x if name in static else jtu.tree_map(value, x, is_leaf=is_leaf)
+        for name, x in vars(module).items()
+    }
+    return _copy(module, _bases[type(module)], fields)
+
+
+def _is_module(x: Any) -> bool:
+    return isinstance(x, eqx.Module)
+
+
+def _copy(module: Any, cls: type, fields: Any) -> Any:
+    new = object.__new__(cls)
+    for name, x in fields.items():
+        object.__setattr__(new, name, x)
+    return new
+
+
+# The methods that make a module or look at it as an object, and do not compute with it.
+_OF_THE_OBJECT = frozenset(
+    [
+        "__init__",
+        "__new__",
+        "__post_init__",
+        "__check_init__",
+        "__init_subclass__",
+        "__class_getitem__",
+        "__getattr__",
+        "__getattribute__",
+        "__setattr__",
+        "__delattr__",
+        "__repr__",
+        "__str__",
+        "__format__",
+        "__dir__",
+        "__hash__",
+        "__eq__",
+        "__ne__",
+        "__reduce__",
+        "__reduce_ex__",
+        "__getstate__",
+        "__setstate__",
+        "__copy__",
+        "__deepcopy__",
+        "__sizeof__",
+        "__del__",
+        "__pdoc__",
+        "__tree_pp__",
+    ]
+)
+
+
+def _attributes(cls: type) -> dict[str, Any]:
+    """What a class and those above it define, down to `equinox.Module`."""
+    found: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        if base is not object and base not in eqx.Module.__mro__:
+            if base.__module__ != "typing":
+                found.update(vars(base))
+    fields = getattr(cls, "__dataclass_fields__", {})
+    return {name: x for name, x in found.items() if name not in fields}
+
+
+def _on_values(name: str, attribute: Any) -> Any:
+    """The attribute of a class, for `view(self)` instead of `self`; `None` if it has no
+    `self`."""
+    if name in _OF_THE_OBJECT or isinstance(
+        attribute, (staticmethod, classmethod, type)
+    ):
+        return None
+    if isinstance(attribute, types.FunctionType):
+        # As it is: a module calls it on a view.
+        return _method(attribute, lambda self: attribute.__get__(self))
+    if not hasattr(type(attribute), "__get__"):
+        return None
+    if callable(attribute):  # a method under `filter_jit`, say
+        return _method(attribute, lambda self: attribute.__get__(self, type(self)))
+    if isinstance(attribute, (property, functools.cached_property)):
+        return property(lambda self: getattr(view(self), name), doc=attribute.__doc__)
+    return None
+
+
+def _method(attribute: Any, bind: Callable[[Any], Any]) -> Any:
+    def method(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return bind(view(self))(*args, **kwargs)
+
+    functools.update_wrapper(method, attribute)
+    return method
+
+
+def _reduce(self: Any) -> tuple:
+    # Its class is made, and so is not to be found by its name.
+    return _rebuild, (_bases[type(self)], dict(vars(self)))
+
+
+def _rebuild(cls: type, fields: dict[str, Any]) -> Any:
+    return _copy(None, subclass_of(cls), fields)
+
+
+def refs_in_zone(module: eqx.Module) -> Iterator[Ref]:
+    for leaf in jtu.tree_leaves(module, is_leaf=zone(module)):
+        if isinstance(leaf, Ref):
+            yield leaf

@@ -1,0 +1,137 @@
+"""`as_refs`: the arrays of a plain tree become refs, and its modules go on working."""
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax.tree_util as jtu
+
+from .._core._deref import path_text
+from .._core._errors import CollectionError, StructureError
+from .._core._ref import Ref
+from .._core._referenced import as_referenced, is_referenced, refs_in_zone, zone
+from ._filters import as_filter, Filter, key_text
+
+
+__tracebackhide__ = True
+
+
+_T = TypeVar("_T")
+
+
+def as_refs(
+    tree: _T,
+    collection: Hashable | Mapping[Hashable, Any] = None,
+    where: Callable[[Any], bool] = eqx.is_array,
+) -> _T:
+    """Turns the arrays of a plain tree into refs: the opposite of `snapshot`.
+
+    !!! Example
+
+        ```python
+        import equinox as eqx
+        import jax
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        linear = rx.as_refs(eqx.nn.Linear(3, 2, key=jax.random.key(0)), "params")
+        assert isinstance(linear, eqx.nn.Linear)
+        assert linear.weight.collection == "params"
+
+        before = linear(jnp.ones(3))  # a method sees the values
+        linear.weight.value *= 2
+        linear.bias.value *= 2
+        assert jnp.allclose(linear(jnp.ones(3)), 2 * before)
+        ```
+
+    A module of Equinox goes on working: its methods and properties see the values that its
+    refs have when they are called, and its attributes are the refs. They write nothing: what
+    a method returns is plain. So every stateless layer of any library is a layer with refs,
+    whose weights can be shared with any other.
+
+    **Arguments:**
+
+    - `tree`: any pytree. Refs that it holds already are left as they are, and so is a module
+        that holds some: its methods know of refs.
+    - `collection`: of the new refs. Or a dict from collection to filter, for several: a leaf
+        goes to the first that selects it.
+    - `where`: which leaves to turn into refs, a function of a leaf.
+
+    **Returns:**
+
+    The same tree with a ref for each selected leaf. An array object that is met twice
+    becomes one ref.
+
+    **Raises:**
+
+    - `StructureError`: if a module in the tree uses `equinox.nn.State`.
+    - `CollectionError`: if one array would be in two collections.
+    """
+    if not callable(where):
+        raise TypeError(
+            f"`rx.as_refs`: `where` is a function of a leaf that returns a bool, and was "
+            f"given {where!r}. Pass, for example, `where=eqx.is_inexact_array`."
+        )
+    groups = collection if isinstance(collection, Mapping) else {collection: True}
+    filters = {name: as_filter(f) for name, f in groups.items()}
+    return _Conversion(filters, where).tree(tree, ())
+
+
+class _Conversion:
+    def __init__(self, filters: dict[Hashable, Filter], where: Callable[[Any], bool]):
+        self.filters = filters
+        self.where = where
+        self.made: dict[int, Ref] = {}
+
+    def tree(self, tree: Any, path: tuple) -> Any:
+        """The tree, with its leaves converted, and the modules in it."""
+        if isinstance(tree, eqx.nn.StateIndex):
+            raise StructureError(
+                f"`rx.as_refs`: there is an `equinox.nn.StateIndex` at {path_text(path)}. A "
+                "module with `equinox.nn.State` has its state outside of itself, and gets it "
+                "as an argument, so its methods cannot run on the values of refs. Write the "
+                "layer with a ref for its state: an `rx.Module` with a field of "
+                "`rx.BatchStat[...]`."
+            )
+        knew_refs = (
+            isinstance(tree, eqx.Module) and next(refs_in_zone(tree), None) is not None
+        )
+        is_leaf = zone(tree) if isinstance(tree, eqx.Module) else _is_module
+        leaves, treedef = jtu.tree_flatten_with_path(tree, is_leaf=is_leaf)
+        new = [
+            self.tree(leaf, (*path, *keys))
+            if isinstance(leaf, eqx.Module) and leaf is not tree
+            else self.leaf(leaf, (*path, *keys))
+            for keys, leaf in leaves
+        ]
+        converted = jtu.tree_unflatten(treedef, new)
+        if not isinstance(tree, eqx.Module) or knew_refs or is_referenced(tree):
+            return converted
+        sees_values = any(isinstance(x, Ref) or is_referenced(x) for x in new)
+        return as_referenced(converted) if sees_values else converted
+
+    def leaf(self, leaf: Any, path: tuple) -> Any:
+        if isinstance(leaf, Ref) or not self.where(leaf):
+            return leaf
+        names = tuple(map(key_text, path))
+        for collection, selects in self.filters.items():
+            if selects.matches(names, leaf):
+                return self.ref(leaf, collection, path)
+        return leaf
+
+    def ref(self, leaf: Any, collection: Hashable, path: tuple) -> Ref:
+        ref = self.made.get(id(leaf)) if eqx.is_array(leaf) else None
+        if ref is None:
+            ref = self.made[id(leaf)] = Ref(leaf, collection)
+            ref._name = jtu.keystr(path, simple=True, separator=".") or None
+        if ref.collection != collection:
+            raise CollectionError(
+                f"`rx.as_refs`: one array is at `{ref.name}` and at {path_text(path)}, and "
+                f"would be in the collections {ref.collection!r} and {collection!r}. Let one "
+                "filter select both places."
+            )
+        return ref
+
+
+def _is_module(x: Any) -> bool:
+    return isinstance(x, eqx.Module)

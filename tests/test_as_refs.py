@@ -1,0 +1,317 @@
+"""`as_refs` on modules of Equinox: they go on working, and their tree holds refs."""
+
+import copy
+import pickle
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+import refx_eqx as rx
+
+
+@pytest.fixture(autouse=True)
+def _settings():
+    # Under leak checks JAX keeps no traces, and there are many layers here.
+    with jax.check_tracer_leaks(False):
+        yield
+
+
+KEY = jr.key(0)
+nn = eqx.nn
+
+
+def ones(*shape):
+    return jnp.linspace(-1.0, 1.0, int(np.prod(shape))).reshape(shape)
+
+
+class Affine(eqx.Module):
+    """A layer of somebody, with all that a class can have."""
+
+    weight: jax.Array
+    layers: list[nn.Linear]
+    name: str = eqx.field(static=True)
+
+    def __check_init__(self):
+        assert self.weight.ndim == 1
+
+    @property
+    def norm(self):
+        return jnp.sqrt(jnp.sum(self.weight**2))
+
+    @staticmethod
+    def double(x):
+        return 2 * x
+
+    @classmethod
+    def make(cls):
+        return cls(ones(3), [nn.Linear(3, 3, key=KEY)], "affine")
+
+    @eqx.filter_jit
+    def jitted(self, x):
+        return self(x)
+
+    def __call__(self, x):
+        return self.double(self.weight * self.layers[0](x)) + self.helper()
+
+    def helper(self):
+        assert isinstance(self.layers[0].weight, jax.Array)
+        return jnp.sum(self.layers[0].weight)
+
+    def __len__(self):
+        return self.weight.shape[0]
+
+    def __getattr__(self, name):
+        if name == "first":
+            return self.layers[0]
+        raise AttributeError(name)
+
+
+LAYERS: dict[str, tuple[Any, tuple]] = {
+    "Linear": (lambda: nn.Linear(3, 2, key=KEY), (ones(3),)),
+    "MLP": (lambda: nn.MLP(3, 2, 4, 2, key=KEY), (ones(3),)),
+    "Identity": (lambda: nn.Identity(), (ones(3),)),
+    "Lambda": (lambda: nn.Lambda(jnp.tanh), (ones(3),)),
+    "Sequential": (
+        lambda: nn.Sequential(
+            [nn.Linear(3, 3, key=KEY), nn.Lambda(jnp.tanh), nn.Linear(3, 2, key=KEY)]
+        ),
+        (ones(3),),
+    ),
+    "Conv": (lambda: nn.Conv(1, 2, 3, 3, key=KEY), (ones(2, 8),)),
+    "Conv1d": (lambda: nn.Conv1d(2, 3, 3, key=KEY), (ones(2, 8),)),
+    "Conv2d": (lambda: nn.Conv2d(2, 3, 3, key=KEY), (ones(2, 6, 6),)),
+    "Conv3d": (lambda: nn.Conv3d(2, 3, 2, key=KEY), (ones(2, 4, 4, 4),)),
+    "ConvTranspose": (lambda: nn.ConvTranspose(1, 2, 3, 3, key=KEY), (ones(2, 8),)),
+    "ConvTranspose1d": (lambda: nn.ConvTranspose1d(2, 3, 3, key=KEY), (ones(2, 8),)),
+    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(2, 3, 3, key=KEY), (ones(2, 6, 6),)),
+    "ConvTranspose3d": (
+        lambda: nn.ConvTranspose3d(2, 3, 2, key=KEY),
+        (ones(2, 4, 4, 4),),
+    ),
+    "Embedding": (lambda: nn.Embedding(5, 3, key=KEY), (jnp.array(2),)),
+    "GRUCell": (lambda: nn.GRUCell(3, 2, key=KEY), (ones(3), ones(2))),
+    "LSTMCell": (lambda: nn.LSTMCell(3, 2, key=KEY), (ones(3), (ones(2), ones(2)))),
+    "LayerNorm": (lambda: nn.LayerNorm(3), (ones(3),)),
+    "RMSNorm": (lambda: nn.RMSNorm(3), (ones(3),)),
+    "GroupNorm": (lambda: nn.GroupNorm(2, 4), (ones(4, 3),)),
+    "PReLU": (lambda: nn.PReLU(), (ones(3),)),
+    "MultiheadAttention": (
+        lambda: nn.MultiheadAttention(2, 4, key=KEY),
+        (ones(3, 4), ones(3, 4), ones(3, 4)),
+    ),
+    "RotaryPositionalEmbedding": (
+        lambda: nn.RotaryPositionalEmbedding(4),
+        (ones(3, 4),),
+    ),
+    "Dropout": (lambda: nn.Dropout(0.5, inference=True), (ones(3),)),
+    "WeightNorm": (lambda: nn.WeightNorm(nn.Linear(3, 2, key=KEY)), (ones(3),)),
+    "AvgPool1d": (lambda: nn.AvgPool1d(2), (ones(2, 6),)),
+    "AvgPool2d": (lambda: nn.AvgPool2d(2), (ones(2, 6, 6),)),
+    "AvgPool3d": (lambda: nn.AvgPool3d(2), (ones(2, 4, 4, 4),)),
+    "MaxPool1d": (lambda: nn.MaxPool1d(2), (ones(2, 6),)),
+    "MaxPool2d": (lambda: nn.MaxPool2d(2), (ones(2, 6, 6),)),
+    "MaxPool3d": (lambda: nn.MaxPool3d(2), (ones(2, 4, 4, 4),)),
+    "AdaptiveAvgPool1d": (lambda: nn.AdaptiveAvgPool1d(2), (ones(2, 6),)),
+    "AdaptiveAvgPool2d": (lambda: nn.AdaptiveAvgPool2d(2), (ones(2, 6, 6),)),
+    "AdaptiveAvgPool3d": (lambda: nn.AdaptiveAvgPool3d(2), (ones(2, 4, 4, 4),)),
+    "AdaptiveMaxPool1d": (lambda: nn.AdaptiveMaxPool1d(2), (ones(2, 6),)),
+    "AdaptiveMaxPool2d": (lambda: nn.AdaptiveMaxPool2d(2), (ones(2, 6, 6),)),
+    "AdaptiveMaxPool3d": (lambda: nn.AdaptiveMaxPool3d(2), (ones(2, 4, 4, 4),)),
+    "Pool": (lambda: nn.Pool(0.0, jax.lax.add, 1, 2, 1), (ones(2, 6),)),
+    "AdaptivePool": (lambda: nn.AdaptivePool(2, 1, jnp.max), (ones(2, 6),)),
+    "Affine": (Affine.make, (ones(3),)),
+}
+# What is no layer, or keeps a state outside of itself.
+OTHERS = {"BatchNorm", "SpectralNorm", "State", "StateIndex", "StatefulLayer", "Shared"}
+
+
+def test_every_class_of_equinox_is_here():
+    classes = {name for name, x in vars(nn).items() if isinstance(x, type)}
+    assert classes == (LAYERS.keys() - {"Affine"}) | OTHERS
+
+
+def close(a, b):
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), a, b
+    )
+
+
+def total(out):
+    return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(out))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_computes_what_it_did(name):
+    make, args = LAYERS[name]
+    plain, layer = make(), rx.as_refs(make(), "params")
+    assert isinstance(layer, type(plain))
+    expected = plain(*args)
+    close(layer(*args), expected)
+    close(rx.filter_jit(lambda layer, *args: layer(*args))(layer, *args), expected)
+    assert jax.tree.structure(rx.snapshot(layer)) == jax.tree.structure(plain)
+    assert repr(rx.snapshot(layer)) == repr(plain)
+
+    stacked = jax.tree.map(
+        lambda x: jnp.stack([x, 0.5 * x]) if name != "Embedding" else jnp.stack([x, x]),
+        args,
+    )
+    close(rx.filter_vmap(layer)(*stacked), jax.vmap(plain)(*stacked))
+    step = lambda _, args: (None, layer(*args))
+    close(rx.scan(step, None, stacked)[1], jax.vmap(plain)(*stacked))
+
+    if any(map(eqx.is_inexact_array, jax.tree.leaves(plain))):
+        grads = rx.filter_grad(lambda layer: total(layer(*args)))(layer)
+        plain_grads = eqx.filter_grad(lambda layer: total(layer(*args)))(plain)
+        close(jax.tree.leaves(grads), jax.tree.leaves(plain_grads))
+
+
+def test_outside_are_refs_and_inside_arrays():
+    layer = rx.as_refs(Affine.make(), "params")
+    assert isinstance(layer, Affine)
+    assert isinstance(layer.weight, rx.Ref) and isinstance(layer.first.weight, rx.Ref)
+    assert layer.layers[0].weight.name == "layers.0.weight"
+    plain = Affine.make()
+    close(layer.norm, plain.norm)
+    close(layer.helper(), plain.helper())
+    close(layer.jitted(ones(3)), plain(ones(3)))
+    assert layer.double(2) == 4 and len(layer) == 3
+    assert type(layer).__name__ == "Affine" and type(layer).__doc__ == Affine.__doc__
+
+
+def test_a_method_that_was_taken_sees_the_values_when_it_is_called():
+    layer = rx.as_refs(nn.Linear(3, 2, use_bias=False, key=KEY), "params")
+    affine = rx.as_refs(Affine.make())
+    call, jitted = layer.__call__, affine.jitted
+    before = layer(ones(3)), jitted(ones(3))
+    layer.weight.value *= 2
+    affine.weight.value = jnp.zeros(3)
+    close(call(ones(3)), 2 * before[0])
+    close(jitted(ones(3)), jnp.full(3, affine.helper()))
+
+
+def test_weights_are_shared_between_any_two():
+    embedding = rx.as_refs(nn.Embedding(5, 3, key=KEY), "params")
+    linear = rx.as_refs(nn.Linear(3, 5, use_bias=False, key=KEY), "params")
+    linear = eqx.tree_at(lambda m: m.weight, linear, embedding.weight)
+    embedding.weight.value = jnp.ones((5, 3))
+    close(linear(ones(3)), jnp.full(5, jnp.sum(ones(3))))
+    grads = rx.filter_grad(lambda m: jnp.sum(m[1](m[0](jnp.array(1)))))(
+        (embedding, linear)
+    )
+    assert len(jax.tree.leaves(grads)) == 1
+
+
+def test_sharing_becomes_a_tie():
+    weight = ones(3)
+    two = rx.as_refs([Affine(weight, [], "a"), Affine(weight, [], "b")])
+    assert two[0].weight is two[1].weight
+    pair = (nn.Embedding(5, 3, key=KEY), nn.Linear(3, 5, key=KEY))
+    where, get = lambda pair: pair[1].weight, lambda pair: pair[0].weight
+    shared = rx.as_refs(nn.Shared(pair, where, get), "params")
+    assert len(rx.aliases(shared)) == 2
+    embedding, linear = shared()
+    assert embedding.weight is linear.weight
+
+
+def test_collections_by_filter():
+    layer = rx.as_refs(
+        nn.MLP(3, 2, 4, 1, key=KEY),
+        {"bias": rx.path("**.bias"), "params": eqx.is_inexact_array},
+    )
+    assert [ref.collection for ref in rx.aliases(layer)] == ["params", "bias"] * 2
+    assert layer(ones(3)).shape == (2,)
+    half = rx.as_refs(
+        {"a": ones(2), "n": jnp.array(1)}, {"params": eqx.is_inexact_array}
+    )
+    assert isinstance(half["n"], jax.Array)
+
+
+def test_one_array_is_of_one_collection():
+    x = ones(2)
+    with pytest.raises(rx.CollectionError, match="one array is at `a` and at .'b'."):
+        rx.as_refs({"a": x, "b": x}, {"params": rx.path("a"), "other": True})
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.BatchNorm(3, "batch", mode="batch"),
+        nn.SpectralNorm(nn.Linear(3, 2, key=KEY), "weight", key=KEY),
+    ],
+    ids=["BatchNorm", "SpectralNorm"],
+)
+def test_a_state_that_is_outside_is_refused(layer):
+    with pytest.raises(
+        rx.StructureError, match="an `equinox.nn.StateIndex` at .*rx.BatchStat"
+    ):
+        rx.as_refs({"layer": layer})
+
+
+def test_a_module_that_was_written_for_refs_is_left_as_it_is():
+    class Scale(rx.Module):
+        by: rx.Param[jax.Array]
+        shift: jax.Array
+
+        def __call__(self, x):
+            return self.by.value * x + self.shift[...]
+
+    both = rx.as_refs(
+        nn.Sequential([nn.Linear(3, 3, key=KEY), nn.Lambda(Scale(ones(3), ones(3)))])
+    )
+    assert type(both.layers[1].fn) is Scale
+    assert isinstance(both.layers[1].fn.shift, rx.Ref)
+    both(ones(3))
+
+
+def test_what_equinox_does_with_a_module_it_does_with_this_one():
+    layer = rx.as_refs(nn.MLP(3, 2, 4, 1, key=KEY), "params")
+    again = rx.as_refs(
+        nn.MLP(3, 2, 4, 1, activation=layer.activation, key=jr.key(1)), "params"
+    )
+    assert jax.tree.structure(rx.deref(layer)) != jax.tree.structure(
+        nn.MLP(3, 2, 4, 1, key=KEY)
+    )
+    assert type(layer) is type(again)
+    assert repr(layer).startswith("MLP(") and "Ref(f32[4,3]" in repr(layer)
+    dropped = rx.as_refs(nn.Sequential([nn.Dropout(0.5), nn.Linear(3, 2, key=KEY)]))
+    dropped = nn.inference_mode(dropped)
+    assert dropped(ones(3)).shape == (2,)
+    params, rest = eqx.partition(layer, rx.collection("params"))
+    assert eqx.combine(params, rest)(ones(3)).shape == (2,)
+    close(rx.clone(layer)(ones(3)), layer(ones(3)))
+
+
+def test_copies_and_pickles():
+    layer = rx.as_refs(Affine.make(), "params")
+    tied = {"a": layer, "b": layer.layers[0].weight}
+    for other in (copy.deepcopy(tied), pickle.loads(pickle.dumps(tied))):
+        assert type(other["a"]) is type(layer)
+        assert other["a"].layers[0].weight is other["b"] is not tied["b"]
+        close(other["a"](ones(3)), layer(ones(3)))
+
+
+def test_a_stack_of_layers_is_scanned():
+    keys = jr.split(KEY, 4)
+    stack = rx.as_refs(
+        eqx.filter_vmap(lambda key: nn.Linear(3, 3, key=key))(keys), "params"
+    )
+    out, _ = rx.scan(lambda x, layer: (layer(x), None), ones(3), stack)
+    expected = ones(3)
+    for key in keys:
+        expected = nn.Linear(3, 3, key=key)(expected)
+    close(out, expected)
+
+
+def test_a_program_serves_every_layer_of_a_structure(trace_counter):
+    counted = trace_counter(lambda layer, x: layer(x))
+    step = rx.filter_jit(counted)
+    for key in (0, 1):
+        layer = rx.as_refs(nn.MLP(3, 2, 4, 1, key=jr.key(key)), "params")
+        for _ in range(3):
+            step(layer, ones(3))
+    assert counted.counter.count == 1
