@@ -41,8 +41,7 @@ class RngStream(Module):
 
     **Arguments:**
 
-    - `key`: a key of `jax.random`, typed or raw. One of the default implementation is held
-        as raw data, which every checkpoint format can store.
+    - `key`: a key of `jax.random`, typed or raw. It is held as it is given.
     """
 
     key: Ref[Array] = field(collection="rng")
@@ -50,9 +49,6 @@ class RngStream(Module):
     count: Ref[Array] = field(collection="rng")
 
     def __init__(self, key: Array):
-        is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-        if is_typed and key.dtype == jax.eval_shape(lambda: jr.key(0)).dtype:
-            key = jr.key_data(key)
         self.key = key
         self.count = jnp.zeros((), jnp.int32)
 
@@ -101,7 +97,8 @@ class Rngs(Module):
     **Arguments:**
 
     - `default`: the seed of the default stream; may be left out. By position.
-    - `**streams`: the seed of each named stream: an `int`, or a key of `jax.random`.
+    - `**streams`: the seed of each named stream: an `int`, or a key of `jax.random`. A typed
+        key stays typed in the ref; a seed gives a raw one, which every file format stores.
         Streams of equal seeds and different names are different.
 
     **Raises:**
@@ -149,6 +146,14 @@ def _key_of(name: str, seed: Any) -> Array:
     is_key = hasattr(seed, "dtype") and (
         jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) or seed.ndim > 0
     )
-    key = seed if is_key else jr.key(seed)
+    # A seed gives a raw key, which every file format can store (Equinox 0.13 and NumPy
+    # refuse typed ones); a key stays what it is.
+    key = seed if is_key else jr.key_data(jr.key(seed))
     # So that one seed for several streams does not give the same numbers twice.
-    return jr.fold_in(key, zlib.crc32(name.encode()))
+    return _fold_in(key, zlib.crc32(name.encode()))
+
+
+def _fold_in(key: Array, data: int) -> Array:
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return jr.fold_in(key, data)
+    return jr.key_data(jr.fold_in(jr.wrap_key_data(key), data))

@@ -1,5 +1,6 @@
 """A filter decides per ref, whatever its form, and sees a ref also where it is opened."""
 
+import itertools
 import threading
 from typing import Any
 
@@ -10,6 +11,7 @@ import optax
 import pytest
 
 import refx_eqx as rx
+from refx_eqx._filters import _filters
 
 
 class Lora(rx.Ref):
@@ -369,3 +371,48 @@ def test_mutable_is_of_one_thread():
     thread.join()
     assert not failures
     assert ref.value == 1
+
+
+def nested(depth):
+    tree = rx.Ref(0.0, "params")
+    for _ in range(depth):
+        tree = {"next": tree, "w": rx.Ref(1.0, "params")}
+    return tree
+
+
+def test_a_deep_tree_is_walked_once(monkeypatch):
+    texts, steps = [], []
+    key_text, step = _filters.key_text, _filters._Walk._step
+
+    def counted_text(key):
+        texts.append(key)
+        return key_text(key)
+
+    def counted_step(walk, reached, key):
+        steps.append(key)
+        return step(walk, reached, key)
+
+    monkeypatch.setattr(_filters, "key_text", counted_text)
+    monkeypatch.setattr(_filters._Walk, "_step", counted_step)
+    spec = rx.filter_spec(nested(200), rx.path("**.next.w"))
+    assert sum(jax.tree.leaves(spec)) == 199
+    assert len(texts) <= 4 * 200 and len(steps) <= 4 * 200
+
+
+@pytest.mark.parametrize(
+    "pattern, paths",
+    [
+        ("**", {"", "a", "a.b", "a.b.a"}),
+        ("**.b.**", {"a.b", "a.b.a"}),
+        ("**.**.a", {"a", "a.b.a"}),
+        ("*", {"a"}),
+        ("a.**.a", {"a.b.a"}),
+        ("a.?.[a-c]", {"a.b.a"}),
+        ("**.c", set()),
+    ],
+)
+def test_a_pattern_is_the_same_in_any_order_of_paths(pattern, paths):
+    all_paths = [(), ("a",), ("a", "b"), ("a", "b", "a")]
+    for order in itertools.permutations(all_paths):
+        filter = rx.path(pattern)
+        assert {".".join(p) for p in order if filter.matches(p, None)} == paths

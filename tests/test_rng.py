@@ -83,6 +83,19 @@ def test_it_can_be_checkpointed():
     assert draw(loaded) == draw(unpickled) == draw(cloned) == draw(rngs)
 
 
+def test_a_typed_key_stays_typed_and_takes_a_raw_one_of_a_file():
+    typed, raw = rx.Rngs(jr.key(3)), rx.Rngs(3)
+    assert typed.default.key.value.shape == () and raw.default.key.value.shape == (2,)
+    old = rx.state_dict(raw)
+    other = rx.Rngs(jr.key(0))
+    rx.load_state_dict(other, old)
+    assert jnp.issubdtype(other.default.key.dtype, jax.dtypes.prng_key)
+    assert draw(other) == draw(raw) == draw(typed)
+    draw(other)
+    rx.load_state_dict(raw, rx.state_dict(other))
+    assert draw(raw) == draw(other) and raw.default.key.value.shape == (2,)
+
+
 def test_another_implementation_of_keys():
     rngs = rx.Rngs(jr.key(0, impl="rbg"))
     assert str(jr.key_impl(rngs.x())) == "rbg"

@@ -102,13 +102,61 @@ def test_a_filter_that_tears_a_tie_is_refused():
     refuses(make_tied(), {}, rx.StructureError, "would tear it apart", filter=filter)
 
 
-def test_a_value_that_is_a_pytree_stays_one():
-    value = {"mean": jnp.zeros(2), "n": 3}
-    ref = rx.Ref(value)
-    assert rx.state_dict({"stats": ref})["stats"] is value
-    other = rx.Ref({"mean": jnp.ones(2), "n": 4})
-    rx.load_state_dict({"stats": other}, rx.state_dict({"stats": ref}))
-    assert other.value["n"] == 3 and other.value["mean"][0] == 0
+def test_a_value_that_is_a_pytree_is_flat_by_name(tmp_path):
+    def made(value):
+        layer = eqx.nn.Linear(2, 3, key=jr.key(0))
+        layer = eqx.tree_at(lambda m: m.bias, layer, jnp.full(3, value))
+        stats = {"mean": jnp.full(2, value), "n": int(value), "name": "batch"}
+        return {"stats": rx.Ref(stats), "layer": rx.Ref(layer), "empty": rx.Ref(None)}
+
+    state = rx.state_dict(made(1.0))
+    assert list(state) == ["layer.weight", "layer.bias", "stats.mean", "stats.n"]
+    np.savez(tmp_path / "state.npz", **state)
+    other = made(0.0)
+    rx.load_state_dict(other, np.load(tmp_path / "state.npz"))
+    assert other["stats"].value["n"] == 1 and other["stats"].value["mean"][0] == 1
+    assert other["stats"].value["name"] == "batch"
+    assert other["layer"].value.bias[2] == 1 and other["empty"].value is None
+    # One of them alone, and the whole value by the path of the ref.
+    rx.load_state_dict(other, {"stats.n": 7}, strict=False)
+    assert other["stats"].value["n"] == 7 and other["stats"].value["mean"][0] == 1
+    whole = {"stats": {"mean": jnp.zeros(2), "n": 2, "name": "batch"}}
+    rx.load_state_dict(other, whole, strict=False)
+    assert other["stats"].value["n"] == 2 and other["stats"].value["mean"][0] == 0
+
+
+def test_a_missing_array_of_a_pytree_is_named():
+    ref = rx.Ref({"mean": jnp.zeros(2), "n": 3})
+    text = "no value for `stats.n`, an unnamed ref (no collection)"
+    refuses({"stats": ref}, {"stats.mean": jnp.ones(2)}, rx.StructureError, text)
+    text = "at `stats.mean` holds {'mean': f32[2], 'n': 3}, and the state has"
+    bad = {"stats.mean": jnp.ones(3), "stats.n": 4}
+    refuses({"stats": ref}, bad, rx.StructureError, text)
+
+
+def test_an_array_in_a_value_with_the_path_of_another_ref_is_refused():
+    for tree in (
+        {"a": rx.Ref({"b": jnp.ones(1)}), "a.b": rx.Ref(1)},
+        {"a": rx.Ref({"b": {"c": jnp.ones(1)}, "b.c": jnp.ones(1)})},
+    ):
+        with pytest.raises(
+            rx.StructureError, match="is the path of an array in an unnam"
+        ):
+            rx.state_dict(tree)
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_typed_keys_are_stored_as_data_and_stay_typed(impl, tmp_path):
+    model = {"key": rx.Ref(jr.split(jr.key(1, impl=impl), 3))}
+    np.savez(tmp_path / "keys.npz", **rx.state_dict(model))
+    shapes = rx.filter_eval_shape(
+        lambda: {"key": rx.Ref(jr.split(jr.key(0, impl=impl), 3))}
+    )
+    for other in ({"key": rx.Ref(jr.split(jr.key(0, impl=impl), 3))}, shapes):
+        rx.load_state_dict(other, np.load(tmp_path / "keys.npz"))
+        assert bool(jnp.all(other["key"].value == model["key"].value))
+    bad = {"key": np.zeros(2, np.uint32)}
+    refuses(model, bad, rx.StructureError, "the state has u32[2]")
 
 
 def test_a_ref_that_is_the_tree_has_the_empty_path():
@@ -347,10 +395,55 @@ def test_a_key_of_a_ref_that_is_not_selected_is_unexpected():
 
 
 @pytest.mark.parametrize(
+    "old, new",
+    [
+        (jnp.array(0), np.array(7)),
+        (jnp.array(0), np.array(-7)),
+        (jnp.zeros(2), np.array([0.5, np.nan])),
+        (jnp.zeros(2), jnp.array([0.5, 1.5], jnp.bfloat16)),
+        (jnp.zeros(2), np.array([0.1, 1.5], np.float16)),
+        (jnp.zeros(2, jnp.bfloat16), np.array([0.5, 1.5])),
+        (jnp.zeros(2, jnp.bfloat16), np.array(jnp.ones(2, jnp.bfloat16)).view("V2")),
+    ],
+)
+def test_another_precision_is_converted_if_no_number_changes(old, new):
+    ref = rx.Ref(old)
+    rx.load_state_dict({"a": ref}, {"a": new})
+    assert ref.dtype == old.dtype
+    expected = np.ones(2) if new.dtype == "V2" else np.asarray(new, np.float64)
+    np.testing.assert_array_equal(np.asarray(ref.value, np.float64), expected)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (jnp.array(0), np.array(2**31)),
+        (jnp.array(0, jnp.uint8), np.array(-1)),
+        (jnp.array(0), np.array(1.0)),
+        (jnp.array(0.0), np.array(1)),
+        (jnp.array(0.0), np.array(1e300)),
+        (jnp.array(False), np.array(1)),
+    ],
+)
+def test_a_number_that_would_change_is_refused(old, new):
+    text = f'Or convert it: `jnp.asarray(value, "{old.dtype}")`.'
+    refuses({"a": rx.Ref(old)}, {"a": new}, rx.StructureError, text)
+
+
+def test_the_remedy_for_another_precision_runs():
+    model, state = make(), rx.state_dict(make(5.0))
+    state["layers.1.weight"] = np.full(2, 0.1)
+    text = 'Or convert it: `jnp.asarray(value, "float32")`.'
+    refuses(model, state, rx.StructureError, text)
+    state["layers.1.weight"] = jnp.asarray(state["layers.1.weight"], "float32")
+    rx.load_state_dict(model, state)
+    assert model.layers[1].weight.value[0] == np.float32(0.1)
+
+
+@pytest.mark.parametrize(
     "value, shown",
     [
-        (jnp.zeros(2, jnp.bfloat16), "bf16[2]"),
-        (np.zeros(2), "f64[2](numpy)"),  # JAX would make a float32 of it
+        (np.full(2, 0.1), "f64[2](numpy)"),  # JAX would round it
     ],
 )
 def test_another_dtype_of_the_declared_kind_is_refused_and_nothing_is_written(
@@ -471,6 +564,20 @@ def test_the_numpy_array_may_be_written_afterwards():
     rx.load_state_dict({"a": ref}, {"a": array})
     array[:] = 5
     assert ref.value[0] == 0
+
+
+def test_jax_arrays_and_shapes_keep_the_place():
+    mesh = jax.sharding.Mesh(jax.devices(), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    shape = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding)
+    for array in (jnp.ones(8), np.ones(8, np.float32), jnp.ones(8, jnp.bfloat16)):
+        refs = [rx.Ref(jax.device_put(jnp.zeros(8), sharding)), rx.Ref(shape)]
+        rx.load_state_dict(refs, {"0": array, "1": array})
+        assert all(ref.value.sharding == sharding for ref in refs)
+        assert all(ref.value[7] == 1 for ref in refs)
+    ref = rx.Ref(shape)
+    rx.update_refs([ref], [jnp.ones(8)])
+    assert ref.value.sharding == sharding
 
 
 def test_a_numpy_array_goes_where_the_old_value_is():

@@ -89,6 +89,11 @@ class _Collections(Filter):
 @dataclasses.dataclass(frozen=True)
 class _Paths(Filter):
     patterns: tuple[str | Path, ...]
+    _walks: tuple["_Walk", ...] = dataclasses.field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        walks = tuple(_Walk(p) for p in self.patterns if isinstance(p, str))
+        object.__setattr__(self, "_walks", walks)
 
     def matches(self, path: Path | None, leaf: Any) -> bool:
         if path is None:
@@ -99,24 +104,59 @@ class _Paths(Filter):
             )
         # One key may be several names: "encoder.weight" in the state of an optimizer.
         names = tuple(".".join(path).split(".")) if path else ()
-        return any(
-            path == p if isinstance(p, tuple) else _matches(names, tuple(p.split(".")))
-            for p in self.patterns
-        )
+        return path in self.patterns or any(w.matches(names) for w in self._walks)
 
     def __repr__(self) -> str:
         return f"rx.path({', '.join(map(repr, self.patterns))})"
 
 
-def _matches(path: Path, pattern: Path) -> bool:
-    if not pattern:
-        return not path
-    head, rest = pattern[0], pattern[1:]
-    if head == "**":
-        return any(_matches(path[i:], rest) for i in range(len(path) + 1))
-    return (
-        bool(path) and fnmatch.fnmatchcase(path[0], head) and _matches(path[1:], rest)
-    )
+class _Walk:
+    """A pattern, walked along one path after the other.
+
+    The paths of a tree come in order, so each begins like the one before: what is known of
+    that is kept, or a deep tree would take the square of its depth.
+    """
+
+    __slots__ = ("_last", "_pattern")
+
+    def __init__(self, pattern: str):
+        self._pattern = tuple(pattern.split("."))
+        # A path, and after each of its keys: how much of the pattern may be behind us.
+        self._last: tuple[Path, list[frozenset[int]]] = ((), [self._skip({0})])
+
+    def matches(self, path: Path) -> bool:
+        before, reached = self._last
+        n = n_common(before, path)
+        reached = reached[: n + 1]
+        for key in path[n:]:
+            reached.append(self._step(reached[-1], key))
+        self._last = path, reached
+        return len(self._pattern) in reached[-1]
+
+    def _step(self, reached: frozenset[int], key: str) -> frozenset[int]:
+        found = set()
+        for i in reached:
+            head = self._pattern[i] if i < len(self._pattern) else None
+            if head == "**":
+                found.add(i)
+            elif head is not None and fnmatch.fnmatchcase(key, head):
+                found.add(i + 1)
+        return self._skip(found)
+
+    def _skip(self, reached: set[int]) -> frozenset[int]:
+        """`**` stands for no key, too."""
+        for i, head in enumerate(self._pattern):
+            if i in reached and head == "**":
+                reached.add(i + 1)
+        return frozenset(reached)
+
+
+def n_common(a: tuple, b: tuple) -> int:
+    """How many first items of two tuples are the same; or fewer. In few steps of Python."""
+    n, step = min(len(a), len(b)), 1
+    while a[:n] != b[:n]:
+        n, step = max(0, n - step), 2 * step
+    return n
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,7 +404,12 @@ def dotted(path: Path) -> str:
 def leaves_with_paths(tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
     """The leaves of a tree, opened or not, each with its path; and the treedef."""
     leaves, treedef = jtu.tree_flatten_with_path(tree, is_leaf=is_opened)
-    return [(tuple(map(key_text, keys)), leaf) for keys, leaf in leaves], treedef
+    pairs, before, path = [], (), ()
+    for keys, leaf in leaves:
+        n = n_common(before, keys)
+        before, path = keys, (*path[:n], *map(key_text, keys[n:]))
+        pairs.append((path, leaf))
+    return pairs, treedef
 
 
 def as_closed(leaves: list[Any]) -> list[Any]:

@@ -6,8 +6,10 @@ tree of refs   -- state_dict -->  {"encoder.weight": array, ...}  -- load_state_
 from collections.abc import Mapping
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 
@@ -16,8 +18,8 @@ from .._core._errors import describe, RefTypeError, StructureError
 from .._core._nodes import is_opened
 from .._core._ref import check_value, check_writable, Ref
 from .._fields._instance import check_refs_in_place
-from ._filters import dotted, leaves_with_paths, selected_refs
-from ._update import check_fits, write_all
+from ._filters import choose, dotted, key_text, leaves_with_paths
+from ._update import check_fits, sharding_of, write_all
 
 
 __tracebackhide__ = True
@@ -53,8 +55,14 @@ def state_dict(tree: Any, filter: Any = True) -> dict[str, Any]:
     to the ref, joined with dots, as in [`refx_eqx.path`][] and [`refx_eqx.aliases`][]; that
     of a ref that is itself the tree is `""`. A shared ref is in it once.
 
-    Values are as the refs hold them. One that is a pytree of several arrays stays one: how
-    to store it is up to the format. Nothing is copied.
+    A value that is a pytree has an entry for each of its arrays and numbers, whose path goes
+    on into it: `"layer.weight"` for a ref `layer` to a module. The other leaves of such a
+    value (functions, texts) are not in the dict. A typed key is there as its data, which
+    [`refx_eqx.load_state_dict`][] makes a key again.
+
+    So any format that takes arrays by name takes it: `numpy.savez`, safetensors, Orbax.
+    Nothing is copied, so write the dict to its file, or copy its arrays, before a call of
+    `filter_jit(donate="refs")` reuses them.
 
     **Raises:**
 
@@ -70,7 +78,14 @@ def state_dict(tree: Any, filter: Any = True) -> dict[str, Any]:
             f"{_described(places['allow_pickle'])}, and `numpy.savez` would take it for its "
             "own argument, and leave it out. Call the field or the key something else."
         )
-    return {path: ref.value for path, ref in first_places(places).items()}
+    slots = _slots(places, "Cannot make a state dict")
+    first = first_places(places)
+    leaves = {path: jtu.tree_leaves(ref.value) for path, ref in first.items()}
+    return {
+        key: _storable(leaves[path][i])
+        for key, (_, i, path) in slots.items()
+        if path in first
+    }
 
 
 def load_state_dict(
@@ -106,8 +121,10 @@ def load_state_dict(
     - `state`: a mapping from path to value, as [`refx_eqx.state_dict`][] gives. Any place
         of a ref may be its key, so what was saved before two refs were tied, or with their
         places in another order, can be loaded. If several places of one ref are keys, their
-        values must be the same. A NumPy array becomes what the ref holds: a JAX array, on
-        the devices of the one that it replaces, or a Python scalar.
+        values must be the same. A ref to a pytree takes its whole value too, by its own
+        path. An array becomes what the ref holds: a JAX array, with the sharding of the one
+        that it replaces, a Python scalar, or a typed key. Another precision is converted if
+        no number changes by it: an `int64` counter to `int32`, `bfloat16` to `float32`.
     - `filter`: any filter. Only the refs that it selects are written.
     - `strict`: whether each of these refs must have a value, and each key be a place of
         one of them. If `False`, refs without a value stay as they are, and other keys are
@@ -115,49 +132,72 @@ def load_state_dict(
 
     **Raises:**
 
-    - `StructureError`: if refs or keys are left over, if a value has another shape or
-        dtype than what it replaces, or if two keys give different values for one ref. Also
+    - `StructureError`: if refs or keys are left over, if a value has another shape than
+        what it replaces, or a dtype that changes its numbers, or if two keys give different values for one ref. Also
         whenever [`refx_eqx.state_dict`][] raises it.
     - `RefTypeError`: if a value breaks the declared type of its ref.
     - `TraceLevelError`, `ImmutableError`: if a ref may not be written here.
     """
     places = places_of(tree, filter, "Cannot load the state")
+    slots = _slots(places, "Cannot load the state")
     if strict:
-        _check_complete(places, state)
-    new_values: dict[int, tuple[Ref, Any, str]] = {}
+        _check_complete(places, slots, state)
+    # For each ref: its new leaves, each with its key; or a whole value, under -1.
+    given: dict[int, tuple[Ref, dict[int, list[tuple[str, Any]]]]] = {}
     for key in state:
-        if key in places:
-            ref = places[key]
-            value = _checked(ref, key, state[key])
-            _, earlier, other_key = new_values.setdefault(id(ref), (ref, value, key))
-            if not _is_same(earlier, value):
+        if key in slots or key in places:
+            ref, i, _ = slots[key] if key in slots else (places[key], -1, key)
+            _, leaves = given.setdefault(id(ref), (ref, {}))
+            leaves.setdefault(i, []).append((key, state[key]))
+    write_all([(ref, _new_value(ref, leaves)) for ref, leaves in given.values()])
+
+
+def _new_value(ref: Ref, given: dict[int, list[tuple[str, Any]]]) -> Any:
+    """The value of a ref with the leaves that the state has for it."""
+    check_writable(ref)  # before its value is looked at, which may be forbidden too
+    old_leaves, treedef = jtu.tree_flatten(ref.value)
+    held, leaves = {}, list(old_leaves)
+    for i, entries in given.items():
+        if i == -1:
+            held[i] = [(key, _as_held(ref.value, new)) for key, new in entries]
+            continue
+        held[i] = [(key, _leaf_as_held(old_leaves[i], new)) for key, new in entries]
+        leaves[i] = held[i][0][1]
+    first_key = next(iter(held.values()))[0][0]
+    whole = held[-1][0][1] if -1 in held else jtu.tree_unflatten(treedef, leaves)
+    value = _checked(ref, first_key, whole)
+    for (key, earlier), *others in held.values():
+        for other_key, other in others:
+            if not _is_same(earlier, other):
                 raise StructureError(
-                    f"Cannot load the state: {describe(ref._name, ref._collection)} is one "
-                    f"ref at `{_shown(other_key)}` and `{_shown(key)}`, and the "
-                    "state has a different value for each. Remove one of the two keys from "
-                    "the state, or untie the ref: put `rx.clone(ref)` at one of its places."
+                    f"Cannot load the state: {_described(ref)} is one ref at "
+                    f"`{_shown(key)}` and `{_shown(other_key)}`, and the state has a "
+                    "different value for each. Remove one of the two keys from the state, "
+                    "or untie the ref: put `rx.clone(ref)` at one of its places."
                 )
-    write_all([(ref, value) for ref, value, _ in new_values.values()])
+    return value
 
 
 def places_of(tree: Any, filter: Any, failure: str) -> dict[str, Ref]:
     """Each place of each selected ref: the refs in the order of the tree, the first place
     of a ref before its others."""
-    for path, leaf in leaves_with_paths(tree)[0]:
+    pairs, _ = leaves_with_paths(tree)
+    for path, leaf in pairs:
         if is_opened(leaf):
             raise StructureError(
                 f"{failure}: the tree is derefed, and has a {type(leaf).__name__} at "
                 f"`{dotted(path)}`. Pass the tree of refs itself."
             )
     check_refs_in_place(tree, failure)
+    chosen = choose([path for path, _ in pairs], [leaf for _, leaf in pairs], (filter,))
     # By id: a program in which a ref is hashed is used for no other refs.
-    paths: dict[int, list[str]] = {}
-    for path, leaf in leaves_with_paths(tree)[0]:
-        if isinstance(leaf, Ref):
-            paths.setdefault(id(leaf), []).append(".".join(path))
+    paths: dict[int, tuple[Ref, list[str]]] = {}
+    for (path, leaf), answer in zip(pairs, chosen):
+        if answer == 0 and isinstance(leaf, Ref):
+            paths.setdefault(id(leaf), (leaf, []))[1].append(".".join(path))
     places: dict[str, Ref] = {}
-    for ref in selected_refs(tree, filter):
-        for path in paths[id(ref)]:
+    for ref, all_paths in paths.values():
+        for path in all_paths:
             other = places.setdefault(path, ref)
             if other is not ref:
                 raise StructureError(
@@ -167,6 +207,52 @@ def places_of(tree: Any, filter: Any, failure: str) -> dict[str, Ref]:
                     "key with a dot in it."
                 )
     return places
+
+
+Slots = dict[str, tuple[Ref, int, str]]
+
+
+def _slots(places: dict[str, Ref], failure: str) -> Slots:
+    """By its key in a state dict: each array of each ref, as the ref, the number of the leaf
+    in its value, and the place of the ref."""
+    slots: Slots = {}
+    named = {id(ref): _named_leaves(ref) for ref in first_places(places).values()}
+    for path, ref in places.items():
+        for name, i in named[id(ref)]:
+            key = ".".join(filter(None, (path, name)))
+            other = places[key] if name and key in places else ref
+            other, j, _ = slots.setdefault(key, (other, i, path))
+            if other is not ref or i != j:
+                raise StructureError(
+                    f"{failure}: `{key}` is the path of an array in {_described(ref)}, and "
+                    f"of {_described(other)} or another array in it. Rename one of the keys "
+                    "on the way, such as a dict key with a dot in it."
+                )
+    return slots
+
+
+def _named_leaves(ref: Ref) -> list[tuple[str, int]]:
+    # Which leaves there are is no secret where the value may not be read.
+    leaves, _ = jtu.tree_flatten_with_path(ref._value)
+    return [
+        (".".join(map(key_text, path)), i)
+        for i, (path, leaf) in enumerate(leaves)
+        if not path or eqx.is_array_like(leaf) or _is_shape(leaf)
+    ]
+
+
+def _is_shape(leaf: Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _is_key(leaf: Any) -> bool:
+    is_array = isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
+    return is_array and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _storable(leaf: Any) -> Any:
+    """A leaf as any file format takes it: of a typed key, the data."""
+    return jr.key_data(leaf) if _is_key(leaf) else leaf
 
 
 def first_places(places: dict[str, Ref]) -> dict[str, Ref]:
@@ -185,14 +271,21 @@ def _shown(key: str) -> str:
     return key or "the root of the tree"
 
 
-def _check_complete(places: dict[str, Ref], state: Mapping[str, Any]) -> None:
-    given = {id(places[key]) for key in state if key in places}
+def _check_complete(
+    places: dict[str, Ref], slots: Slots, state: Mapping[str, Any]
+) -> None:
+    whole = {id(places[key]) for key in state if key in places and key not in slots}
+    given = {(id(slots[key][0]), slots[key][1]) for key in state if key in slots}
+    wanted: dict[tuple[int, int], tuple[str, Ref]] = {}
+    for key, (ref, i, _) in slots.items():
+        if id(ref) not in whole:
+            wanted.setdefault((id(ref), i), (key, ref))
     missing = [
-        f"`{_shown(path)}`, {describe(ref._name, ref._collection)}"
-        for path, ref in first_places(places).items()
-        if id(ref) not in given
+        f"`{_shown(key)}`, {_described(ref)}"
+        for which, (key, ref) in wanted.items()
+        if which not in given
     ]
-    unexpected = [repr(key) for key in state if key not in places]
+    unexpected = [repr(key) for key in state if key not in slots and key not in places]
     reasons = []
     if missing:
         reasons.append(f"It has no value for {'; '.join(missing)}.")
@@ -210,8 +303,6 @@ def _check_complete(places: dict[str, Ref], state: Mapping[str, Any]) -> None:
 
 
 def _checked(ref: Ref, key: str, value: Any) -> Any:
-    check_writable(ref)  # before its value is looked at, which may be forbidden too
-    value = _as_held(ref.value, value)
     try:
         try:
             check_fits(
@@ -220,7 +311,8 @@ def _checked(ref: Ref, key: str, value: Any) -> Any:
         except StructureError:
             # A declared type that is broken too says more than a wrong shape.
             if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
-                check_value(ref, jnp.asarray(value))
+                with np.errstate(over="ignore"):
+                    check_value(ref, jnp.asarray(value))
             else:
                 check_value(ref, value)
             raise
@@ -230,8 +322,7 @@ def _checked(ref: Ref, key: str, value: Any) -> Any:
 
 
 def _as_held(old: Any, new: Any) -> Any:
-    """`new` with its NumPy arrays as `old` has them, where they are of equal shape and
-    dtype."""
+    """`new` with its arrays as `old` has them, where that changes no number."""
     old_leaves, old_def = jtu.tree_flatten(old)
     new_leaves, new_def = jtu.tree_flatten(new)
     if old_def != new_def:
@@ -240,17 +331,59 @@ def _as_held(old: Any, new: Any) -> Any:
 
 
 def _leaf_as_held(old: Any, new: Any) -> Any:
-    if not isinstance(new, (np.ndarray, np.generic)):
-        return new
-    if isinstance(old, (jax.Array, jax.ShapeDtypeStruct)):
-        if (old.shape, old.dtype) != (new.shape, new.dtype):
+    if _trace.is_tracer(old) or _trace.is_tracer(new) or not eqx.is_array(new):
+        if not isinstance(new, np.generic):
             return new
-        placed = type(old) is _trace.ConcreteArray and old.committed
-        # A copy: `jax.device_put` may share memory with NumPy, where it may be written.
-        return jnp.array(new, device=old.sharding if placed else None)
-    if new.ndim == 0 and type(new.item()) is type(old):
-        return new.item()
-    return new
+    if not isinstance(old, (jax.Array, jax.ShapeDtypeStruct)):
+        is_numpy = isinstance(new, (np.ndarray, np.generic))
+        if is_numpy and new.ndim == 0 and type(new.item()) is type(old):
+            return new.item()
+        return new
+    if _is_key(old) and not _is_key(new):
+        new = _as_key(old, new)
+    elif old.dtype != new.dtype:
+        new = _converted(new, old.dtype)
+    if (old.shape, old.dtype) != (new.shape, new.dtype):
+        return new
+    sharding = sharding_of(old)
+    if isinstance(new, jax.Array):
+        return new if sharding is None else jax.device_put(new, sharding)
+    # A copy: `jax.device_put` may share memory with NumPy, where it may be written.
+    return jnp.array(new, device=sharding)
+
+
+def _as_key(old: Any, data: Any) -> Any:
+    """The typed keys that `old` stands for, of their data."""
+    if data.dtype != jnp.uint32 or data.shape[: old.ndim] != old.shape:
+        return data
+    if not isinstance(old, jax.Array):
+        # A shape says its implementation by the name of its dtype alone: `key<fry>`.
+        names = {str(jr.key(0, impl=i).dtype): i for i in ("threefry2x32", "rbg")}
+        return jr.wrap_key_data(jnp.array(data), impl=names.get(str(old.dtype)))
+    return jr.wrap_key_data(jnp.array(data), impl=jr.key_impl(old))
+
+
+def _converted(new: Any, dtype: Any) -> Any:
+    """`new` in this dtype, if no number changes by it; else as it is."""
+    if _is_key(new):
+        return new
+    array = np.asarray(new)
+    if array.dtype.type is np.void and dtype.kind == "V":
+        # NumPy's files have no name for `bfloat16` and the like, and give back bytes.
+        same_size = array.dtype.itemsize == dtype.itemsize
+        return array.view(dtype) if array.dtype.fields is None and same_size else new
+    kinds = (jnp.integer, jnp.floating, jnp.complexfloating)
+    if not any(
+        jnp.issubdtype(array.dtype, kind) and jnp.issubdtype(dtype, kind)
+        for kind in kinds
+    ):
+        return new
+    with np.errstate(over="ignore", invalid="ignore"):
+        converted = array.astype(dtype)
+        back = converted.astype(array.dtype)
+    same = (back == array) | ((back != back) & (array != array))  # NaN stays NaN
+    in_range = (converted < 0) == (array < 0)  # a sign that wraps around
+    return converted if np.all(same) and np.all(in_range | (array != array)) else new
 
 
 def _is_same(a: Any, b: Any) -> bool:
@@ -264,7 +397,7 @@ def _is_same_leaf(a: Any, b: Any) -> bool:
     if _trace.is_tracer(a) or _trace.is_tracer(b):
         return False  # not known before the program runs
     if isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-        a, b = jax.random.key_data(a), jax.random.key_data(b)
+        a, b = jr.key_data(a), jr.key_data(b)
     if hasattr(a, "dtype"):
         return np.asarray(a).tobytes() == np.asarray(b, a.dtype).tobytes()
     return bool(a == b)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
+from .._core import _trace
 from .._core._deref import NOTHING, path_text
 from .._core._errors import CollectionError, describe, StructureError
 from .._core._nodes import Index, is_opened, Value
@@ -133,9 +134,12 @@ def check_and_write(updates: list[tuple[Ref, Any]]) -> None:
 
 
 def _as_arrays(ref: Ref, value: Any, where: str) -> Any:
-    """`value` with an array for each Python number that replaces one."""
+    """`value` with an array for each Python number that replaces one, and each array where
+    the shape that it replaces says."""
 
     def convert(old: Any, new: Any) -> Any:
+        if isinstance(old, jax.ShapeDtypeStruct) and old.sharding is not None:
+            return jax.device_put(new, old.sharding)
         if not isinstance(old, jax.Array) or eqx.is_array(new):
             return new
         number = np.asarray(new)
@@ -175,11 +179,26 @@ def check_fits(ref: Ref, value: Any, failure: str, place: str, source: str) -> N
     new_leaves, new_def = jtu.tree_flatten(value)
     fits = old_def == new_def and all(map(_same_kind, old_leaves, new_leaves))
     if not fits:
+        remedy = "If the change is meant, write it: `ref.value = ...`."
+        if len(old_leaves) == 1 and _only_dtypes_differ(old, value):
+            remedy += f' Or convert it: `jnp.asarray(value, "{old.dtype}")`.'
         raise StructureError(
             f"{failure}: {describe(ref._name, ref._collection)} at {place} holds "
-            f"{eqx.tree_pformat(old)}, and {source} has {eqx.tree_pformat(value)}. If the "
-            "change is meant, write it: `ref.value = ...`."
+            f"{eqx.tree_pformat(old)}, and {source} has {eqx.tree_pformat(value)}. {remedy}"
         )
+
+
+def _only_dtypes_differ(old: Any, new: Any) -> bool:
+    both = [getattr(x, "shape", None) for x in (old, new) if hasattr(x, "dtype")]
+    return len(both) == 2 and both[0] == both[1]
+
+
+def sharding_of(old: Any) -> Any:
+    """Where what replaces `old` is to be: the sharding that it was given, or `None`."""
+    if isinstance(old, jax.ShapeDtypeStruct):
+        return old.sharding
+    placed = type(old) is _trace.ConcreteArray and old.committed
+    return old.sharding if placed else None
 
 
 def _same_kind(old: Any, new: Any) -> bool:
