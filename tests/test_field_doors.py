@@ -278,8 +278,6 @@ def test_the_buffer_of_a_numpy_array_is_not_shared():
     ref.value = given
     given[1] = 1.0
     assert ref.value.tolist() == [1.0, 0.0]
-    with pytest.raises(ValueError, match="read-only"):
-        ref.value[0] = 5.0
 
 
 def test_a_state_dict_has_no_argument_of_savez_in_it():

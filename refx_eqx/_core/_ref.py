@@ -549,11 +549,8 @@ def _is_writeable(leaf: Any) -> bool:
 
 
 def _own(leaf: Any) -> Any:
-    """A NumPy array that nobody can change in place: a change would be no write."""
-    if _is_writeable(leaf):
-        leaf = leaf.copy()
-        leaf.flags.writeable = False
-    return leaf
+    """A NumPy array that its giver cannot change: a change there would be no write."""
+    return leaf.copy() if _is_writeable(leaf) else leaf
 
 
 def declare(ref: Ref, declaration: Any) -> None:
