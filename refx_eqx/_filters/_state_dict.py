@@ -142,26 +142,25 @@ def load_state_dict(
     slots = _slots(places, "Cannot load the state")
     if strict:
         _check_complete(places, slots, state)
-    # For each ref: its new leaves, each with its key; or a whole value, under -1.
-    given: dict[int, tuple[Ref, dict[int, list[tuple[str, Any]]]]] = {}
+    # For each ref: the keys of its leaves, and of a whole value under -1.
+    given: dict[int, tuple[Ref, dict[int, list[str]]]] = {}
     for key in state:
         if key in slots or key in places:
             ref, i, _ = slots[key] if key in slots else (places[key], -1, key)
-            _, leaves = given.setdefault(id(ref), (ref, {}))
-            leaves.setdefault(i, []).append((key, state[key]))
-    write_all([(ref, _new_value(ref, leaves)) for ref, leaves in given.values()])
+            given.setdefault(id(ref), (ref, {}))[1].setdefault(i, []).append(key)
+    write_all([(ref, _new_value(ref, keys, state)) for ref, keys in given.values()])
 
 
-def _new_value(ref: Ref, given: dict[int, list[tuple[str, Any]]]) -> Any:
+def _new_value(ref: Ref, given: dict[int, list[str]], state: Mapping[str, Any]) -> Any:
     """The value of a ref with the leaves that the state has for it."""
     check_writable(ref)  # before its value is looked at, which may be forbidden too
     old_leaves, treedef = jtu.tree_flatten(ref.value)
     held, leaves = {}, list(old_leaves)
-    for i, entries in given.items():
+    for i, keys in given.items():
         if i == -1:
-            held[i] = [(key, _as_held(ref.value, new)) for key, new in entries]
+            held[i] = [(key, _as_held(ref.value, state[key])) for key in keys]
             continue
-        held[i] = [(key, _leaf_as_held(old_leaves[i], new)) for key, new in entries]
+        held[i] = [(key, _leaf_as_held(old_leaves[i], state[key])) for key in keys]
         leaves[i] = held[i][0][1]
     first_key = next(iter(held.values()))[0][0]
     whole = held[-1][0][1] if -1 in held else jtu.tree_unflatten(treedef, leaves)
