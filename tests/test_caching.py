@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from benchmarks import _arguments
 from jaxtyping import Array
 
 import refx_eqx as rx
@@ -270,36 +271,109 @@ def test_a_repeated_call_notices_a_static_leaf_that_changed_in_place(where):
         assert [call() for _ in range(4)] == [factor] * 4
 
 
-def test_what_cannot_be_planned_is_not_tried_at_each_call(monkeypatch):
-    tries, make_plan = [], _plan.make_plan
-    counting = lambda *args: tries.append(args) or make_plan(*args)
-    monkeypatch.setattr(_plan, "make_plan", counting)
-    state = rx.Ref({"mean": jnp.array(0.0), "n": jnp.array(0)})  # not one array
-
-    @rx.filter_jit
-    def f(state, x):
-        state.value = {"mean": state.value["mean"] + x, "n": state.value["n"] + 1}
-
-    for _ in range(10):
-        f(state, jnp.array(2.0))
-    assert (state.value["mean"], state.value["n"]) == (20.0, 10)
-    assert 1 <= len(tries) <= 3
-
-
-def test_a_value_that_is_no_array_for_a_while_is_planned_again(monkeypatch):
+def _planned(monkeypatch):
+    """What `make_plan` returns, call by call."""
     plans, make_plan = [], _plan.make_plan
     keeping = lambda *args: plans.append(make_plan(*args)) or plans[-1]
     monkeypatch.setattr(_plan, "make_plan", keeping)
-    ref = rx.Ref(np.ones(3, np.float32))
-    f = rx.filter_jit(lambda ref, x: setattr(ref, "value", ref.value + x))
-    for _ in range(4):
-        f(ref, X)
-    assert len(plans) == 1
-    ref.value = np.zeros(3, np.float32)
-    for _ in range(4):
-        f(ref, X)
-    assert [plan is None for plan in plans] == [False, True, False]
-    assert np.array_equal(ref.value, 4 * X)
+    return plans
+
+
+class Unstable:
+    """A node that makes other children each time."""
+
+    def __init__(self, x):
+        self.x = x
+
+
+jax.tree_util.register_pytree_node(
+    Unstable, lambda node: (([node.x],), None), lambda _, xs: Unstable(xs[0][0])
+)
+
+
+def test_what_cannot_be_planned_is_not_tried_at_each_call(monkeypatch):
+    plans = _planned(monkeypatch)
+
+    class Holder(eqx.Module):
+        ref: rx.Ref
+        unstable: Any
+
+    model = Holder(rx.Ref(jnp.array(1.0)), Unstable("text"))
+    f = rx.filter_jit(lambda model, x: model.ref.value + x)
+    for _ in range(10):
+        assert f(model, jnp.array(2.0)) == 3.0
+    assert plans == [None]
+
+
+def test_a_ref_with_a_pytree_is_planned(monkeypatch):
+    plans = _planned(monkeypatch)
+    state = rx.Ref({"mean": jnp.array(0.0), "n": 0, "name": "mean"})
+
+    @rx.filter_jit
+    def f(state, x):
+        mean, n = state.value["mean"] + x, state.value["n"] + 1
+        state.value = {"mean": mean, "n": n, "name": "mean"}
+
+    for i in range(1, 10):
+        f(state, jnp.array(2.0))
+        assert (state.value["mean"], state.value["n"]) == (2.0 * i, i)
+    assert len(plans) == 1 and None not in plans
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.zeros(3, np.float32),
+        {"x": jnp.zeros(3)},
+        {"x": jnp.zeros(3), "text": "a"},
+        {"x": jnp.zeros(3), "text": "b"},
+        (jnp.zeros(3), None),
+        [0.0, 0.0, 0.0],
+        None,
+        jnp.zeros(3),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("first", [jnp.ones(3), {"x": jnp.ones(3), "text": "a"}])
+def test_a_value_of_another_structure_is_noticed(value, first):
+    @rx.filter_jit
+    def g(ref):
+        total = jnp.array(0.0)
+        for x in jax.tree.leaves(ref.value):
+            total += jnp.sum(x) if not isinstance(x, str) else ord(x)
+        return total
+
+    def plain(tree):
+        return sum(
+            ord(x) if isinstance(x, str) else float(np.sum(x))
+            for x in jax.tree.leaves(tree)
+        )
+
+    ref = rx.Ref(first)
+    for new in (first, value, first, value):
+        ref.value = new
+        assert [float(g(ref)) for _ in range(4)] == [plain(new)] * 4
+
+
+def test_arguments_that_are_grouped_otherwise_are_other_arguments():
+    refs = [rx.Ref(jnp.array(float(i))) for i in range(9)]
+
+    @rx.filter_jit
+    def f(*args):
+        return len(args), [len(x) for x in args if isinstance(x, list)]
+
+    def check(*args):
+        for _ in range(4):
+            lists = [len(x) for x in args if isinstance(x, list)]
+            assert f(*args) == (len(args), lists)
+
+    for n in (1, 7, 8, 9):
+        check([X] * n, *refs)
+        check([X, *refs[: n - 1]], *refs[n - 1 :])
+        check(refs[:n], *[X] * n)
+        check([*refs[:n], X], *[X] * (n - 1))
+        check([refs[:n]], [X] * n)
+        check([refs[:n], [X] * n])
 
 
 # Traced again.
@@ -438,6 +512,88 @@ def test_ten_thousand_models_come_and_go():
             counts.append(len(gc.get_objects()))
             assert len(alive) == 1
     assert abs(counts[1] - counts[0]) < 100
+
+
+@pytest.mark.parametrize("row", _arguments.ROWS)
+def test_arguments_of_any_kind_come_and_go(row):
+    f: Any = rx.filter_jit(_arguments.step("one"))
+    alive: weakref.WeakSet = weakref.WeakSet()
+    for _ in range(20):
+        args, kwargs = _arguments.ROWS[row](2)
+        for _ in range(3):
+            with jax.check_tracer_leaks(False):  # quick
+                f(*args, **kwargs)
+        refs = _arguments.refs_inside((args, kwargs))
+        assert refs
+        alive |= set(refs)
+    del args, kwargs, refs
+    _collect()
+    assert len(alive) == 0
+    plans = f._plans
+    assert len(plans._plans) <= 1 and not plans._known
+
+
+def test_a_ref_beside_a_model_that_stays_is_freed():
+    model, f = make_stack(), rx.filter_jit(lambda model, ref: ref.value + X)
+    alive: weakref.WeakSet = weakref.WeakSet()
+    for _ in range(300):
+        ref = rx.Ref(ZEROS)
+        for _ in range(3):
+            with jax.check_tracer_leaks(False):  # quick
+                f(model, ref)
+        alive.add(ref)
+    del ref
+    _collect()
+    assert len(alive) == 0
+
+
+def test_a_function_keeps_a_bounded_number_of_plans():
+    f: Any = rx.filter_jit(lambda ref, x: ref.value + x)
+    refs = [rx.Ref(ZEROS) for _ in range(600)]
+    with jax.check_tracer_leaks(False):  # quick
+        for ref in refs:
+            for _ in range(3):
+                f(ref, X)
+    assert len(f._plans._plans) <= 256 and len(f._plans._noted) <= 1000
+
+
+def test_a_recursive_function_as_an_argument_is_freed():
+    def make(ref):
+        def recursive(n):
+            return ref.value if n == 0 else recursive(n - 1)
+
+        return recursive
+
+    f = rx.filter_jit(lambda fn: fn(2))
+    watched = []
+    for i in range(3):
+        fn = make(rx.Ref(jnp.full(3, float(i))))
+        assert [float(f(fn)[0]) for _ in range(4)] == [float(i)] * 4
+        watched.append(weakref.ref(fn))
+    del fn
+    _collect()
+    assert [ref() for ref in watched] == [None] * 3
+
+
+def test_a_module_whose_init_calls_a_compiled_function_is_seen_as_it_becomes():
+    seen = []
+
+    @rx.filter_jit
+    def total(model):
+        return sum(jnp.sum(x) for x in jax.tree.leaves(rx.snapshot(model)))
+
+    class Grows(rx.Module):
+        a: rx.Param[Array]
+        b: rx.Param[Array]
+
+        def __init__(self):
+            self.a = ZEROS + 1.0
+            seen.extend(float(total(self)) for _ in range(4))
+            self.b = ZEROS + 1.0
+
+    model = Grows()
+    seen.extend(float(total(model)) for _ in range(4))
+    assert seen == [3.0] * 4 + [6.0] * 4
 
 
 def test_a_model_dies_at_once_without_the_collector():

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from benchmarks import _arguments
 
 import refx_eqx as rx
 
@@ -78,6 +79,51 @@ def test_a_repeated_call_runs_as_much_python_for_a_thousand_refs_as_for_ten():
         return count(lambda: f(model, X))
 
     assert of(1000) == of(10) < 10
+
+
+@pytest.fixture
+def quick():
+    with jax.check_tracer_leaks(False):
+        yield
+
+
+@pytest.mark.parametrize("row", _arguments.ROWS)
+@pytest.mark.usefixtures("quick")
+def test_a_repeated_call_of_any_argument_runs_a_fixed_number_of_functions(row):
+    f = filter_jit(_arguments.step("one"))
+
+    def of(n_refs):
+        args, kwargs = _arguments.ROWS[row](n_refs)
+        for _ in range(4):
+            f(*args, **kwargs)
+        assert f._plans._plans
+        return count(lambda: f(*args, **kwargs))
+
+    few = of(10)
+    # What is written of a pytree is put together again.
+    limit = 60 if "pytrees" in row or "None" in row else 25
+    limit = 200 if "texts" in row else limit
+    assert few < limit
+    # The texts of a pytree are compared one by one.
+    if row not in _arguments.COMPANIONS and "texts" not in row:
+        assert of(40) == few
+
+
+@pytest.mark.parametrize("donate", ["refs", "all"])
+def test_a_repeated_call_that_donates_does_not_walk_the_arrays(donate):
+    def of(n_refs):
+        model = make(n_refs)
+        f = rx.filter_jit(
+            lambda model: setattr(
+                model.layers[0].bias, "value", model.layers[0].bias.value + 1.0
+            ),
+            donate=donate,
+        )
+        for _ in range(4):
+            f(model)
+        return count(lambda: f(model))
+
+    assert of(40) == of(10) < 20
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ others. `finish` is the only place where a caller's ref is written: all at once,
 """
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
@@ -220,7 +221,20 @@ def dispatching(opened: Opened) -> Iterator[None]:
 
 
 def running_call() -> Opened:
-    return _trace.thread.state.calls[-1]
+    call = _trace.thread.state.calls[-1]
+    if type(call) is tuple:
+        # Of a plan, which knows all of a call but the refs that it is given.
+        call = with_refs(*call)
+    return call
+
+
+def with_refs(opened: Opened, refs: list[Ref]) -> Opened:
+    """The same call, of other refs."""
+    if opened.refs is refs:
+        return opened
+    opened = copy.copy(opened)
+    opened.refs, opened.asked = refs, {}
+    return opened
 
 
 def run_body(

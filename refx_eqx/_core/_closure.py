@@ -542,13 +542,9 @@ def _has_ref(items: Iterable[Any]) -> bool:
     return any(issubclass(kind, Ref) for kind in set(map(type, items)))
 
 
-def _itself(obj: Any) -> Any:
-    return obj
-
-
-# A cell of a closure, what stands for its content, and a function that returns that
-# content, or `None` if it is gone.
-Watched = tuple[types.CellType, Any, Callable[[], Any]]
+# The position of a cell in a closure; what stands for its content; and that content, if it
+# is a number or a text, or a function that returns it, or `None` if it is gone.
+Watched = tuple[int, Any, Any, Callable[[], Any] | None]
 
 
 def same_content(cell: types.CellType, key: Any) -> bool:
@@ -560,14 +556,15 @@ def watched_cells(fn: types.FunctionType) -> list[Watched]:
     """The cells of a function whose content matters."""
     rebound = _rebound_cells(_reachable_functions(fn))
     watched = []
-    for cell in fn.__closure__ or ():
+    for i, cell in enumerate(fn.__closure__ or ()):
         if id(cell) not in rebound:
             key = _content_key(cell)
+            content, recall = None, None
             if isinstance(key, Identity):
                 recall = key.recall
             elif isinstance(key, _Items):
                 recall = _gone  # the same object says nothing
             else:
-                recall = functools.partial(_itself, cell.cell_contents)
-            watched.append((cell, key, recall))
+                content = cell.cell_contents
+            watched.append((i, key, content, recall))
     return watched

@@ -50,9 +50,9 @@ class _Commits:
 
     - `count`: of all writes. A lifted call reads its refs, computes, and writes back: if
         the count has not moved in between, no other thread wrote anything.
-    - `irregular`: of those that may have changed the structure of a ref: the new value is
-        not a JAX array, or the collection or declared type is another. While it has not
-        moved, what a repeated call knows of its refs still holds.
+    - `irregular`: of those that may have changed the structure of a ref that was one JAX
+        array: the new value is none, or the collection or declared type is another. While it
+        has not moved, what a repeated call knows of its refs still holds.
     - `lock`: to be held for the moment of a write.
     """
 
@@ -66,10 +66,13 @@ class _Commits:
     def store(self, updates: Iterable[tuple["Ref", Any]]) -> None:
         """Writes values that were checked. The lock must be held."""
         for ref, value in updates:
+            if (
+                type(value) is not _trace.ConcreteArray
+                and type(ref._value) is _trace.ConcreteArray
+            ):
+                self.irregular += 1
             set_content(ref, value)
             ref._written = True
-            if type(value) is not _trace.ConcreteArray:
-                self.irregular += 1
         # Last: who read half of this began with the old count, and will see the new one.
         self.count += 1
 

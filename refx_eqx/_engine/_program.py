@@ -197,6 +197,7 @@ class Variant:
         # types of the arrays, so that calls of two types do not trace in turns.
         self._split: Split | None = None
         self._other_splits: dict[tuple, Split] = {}
+        self._quiet: list[warnings.catch_warnings] = []
         body = program.body
 
         def traced(arrays: list[Any]) -> tuple[list[Any], dict[int, Any], Any]:
@@ -209,6 +210,7 @@ class Variant:
         def donating(
             split: Split, donated: list[Any], kept: list[Any]
         ) -> tuple[list[Any], dict[int, Any], Any]:
+            self._be_quiet()
             arrays: list[Any] = [None] * (len(donated) + len(kept))
             for i, x in zip(split.donated, donated):
                 arrays[i] = x
@@ -258,13 +260,24 @@ class Variant:
         self, split: Split, arrays: list[Any], values: list[Any]
     ) -> tuple[list, dict, Any]:
         donated, kept = apart(arrays, values, split)
-        if self._donate in ("warn", "warn-except-first", "refs"):
+        try:
             return self._donating(split, donated, kept)
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="Some donated buffers were not usable*"
-            )
-            return self._donating(split, donated, kept)
+        finally:
+            self._speak()
+
+    def _be_quiet(self) -> None:
+        """Until `_speak`: no word of an unused donation, where the mode wants none. JAX says
+        it when it compiles, so this is asked for when it traces, and not at each call."""
+        if self._donate in ("all", "all-except-first"):
+            context = warnings.catch_warnings()
+            context.__enter__()
+            self._quiet.append(context)
+            message = "Some donated buffers were not usable*"
+            warnings.filterwarnings("ignore", message=message)
+
+    def _speak(self) -> None:
+        while self._quiet:
+            self._quiet.pop().__exit__(None, None, None)
 
     def lower(self, opened: Opened) -> tuple[Any, Split]:
         """The lowered program, and what of its arrays it donates."""
@@ -282,6 +295,8 @@ class Variant:
                 lowered = self._donating.lower(
                     split, *apart(arrays, opened.values, split)
                 )
+            finally:
+                self._speak()
             return lowered, split
 
     def split(self, opened: Opened, arrays: list[Any]) -> Split:

@@ -1,8 +1,9 @@
-"""`python -m tests.benchmarks [--quick]`: runs everything, and writes the page.
+"""`python -m tests.benchmarks [--quick] [--calls]`: runs everything, and writes the page.
 
 Prints one line for each piece of work. The results are kept for each version of JAX, and
 `docs/benchmarks.md` and its picture are made of all of them. What `--only` runs takes the
-place of what was kept of the same work.
+place of what was kept of the same work. `--calls` runs what is passed to a call, and the loops
+of users: a few minutes.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import importlib.metadata
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
-from . import _compile, _problems, _repeated, _report
+from . import _compile, _kinds, _loops, _problems, _repeated, _report
 
 
 def _versions() -> dict[str, str]:
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer rounds, no page")
     parser.add_argument("--only", default="", help="a part of the name of what to run")
     parser.add_argument("--dry", action="store_true", help="print, and keep nothing")
+    parser.add_argument("--calls", action="store_true", help="only the kinds of calls")
     options = parser.parse_args()
     quick = options.quick
     rounds, block = (7, 0.01) if quick else (40, 0.03)
@@ -40,6 +42,16 @@ def main() -> None:
         for work, row in found.items():
             text = ", ".join(f"{name} {value:.3f}" for name, value in row.items())
             print(f"{work}: {text}", flush=True)
+
+    for name, n, written in _kinds.table():
+        if options.only in name:
+            row = _kinds.run_kind(name, n, written, rounds // 3 + 3, block)
+            show("kinds", {f"{name}, {n} refs, {written} written": row})
+    for name, run in _loops.run_all(rounds, block).items():
+        if options.only in name:
+            show("loops", {name: run()})
+    if options.calls:
+        return _report.write_page() if keep else None
 
     sizes = (10, 100, 1000) if quick else (10, 100, 1000, 10_000)
     for written in ("all", "one", "none"):

@@ -71,11 +71,17 @@ _NOTES = {
     "as a multiple of that of the same network in plain Equinox, over a few rounds only.",
     "memory": "The peak memory of a training step with Adam, as the compiler plans it, as a "
     'multiple of that of `jax.jit` with `donate_argnums`. Ours is `donate="refs"`.',
+    "kinds": "What is passed makes no difference of kind: every call is a planned one. Each row "
+    "is a call with next to no computation, as a multiple of that of `jax.jit` on the same "
+    "arrays in a flat list.",
+    "loops": "Each loop as its users write it; the first column that is 1.00 says against what.",
     "dispatch": "The part of a computation of one second that is spent inside of the call, "
     "before it returns: 0 is an asynchronous call, 1 is one that waits.",
 }
 _TITLES = {
     "calls": "Calls",
+    "kinds": "Calls, by what is passed",
+    "loops": "Loops as users write them",
     "steps": "Steps",
     "compilation": "Tracing and compiling",
     "memory": "Memory",

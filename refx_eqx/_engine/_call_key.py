@@ -1,0 +1,211 @@
+"""What of its arguments a call is told by, and what of them a plan takes anew.
+
+Every argument is read from the top, and each thing in it is one of four:
+
+- an array, of JAX or NumPy: the plan takes it. Its type and shape are for `jax.jit`;
+- a ref: by its identity. The plan takes it;
+- something immutable that the function was given before, a module or a function: by its
+  identity, which stands for all that is below it;
+- a node of a pytree, a `functools.partial`, a bound method, a module that is new: by its
+  type, its static part and the number of its children, which are read in turn;
+- any other leaf: by its type and value, as in the structure of a program.
+
+There is no third kind of thing, so what `jax.jit` can be called with has a key; a leaf that
+has no hash has none, and no program either.
+"""
+
+import functools
+import math
+import types
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+import numpy as np
+
+from .._core import _trace
+from .._core._closure import holds_itself, static_key
+from .._core._ref import Ref
+
+
+__tracebackhide__ = True
+
+
+# What is read of a call. Its `key` must be the same for a plan to fit; a plan takes the
+# `arrays` and the `refs`, in this order; `held` are the modules and functions that the key
+# has by identity; `new` are the modules that it has by what is in them. (A tuple, because
+# an object takes time to make.)
+Read = tuple[list[Any], list[Any], list[Ref], list[Any], list[Any]]
+
+
+class _WithMethod(eqx.Module):
+    def method(self) -> None: ...
+
+
+# What Equinox makes of a method of a module: a new object each time it is asked for.
+_BoundMethod = type(_WithMethod().method)
+
+_flatten_one_level: Any = jtu.default_registry.flatten_one_level  # type: ignore
+
+# What the instances of a type are. Filled as types are met.
+_ARRAY, _REF, _MODULE, _FUNCTION, _LITERAL, _OTHER, _REFUSED = range(7)
+_kinds: dict[type, int] = {
+    _trace.ConcreteArray: _ARRAY,
+    np.ndarray: _ARRAY,
+    Ref: _REF,
+    types.FunctionType: _FUNCTION,
+    _BoundMethod: _OTHER,
+    **dict.fromkeys((bool, int, str, bytes, type(None)), _LITERAL),
+}
+
+
+def _kind_of(x: Any, kind: type) -> int:
+    if issubclass(kind, Ref):
+        found = _REF
+    elif issubclass(kind, eqx.Module):
+        found = _MODULE
+    elif _trace.is_tracer(x) or isinstance(x, jax.ShapeDtypeStruct):
+        found = _REFUSED
+    elif isinstance(x, jax.Array | np.ndarray | np.generic):
+        found = _ARRAY
+    else:
+        found = _OTHER
+    _kinds[kind] = found
+    return found
+
+
+# A container of this many is first looked at as a whole.
+_MANY = 8
+_ALL_ARRAYS = "arrays"
+# A key of this length may be of a list that holds itself, and one of that surely is.
+_LARGE, _LARGER = 10_000, 10_000_000
+
+
+def read(args: tuple, kwargs: dict, known: dict[int, Any]) -> Read | None:
+    """Reads the arguments of a call; `None` if they have no key.
+
+    `known` has the ids of the modules that are told by identity.
+
+    One function and one loop: calls of Python functions are what takes time here.
+    """
+    key: list[Any] = []
+    arrays: list[Any] = []
+    refs: list[Ref] = []
+    held: list[Any] = []
+    new: list[Any] = []
+    if kwargs:
+        key.append(tuple(kwargs))
+        todo = [*args, *kwargs.values()]
+        todo.reverse()
+    else:
+        todo = list(args[::-1])
+    limit = _LARGE
+    while todo:
+        x = todo.pop()
+        kind = type(x)
+        what = _kinds.get(kind)
+        if what is None:
+            what = _kind_of(x, kind)
+        if what == _ARRAY:
+            key.append(None)
+            arrays.append(x)
+            continue
+        if what == _REF:
+            key.append(id(x))
+            refs.append(x)
+            continue
+        if what == _FUNCTION:
+            key.append(id(x))
+            held.append(x)
+            continue
+        if what == _LITERAL:
+            key.append((kind, x))
+            continue
+        if what == _MODULE:
+            if id(x) in known:
+                key.append(id(x))
+                held.append(x)
+                continue
+            new.append(x)
+        if kind is tuple or kind is list:
+            children, static = x, None
+        elif kind is functools.partial:
+            children, static = (x.func, x.args, x.keywords), None
+        elif kind is types.MethodType or kind is _BoundMethod:
+            children, static = (x.__func__, x.__self__), None
+        else:
+            try:
+                parts = _flatten_one_level(x)
+            except Exception:  # of the user's, or keys that cannot be sorted
+                return None
+            if parts is None:
+                if what == _REFUSED:
+                    return None
+                key.append(_leaf(x, kind))
+                continue
+            children, static = parts
+        if len(key) > limit:
+            if limit == _LARGER or any(map(holds_itself, (*args, *kwargs.values()))):
+                return None
+            limit = _LARGER
+        n = len(children)
+        key.append(kind)
+        key.append(static)
+        key.append(n)
+        if n >= _MANY:
+            (first, *others) = set(map(type, children))
+            if not others and _kinds.get(first) == _REF:
+                key.extend(map(id, children))
+                refs.extend(children)
+                continue
+            if not others and _kinds.get(first) == _ARRAY:
+                key.append(_ALL_ARRAYS)
+                arrays.extend(children)
+                continue
+        todo.extend(children[::-1])
+    return key, arrays, refs, held, new
+
+
+def _leaf(x: Any, kind: type) -> Any:
+    if kind is float:
+        # `0.0 == -0.0`, and a NaN is not equal to itself.
+        return (kind, x) if x and not math.isnan(x) else (kind, repr(x))
+    return static_key(x)
+
+
+class Given(int):
+    """Stands for an array of the call, by its position, while a plan is made."""
+
+    __slots__ = ()
+
+
+def mark(args: tuple, kwargs: dict, read: Read) -> tuple[tuple, dict]:
+    """The arguments, with each array that a plan takes replaced by its position."""
+    held = set(map(id, read[3]))
+    n = 0
+
+    def is_leaf(x: Any) -> bool:
+        return id(x) in held
+
+    def mark_leaf(x: Any) -> Any:
+        nonlocal n
+        kind = type(x)
+        if id(x) in held:
+            return x
+        if _kinds.get(kind) == _ARRAY:
+            n += 1
+            return Given(n - 1)
+        if kind is functools.partial:
+            func, its_args, keywords = mark_tree((x.func, x.args, x.keywords))
+            return functools.partial(func, *its_args, **keywords)
+        if kind is types.MethodType:
+            return types.MethodType(*mark_tree((x.__func__, x.__self__)))
+        return x
+
+    def mark_tree(tree: Any) -> Any:
+        return jtu.tree_map(mark_leaf, tree, is_leaf=is_leaf)
+
+    # In the order in which `read` met them.
+    marked = tuple(map(mark_tree, args))
+    return marked, {name: mark_tree(x) for name, x in kwargs.items()}

@@ -1,0 +1,179 @@
+"""What may change below an immutable tree, and whether it did.
+
+A module is immutable, but not all that it holds is. A plan that has a module or a function
+by its identity watches what is below it:
+
+- a list, a dict, a set, a node of any other type that is not known to be immutable: flattened by
+  one level anew, its children compared by identity;
+- a closure variable, and what a function is given by default: by identity, or by type and
+  value if it is a number or a text;
+- a static leaf with a hash of its own (a dataclass with `unsafe_hash`): by its hash, as
+  programs are found. (Static fields of a module are compared by JAX, as parts of a treedef:
+  it does not notice one that changes in place, nor does Equinox.)
+
+An array of NumPy that changes in place is read anew by each call. What is changed past the
+guard of its own type, by `object.__setattr__` on a module, is not noticed.
+"""
+
+import contextlib
+import dataclasses
+import enum
+import types
+import weakref
+from operator import is_
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+import numpy as np
+
+from .._core import _closure
+from .._core._ref import Ref
+from ._wrapper import Lifted
+
+
+__tracebackhide__ = True
+
+
+_flatten_one_level: Any = jtu.default_registry.flatten_one_level  # type: ignore
+
+
+class Watch:
+    """What was found below some trees, as it was then."""
+
+    __slots__ = (
+        "_cells",
+        "_dicts",
+        "_functions",
+        "_lists",
+        "_nodes",
+        "_seen",
+        "_sets",
+        "_statics",
+    )
+
+    def __init__(self):
+        # Each with what it held. The functions weakly: a function may be in its own cell.
+        self._lists: list[tuple[list, tuple]] = []
+        self._dicts: list[tuple[dict, tuple, tuple]] = []
+        self._sets: list[tuple[set, frozenset]] = []
+        self._nodes: list[tuple[Any, tuple, Any]] = []
+        self._statics: list[tuple[Any, int]] = []
+        self._functions: list[tuple[weakref.ref, tuple, list]] = []
+        self._seen: set[int] = set()
+
+    def tree(self, tree: Any) -> bool:
+        """Watches what is below `tree`; `False` if that cannot be done: a node makes other
+        children each time."""
+        found = True
+
+        def visit(x: Any) -> bool:
+            nonlocal found
+            kind = type(x)
+            if kind is list:
+                self._lists.append((x, tuple(x)))
+            elif kind is dict:
+                self._dicts.append((x, tuple(x), tuple(x.values())))
+                return _closure.is_table(x)
+            elif not _is_immutable(kind):
+                parts = _flatten_one_level(x)
+                if parts is not None:
+                    children, static = parts
+                    self._nodes.append((x, tuple(children), static))
+                    found = found and _is_same(x, children, static)
+            return False
+
+        try:
+            _closure.refuse_cycle(tree)
+            leaves = jtu.tree_leaves(tree, is_leaf=visit)
+        except Exception:  # what a function closes over need be no pytree
+            return False
+        for leaf in leaves:
+            if id(leaf) in self._seen:
+                continue
+            if _closure.may_carry(leaf):
+                self._seen.add(id(leaf))
+                if type(leaf) is types.FunctionType:
+                    cells = _closure.watched_cells(leaf)
+                    given = leaf.__defaults__, leaf.__kwdefaults__
+                    self._functions.append((weakref.ref(leaf), given, cells))
+                for inside in _closure.inside(leaf):
+                    found = self.tree(inside) and found
+            else:
+                self._leaf(leaf)
+        return found
+
+    def _leaf(self, leaf: Any) -> None:
+        if isinstance(leaf, set):
+            self._seen.add(id(leaf))
+            self._sets.append((leaf, frozenset(leaf)))
+        # What has no hash is in the cell of a closure: there it is itself.
+        has_own_hash = type(leaf).__hash__ not in (object.__hash__, None)
+        if has_own_hash and not isinstance(leaf, _OF_ONE_HASH):
+            self._seen.add(id(leaf))
+            with contextlib.suppress(TypeError):
+                self._statics.append((leaf, hash(leaf)))
+
+    def holds(self) -> bool:
+        """Whether nothing has changed."""
+        for items, then in self._lists:
+            if len(items) != len(then) or not all(map(is_, items, then)):
+                return False
+        for items, keys, then in self._dicts:
+            if tuple(items) != keys or not all(map(is_, items.values(), then)):
+                return False
+        for items, then in self._sets:
+            if items != then:
+                return False
+        for node, children, static in self._nodes:
+            if not _is_same(node, children, static):
+                return False
+        for leaf, then in self._statics:
+            if hash(leaf) != then:
+                return False
+        for function, (defaults, kwdefaults), watched in self._functions:
+            fn = function()
+            if fn is not None and not (
+                fn.__defaults__ is defaults and fn.__kwdefaults__ is kwdefaults
+            ):
+                return False
+            # It is gone only if what held it has changed, which is watched as well.
+            cells = () if fn is None else fn.__closure__ or ()
+            for i, key, then, recall in watched:
+                try:
+                    content = cells[i].cell_contents
+                except (IndexError, ValueError):
+                    content = None
+                # Most contents are objects that stay: that is quicker seen than keys
+                # compared.
+                if recall is not None:
+                    then = recall()
+                if content is None or content is not then:
+                    if fn is None or not _closure.same_content(cells[i], key):
+                        return False
+        return True
+
+
+def _is_same(node: Any, children: Any, static: Any) -> bool:
+    now, static_now = _flatten_one_level(node)
+    return (
+        len(now) == len(children)
+        and all(map(is_, now, children))
+        and static_now == static
+    )
+
+
+def _is_immutable(kind: type) -> bool:
+    if issubclass(kind, _IMMUTABLE):
+        return True
+    params = getattr(kind, "__dataclass_params__", None)
+    return dataclasses.is_dataclass(kind) and bool(params and params.frozen)
+
+
+_IMMUTABLE = (eqx.Module, Ref, tuple, type(None), jtu.Partial, Lifted)
+_IMMUTABLE += (jax.Array, np.ndarray, types.FunctionType)
+
+# What is hashed by its value, and cannot change it.
+_OF_ONE_HASH = (bool, int, float, complex, str, bytes, type, type(None))
+_OF_ONE_HASH += (enum.Enum, np.dtype, np.generic, np.ndarray, jax.Array, Ref)
