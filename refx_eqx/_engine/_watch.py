@@ -139,7 +139,7 @@ class Watch:
             ):
                 return False
             # It is gone only if what held it has changed, which is watched as well.
-            cells = () if fn is None else fn.__closure__ or ()
+            cells: Any = () if fn is None else fn.__closure__ or ()
             for i, key, then, recall in watched:
                 try:
                     content = cells[i].cell_contents

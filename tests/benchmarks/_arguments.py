@@ -80,7 +80,7 @@ def new_value(value: Any) -> Any:
 
 
 def step(written: str) -> Callable:
-    def step(first: Any = None, *others: Any, **kwargs: Any) -> jax.Array:
+    def step(first: Any = None, *others: Any, **kwargs: Any) -> Any:
         if callable(first):
             return first(written)
         return write((first, kwargs), written)
@@ -167,7 +167,7 @@ def refs_of(n: int, content: Callable[[jax.Array], Any] | None = None) -> Refs:
 
 def refs_inside(arguments: Arguments) -> Refs:
     """The refs of a call, also those in a partial, a bound method or a closure."""
-    first = arguments[0][0] if arguments[0] else None
+    first: Any = arguments[0][0] if arguments[0] else None
     inside: Any = arguments
     if isinstance(first, functools.partial):
         inside = first.args

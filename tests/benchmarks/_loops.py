@@ -91,7 +91,7 @@ def training_loop(rounds: int, block: float) -> Row:
         state = transform.init(flat)
 
         @jax.jit
-        def step(flat: list, state: Any, x: jax.Array) -> tuple[Any, list, Any]:
+        def step(flat: list, state: Any, x: jax.Array) -> Any:
             def loss(flat: list) -> jax.Array:
                 return _loss(eqx.combine(treedef.unflatten(flat), static), x)
 
