@@ -287,7 +287,7 @@ class Plan:
                         type(x) is _trace.ConcreteArray for x in updates.values()
                     )
                     self.last = info, in_general
-                outcome = None
+                outcome: Any = None
                 if info.build is None or in_general:
                     outcome = Outcome(out, updates, info)
                 # Before anything is written: to rebuild a class of the user's may raise.

@@ -80,8 +80,10 @@ class Watch:
                 parts = _flatten_one_level(x)
                 if parts is not None:
                     children, static = parts
-                    self._nodes.append((x, tuple(children), static))
-                    found = found and _is_same(x, children, static)
+                    if _is_same(x, children, static):
+                        self._nodes.append((x, tuple(children), static))
+                    else:
+                        found = False
             return False
 
         try:
@@ -99,7 +101,9 @@ class Watch:
                     given = leaf.__defaults__, leaf.__kwdefaults__
                     self._functions.append((weakref.ref(leaf), given, cells))
                 for inside in _closure.inside(leaf):
-                    found = self.tree(inside) and found
+                    # What has no refs in it is itself, in the structure of a call too.
+                    if not self.tree(inside) and _closure.reaches(inside):
+                        found = False
             else:
                 self._leaf(leaf)
         return found
