@@ -65,8 +65,8 @@ class Plans:
         self._program = program
         self._plans: dict[tuple, Plan] = {}
         # The keys that were met once: most are never met again. And those for which there
-        # can be no plan.
-        self._noted: dict[tuple, bool] = {}
+        # can be no plan. By their hashes, which keep nothing alive.
+        self._noted: dict[int, bool] = {}
         # The modules that were met once, by their ids.
         self._known: dict[int, weakref.ref] = {}
 
@@ -105,11 +105,12 @@ class Plans:
         _, arrays, refs, held, new = found
         for module in new:
             self._know(module)
-        if before is None and not self._noted.get(key, False):
-            if key not in self._noted:
+        note = hash(key)
+        if before is None and not self._noted.get(note, False):
+            if note not in self._noted:
                 if len(self._noted) >= _MAX_NOTES:
                     self._noted.clear()
-                self._noted[key] = True
+                self._noted[note] = True
             return NO_PLAN
         plan = None
         remade = 0 if before is None else before.remade + 1
@@ -117,7 +118,7 @@ class Plans:
             plan = make_plan(self._fn, self._program, args, kwargs, found)
         if plan is None:
             self._plans.pop(key, None)
-            self._noted[key] = False
+            self._noted[note] = False
             return NO_PLAN
         plan.remade = remade
         self._keep(key, plan, [*held, *refs])
