@@ -46,6 +46,21 @@ def tests(session: nox.Session) -> None:
     session.run(*PYTEST, *session.posargs)
 
 
+# What shows soonest that something is broken.
+QUICK = (
+    *("deref", "ref", "update_refs", "partition", "filters", "trace", "functionalize"),
+    *("jit", "grad", "vmap", "loops", "branches", "package"),
+)
+
+
+@nox.session
+def quick(session: nox.Session) -> None:
+    """The core tests: under three minutes on two cores."""
+    session.install("-e", ".[examples,tests,types]")
+    files = [f"tests/test_{name}.py" for name in QUICK]
+    session.run(*PYTEST, *files, *session.posargs)
+
+
 @nox.session(python=PYTHONS)
 @nox.parametrize("dependencies", ["oldest", "newest"])
 def tests_matrix(session: nox.Session, dependencies: str) -> None:

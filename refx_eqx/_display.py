@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from ._core._errors import StructureError
-from ._core._nodes import is_opened
+from ._core._nodes import is_node
 from ._core._ref import Ref
 from ._filters._filters import as_filter, choose, dotted, key_text, leaves_with_paths
 from ._transforms._jit import filter_jit
@@ -160,7 +160,7 @@ def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
 def _rows(tree: Any, filter: Any) -> Iterator[_Row]:
     pairs, _ = leaves_with_paths(tree)
     for path, leaf in pairs:
-        if is_opened(leaf):
+        if is_node(leaf):
             raise StructureError(
                 f"Cannot look at a derefed tree: there is a {type(leaf).__name__} at "
                 f"`{dotted(path)}`. Pass the tree of refs itself."
@@ -255,7 +255,7 @@ def mermaid(tree: Any) -> str:
 
     def visit(node: Any) -> str | None:
         """The name of the box of a node; `None` if there is no ref in it."""
-        if is_opened(node):
+        if is_node(node):
             raise StructureError(
                 f"Cannot draw a derefed tree: there is a {type(node).__name__} in it. Pass "
                 "the tree of refs itself."

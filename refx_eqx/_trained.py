@@ -25,7 +25,7 @@ import jax.tree_util as jtu
 
 from ._core._deref import deref, reref
 from ._core._errors import describe, StructureError
-from ._core._nodes import is_opened, Value
+from ._core._nodes import is_node, Value
 from ._core._ref import Ref
 from ._core._structure import is_traced_in_ref
 from ._engine._autodiff import is_inexact
@@ -122,7 +122,7 @@ class Trained:
         """`fn`, a function of a model, as one of `values`. It is called with a copy of the
         model, owned by the trace that calls it: Optax may do so in a loop."""
         leaves, treedef = jtu.tree_flatten(self.model)
-        nodes = jtu.tree_leaves(deref(self.model), is_leaf=is_opened)
+        nodes = jtu.tree_leaves(deref(self.model), is_leaf=is_node)
         names = {id(ref): name for name, ref in self.refs.items()}
 
         def of_values(values: Any, *args: Any, **kwargs: Any) -> Any:

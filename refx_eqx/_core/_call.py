@@ -1,29 +1,31 @@
-"""The core: a function that reads and writes refs becomes a pure one.
+"""A call of a lifted transform: derefed, run on inner refs, written back.
 
 Every lifted transform is the same three steps, with a transform of JAX in the middle:
 
-    opened = open_call(fn, args, kwargs)        # trees of refs -> flat arrays + structure
-    outcome = transform(opened.run)(arrays)     # the body runs on inner refs, of its own
-    result = opened.finish(outcome)             # write back what was written, close the rest
+    derefed = Call(fn, args, kwargs)         # trees of refs -> arrays | structure
+    outcome = transform(derefed.run)(...)    # the body runs on inner refs, of its own
+    result = derefed.finish(outcome)         # close the result, write back what was written
 
-`open_call` finds every ref that the call carries: in the arguments, in the callable, in
-what a function closes over. Each becomes one slot of flat arrays, however often it is met.
-`run` makes one inner ref a slot, rebuilds the trees around them, calls the function, and
-returns an `Outcome`: the arrays of the result and of the refs that were written, and no
-others. `finish` is the only place where a caller's ref is written: all at once, last.
+`Call` finds every ref that the call carries: in the arguments, in the callable, in what a
+function closes over. `run` makes an inner ref for each, rebuilds the trees around them, calls
+the function, and returns an `Outcome`: the arrays of the result and of the refs that were
+written, and no others. `finish` is the only place where a caller's ref is written: all at
+once, last. The arguments come first, so the refs of a call are numbered as `rx.deref(args)`
+numbers them.
 """
 
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax.tree_util as jtu
 
-from . import _trace
+from . import _closure, _trace
 from ._changes import place_of, Watch
-from ._deref import deref, reref
+from ._closure import Carried
+from ._deref import deref, deref_leaves, make_ref_of, reref
 from ._errors import (
     ConcurrencyError,
     describe,
@@ -32,32 +34,28 @@ from ._errors import (
     TraceLevelError,
 )
 from ._identity import Asked, asked_of
-from ._nodes import is_opened, Value
+from ._nodes import Index, Value
 from ._ref import (
-    Channelled,
     check_readable,
     check_unleaked,
     check_value,
     check_writable,
     commits,
     content,
-    make_ref,
     Ref,
     Withheld,
 )
 from ._structure import (
-    hold,
     is_traced,
     is_traced_in_ref,
-    join_value,
+    Leaves,
     Outcome,
     OutcomeInfo,
-    Reader,
-    release,
-    Slot,
-    slot_of_array,
+    split,
     split_value,
     Structure,
+    tree_of,
+    values_of,
 )
 
 
@@ -65,6 +63,8 @@ __tracebackhide__ = True
 
 
 _P = ParamSpec("_P")
+
+
 _T = TypeVar("_T")
 
 
@@ -72,20 +72,22 @@ def _apply(fn: Any, /, *args: Any, **kwargs: Any) -> Any:
     return fn(*args, **kwargs)
 
 
-class Opened:
-    """A call, opened: the refs it carries, the arrays in and beside them, the structure.
+class Call:
+    """A call, derefed: the refs that it carries, the arrays of its trees, its structure.
 
-    The arrays are flat: those beside refs first (`n_bare` of them), then those of each ref,
-    in order. `spans[k]` is where the arrays of ref `k` are.
+    - `arrays`: for each argument, the keywords and the callable, its derefed leaves, with
+        `None` for what is static;
+    - `leaves`: the same with refs and statics in it, as they were found;
+    - `refs`, `values`: the refs by number, and what was read from them.
     """
 
     __slots__ = (
+        "_flat",
         "arrays",
         "asked",
-        "commit",
         "leaves",
         "refs",
-        "spans",
+        "started",
         "structure",
         "trace",
         "traced",
@@ -93,28 +95,88 @@ class Opened:
     )
 
     def __init__(
-        self, reader: Reader, values: list[Any], arrays: list, spans: list, slots: list
+        self,
+        fn: Any,
+        args: tuple,
+        kwargs: dict,
+        is_dynamic: Callable[[Any], bool] = is_traced,
     ):
-        self.leaves = reader.leaves
-        self.refs = reader.refs
-        self.values = values
-        self.arrays = arrays
-        self.spans = spans
-        self.structure = reader.structure(slots)
+        parts, self.leaves = [], []
+        for tree in (*args, kwargs, fn):
+            leaves, part = _closure.flatten(tree)
+            self.leaves.append(leaves)
+            parts.append(part)
         self.trace = _trace.current_trace()
-        # What `filter_jit` learnt of this call before it compiles.
+        # What `filter_jit` learned of this call before it compiles.
         self.traced: Any = None
+        self._flat: tuple[list[Any], Any] | None = None
         # What the body asked of the identity of the refs, by their ids.
         self.asked: dict[int, set[Any]] = {}
+        in_body = bool(_trace.thread.state.bodies)
+        self.refs: list[Ref] = []
+        self.values: list[Any] = []
+
+        def read(ref: Ref) -> Any:
+            is_elsewhere = in_body or ref._trace() is not self.trace
+            if is_elsewhere and type(ref._trace) is not Withheld:
+                check_readable(ref)
+            self.refs.append(ref)
+            self.values.append(ref._value)
+            if type(ref._value) is not _trace.ConcreteArray:
+                check_unleaked(ref, ref._value)
+            return content(ref)
+
+        # At one moment: `commit` compares.
+        self.started = commits.count
+        numbers: dict[int, int] = {}
+        derefed = [deref_leaves(leaves, numbers, read) for leaves in self.leaves]
+        arrays, statics = zip(*(split(leaves, is_dynamic) for leaves in derefed))
+        self.arrays: list[Leaves] = list(arrays)
+        self.structure = Structure(parts, list(statics))
+
+    @property
+    def parts(self) -> list[Carried]:
+        return self.structure.parts
+
+    def _flatten(self) -> tuple[list[Any], Any]:
+        if self._flat is None:
+            self._flat = jtu.tree_flatten(self.structure.flatten(self.arrays))
+        return self._flat
+
+    @property
+    def flat(self) -> list[Any]:
+        """All arrays in one list: those outside refs, then those of each ref."""
+        return self._flatten()[0]
+
+    @property
+    def treedef(self) -> Any:
+        """What `flat` is the leaves of: the result of `Structure.flatten`."""
+        return self._flatten()[1]
+
+    @property
+    def key(self) -> Hashable:
+        """What two calls have in common that can run one program: the structure, and which
+        refs have a channel."""
+        return self.structure.key, self.treedef
+
+    def forget_values(self) -> None:
+        """Keeps neither arrays nor static leaves alive from now on: for a plan."""
+        self._flat = [], self.treedef
+        self.arrays, self.values, self.leaves = [], [], []
+        self.structure = self.structure.weakened()
+
+    def tree(self, i: int, leaves: Leaves) -> Any:
+        """The derefed tree number `i`, with other leaves: a gradient, say."""
+        return tree_of(self.parts[i], leaves)
 
     def run(
         self,
         name: str,
-        arrays: list[Any],
+        arrays: list[Leaves],
         transparent: bool = True,
         apply: Callable[..., Any] = _apply,
-        withheld: Sequence[tuple[int, Withheld]] = (),
-    ) -> "Outcome":
+        withheld: Mapping[tuple[int, int], Withheld] = {},
+    ) -> Outcome:
         """The body of the lifted transform `name`, on these arrays. See `run_body`."""
         with _trace.running_body(
             name, self.refs, self.trace, transparent, self.asked
@@ -125,102 +187,30 @@ class Opened:
         """What the body has asked of the identity of the refs."""
         return asked_of(self.refs, self.asked)
 
-    def refs_after(self, outcome: "Outcome", arrays: list[Any]) -> list[Ref]:
-        """Copies of the refs, as they would be after `finish`. Nothing is written.
-
-        `arrays` are those before the call: `self.arrays`, or what stands for them.
-        """
-        copies = []
-        for i, (ref, slot) in enumerate(zip(self.refs, self.structure.slots)):
-            if i in outcome.updates:
-                value = release(outcome.updates[i])
-            else:
-                value = join_value(slot.inside, iter(arrays[slice(*self.spans[i])]))
-            copies.append(
-                make_ref(
-                    slot.ref_type, value, slot.collection, ref._name, ref._declared
-                )
-            )
-        return copies
-
-    def finish(self, outcome: "Outcome") -> Any:
+    def finish(self, outcome: Outcome) -> Any:
         """Closes the result, and writes back what was written."""
-        # Closed first, because to rebuild a class of the user's may raise.
         result = close_result(outcome, self.refs)
-        updates = updates_of(outcome, self.refs)
-        commit(self.refs, self.values, self.commit, updates)
+        commit(self.refs, self.values, self.started, updates_of(outcome, self.refs))
         return result
 
 
-def open_call(
-    fn: Any,
-    args: tuple,
-    kwargs: dict,
-    is_dynamic: Callable[[Any], bool] = is_traced,
-) -> Opened:
-    """Opens the call `fn(*args, **kwargs)`: everything that it carries, refs and arrays.
-
-    **Arguments:**
-
-    - `fn`, `args`, `kwargs`: the call. Each may be any pytree with refs in it.
-    - `is_dynamic`: which leaves beside refs are arrays to carry.
-
-    **Raises:**
-
-    - `TraceLevelError`: if a ref may not be read here.
-    """
-    reader = Reader(is_dynamic)
-    reader.read(fn)
-    for arg in args:
-        reader.read(arg)
-    reader.read(kwargs)
-    return open_refs(reader)
-
-
-def open_refs(reader: Reader) -> Opened:
-    """Reads the refs that were found, at one moment."""
-    started = commits.count
-    values, slots, spans = [], [], []
-    arrays = list(reader.bare)
-    trace, in_body = _trace.current_trace(), bool(_trace.thread.state.bodies)
-    for ref in reader.refs:
-        is_elsewhere = in_body or ref._trace() is not trace
-        if is_elsewhere and type(ref._trace) is not Withheld:
-            check_readable(ref)
-        value = content(ref)
-        values.append(value)
-        start = len(arrays)
-        if type(value) is _trace.ConcreteArray:
-            arrays.append(value)
-            slot = slot_of_array(type(ref), ref._collection, ref._declared)
-        else:
-            check_unleaked(ref, value)
-            inside, its_arrays = split_value(value)
-            arrays.extend(its_arrays)
-            slot = Slot(type(ref), ref._collection, ref._declared, inside)
-        spans.append((start, len(arrays)))
-        slots.append(slot)
-    opened = Opened(reader, values, arrays, spans, slots)
-    opened.commit = started
-    return opened
-
-
 @contextlib.contextmanager
-def dispatching(opened: Opened) -> Iterator[None]:
-    """While it lasts, `opened` is the call that `running_call` finds.
+def dispatching(derefed: Call) -> Iterator[None]:
+    """While it lasts, `derefed` is the call that `running_call` finds.
 
-    A transform that caches gets the structure of a call as static data. Which refs of the
-    caller it stands for is no part of that, but a body that is being traced must know.
+    A transform of JAX that caches is given a function that knows nothing of a single call:
+    it may be traced now, or was traced for another call of the same structure. Which refs
+    and static leaves it runs on, when it is traced, the call says that is running then.
     """
     calls = _trace.thread.state.calls
-    calls.append(opened)
+    calls.append(derefed)
     try:
         yield
     finally:
         calls.pop()
 
 
-def running_call() -> Opened:
+def running_call() -> Call:
     call = _trace.thread.state.calls[-1]
     if type(call) is tuple:
         # Of a plan, which knows all of a call but the refs that it is given.
@@ -228,29 +218,30 @@ def running_call() -> Opened:
     return call
 
 
-def with_refs(opened: Opened, refs: list[Ref]) -> Opened:
+def with_refs(derefed: Call, refs: list[Ref]) -> Call:
     """The same call, of other refs."""
-    if opened.refs is refs:
-        return opened
-    opened = copy.copy(opened)
-    opened.refs, opened.asked = refs, {}
-    return opened
+    if derefed.refs is refs:
+        return derefed
+    derefed = copy.copy(derefed)
+    derefed.refs, derefed.asked = refs, {}
+    return derefed
 
 
 def run_body(
     structure: Structure,
     body: _trace.Body,
     refs: Sequence[Ref | None],
-    arrays: list[Any],
+    arrays: list[Leaves],
     apply: Callable[..., Any] = _apply,
-    withheld: Sequence[tuple[int, Withheld]] = (),
+    withheld: Mapping[tuple[int, int], Withheld] = {},
 ) -> Outcome:
-    """Calls the function of an opened call on inner refs, made of these arrays.
+    """Calls the function of a call on inner refs, made of these arrays.
 
     The inner refs are owned by the running trace, and stand for `refs` (`None` if it is
     not known for which) in `body`. This is a pure function of `arrays`. `apply` is given
-    the callable and its arguments: one with several functions in it says which.
-    At the leaves that are `withheld` there are refs that may not be touched.
+    the callable and its arguments: one with several functions in it says which. At the
+    leaves that are `withheld`, by the numbers of tree and leaf, there are refs that
+    may not be touched.
 
     **Raises:**
 
@@ -258,15 +249,16 @@ def run_body(
     - `RefTypeError`: if it changed a value in place to one that a ref does not declare.
     """
     name = body.name
-    leaves, inner = structure.fill(arrays, body=body, outer=refs)
-    before = [_Before(ref) for ref in inner]
-    numbers = {id(ref): i for i, ref in enumerate(inner)}
-    for ref, number in _withhold(structure, leaves, withheld):
-        numbers[id(ref)] = number
-        ref._body, ref._outer = body, refs[number]
-    trees = structure.unflatten(leaves)
+    inner: dict[int, Ref] = {}
+    leaves = structure.leaves(arrays, inner)
+    both = [*inner.items(), *_withhold(structure, leaves, withheld).items()]
+    for i, ref in both:
+        ref._body, ref._outer = body, refs[i]
+    numbers = {id(ref): i for i, ref in both}
+    trees = structure.trees(leaves)
+    before = {i: (ref._collection, _Before(ref)) for i, ref in inner.items()}
     watch = Watch(trees)
-    fn, *args, kwargs = trees
+    *args, kwargs, fn = trees
 
     result = apply(fn, *args, **kwargs)
 
@@ -278,35 +270,38 @@ def run_body(
             "replaced, a closure variable rebound, ...). Put what changes into a `rx.Ref`, "
             "or change a copy, such as `list(...)` or `dict(...)`, and return that."
         )
-    updates = {}
-    for i, (ref, earlier) in enumerate(zip(inner, before)):
-        if ref._collection != structure.slots[i].collection:
+    updates, written = {}, {}
+    for i, ref in inner.items():
+        collection, earlier = before[i]
+        if ref._collection != collection:
             raise StructureError(
                 f"`{name}` cannot carry a change of collection: "
                 f"{describe(ref._name, ref._collection)} had no collection when it came "
                 "in. Give it one where it is made: `rx.Ref(value, collection)`."
             )
         if ref._written or earlier.differs(ref):
-            updates[i] = hold(content(ref))
-    out, info = _open_result(result, numbers, name)
-    return Outcome(out, updates, info)
+            updates[i], written[i] = split_value(content(ref))
+    out, result_structure = _deref_result(result, numbers, name)
+    return Outcome(out, updates, OutcomeInfo(result_structure, written))
 
 
 def _withhold(
-    structure: Structure, leaves: list, withheld: Sequence[tuple[int, Withheld]]
-) -> list[tuple[Ref, int]]:
-    """Puts refs that may not be touched at these leaves; with the numbers of the refs that
-    they stand for."""
+    structure: Structure,
+    leaves: list[Leaves],
+    withheld: Mapping[tuple[int, int], Withheld],
+) -> dict[int, Ref]:
+    """Puts refs that may not be touched at these leaves. Returns them, by the numbers of the
+    refs that they are instead of."""
     made: dict[int, Ref] = {}
-    for leaf, reason in withheld:
-        number = structure.codes[leaf]
-        if number not in made:
-            slot, note = structure.slots[number], structure.notes[number]
-            made[number] = make_ref(
-                slot.ref_type, reason, slot.collection, note.name, note.declared
+    for (i, k), reason in withheld.items():
+        node = structure.statics[i][k]
+        if node.index not in made:
+            node_of_it = Value(
+                reason, node.index, node.collection, node.ref_type, node.note
             )
-        leaves[leaf] = made[number]
-    return [(ref, number) for number, ref in made.items()]
+            made[node.index] = make_ref_of(node_of_it)
+        leaves[i][k] = made[node.index]
+    return made
 
 
 class _Before:
@@ -329,32 +324,23 @@ class _Before:
         return True
 
 
-def _open_result(
+def _deref_result(
     result: Any, numbers: dict[int, int], name: str
-) -> tuple[list, OutcomeInfo]:
+) -> tuple[Leaves, Structure]:
     """`numbers` are those of the inner refs in the call, by `id`."""
-    reader = Reader(is_result=True)
-    reader.read(result)
-    carried: dict[int, int] = {}
-    slots = []
-    out = list(reader.bare)
-    for i, ref in enumerate(reader.refs):
-        number = numbers.get(id(ref))
-        if number is not None:
-            carried[i] = number
-            slots.append(Slot(type(ref), ref._collection, None, None))
-            continue
+    leaves, part = _closure.flatten(result, _closure.is_ref_or_tracer)
+
+    def read(ref: Ref) -> Any:
         if ref._trace() is not _trace.current_trace():
             raise TraceLevelError(
                 f"`{name}` cannot return {describe(ref._name, ref._collection)}: it was "
                 "created outside of the function and was not passed in. Pass the ref, or "
                 "the module that holds it, as an argument."
             )
-        # Scalars of Python stay what they are: they are part of the structure here.
-        inside, its_arrays = split_value(ref._value)
-        slots.append(Slot(type(ref), ref._collection, ref._declared, inside))
-        out.extend(its_arrays)
-    return out, OutcomeInfo(reader.structure(slots), carried)
+        return ref._value
+
+    out, statics = split(deref_leaves(leaves, numbers, read))
+    return out, Structure([part], [statics])
 
 
 def close_result(outcome: Outcome, refs: list[Ref]) -> Any:
@@ -362,19 +348,17 @@ def close_result(outcome: Outcome, refs: list[Ref]) -> Any:
     if outcome.info.build is not None:
         return outcome.info.build(outcome.out)
     structure = outcome.info.result
-    own = {i: refs[number] for i, number in outcome.info.carried.items()}
-    leaves, _ = structure.fill(outcome.out, own)
-    (result,) = structure.unflatten(leaves)
+    (result,) = structure.trees(structure.leaves([outcome.out], dict(enumerate(refs))))
     return result
-
-
-class Disturbed(Exception):
-    """Another thread wrote a ref while a call was using it: the call must run again."""
 
 
 def updates_of(outcome: Outcome, refs: list[Ref]) -> list[tuple[Ref, Any]]:
     """The refs of a call that were written, each with its new value."""
-    return [(refs[i], release(x)) for i, x in outcome.updates.items()]
+    return [(refs[i], outcome.info.value(i, x)) for i, x in outcome.updates.items()]
+
+
+class Disturbed(Exception):
+    """Another thread wrote a ref while a call was using it: the call must run again."""
 
 
 def commit(
@@ -397,14 +381,12 @@ def commit(
         if not (quiet and ref._trace() is trace):
             check_writable(ref)
     with commits.lock:
-        if commits.count != started and not all(map(_holds, refs, values)):
+        if commits.count != started and not all(
+            ref._value is value for ref, value in zip(refs, values)
+        ):
             raise Disturbed
         if updates:
             commits.store(updates)
-
-
-def _holds(ref: Ref, value: Any) -> bool:
-    return ref._value is (value.value if type(value) is Channelled else value)
 
 
 _MAX_TRIES = 1000
@@ -416,19 +398,19 @@ def call(
     fn: Any,
     args: tuple,
     kwargs: dict,
-    transform: Callable[[Opened], Outcome],
+    transform: Callable[[Call], Outcome],
     is_dynamic: Callable[[Any], bool] = is_traced,
 ) -> Any:
-    """One call of a lifted transform: open, transform, finish.
+    """One call of a lifted transform: deref, transform, finish.
 
     If another thread wrote a ref of the call meanwhile, it starts again: the outcome of
     calls from several threads is that of some order of them.
     """
     hook = _trace.debug_hook()
     for _ in range(_MAX_TRIES):
-        opened = open_call(fn, args, kwargs, is_dynamic)
+        derefed = Call(fn, args, kwargs, is_dynamic)
         try:
-            return opened.finish(transform(opened))
+            return derefed.finish(transform(derefed))
         except Disturbed:
             continue
         finally:
@@ -481,29 +463,29 @@ def functionalize(fn: Callable[_P, _T]) -> Callable[_P, tuple[_T, Any]]:
     @functools.wraps(fn)
     def pure(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
         inner_args, inner_kwargs = reref((args, kwargs))
-        carried = inner_args if not kwargs else (inner_args, inner_kwargs)
-        # Before the call, which may consume what it is given.
-        leaves, derefed = jtu.tree_leaves(carried), deref(carried)
-        opened = open_call(fn, inner_args, inner_kwargs)
-        outcome = opened.run("functionalize", opened.arrays)
-        numbers = {id(ref): i for i, ref in enumerate(opened.refs)}
-        new = {i: release(x) for i, x in outcome.updates.items()}
-        _check_passed(fn, [opened.refs[i] for i in new], leaves)
-        # The caller's tree, with `None` instead of all but what was written.
-        updates = _replace_values(
-            leaves, derefed, lambda ref: new.get(numbers[id(ref)])
+        derefed = Call(fn, inner_args, inner_kwargs)
+        outcome = derefed.run("functionalize", derefed.arrays)
+        result = close_result(
+            outcome, derefed.structure.refs_after(outcome, derefed.arrays)
         )
-        final = opened.refs_after(outcome, opened.arrays)
-        return deref(close_result(outcome, final)), updates
+        new = {i: outcome.info.value(i, x) for i, x in outcome.updates.items()}
+        _check_passed(fn, derefed, new)
+        *of_args, of_kwargs = (
+            tree_of(part, [_only_updated(leaf, new) for leaf in leaves])
+            for part, leaves in zip(derefed.parts[:-1], derefed.arrays)
+        )
+        updates = (tuple(of_args), of_kwargs) if kwargs else tuple(of_args)
+        return deref(result), updates
 
     return pure
 
 
-def _check_passed(fn: Any, written: list[Ref], leaves: list[Any]) -> None:
+def _check_passed(fn: Any, derefed: Call, written: Iterable[int]) -> None:
     """Refuses a write that is not among the updates, which are of the arguments."""
-    passed = set(map(id, leaves))
-    for ref in written:
-        if id(ref) not in passed:
+    passed = values_of(derefed.arrays[:-1])
+    for i in written:
+        if i not in passed:
+            ref = derefed.refs[i]
             raise StructureError(
                 f"`functionalize`: `{name_of(fn)}` writes "
                 f"{describe(ref._name, ref._collection)}, which it does not get as an "
@@ -513,17 +495,7 @@ def _check_passed(fn: Any, written: list[Ref], leaves: list[Any]) -> None:
             )
 
 
-def _replace_values(refs: list[Any], opened: Any, value: Callable[[Ref], Any]) -> Any:
-    """`opened`, the derefed form of a tree with the leaves `refs`, with `value(ref)` in
-    each `Value`."""
-    nodes, treedef = jtu.tree_flatten(opened, is_leaf=is_opened)
-    replaced = []
-    for ref, node in zip(refs, nodes):
-        if isinstance(node, Value):
-            node = Value(
-                value(ref), node.index, node.collection, node.ref_type, node.note
-            )
-        elif not isinstance(ref, Ref):
-            node = None
-        replaced.append(node)
-    return jtu.tree_unflatten(treedef, replaced)
+def _only_updated(leaf: Any, new: dict[int, Any]) -> Any:
+    if type(leaf) is Value:
+        return leaf.replaced(new.get(leaf.index))
+    return leaf if type(leaf) is Index else None

@@ -131,10 +131,10 @@ def _containers(tree: Any) -> set[int]:
 
 def place_of(node: _Node, trees: list[Any]) -> str:
     """Which of the trees of a call it is that was changed, and where; for a message."""
-    if node.part == 0:
+    last = len(trees) - 1
+    if node.part == last:
         return "the callable, or what it closes over,"
-    last = node.part == len(trees) - 1
-    which = "a keyword argument" if last else f"argument {node.part - 1}"
+    which = "a keyword argument" if node.part == last - 1 else f"argument {node.part}"
 
     def is_leaf(x: Any) -> bool:
         return x is node.obj or isinstance(x, eqx.nn.State)

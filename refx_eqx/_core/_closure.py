@@ -10,6 +10,7 @@ them.
 
 import dis
 import functools
+import itertools
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +22,7 @@ import jax.tree_util as jtu
 from . import _trace
 from ._errors import StructureError
 from ._identity import Identity
-from ._nodes import is_opened
+from ._nodes import is_node
 from ._ref import is_ref, Ref
 
 
@@ -34,13 +35,14 @@ class Carried:
     Hashable and comparable. Holds no ref, no array and no function that carries refs.
     """
 
-    __slots__ = ("_hash", "nodes", "treedef")
+    __slots__ = ("_hash", "nodes", "num_leaves", "treedef")
 
     def __init__(self, treedef: Any, nodes: tuple):
         self.treedef = treedef
-        self.nodes = (
-            nodes  # one for each leaf of `treedef`; `None` for an ordinary leaf
-        )
+        # One for each leaf of `treedef`, `None` for an ordinary leaf; or none at all.
+        self.nodes = nodes
+        inside = [_num_leaves(node) for node in nodes]
+        self.num_leaves: int = sum(inside) if nodes else treedef.num_leaves
         self._hash = hash((treedef, nodes))
 
     def __hash__(self) -> int:
@@ -55,6 +57,57 @@ class Carried:
             and self.treedef == other.treedef
             and self.nodes == other.nodes
         )
+
+
+def _num_leaves(node: Any) -> int:
+    if node is None:
+        return 1
+    return node[-1].num_leaves if isinstance(node, tuple) else 0
+
+
+def counts(structure: Carried) -> list[int]:
+    """For each leaf of the tree itself, how many there are in its place: one, or all those
+    inside of a function that is opened."""
+    nodes = structure.nodes or (None,) * structure.treedef.num_leaves
+    return list(map(_num_leaves, nodes))
+
+
+def outside(structure: Carried, leaves: list[Any], inside: Any = None) -> list[Any]:
+    """The leaves of the tree itself: `inside` for a function that is opened."""
+    if not structure.nodes:
+        return leaves
+    rest, found = iter(leaves), []
+    for node in structure.nodes:
+        mine = list(itertools.islice(rest, _num_leaves(node)))
+        found.append(mine[0] if node is None else inside)
+    return found
+
+
+def with_inside(structure: Carried, outer: list[Any], inside: Any = None) -> list[Any]:
+    """The opposite of `outside`: `inside` for each leaf in a function that is opened."""
+    if not structure.nodes:
+        return outer
+    return [
+        x
+        for node, leaf in zip(structure.nodes, outer)
+        for x in ([leaf] if node is None else [inside] * _num_leaves(node))
+    ]
+
+
+def grouped(structure: Carried, leaves: list[Any]) -> list[Any]:
+    """The leaves of the tree itself: the list of those inside for a function that is
+    opened."""
+    rest = iter(leaves)
+    parts = [list(itertools.islice(rest, n)) for n in counts(structure)]
+    nodes = structure.nodes or (None,) * len(parts)
+    return [x[0] if node is None else x for x, node in zip(parts, nodes)]
+
+
+def ungrouped(structure: Carried, outer: list[Any]) -> list[Any]:
+    """The opposite of `grouped`."""
+    nodes = structure.nodes or (None,) * len(outer)
+    both = zip(outer, nodes)
+    return [x for leaf, node in both for x in ([leaf] if node is None else leaf)]
 
 
 class _Same:
@@ -345,18 +398,18 @@ def holds_itself(tree: Any) -> bool:
     return False
 
 
-def is_table(x: Any) -> bool:
-    """Whether `x` is a dict with refs as keys. It is no tree to JAX, which sorts the keys;
-    so it is a leaf like a set of refs, to look refs up in."""
-    return isinstance(x, dict) and _has_ref(x)
-
-
 _CONTAINERS = (list, dict, tuple)
 
 
 def _is_whole(x: Any) -> bool:
     # A state that was consumed does not let itself be flattened, and holds no refs.
-    return is_opened(x) or is_table(x) or isinstance(x, eqx.nn.State)
+    return is_node(x) or isinstance(x, eqx.nn.State) or is_table(x)
+
+
+def is_table(x: Any) -> bool:
+    """Whether `x` is a dict with refs as keys. It is no tree to JAX, which sorts the keys;
+    so it is a leaf like a set of refs, to look refs up in."""
+    return isinstance(x, dict) and _has_ref(x)
 
 
 def unflatten(structure: Carried, leaves: list[Any]) -> Any:

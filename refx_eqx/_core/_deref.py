@@ -10,12 +10,13 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import equinox as eqx
+import jax
 import jax.tree_util as jtu
 
 from . import _trace
 from ._closure import refuse_cycle
 from ._errors import describe, StructureError, TraceLevelError
-from ._nodes import Index, is_opened, note_of, Value
+from ._nodes import Index, is_node, note_of, Value
 from ._ref import check_not_deleted, is_ref, make_ref, Ref
 from ._referenced import snapshot_of
 
@@ -60,7 +61,7 @@ def path_text(path: tuple) -> str:
 
 def path_of(tree: Any, found: Callable[[Any], bool]) -> str:
     """Where the first leaf of `tree` is that `found` holds for; for messages."""
-    leaves, _ = jtu.tree_flatten_with_path(tree, is_leaf=is_opened)
+    leaves, _ = jtu.tree_flatten_with_path(tree, is_leaf=is_node)
     return next((path_text(path) for path, leaf in leaves if found(leaf)), "unknown")
 
 
@@ -100,29 +101,56 @@ def deref(tree: _T) -> _T:
     - `TraceLevelError`: if a ref may not be read here.
     """
     refuse_cycle(tree)
-    leaves, treedef = jtu.tree_flatten(tree, is_leaf=is_opened)
-    indices: dict[int, int] = {}
-    opened = []
+    leaves, treedef = jtu.tree_flatten(tree, is_leaf=is_node)
     for leaf in leaves:
-        if isinstance(leaf, Ref):
-            index = indices.get(id(leaf))
-            if index is None:
-                index = indices[id(leaf)] = len(indices)
-                node = Value(
-                    leaf.value, index, leaf._collection, type(leaf), note_of(leaf)
-                )
-            else:
-                node = Index(index, leaf._collection, type(leaf), note_of(leaf))
-            opened.append(node)
-        elif is_opened(leaf):
+        if is_node(leaf):
             raise StructureError(
                 f"Cannot deref a tree that is derefed already: {type(leaf).__name__} found "
-                f"at {path_of(tree, is_opened)}. Call `rx.reref` on it first, or do not "
+                f"at {path_of(tree, is_node)}. Call `rx.reref` on it first, or do not "
                 "call `rx.deref` twice."
             )
-        else:
-            opened.append(leaf)
-    return jtu.tree_unflatten(treedef, opened)
+    return jtu.tree_unflatten(treedef, deref_leaves(leaves, {}, lambda ref: ref.value))
+
+
+def deref_leaves(
+    leaves: list[Any], numbers: dict[int, int], read: Callable[[Ref], Any]
+) -> list[Any]:
+    """The leaves of a tree, derefed.
+
+    **Arguments:**
+
+    - `numbers`: by `id`, the numbers of the refs that have one already, and so a `Value`
+        elsewhere. A ref that is met for the first time gets the next number, and is added.
+    - `read`: takes the value of a ref that is met for the first time.
+    """
+    derefed = []
+    for leaf in leaves:
+        if isinstance(leaf, Ref):
+            what = leaf._collection, type(leaf), note_of(leaf)
+            number = numbers.get(id(leaf))
+            if number is None:
+                number = numbers[id(leaf)] = len(numbers)
+                leaf = Value(read(leaf), number, *what)
+            else:
+                leaf = Index(number, *what)
+        derefed.append(leaf)
+    return derefed
+
+
+def reref_leaves(leaves: list[Any], refs: dict[int, Ref]) -> list[Any]:
+    """The opposite of `deref_leaves`, of leaves that nobody else has touched.
+
+    `refs` are those that are known, by number; those that are made are added.
+    """
+    closed = []
+    for leaf in leaves:
+        if type(leaf) is Value:
+            refs[leaf.index] = make_ref_of(leaf)
+            leaf = refs[leaf.index]
+        elif type(leaf) is Index:
+            leaf = refs[leaf.index]
+        closed.append(leaf)
+    return closed
 
 
 def reref(tree: _T) -> _T:
@@ -168,7 +196,7 @@ def reref(tree: _T) -> _T:
     - `RefTypeError`: if a value breaks the declared type of its ref.
     - `DonatedError`: if the buffer of a value is gone.
     """
-    leaves, treedef = jtu.tree_flatten(tree, is_leaf=is_opened)
+    leaves, treedef = jtu.tree_flatten(tree, is_leaf=is_node)
     refs: dict[int, Ref] = {}
     for leaf in leaves:
         if isinstance(leaf, Value):
@@ -183,7 +211,7 @@ def reref(tree: _T) -> _T:
             refs[leaf.index] = _close(leaf)
     closed = []
     for leaf in leaves:
-        if is_opened(leaf):
+        if is_node(leaf):
             closed.append(_resolve(tree, leaf, refs))
         elif isinstance(leaf, Ref):
             raise StructureError(
@@ -205,8 +233,8 @@ def _check_node(tree: Any, node: Value) -> None:
             f"has ref_type={node.ref_type!r}, which is no subclass of `rx.Ref`. Leave "
             "`ref_type` as `rx.deref` sets it."
         )
-    for leaf in jtu.tree_leaves(node.value, is_leaf=is_opened):
-        if isinstance(leaf, Ref) or is_opened(leaf):
+    for leaf in jtu.tree_leaves(node.value, is_leaf=is_node):
+        if isinstance(leaf, Ref) or is_node(leaf):
             raise StructureError(
                 "Cannot reref: the value of a ref cannot hold a ref, and that of "
                 f"{which} at {path_of(tree, lambda x: x is node)} holds {leaf!r}. Put the "
@@ -220,10 +248,15 @@ def _check_node(tree: Any, node: Value) -> None:
             )
 
 
-def _close(node: Value) -> Ref:
-    ref = make_ref(
+def make_ref_of(node: Value) -> Ref:
+    """The ref of a `Value`, owned by the running trace. Nothing is checked."""
+    return make_ref(
         node.ref_type, node.value, node.collection, node.note.name, node.note.declared
     )
+
+
+def _close(node: Value) -> Ref:
+    ref = make_ref_of(node)
     for leaf in jtu.tree_leaves(node.value):
         check_not_deleted(ref, leaf)
     for declaration in ref._declared or ():
@@ -337,8 +370,8 @@ def tree_equal(
 
 
 def _derefed(tree: Any) -> Any:
-    leaves = jtu.tree_leaves(tree, is_leaf=is_opened)
-    return tree if any(map(is_opened, leaves)) else deref(tree)
+    leaves = jtu.tree_leaves(tree, is_leaf=is_node)
+    return tree if any(map(is_node, leaves)) else deref(tree)
 
 
 def block_until_ready(tree: _T) -> _T:

@@ -92,6 +92,10 @@ class Value:
         self.ref_type = ref_type
         self.note = note
 
+    def replaced(self, value: Any) -> "Value":
+        """The same node, with another value."""
+        return Value(value, self.index, self.collection, self.ref_type, self.note)
+
     def __repr__(self) -> str:
         return _node_repr(self, f"{eqx.tree_pformat(self.value)}, ")
 
@@ -173,7 +177,7 @@ def _node_repr(node: "Value | Index", value: str) -> str:
     )
 
 
-def is_opened(x: Any) -> "TypeIs[Value | Index]":
+def is_node(x: Any) -> "TypeIs[Value | Index]":
     """Whether `x` is a `Value` or an `Index`. For use as an `is_leaf`."""
     return isinstance(x, (Value, Index))
 

@@ -1,23 +1,21 @@
-"""The structure of an opened call: all of it that is not an array.
+"""The boundary: the derefed trees of a call, split into arrays and all the rest.
 
-Every ref that a call carries is one `Slot`, however often it is met; every other leaf is an
-array, which is traced, or a static value, which is a part of the structure. Structures are
-hashable. They are the keys under which programs are kept, so they hold no ref, no array
-and no function strongly.
+    (*args, kwargs, fn)  -- deref -->  Value, Index, arrays, statics  -- split -->  arrays | statics
+
+Every tree of a call is flattened once, functions that close over refs included (see
+`_closure.py`); its leaves are derefed, as `deref` does it, under one numbering. What is then
+handed to JAX is `arrays`: for each tree the list of its leaves, with `None` for what is static.
+Gradients, tangents, axes and shardings are lists of the same form, and `tree_of` makes the
+derefed tree of one of them again. All the rest is a `Structure`: the key of every cache.
+
+A result is derefed in the same way, under the numbering of its call: a ref of the call is an
+`Index`, whose `Value` the call has, and a new ref has the next number.
 """
 
-import functools
 import weakref
-from collections.abc import (
-    Callable,
-    Hashable,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Iterable
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -26,17 +24,27 @@ import jax.tree_util as jtu
 
 from . import _closure, _trace
 from ._closure import Carried, static_key, weakly
+from ._deref import make_ref_of, reref_leaves
 from ._identity import NOTHING_ASKED
-from ._nodes import Note, note_of
-from ._ref import is_ref, make_ref, Ref
+from ._nodes import Index, is_node, Value
+from ._ref import (
+    Channelled,
+    Ref,
+)
 
 
 __tracebackhide__ = True
 
 
-# What a leaf is: the number of a ref (0, 1, ...), or one of these.
-DYNAMIC = -1
-STATIC = -2
+# The derefed leaves of one tree: a `Value` or an `Index` for each ref.
+Leaves = list[Any]
+
+
+def is_traced(leaf: Any) -> bool:
+    """Which leaves outside refs are traced: arrays, as in Equinox."""
+    if type(leaf) is _trace.ConcreteArray:
+        return True
+    return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def is_traced_in_ref(leaf: Any) -> bool:
@@ -46,306 +54,249 @@ def is_traced_in_ref(leaf: Any) -> bool:
     return eqx.is_array_like(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
 
 
-def is_traced(leaf: Any) -> bool:
-    """Which leaves beside refs are traced: arrays, as in Equinox."""
-    if type(leaf) is _trace.ConcreteArray:
-        return True
-    return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
-
-
-class Static:
-    """A static leaf, with the key that stands for it (see `static_key`)."""
-
-    __slots__ = ("_obj", "key")
-
-    def __init__(self, obj: Any, is_result: bool = False):
-        self.key = static_key(obj)
-        # Nobody else may hold what was made inside of a function and returned.
-        self._obj = obj if is_result else weakly(obj)
-
-    @property
-    def obj(self) -> Any:
-        obj = self._obj
-        return obj() if isinstance(obj, weakref.ref) else obj
-
-    def __eq__(self, other: Any) -> bool:
-        return isinstance(other, Static) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-
-class Slot(NamedTuple):
-    """The structure of one ref, beside the arrays of its value.
-
-    `inside` is `None` where the value is one array, and else `(treedef, statics)`, with
-    `None` in `statics` for each leaf that is traced.
-    """
-
-    ref_type: type[Ref]
-    collection: Hashable
-    declared: Any
-    inside: tuple[Any, tuple] | None
-
-
-@functools.lru_cache(maxsize=4096)
-def slot_of_array(ref_type: type[Ref], collection: Hashable, declared: Any) -> Slot:
-    """The slot of a ref to one array: the same object each time, quick to compare."""
-    return Slot(ref_type, collection, declared, None)
-
-
-def split_value(value: Any) -> tuple[tuple | None, list[Any]]:
-    """The value of a ref as `(inside, arrays)`."""
+def split_value(value: Any) -> tuple[Any, Any]:
+    """The value of a ref as `(arrays, statics)`, each with `None` for the other; the second
+    is `None` if there is nothing static. A channel is no part of the structure."""
     if is_traced_in_ref(value):
-        return None, [value]
-    leaves, treedef = jtu.tree_flatten(value)
-    arrays = [x for x in leaves if is_traced_in_ref(x)]
-    statics = tuple(None if is_traced_in_ref(x) else Static(x, True) for x in leaves)
-    return (treedef, statics), arrays
+        return value, None
+    if type(value) is Channelled:
+        arrays, statics = split_value(value.value)
+        return Channelled(arrays, value.channel), statics
+    arrays, statics = eqx.partition(value, is_traced_in_ref)
+    return arrays, statics if jtu.tree_leaves(statics) else None
 
 
-def n_arrays(inside: tuple | None) -> int:
-    """How many arrays a value has."""
-    return 1 if inside is None else sum(static is None for static in inside[1])
+def join_value(arrays: Any, statics: Any) -> Any:
+    """The opposite of `split_value`."""
+    if statics is None:
+        return arrays
+    if type(arrays) is Channelled:
+        return Channelled(join_value(arrays.value, statics), arrays.channel)
+    return eqx.combine(arrays, statics)
 
 
-def join_value(inside: tuple | None, arrays: Iterator[Any]) -> Any:
-    """The opposite of `split_value`; takes what it needs from `arrays`."""
-    if inside is None:
-        return next(arrays)
-    treedef, statics = inside
-    leaves = [next(arrays) if static is None else static.obj for static in statics]
-    return jtu.tree_unflatten(treedef, leaves)
+def map_values(fn: Callable[[int, Any], Any], leaves: Leaves) -> Leaves:
+    """`leaves`, with `fn(i, value)` for the value of ref number `i`."""
+    return [
+        leaf.replaced(fn(leaf.index, leaf.value)) if type(leaf) is Value else leaf
+        for leaf in leaves
+    ]
 
 
-class Held:
-    """The value of a ref that is not one array, as a pytree node: its children are its
-    arrays, and `inside`, as in a `Slot`, is all the rest."""
-
-    __slots__ = ("arrays", "inside")
-
-    def __init__(self, inside: tuple, arrays: Iterable[Any]):
-        self.inside = inside
-        self.arrays = list(arrays)
+def values_of(trees: Iterable[Leaves]) -> dict[int, Any]:
+    """The value of each ref, by number."""
+    return {x.index: x.value for leaves in trees for x in leaves if type(x) is Value}
 
 
-jtu.register_pytree_node(Held, lambda x: (x.arrays, x.inside), Held)
+def split(
+    leaves: Leaves, is_dynamic: Callable[[Any], bool] = is_traced
+) -> tuple[Leaves, Leaves]:
+    """Derefed leaves as `(arrays, statics)`, each with `None` for the other."""
+    arrays, statics = [], []
+    for leaf in leaves:
+        if type(leaf) is Value:
+            of_arrays, of_statics = split_value(leaf.value)
+            arrays.append(leaf.replaced(of_arrays))
+            statics.append(leaf.replaced(of_statics))
+        elif type(leaf) is Index:
+            arrays.append(leaf)
+            statics.append(leaf)
+        elif is_dynamic(leaf):
+            arrays.append(leaf)
+            statics.append(None)
+        else:
+            arrays.append(None)
+            statics.append(leaf)
+    return arrays, statics
 
 
-def hold(value: Any) -> Any:
-    """The value of a ref as a pytree of arrays, and nothing else: one array is itself."""
-    inside, arrays = split_value(value)
-    return held(inside, arrays)
+def join(arrays: Leaves, statics: Leaves) -> Leaves:
+    """The opposite of `split`."""
+    return [
+        x.replaced(join_value(x.value, static.value))
+        if type(x) is Value
+        else (x if static is None else _strongly(static))
+        for x, static in zip(arrays, statics)
+    ]
 
 
-def held(inside: tuple | None, arrays: list[Any]) -> Any:
-    return arrays[0] if inside is None else Held(inside, arrays)
+class _Weak:
+    """A static leaf of a structure that keeps none alive."""
+
+    __slots__ = ("recall",)
+
+    def __init__(self, recall: weakref.ref):
+        self.recall = recall
 
 
-def inside_of(x: Any) -> tuple | None:
-    return x.inside if type(x) is Held else None
+def _weakly(leaf: Any) -> Any:
+    held = weakly(leaf)
+    return leaf if held is leaf else _Weak(held)
 
 
-def release(x: Any) -> Any:
-    """The opposite of `hold`."""
-    return join_value(x.inside, iter(x.arrays)) if type(x) is Held else x
+def _strongly(static: Any) -> Any:
+    return static.recall() if type(static) is _Weak else static
+
+
+def tree_of(part: Carried, leaves: Leaves) -> Any:
+    """The derefed tree that has these leaves: `None` where it has a function that closes over
+    refs."""
+    return jtu.tree_unflatten(part.treedef, _closure.outside(part, leaves))
 
 
 class Structure:
-    """All of an opened call that is not an array: hashable, and the key of every cache.
+    """All of a call, or of a result, that is not an array.
 
-    - `parts`: the structure of the callable, of each argument, and of the keywords;
-    - `codes`: what each leaf is;
-    - `statics`: the static leaves, in order;
-    - `slots`: the structure of each ref. Equal numbers in `codes` are the sharing;
-    - `notes`: what the refs are called. Not a part of the key.
+    - `parts`: the structure of each tree;
+    - `statics`: its derefed leaves, with `None` for arrays;
+    - `key`: what two calls have in common that can run one program. It is hashable, and holds
+        no ref, no array, and no function strongly.
     """
 
-    __slots__ = (
-        "_hash",
-        "codes",
-        "n_bare",
-        "notes",
-        "parts",
-        "sizes",
-        "slots",
-        "statics",
-    )
+    __slots__ = ("_key", "parts", "statics")
 
-    def __init__(
-        self,
-        parts: tuple[Carried, ...],
-        codes: tuple[int, ...],
-        statics: tuple[Static, ...],
-        slots: tuple[Slot, ...],
-        notes: list[Note],
-    ):
+    def __init__(self, parts: list[Carried], statics: list[Leaves]):
         self.parts = parts
-        self.codes = codes
         self.statics = statics
-        self.slots = slots
-        self.notes = notes
-        self.n_bare = codes.count(DYNAMIC)
-        self.sizes = [_count(part) for part in parts]
-        self._hash: int | None = None
+        self._key: Key | None = None
 
-    def _key(self) -> tuple:
-        return self.parts, self.codes, self.statics, self.slots
+    @property
+    def key(self) -> "Key":
+        if self._key is None:
+            self._key = Key(self)
+        return self._key
 
-    def __hash__(self) -> int:
-        if self._hash is None:
-            for static in self.statics:
-                try:
-                    hash(static)
-                except TypeError:
-                    raise TypeError(
-                        f"Cannot cache on the static value {static.obj!r}: a "
-                        f"{type(static.obj).__name__} is not hashable. Make it hashable, "
-                        "or put the arrays in it into a pytree."
-                    ) from None
-            self._hash = hash(self._key())
-        return self._hash
-
-    def __eq__(self, other: Any) -> bool:
-        if self is other:
-            return True
-        return isinstance(other, Structure) and self._key() == other._key()
-
-    def fill(
-        self,
-        arrays: list[Any],
-        given: Mapping[int, Ref] | None = None,
-        body: _trace.Body | None = None,
-        outer: Sequence[Ref | None] | None = None,
-    ) -> tuple[list[Any], list[Ref]]:
-        """The leaves of all parts again, made of other arrays; and the refs among them.
-
-        They are new refs, owned by the running trace, but for those that are given by
-        their number. In a `body` they stand for those of `outer`, if these are known.
-        """
-        rest = iter(arrays)
-        bare = iter([next(rest) for _ in range(self.n_bare)])
-        refs = []
-        for i, (slot, note) in enumerate(zip(self.slots, self.notes)):
-            if given is not None and i in given:
-                refs.append(given[i])
-                continue
-            value = join_value(slot.inside, rest)
-            ref = make_ref(
-                slot.ref_type, value, slot.collection, note.name, note.declared
-            )
-            ref._body = body
-            ref._outer = None if outer is None else outer[i]
-            refs.append(ref)
-        statics = iter(self.statics)
-        leaves = []
-        for code in self.codes:
-            if code == DYNAMIC:
-                leaves.append(next(bare))
-            elif code == STATIC:
-                leaves.append(next(statics).obj)
-            else:
-                leaves.append(refs[code])
-        return leaves, refs
-
-    def unflatten(self, leaves: list[Any]) -> list[Any]:
-        """The parts again, of their leaves."""
-        rest = iter(leaves)
+    def leaves(self, arrays: list[Leaves], refs: dict[int, Ref]) -> list[Leaves]:
+        """The leaves of the trees again. `refs` are those that are known, by number; the
+        others are made, owned by the running trace, and added to it."""
         return [
-            _closure.unflatten(part, [next(rest) for _ in range(n)])
-            for part, n in zip(self.parts, self.sizes)
+            reref_leaves(join(mine, statics), refs)
+            for mine, statics in zip(arrays, self.statics)
         ]
 
+    def trees(self, leaves: list[Leaves]) -> list[Any]:
+        """The trees again, of their leaves."""
+        return list(map(_closure.unflatten, self.parts, leaves))
 
-def _count(part: Carried) -> int:
-    """How many leaves a part has, those inside of functions included."""
-    n = part.treedef.num_leaves
-    for node in part.nodes:
-        if node is not None:
-            n -= 1
-            if isinstance(node, tuple):
-                n += _count(node[-1])
-    return n
+    def weakened(self) -> "Structure":
+        """The same structure, which keeps no static leaf alive."""
+        weak = [
+            [x if x is None or is_node(x) else _weakly(x) for x in statics]
+            for statics in self.statics
+        ]
+        structure = Structure(self.parts, weak)
+        structure._key = self.key
+        return structure
 
+    def flatten(self, arrays: list[Leaves]) -> tuple[list[Any], list[Any]]:
+        """The arrays outside refs, and the values of the refs, each in order: the form that
+        a repeated call makes quickest."""
+        outside = [
+            x
+            for leaves in arrays
+            for x in leaves
+            if x is not None and type(x) is not Value and type(x) is not Index
+        ]
+        return outside, list(values_of(arrays).values())
 
-class Reader:
-    """Classifies leaves, and numbers the refs among them by their first place."""
+    def unflatten(self, outside: list[Any], values: list[Any]) -> list[Leaves]:
+        """The opposite of `flatten`."""
+        rest = iter(outside)
+        return [
+            [
+                next(rest)
+                if static is None
+                else static.replaced(values[static.index])
+                if type(static) is Value
+                else (static if type(static) is Index else None)
+                for static in statics
+            ]
+            for statics in self.statics
+        ]
 
-    def __init__(
-        self,
-        is_dynamic: Callable[[Any], bool] = is_traced,
-        is_result: bool = False,
-    ):
-        self.is_dynamic = is_dynamic
-        self.is_result = is_result
-        self._opens = _closure.is_ref_or_tracer if is_result else is_ref
-        self.parts: list[Carried] = []
-        self.leaves: list[Any] = []
-        self.codes: list[int] = []
-        self.bare: list[Any] = []
-        self.statics: list[Static] = []
-        self.refs: list[Ref] = []
-        self._numbers: dict[int, int] = {}
+    def refs(self) -> dict[int, Value]:
+        """The nodes of the refs, by number: what each is called, and its collection."""
+        return {x.index: x for mine in self.statics for x in mine if type(x) is Value}
 
-    def read(self, tree: Any) -> None:
-        leaves, carried = _closure.flatten(tree, self._opens)
-        self.parts.append(carried)
-        self.leaves.extend(leaves)
-        for leaf in leaves:
-            if isinstance(leaf, Ref):
-                number = self._numbers.get(id(leaf))
-                if number is None:
-                    number = self._numbers[id(leaf)] = len(self.refs)
-                    self.refs.append(leaf)
-                self.codes.append(number)
-            elif self.is_dynamic(leaf):
-                self.codes.append(DYNAMIC)
-                self.bare.append(leaf)
+    def refs_after(self, outcome: "Outcome", arrays: list[Leaves]) -> list[Ref]:
+        """New refs, with the values that those of the call have after it. `arrays` are those
+        of the call."""
+        before = values_of(arrays)
+        copies = []
+        for i, node in self.refs().items():
+            if i in outcome.updates:
+                value = outcome.info.value(i, outcome.updates[i])
             else:
-                self.codes.append(STATIC)
-                self.statics.append(Static(leaf, self.is_result))
+                value = join_value(before[i], node.value)
+            copies.append(make_ref_of(node.replaced(value)))
+        return copies
 
-    def structure(self, slots: list[Slot]) -> Structure:
-        return Structure(
-            tuple(self.parts),
-            tuple(self.codes),
-            tuple(self.statics),
-            tuple(slots),
-            [note_of(ref) for ref in self.refs],
+
+class Key:
+    """What a `Structure` is equal by. See there."""
+
+    __slots__ = ("_hash", "_what")
+
+    def __init__(self, structure: Structure):
+        statics, treedef = jtu.tree_flatten(structure.statics)
+        declared = tuple(
+            leaf.note.declared
+            for leaves in structure.statics
+            for leaf in leaves
+            if type(leaf) is Value
+        )
+        keys = tuple(map(static_key, statics))
+        self._what = tuple(structure.parts), treedef, keys, declared
+        for leaf, key in zip(statics, keys):
+            try:
+                hash(key)
+            except TypeError:
+                raise TypeError(
+                    f"Cannot cache on the static value {leaf!r}: a {type(leaf).__name__} is "
+                    "not hashable. Make it hashable, or put the arrays in it into a pytree."
+                ) from None
+        self._hash = hash(self._what)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return (
+            isinstance(other, Key)
+            and self._hash == other._hash
+            and self._what == other._what
         )
 
 
-class Outcome:
-    """What a body returns: a pytree node whose children are trees of arrays.
+def static_keys(tree: Any) -> tuple:
+    """What static trees are equal by."""
+    leaves, treedef = jtu.tree_flatten(tree)
+    return treedef, *map(static_key, leaves)
 
-    - `out`: the arrays of the result: those beside refs, then those of new refs;
-    - `updates`: the refs that were written: the new value of each, as `hold` makes it, by
-        the number of the ref in the call;
+
+class Outcome:
+    """What a body returns: a pytree node, whose children are arrays.
+
+    - `out`: the derefed leaves of the result. One of the call's own refs is an `Index`, and
+        a new one has the next number there is;
+    - `updates`: the new value of each ref that was written, by number;
     - `info`: all the rest. Made anew whenever the body is traced.
     """
 
     __slots__ = ("info", "out", "updates")
 
-    def __init__(self, out: list[Any], updates: dict[int, Any], info: "OutcomeInfo"):
+    def __init__(self, out: Leaves, updates: dict[int, Any], info: "OutcomeInfo"):
         self.out = out
         self.updates = updates
         self.info = info
 
 
-def arrays_of(outcome: Outcome) -> tuple[list[Any], dict[int, Any]]:
-    """What a body returns and writes, with arrays in place of numbers: those of Python in a
-    ref, and the constants of a jaxpr."""
-    return jtu.tree_map(_array_of, (outcome.out, outcome.updates))
-
-
-def _array_of(x: Any) -> Any:
-    return x if isinstance(x, jax.Array) else jnp.asarray(x)
-
-
 jtu.register_pytree_node(
     Outcome,
     lambda x: ((x.out, x.updates), x.info),
-    lambda info, children: Outcome(children[0], children[1], info),
+    lambda info, children: Outcome(*children, info),
 )
 
 
@@ -353,11 +304,10 @@ _ONE_ARRAY = jtu.tree_structure(0)
 
 
 class OutcomeInfo:
-    """What a body did, beside the arrays. Equal only to itself.
+    """What a body did, apart from arrays. Equal only to itself.
 
-    - `result`: the structure of the result. The refs in it are numbered: first those of
-        the call, by `carried`, then the new ones.
-    - `carried`: for each ref of the result that the call carries, its number in the call.
+    - `result`: the structure of the result;
+    - `written`: of each ref that was written, the statics of its new value;
     - `build`: makes the result of its arrays, if it has nothing else; or `None`.
     - `waits`: whether a call must wait for run-time checks. `filter_jit` finds out.
     - `asked`: what was asked of the identity of the refs: for which the program is right.
@@ -365,18 +315,36 @@ class OutcomeInfo:
     By itself it is a pytree node without children, which is how it gets out of `jax.jit`.
     """
 
-    __slots__ = ("asked", "build", "carried", "result", "waits")
+    __slots__ = ("asked", "build", "result", "waits", "written")
 
-    def __init__(self, result: Structure, carried: dict[int, int]):
+    def __init__(self, result: Structure, written: dict[int, Any]):
         self.result = result
-        self.carried = carried
+        self.written = written
         self.waits = False
         self.asked = NOTHING_ASKED
-        (part,) = result.parts
+        ((part,), (statics,)) = result.parts, result.statics
         self.build: Callable[[list[Any]], Any] | None = None
-        if result.n_bare == len(result.codes) and not part.nodes:
+        if all(x is None for x in statics) and not part.nodes:
             is_one = part.treedef == _ONE_ARRAY
             self.build = itemgetter(0) if is_one else part.treedef.unflatten
 
+    def written_keys(self) -> dict[int, Any]:
+        """What is static in the new values, to compare."""
+        return {i: static_keys(statics) for i, statics in self.written.items()}
+
+    def value(self, number: int, arrays: Any) -> Any:
+        """The new value of a ref, of its arrays."""
+        return join_value(arrays, self.written[number])
+
 
 jtu.register_pytree_node(OutcomeInfo, lambda info: ((), info), lambda info, _: info)
+
+
+def arrays_of(outcome: Outcome) -> tuple[Leaves, dict[int, Any]]:
+    """What a body returns and writes, with arrays instead of numbers: those of Python in a
+    ref, and the constants of a jaxpr."""
+    return jtu.tree_map(_array_of, (outcome.out, outcome.updates))
+
+
+def _array_of(x: Any) -> Any:
+    return x if isinstance(x, jax.Array) else jnp.asarray(x)

@@ -1,23 +1,35 @@
 """What is differentiated in a call, and what has a derivative in its result.
 
-Each transform of this family is the transform of JAX of the same name, on the flat arrays of
-one opened call. The function runs once, in Python and in what it counts: the state that it
-writes is auxiliary to the derivative, and is written when the transform returns.
+Each transform of this family is the transform of JAX of the same name, on the arrays of one
+call. The function runs once, in Python and in what it counts: the state that it writes is
+auxiliary to the derivative, and is written when the transform returns.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 
-from .._core._call import call, Opened
+from .._core import _closure
+from .._core._call import Call, call, close_result
+from .._core._closure import Carried
+from .._core._deref import deref_leaves
 from .._core._errors import name_of, StructureError
-from .._core._structure import is_traced_in_ref, Outcome
-from .._filters._filters import check_can_select, choose, leaves_with_paths
+from .._core._structure import (
+    is_traced_in_ref,
+    Leaves,
+    Outcome,
+    split,
+    Structure,
+    tree_of,
+)
+from .._filters._filters import check_can_select, choose, key_text
 from ._backward import stripped
-from ._layout import Layout, layout_of_args, replaced, result_of, Sparse
+from ._tangents import read_tangents
 
 
 __tracebackhide__ = True
@@ -38,24 +50,38 @@ def first_of(args: tuple, name: str) -> Any:
     return args[0]
 
 
+def inexact_part(leaves: Leaves) -> Leaves:
+    """Derefed leaves, with `None` for all that has no derivative."""
+    return eqx.filter(leaves, is_inexact)
+
+
 def differentiable(
-    opened: Opened, layout: Layout, tree: Any, wrt: Any = None
-) -> list[int]:
-    """The positions of what is differentiated in a tree: its inexact arrays, of those that
-    `wrt` selects. A Python `float` in a ref is one of them, because it is one under `jit`.
+    derefed: Call, n: int, tree: Any, wrt: Any = None
+) -> tuple[list[Leaves], list[Leaves]]:
+    """The arrays of the first `n` trees of a call, in two parts: those that are
+    differentiated, and the others. Each has `None` for what is in the other.
+
+    Differentiated are the inexact arrays, of those that `wrt` selects in `tree`. A Python
+    `float` in a ref is one of them, because it is one under `jit`.
     """
-    selected = [0] * len(layout.places)
-    if wrt is not None:
-        check_can_select(tree, wrt)
-        pairs, _ = leaves_with_paths(tree)
-        leaves = [leaf for _, leaf in pairs]
-        selected = choose([path for path, _ in pairs], leaves, (wrt,))
-    return [
-        i
-        for places, answer in zip(layout.by_leaf(), selected)
-        for i in places
-        if answer == 0 and is_inexact(opened.arrays[i])
-    ]
+    arrays = derefed.arrays[:n]
+    if wrt is None:
+        return eqx.partition(arrays, is_inexact)
+    check_can_select(tree, wrt)
+    pairs, _ = jtu.tree_flatten_with_path(tree)
+    paths = [tuple(map(key_text, path)) for path, _ in pairs]
+    answers = iter(choose(paths, [leaf for _, leaf in pairs], (wrt,)))
+    wanted = []
+    for part, leaves in zip(derefed.parts, arrays):
+        outer = [a == 0 for a in itertools.islice(answers, part.treedef.num_leaves)]
+        chosen = _closure.with_inside(part, outer, False)
+        wanted.append(
+            [
+                jtu.tree_map(lambda x, ok=ok: ok and is_inexact(x), leaf)
+                for leaf, ok in zip(leaves, chosen)
+            ]
+        )
+    return eqx.partition(arrays, wanted)
 
 
 def nothing_to_differentiate(name: str, fn: Any, wrt: Any) -> StructureError:
@@ -63,47 +89,72 @@ def nothing_to_differentiate(name: str, fn: Any, wrt: Any) -> StructureError:
         f"`{name}` found nothing to differentiate in the first argument of "
         f"`{name_of(fn)}`"
         + ("" if wrt is None else f" for wrt={wrt!r}")
-        + ": it differentiates floating-point and complex arrays, in refs and beside them. "
-        "Pass what is to be differentiated first; a filter that is a predicate is called "
-        "with the ref, not with its value."
+        + ": it differentiates floating-point and complex arrays, inside and outside refs. "
+        "Pass the value to differentiate as the first argument. (A predicate filter receives "
+        "the ref, not its value.)"
     )
 
 
-class Side(NamedTuple):
-    """One side of a derivative: the arrays of a tree that have one.
+def derefed_result(
+    structure: Structure, outcome: Outcome, arrays: list[Leaves]
+) -> tuple[Carried, Leaves]:
+    """The result of a body that was run on `arrays`, as `rx.deref` has it: its structure, and
+    its leaves. A ref of the caller that is returned has the value it ends with."""
+    result = close_result(outcome, structure.refs_after(outcome, arrays))
+    leaves, part = _closure.flatten(result)
+    return part, deref_leaves(leaves, {}, lambda ref: ref._value)
 
-    - `layout`: of the tree; `positions`: where the arrays are; `types`: what they are.
+
+def arrays_of_result(
+    structure: Structure, outcome: Outcome, arrays: list[Leaves]
+) -> tuple[Carried, Leaves]:
+    """As `derefed_result`, with `None` for all that is no array."""
+    part, leaves = derefed_result(structure, outcome, arrays)
+    return part, split(leaves)[0]
+
+
+def first_of_pair(part: Carried, leaves: Leaves, name: str) -> tuple[Carried, Leaves]:
+    """Of a result with `has_aux`, what is differentiated."""
+    children, node = part.treedef.children(), part.treedef.node_data()
+    if node is None or node[0] is not tuple or len(children) != 2:
+        raise TypeError(
+            f"`{name}(..., has_aux=True)`: the function must return a pair "
+            "`(value, aux)`."
+        )
+    first = Carried(children[0], part.nodes[: children[0].num_leaves])
+    return first, leaves[: first.num_leaves]
+
+
+class Side(NamedTuple):
+    """One side of a derivative: the trees that have one. Hashable.
+
+    - `parts`: the structure of each; `treedef`: of their derefed leaves, with `None` for what
+        has no derivative; `types`: of their arrays.
     """
 
-    layout: Layout
-    positions: tuple[int, ...]
+    parts: tuple[Carried, ...]
+    treedef: Any
     types: tuple[jax.ShapeDtypeStruct, ...]
 
-    def fill(self, values: Sequence[Any]) -> Any:
-        """The derefed tree, with these values for the arrays."""
-        return self.layout.fill(Sparse(zip(self.positions, values)))
+    def trees(self, leaves: Sequence[Leaves]) -> tuple:
+        """The derefed trees, with these values for the arrays."""
+        return tuple(map(tree_of, self.parts, leaves))
 
-    def select(self, given: dict[int, Any]) -> list[Any]:
-        """The tangents or cotangents of the arrays, of what `layout` read: zeros for
-        `None`."""
-        for i, x in given.items():
-            if x is not None and i not in self.positions:
-                raise StructureError(
-                    f"There is a tangent or cotangent, {eqx.tree_pformat(x)}, for "
-                    "something that is not differentiated. Put `None` there."
-                )
-        return [
-            jnp.zeros(t.shape, t.dtype) if given[i] is None else given[i]
-            for i, t in zip(self.positions, self.types)
+    def read(self, trees: Sequence[Any], what: str) -> list[Leaves]:
+        """The tangents or cotangents that a user gives, with zeros for `None`."""
+        like = jtu.tree_unflatten(self.treedef, self.types)
+        given = read_tangents(self.parts, like, trees, what)
+        filled = [
+            jnp.zeros(t.shape, t.dtype) if x is None else x
+            for x, t in zip(self.treedef.flatten_up_to(given), self.types)
         ]
+        return jtu.tree_unflatten(self.treedef, filled)
 
 
-def _side(layout: Layout, arrays: Sequence[Any], positions: list[int]) -> Side:
-    types = [
-        jax.ShapeDtypeStruct(jnp.shape(arrays[i]), jnp.result_type(arrays[i]))
-        for i in positions
-    ]
-    return Side(layout, tuple(positions), tuple(types))
+def side(parts: Sequence[Carried], leaves: list[Leaves]) -> Side:
+    arrays, treedef = jtu.tree_flatten(leaves)
+    types = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in arrays]
+    return Side(tuple(parts), treedef, tuple(types))
 
 
 class Differentiated:
@@ -117,29 +168,24 @@ class Differentiated:
     outputs: Side
 
     def __init__(
-        self,
-        name: str,
-        opened: Opened,
-        layout: Layout,
-        tree: Any,
-        wrt: Any,
-        has_aux: bool,
+        self, name: str, derefed: Call, n: int, tree: Any, wrt: Any, has_aux: bool
     ):
         self.name = name
-        self.opened = opened
+        self.derefed = derefed
         self.has_aux = has_aux
-        positions = differentiable(opened, layout, tree, wrt)
-        self.arrays = [opened.arrays[i] for i in positions]
-        self.inputs = _side(layout, opened.arrays, positions)
+        self.arrays, self._rest = differentiable(derefed, n, tree, wrt)
+        self._others = derefed.arrays[n:]
+        self.inputs = side(derefed.parts[:n], self.arrays)
 
-    def __call__(self, arrays: list[Any]) -> tuple[list[Any], Outcome]:
-        everything = replaced(self.opened.arrays, self.inputs.positions, arrays)
-        outcome = self.opened.run(self.name, everything)
-        result = result_of(self.opened, outcome, everything)
-        layout = result.layout.first(self.name) if self.has_aux else result.layout
-        positions = [i for i in layout.positions() if is_inexact(result.arrays[i])]
-        self.outputs = _side(layout, result.arrays, positions)
-        return [result.arrays[i] for i in positions], outcome
+    def __call__(self, arrays: list[Leaves]) -> tuple[list[Leaves], Outcome]:
+        everything = [*eqx.combine(arrays, self._rest), *self._others]
+        outcome = self.derefed.run(self.name, everything)
+        part, leaves = arrays_of_result(self.derefed.structure, outcome, everything)
+        if self.has_aux:
+            part, leaves = first_of_pair(part, leaves, self.name)
+        out = [inexact_part(leaves)]
+        self.outputs = side((part,), out)
+        return out, outcome
 
 
 def with_linear_map(
@@ -154,9 +200,8 @@ def with_linear_map(
     call, and the auxiliary result if there is one."""
     found: dict[str, Any] = {}
 
-    def transform(opened: Opened) -> Outcome:
-        layout = layout_of_args(opened, len(primals))
-        fn = Differentiated(name, opened, layout, primals, wrt, has_aux)
+    def transform(derefed: Call) -> Outcome:
+        fn = Differentiated(name, derefed, len(primals), primals, wrt, has_aux)
         found["map"], outcome = derive(fn)
         return outcome
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 import keyword
 import operator
 from collections.abc import Hashable, Mapping
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax.tree_util as jtu
 
+from .._core import _closure
 from .._core._closure import Carried, may_carry
 from .._core._errors import describe, StructureError
 from .._core._ref import Ref
@@ -283,25 +285,11 @@ def spread(part: Carried, own: list[Any], leaves: list[Any]) -> list[Given]:
         return [Given(axis, False) for axis in own]
     rest = iter(leaves)
     given = []
-    for node, axis in zip(part.nodes, own):
-        if node is None:
-            next(rest)
-            given.append(Given(axis, False))
-            continue
-        for _ in range(n_leaves(node)):
-            leaf = next(rest)
+    for node, n, axis in zip(part.nodes, _closure.counts(part), own):
+        for leaf in itertools.islice(rest, n):
             inner = axis.of(leaf) if isinstance(axis, Within) else axis
-            given.append(Given(inner, True))
+            given.append(Given(inner, node is not None))
     return given
-
-
-def n_leaves(node: Any) -> int:
-    """How many leaves there are inside of a function that closes over refs."""
-    if not isinstance(node, tuple):
-        return 0
-    carried = node[-1]
-    nodes = carried.nodes or [None] * carried.treedef.num_leaves
-    return sum(1 if inner is None else n_leaves(inner) for inner in nodes)
 
 
 def named_in_axes(fn: Any, in_axes: Any, args: tuple) -> Any:

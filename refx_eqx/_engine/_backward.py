@@ -31,10 +31,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._core import _trace
-from .._core._call import Opened
+from .._core._call import Call
 from .._core._errors import StructureError
 from .._core._ref import Channelled
-from .._core._structure import hold, Outcome, release, split_value, Structure
+from .._core._structure import Leaves, map_values, Outcome, values_of
 from ._channel import decode, encode, has_channel
 
 
@@ -49,59 +49,41 @@ class BackwardWrite(StructureError):
         self.collection = collection
 
 
-def _reopened(opened: Opened, values: list[Any]) -> Opened:
-    """The same call, with other values of its refs."""
-    structure = opened.structure
-    arrays = opened.arrays[: structure.n_bare]
-    slots, spans = [], []
-    for slot, value in zip(structure.slots, values):
-        inside, its_arrays = split_value(value)
-        spans.append((len(arrays), len(arrays) + len(its_arrays)))
-        arrays.extend(its_arrays)
-        slots.append(slot._replace(inside=inside))
-    again = copy.copy(opened)
-    again.arrays, again.spans = arrays, spans
-    again.structure = Structure(
-        structure.parts,
-        structure.codes,
-        structure.statics,
-        tuple(slots),
-        structure.notes,
-    )
-    return again
-
-
-def without_channels(opened: Opened) -> tuple[Opened, dict[int, Any]]:
+def without_channels(derefed: Call) -> tuple[Call, dict[int, Any]]:
     """A call without the channels of its refs; and these, by the number of the ref."""
     channels = {
         i: value.channel
-        for i, value in enumerate(opened.values)
+        for i, value in values_of(derefed.arrays).items()
         if type(value) is Channelled
     }
     if not channels:
-        return opened, {}
-    values = [x.value if type(x) is Channelled else x for x in opened.values]
-    plain = _reopened(opened, values)
-    plain.values = values
+        return derefed, {}
+    plain = copy.copy(derefed)
+    plain.arrays = [map_values(_without_channel, x) for x in derefed.arrays]
+    plain._flat = None
     return plain, channels
 
 
-def with_channels(opened: Opened, channels: dict[int, Any]) -> Opened:
-    """A call with a channel for each of these refs."""
-    values = [
-        Channelled(value, channels[i]) if i in channels else value
-        for i, value in enumerate(opened.values)
-    ]
-    return _reopened(opened, values)
+def _without_channel(_: int, value: Any) -> Any:
+    return value.value if type(value) is Channelled else value
 
 
-def new_channels(opened: Opened, collections: Iterable[Hashable]) -> dict[int, Any]:
+def with_channels(arrays: list[Leaves], channels: dict[int, Any]) -> list[Leaves]:
+    """The arrays of a call, with a channel for each of these refs."""
+
+    def with_channel(i: int, value: Any) -> Any:
+        return Channelled(value, channels[i]) if i in channels else value
+
+    return [map_values(with_channel, leaves) for leaves in arrays]
+
+
+def new_channels(derefed: Call, collections: Iterable[Hashable]) -> dict[int, Any]:
     """A channel of zeros for each ref of these collections, by number."""
     wanted = list(collections)
     return {
         i: jtu.tree_map(lambda x: _mapped_like(jnp.zeros_like(x), x), encode(value))
-        for i, (value, slot) in enumerate(zip(opened.values, opened.structure.slots))
-        if slot.collection in wanted and has_channel(value)
+        for i, value in values_of(derefed.arrays).items()
+        if derefed.refs[i].collection in wanted and has_channel(value)
     }
 
 
@@ -110,24 +92,9 @@ def _mapped_like(x: Any, y: Any) -> Any:
     return jnp.where(jnp.zeros(x.shape, bool), y, x)
 
 
-def updates_by_number(outcome: Outcome) -> dict[int, Any]:
-    """The new values of the refs that a body wrote."""
-    return {i: release(x) for i, x in outcome.updates.items()}
-
-
 def with_updates(outcome: Outcome, updates: dict[int, Any]) -> Outcome:
-    """The same outcome, with these refs written."""
-    info = copy.copy(outcome.info)
-    return Outcome(outcome.out, {i: hold(x) for i, x in updates.items()}, info)
-
-
-def moved(plain: Opened, opened: Opened, positions: list[int]) -> list[int]:
-    """Where the arrays at these positions of a call are, once it has channels."""
-    where = {i: i for i in range(plain.structure.n_bare)}
-    for (start, stop), (new_start, _) in zip(plain.spans, opened.spans):
-        # A channel comes behind its value.
-        where.update((i, new_start + i - start) for i in range(start, stop))
-    return [where[i] for i in positions]
+    """The same outcome, with these new values of the refs that were written."""
+    return Outcome(outcome.out, updates, outcome.info)
 
 
 @jax.custom_vjp
@@ -144,13 +111,13 @@ _seed.defvjp(
 
 
 def seeded(
-    loss: Any, outcome: Outcome, plain: Opened, channels: dict[int, Any]
+    loss: Any, outcome: Outcome, channels: dict[int, Any]
 ) -> tuple[Any, Outcome]:
     """Ends the channels at the loss of a body that ran with them; and its outcome without
     them."""
     if not channels:
         return loss, outcome
-    updates = updates_by_number(outcome)
+    updates = dict(outcome.updates)
     ends, values = {}, {}
     for i in channels.keys() & updates.keys():
         end = updates[i]
@@ -162,19 +129,17 @@ def seeded(
 
 def with_backward_writes(outcome: Outcome, ends: dict[int, Any]) -> Outcome:
     """An outcome with what arrived at the beginning of the channels."""
-    if not ends:
-        return outcome
-    updates = updates_by_number(outcome)
+    updates = dict(outcome.updates)
     for i in ends.keys() & updates.keys():
         updates[i] = decode(ends[i], updates[i])
     return with_updates(outcome, updates)
 
 
-def stripped(transform: Callable[[Opened], Outcome]) -> Callable[[Opened], Outcome]:
+def stripped(transform: Callable[[Call], Outcome]) -> Callable[[Call], Outcome]:
     """A transform that differentiates, and does not know of channels."""
 
-    def inner(opened: Opened) -> Outcome:
-        plain, channels = without_channels(opened)
+    def inner(derefed: Call) -> Outcome:
+        plain, channels = without_channels(derefed)
         return with_outer_channels(transform(plain), channels)
 
     return inner
@@ -182,11 +147,10 @@ def stripped(transform: Callable[[Opened], Outcome]) -> Callable[[Opened], Outco
 
 def with_outer_channels(outcome: Outcome, channels: dict[int, Any]) -> Outcome:
     """The opposite of `without_channels`, for what was written."""
-    if not channels:
-        return outcome
-    updates = updates_by_number(outcome)
-    for i in channels.keys() & updates.keys():
-        updates[i] = Channelled(updates[i], channels[i])
+    updates = {
+        i: Channelled(x, channels[i]) if i in channels else x
+        for i, x in outcome.updates.items()
+    }
     return with_updates(outcome, updates)
 
 
@@ -202,8 +166,7 @@ def written_by_rule(
             "the derivative by `rx.filter_grad` or `rx.filter_value_and_grad`, of a function "
             "that is given this ref, or closes over it.",
         )
-    (inside, arrays), (old_inside, old_arrays) = split_value(value), split_value(old)
-    if inside != old_inside or _types(arrays) != _types(old_arrays):
+    if _types(value) != _types(old):
         raise StructureError(
             f"{which} with {eqx.tree_pformat(value)}, where it holds "
             f"{eqx.tree_pformat(old)}. A write in a backward rule keeps the structure, the "
@@ -225,22 +188,23 @@ def _mapped(channel: Any) -> list[tuple[bool, ...]]:
     return [_trace.mapped_over(x) for x in jtu.tree_leaves(channel)]
 
 
-def _types(arrays: list[Any]) -> list[tuple]:
-    return [(jnp.shape(x), jnp.result_type(x)) for x in arrays]
+def _types(arrays: Any) -> Any:
+    types = [(jnp.shape(x), jnp.result_type(x)) for x in jtu.tree_leaves(arrays)]
+    return jtu.tree_structure(arrays), types
 
 
-def spread(arrays: list[Any], carriers: dict[int, Any]) -> dict[int, Any]:
+def spread(arrays: Any, carriers: Any) -> Any:
     """The same carriers, mapped under a `vmap` if any of the arrays is.
 
-    Under `vmap`, the cotangent of something that is not mapped is a sum over the lanes, and
-    that of a channel must be none. JAX refuses a rule that has both (since 0.12), for it
-    cannot tell them apart. So the sums are taken before: by what makes the carriers mapped.
-    Where there is no `vmap`, the compiler removes it.
+    Under `vmap`, the cotangent of something that is not mapped is a sum along the mapped
+    axis, and that of a channel must be none. JAX refuses a rule that has both (since 0.12),
+    for it cannot tell them apart. So the sums are taken before: by what makes the carriers
+    mapped. Where there is no `vmap`, the compiler removes it.
     """
     differs = jnp.zeros((), bool)
-    for x in arrays:
+    for x in jtu.tree_leaves(arrays):
         if jnp.size(x) > 0:
             is_key = jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
             first = jnp.ravel(jax.random.key_data(x) if is_key else x)[0]
             differs = differs | (first != first)
-    return {i: jnp.where(differs, x, x) for i, x in carriers.items()}
+    return jtu.tree_map(lambda x: jnp.where(differs, x, x), carriers)

@@ -5,56 +5,86 @@ holds the ref. A function that reaches the ref as well (the method that scans it
 layers) says nothing: inside it the ref is *withheld*, because it would be the whole one.
 """
 
-from collections.abc import Iterator
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._core._call import Opened
+from .._core import _closure
+from .._core._call import Call
 from .._core._deref import path_text
 from .._core._errors import describe, StructureError
+from .._core._nodes import is_node
 from .._core._ref import Ref, Withheld
-from .._core._structure import DYNAMIC, inside_of
+from .._core._structure import Leaves, map_values, values_of
 from ._axes import array_axis, axes, axes_text, Given, leaf_axes, RNG, SAME, spread
 
 
 __tracebackhide__ = True
 
 
-class Axes(NamedTuple):
-    """The axes of an opened call. Hashable.
+@dataclasses.dataclass(eq=False)
+class Axes:
+    """The axes of a call.
 
-    - `flat`: the axis of each flat array, or `None`;
+    - `trees`: of the form of its arrays, with the axis of each, or `None`;
     - `split`: the numbers of the refs that are split along the mapped axis;
     - `kept`: of those whose randomness is the same at each place of it;
     - `of_refs`: the axis of each ref, for arrays that it does not have yet;
-    - `withheld`: the leaves of the call that may not be touched, each with the reason.
+    - `withheld`: the leaves of the call that may not be touched, each with the reason: by
+        the number of the tree, and that of the leaf in it.
     """
 
-    flat: tuple[int | None, ...]
+    trees: list[Leaves]
     split: tuple[int, ...] = ()
     kept: tuple[int, ...] = ()
-    of_refs: tuple[int | None, ...] = ()
-    withheld: tuple[tuple[int, Withheld], ...] = ()
+    of_refs: dict[int, int | None] = dataclasses.field(default_factory=dict)
+    withheld: dict[tuple[int, int], Withheld] = dataclasses.field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple:
+        """What tells the axes of two calls of one structure apart. Hashable."""
+        flat = tuple(jtu.tree_leaves(self.trees, is_leaf=lambda x: x is None))
+        withheld = tuple(self.withheld.items())
+        return flat, self.split, self.kept, tuple(self.of_refs.items()), withheld
 
     def in_front(self) -> "Axes":
         """The same, with each mapped axis moved to the front."""
-        front = lambda axes: tuple(None if axis is None else 0 for axis in axes)
-        return self._replace(flat=front(self.flat), of_refs=front(self.of_refs))
+        trees = jtu.tree_map(lambda _: 0, self.trees)
+        of_refs = {i: None if x is None else 0 for i, x in self.of_refs.items()}
+        return dataclasses.replace(self, trees=trees, of_refs=of_refs)
+
+    def is_mapped(self, number: int) -> bool:
+        """Whether a ref, or a part of its value, is mapped."""
+        own = values_of(self.trees).get(number)
+        return self.of_refs.get(number) is not None or bool(jtu.tree_leaves(own))
+
+    def slices(self, arrays: list[Leaves]) -> list[Leaves]:
+        """What is mapped of the arrays of a call, with the mapped axis in front; `None` for
+        the rest."""
+
+        def in_front(x: Any, axis: int | None) -> Any:
+            return None if axis is None else jnp.moveaxis(x, axis, 0)
+
+        return jtu.tree_map(in_front, arrays, self.trees)
+
+
+def no_axes(arrays: list[Leaves]) -> Axes:
+    return Axes(jtu.tree_map(lambda _: None, arrays))
 
 
 class _Place(NamedTuple):
-    """One place of a ref in a call: which leaf, in which part, and the axis given there."""
+    """One place of a ref in a call: which leaf of which tree, and the axis given there."""
 
+    tree: int
     leaf: int
-    part: int
     axis: Any
     where: str
 
 
 def call_axes(
-    opened: Opened,
+    derefed: Call,
     args: tuple,
     in_axes: Any,
     name: str,
@@ -62,7 +92,7 @@ def call_axes(
     whole: Any = None,
     names: tuple[str, ...] = (),
 ) -> Axes:
-    """The axis of each flat array of an opened call.
+    """The axis of each array of a call.
 
     What the callable holds and what functions close over is broadcast, unless an argument
     maps it: then it is withheld there.
@@ -79,65 +109,69 @@ def call_axes(
 
     - `StructureError`: if arguments give one ref two different axes.
     """
-    bare, said, reached = _read_places(opened, args, in_axes, whole, names)
-    flat, of_refs = list(bare), []
-    split, kept, withheld = [], [], []
-    for number, (start, stop) in enumerate(opened.spans):
-        arrays = opened.arrays[start:stop]
-        axis = _agreed(opened, number, said.get(number, []), name)
-        if number not in said:
-            of_functions = [place.axis for place in reached[number]]
+    outside, said, reached = _read_places(derefed, args, in_axes, whole, names)
+    found: dict[int, Any] = {}
+    axes = Axes([])
+    split, kept = [], []
+    for i, value in values_of(derefed.arrays).items():
+        ref = derefed.refs[i]
+        axis = _agreed(ref, value, said.get(i, []), name)
+        if i not in said:
+            of_functions = [place.axis for place in reached[i]]
             axis = SAME if SAME in of_functions else None
-        of_arrays = [array_axis(axis, x) for x in arrays]
-        flat.extend(of_arrays)
-        of_refs.append(_axis_of_ref(axis, of_arrays))
-        is_mapped = of_refs[-1] is not None or any(x is not None for x in of_arrays)
+        found[i] = jtu.tree_map(lambda x, axis=axis: array_axis(axis, x), value)
+        axes.of_refs[i] = one = _axis_of_ref(axis, value)
+        is_mapped = one is not None or bool(jtu.tree_leaves(found[i]))
         if axis is SAME:
-            kept.append(number)
-        elif not is_mapped and opened.refs[number].collection == RNG:
-            split.append(number)
-        if is_mapped and number in reached:
-            reason = _why_withheld(opened, said[number][0], args, of_refs[-1], name)
-            withheld += [(place.leaf, reason) for place in reached[number]]
-    _check_sizes(opened, flat, name)
-    return Axes(tuple(flat), tuple(split), tuple(kept), tuple(of_refs), tuple(withheld))
+            kept.append(i)
+        elif not is_mapped and ref.collection == RNG:
+            split.append(i)
+        if is_mapped and i in reached:
+            reason = _why_withheld(derefed, said[i][0], args, one, name)
+            axes.withheld |= {(p.tree, p.leaf): reason for p in reached[i]}
+    axes.trees = [map_values(lambda i, _: found[i], leaves) for leaves in outside]
+    axes.split, axes.kept = tuple(split), tuple(kept)
+    _check_sizes(derefed, axes, name)
+    return axes
 
 
 _FUNCTION = "the function, or what it closes over"
 
+_Places = dict[int, list[_Place]]
+
 
 def _read_places(
-    opened: Opened, args: tuple, in_axes: Any, whole: Any, names: tuple[str, ...]
-) -> tuple[list[int | None], dict[int, list[_Place]], dict[int, list[_Place]]]:
-    """The axes of the bare arrays; the places of each ref whose axis is said there; and
-    those at which a function reaches it, which say nothing."""
-    structure = opened.structure
-    n_functions = len(structure.parts) - 1 - len(args)
+    derefed: Call, args: tuple, in_axes: Any, whole: Any, names: tuple[str, ...]
+) -> tuple[list[Leaves], _Places, _Places]:
+    """The axes of the arrays outside refs; the places of each ref whose axis is said there;
+    and those at which a function reaches it, which say nothing."""
+    last = len(derefed.parts) - 2
+    first = last - len(args)
     rest = iter(leaf_axes(in_axes, args, "in_axes"))
-    bare: list[int | None] = []
-    said: dict[int, list[_Place]] = {}
-    reached: dict[int, list[_Place]] = {}
-    start = 0
-    for i, (part, size) in enumerate(zip(structure.parts, structure.sizes)):
-        leaves = opened.leaves[start : start + size]
-        if n_functions <= i < n_functions + len(args):
-            k = i - n_functions
-            where = names[k] if names else f"argument {k}"
+    outside: list[Leaves] = []
+    said: _Places = {}
+    reached: _Places = {}
+    for i, (part, leaves) in enumerate(zip(derefed.parts, derefed.leaves)):
+        if first <= i < last:
+            where = names[i - first] if names else f"argument {i - first}"
             own = [next(rest) for _ in range(part.treedef.num_leaves)]
             given = [_of_argument(x) for x in spread(part, own, leaves)]
         else:
-            k, where = -1, _FUNCTION
+            where = _FUNCTION
             given = [_of_function(whole, leaf) for leaf in leaves]
-        for j, (leaf, (axis, is_inside)) in enumerate(zip(leaves, given), start):
-            code = structure.codes[j]
-            if code == DYNAMIC:
-                bare.append(array_axis(axis, leaf))
-            elif code >= 0:
+        mine: Leaves = []
+        for k, (leaf, node, (axis, is_inside)) in enumerate(
+            zip(leaves, derefed.arrays[i], given)
+        ):
+            if is_node(node):
                 says_nothing = is_inside and (axis is None or axis is SAME)
                 places = reached if says_nothing else said
-                places.setdefault(code, []).append(_Place(j, k, axis, where))
-        start += size
-    return bare, said, reached
+                places.setdefault(node.index, []).append(_Place(i, k, axis, where))
+                mine.append(node)
+            else:
+                mine.append(None if node is None else array_axis(axis, leaf))
+        outside.append(mine)
+    return outside, said, reached
 
 
 def _of_argument(given: Given) -> Given:
@@ -155,15 +189,13 @@ def _of_function(whole: Any, leaf: Any) -> Given:
     return Given(SAME if axis is SAME else None, True)
 
 
-def _agreed(opened: Opened, number: int, places: list[_Place], name: str) -> Any:
+def _agreed(ref: Ref, value: Any, places: list[_Place], name: str) -> Any:
     """The axis that all arguments with this ref give it."""
     if not places:
         return None
     first, *others = places
-    arrays = opened.arrays[slice(*opened.spans[number])]
     for other in others:
-        if not _is_same_axis(first.axis, other.axis, arrays):
-            ref = opened.refs[number]
+        if not _is_same_axis(first.axis, other.axis, jtu.tree_leaves(value)):
             raise StructureError(
                 f"`{name}` met {describe(ref._name, ref._collection)} with two axes: "
                 f"{first.axis!r} in {first.where}, {other.axis!r} in {other.where}. One "
@@ -187,22 +219,23 @@ def _counted(axis: Any, array: Any) -> int | None:
     return axis + ndim if axis is not None and -ndim <= axis < 0 else axis
 
 
-def _axis_of_ref(axis: Any, of_arrays: list[int | None]) -> int | None:
+def _axis_of_ref(axis: Any, value: Any) -> int | None:
     """The axis of arrays that a ref may be given, where it has none, or others."""
-    if of_arrays:
-        return of_arrays[0] if len(set(of_arrays)) == 1 else None
-    return array_axis(axis, jnp.zeros(()))
+    arrays = jtu.tree_leaves(value)
+    found = {array_axis(axis, x) for x in arrays or [jnp.zeros(())]}
+    return found.pop() if len(found) == 1 else None
 
 
 def _why_withheld(
-    opened: Opened, place: _Place, args: tuple, axis: int | None, name: str
+    derefed: Call, place: _Place, args: tuple, axis: int | None, name: str
 ) -> Withheld:
-    leaf = opened.leaves[place.leaf]
+    part = derefed.parts[place.tree]
+    numbered = _closure.outside(part, list(range(part.num_leaves)))
     where = place.where
-    for path, other in jtu.tree_flatten_with_path(args[place.part])[0]:
-        if other is leaf:
-            where = f"{where} at `{path_text(path)}`" if path else where
-            break
+    if place.leaf in numbered:
+        tree = args[place.tree - (len(derefed.parts) - 2 - len(args))]
+        path, _ = jtu.tree_flatten_with_path(tree)[0][numbered.index(place.leaf)]
+        where = f"{where} at `{path_text(path)}`" if path else where
     along = "" if axis is None else f" along axis {axis}"
     return Withheld(
         f"`{name}` maps it{along}, and hands the function a slice of it, in {where}. This "
@@ -211,89 +244,76 @@ def _why_withheld(
     )
 
 
-def _check_sizes(opened: Opened, flat: list[int | None], name: str) -> None:
+def _check_sizes(derefed: Call, axes: Axes, name: str) -> None:
     """Every mapped array has its axis, and all of these have one size."""
-    what = ["an array"] * opened.structure.n_bare
-    for ref, (start, stop) in zip(opened.refs, opened.spans):
-        what += [describe(ref._name, ref._collection)] * (stop - start)
     first: tuple[int, str] | None = None
-    for array, axis, which in zip(opened.arrays, flat, what):
-        if axis is None:
-            continue
-        shape = jnp.shape(array)
-        if not -len(shape) <= axis < len(shape):
-            raise StructureError(
-                f"`{name}` cannot map {which} along axis {axis}: its shape is {shape}. "
-                "Broadcast it: `in_axes=None`, or by collection `in_axes=rx.axes(...)`. Or "
-                "give a ref the axis: `rx.add_axis(module, size, filter)`."
-            )
-        first = first or (shape[axis], which)
-        if first[0] != shape[axis]:
-            raise StructureError(
-                f"`{name}` maps axes of different sizes: {first[0]} of {first[1]}, and "
-                f"{shape[axis]} of {which}, whose shape is {shape}. Broadcast one of them: "
-                "`in_axes=None`, or by collection `in_axes=rx.axes(...)`. Or give a ref the "
-                "axis: `rx.add_axis(module, size, filter)`."
-            )
+    for node, of_node in zip(
+        (x for leaves in derefed.arrays for x in leaves),
+        (x for leaves in axes.trees for x in leaves),
+    ):
+        which = "an array"
+        if is_node(node):
+            ref = derefed.refs[node.index]
+            which = describe(ref._name, ref._collection)
+        arrays, treedef = jtu.tree_flatten(node)
+        for array, axis in zip(arrays, treedef.flatten_up_to(of_node)):
+            if axis is None:
+                continue
+            shape = jnp.shape(array)
+            if not -len(shape) <= axis < len(shape):
+                raise StructureError(
+                    f"`{name}` cannot map {which} along axis {axis}: its shape is {shape}. "
+                    "Broadcast it: `in_axes=None`, or by collection `in_axes=rx.axes(...)`. "
+                    "Or give a ref the axis: `rx.add_axis(module, size, filter)`."
+                )
+            first = first or (shape[axis], which)
+            if first[0] != shape[axis]:
+                raise StructureError(
+                    f"`{name}` maps axes of different sizes: {first[0]} of {first[1]}, and "
+                    f"{shape[axis]} of {which}, whose shape is {shape}. Broadcast one of "
+                    "them: `in_axes=None`, or by collection `in_axes=rx.axes(...)`. Or "
+                    "give a ref the axis: `rx.add_axis(module, size, filter)`."
+                )
 
 
-def is_mapped(opened: Opened, axes: Axes, number: int) -> bool:
-    """Whether a ref, or a part of its value, is mapped."""
-    own = axes.flat[slice(*opened.spans[number])]
-    one = axes.of_refs[number] if axes.of_refs else None
-    return one is not None or any(axis is not None for axis in own)
-
-
-def update_axes(
-    opened: Opened, axes: Axes, number: int, new: Any, name: str
-) -> list[int | None]:
-    """The axis of each array of the new value of a ref: that of the old one.
+def update_axes(derefed: Call, axes: Axes, number: int, new: Any, name: str) -> Any:
+    """The axis of each array of the new value of a ref, as a tree like it: that of the old
+    one.
 
     **Raises:**
 
     - `StructureError`: if the old value has several axes, and the new one another
         structure.
     """
-    old = list(axes.flat[slice(*opened.spans[number])])
-    arrays = jtu.tree_leaves(new)
-    if has_places_of(inside_of(new), opened.structure.slots[number].inside):
-        return old
-    if len(set(old)) > 1:
-        ref = opened.refs[number]
+    old, own = values_of(derefed.arrays)[number], values_of(axes.trees)[number]
+    treedef = jtu.tree_structure(old)
+    if jtu.tree_structure(new) == treedef:
+        return own
+    flat = treedef.flatten_up_to(own)
+    if len(set(flat)) > 1:
+        ref = derefed.refs[number]
         raise StructureError(
             f"{describe(ref._name, ref._collection)} holds arrays that `{name}` maps along "
-            f"the axes {old}, and was written with a value of another structure, for which "
+            f"the axes {flat}, and was written with a value of another structure, for which "
             "no axes are given. Keep the structure, or use one axis for all of its arrays."
         )
-    return [axes.of_refs[number] if axes.of_refs else None] * len(arrays)
+    return jtu.tree_map(lambda _: axes.of_refs[number], new)
 
 
-def has_places_of(new: tuple | None, old: tuple | None) -> bool:
-    """Whether two values have their arrays at the same places."""
-    if new is None or old is None:
-        return new is old
-    is_array = lambda inside: [static is None for static in inside[1]]
-    return new[0] == old[0] and is_array(new) == is_array(old)
-
-
-def placed_update(opened: Opened, axes: Axes, number: int, new: Any, name: str) -> Any:
+def placed_update(derefed: Call, axes: Axes, number: int, new: Any, name: str) -> Any:
     """The new value of a ref that is mapped, stacked in front, with each axis in its place.
 
     **Raises:**
 
     - `StructureError`: if the value has no such axis.
     """
-    own = update_axes(opened, axes, number, new, name)
-    arrays, treedef = jtu.tree_flatten(new)
-    return jtu.tree_unflatten(treedef, _placed(opened, number, arrays, own, name))
 
+    def placed(x: Any, axis: int | None) -> Any:
+        check_axis(derefed.refs[number], axis, jnp.ndim(x), name)
+        return jnp.moveaxis(x, 0, axis or 0)
 
-def _placed(
-    opened: Opened, number: int, arrays: list, own: list[int | None], name: str
-) -> Iterator[Any]:
-    for x, axis in zip(arrays, own):
-        check_axis(opened.refs[number], axis, jnp.ndim(x), name)
-        yield jnp.moveaxis(x, 0, axis or 0)
+    own = update_axes(derefed, axes, number, new, name)
+    return jtu.tree_map(placed, new, own)
 
 
 def check_axis(ref: Ref, axis: int | None, ndim: int, name: str) -> None:

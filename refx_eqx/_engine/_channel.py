@@ -10,15 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from .._core import _trace
-from .._core._structure import join_value, split_value
 
 
 __tracebackhide__ = True
 
 
-def encode(value: Any) -> list[list[Any]]:
+def encode(arrays: Any) -> Any:
     """The arrays of the value of a ref as floating-point arrays, and exactly."""
-    return [_encode(jnp.asarray(x)) for x in split_value(value)[1]]
+    return jax.tree.map(lambda x: _encode(jnp.asarray(x)), arrays)
 
 
 def _encode(x: Any) -> list[Any]:
@@ -36,13 +35,12 @@ def _unsigned(dtype: Any) -> Any:
     return jnp.dtype(f"uint{8 * dtype.itemsize}")
 
 
-def decode(channel: list[list[Any]], like: Any) -> Any:
-    """The value again, of the structure and dtypes of `like`."""
-    inside, arrays = split_value(like)
-    return join_value(inside, map(_decoded_like, channel, arrays))
+def decode(channel: Any, like: Any) -> Any:
+    """The arrays again, of the structure and dtypes of `like`."""
+    return jax.tree.map(_decoded_like, like, channel)
 
 
-def _decoded_like(pieces: list[Any], like: Any) -> Any:
+def _decoded_like(like: Any, pieces: list[Any]) -> Any:
     like = jnp.asarray(like)
     decoded = _decode(pieces, like.dtype)
     # No cotangent is weakly typed; what no rule has written is to be what it was.
@@ -62,7 +60,7 @@ def _decode(pieces: list[Any], dtype: Any) -> Any:
     return jax.lax.bitcast_convert_type(bits, dtype)
 
 
-def has_channel(value: Any) -> bool:
-    """Whether a channel can be made for a value: not for the keys of `jax.random`."""
-    dtypes = [jnp.asarray(x).dtype for x in split_value(value)[1]]
+def has_channel(arrays: Any) -> bool:
+    """Whether a channel can be made for these: not for the keys of `jax.random`."""
+    dtypes = [jnp.asarray(x).dtype for x in jax.tree.leaves(arrays)]
     return not any(jnp.issubdtype(dtype, jax.dtypes.extended) for dtype in dtypes)

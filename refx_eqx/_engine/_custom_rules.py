@@ -7,7 +7,7 @@ of the call, on which the function and each rule are run with arrays of their ow
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -15,11 +15,12 @@ import jax
 import jax.tree_util as jtu
 
 from .._core import _trace
-from .._core._call import Opened, run_body
+from .._core._call import Call, run_body
 from .._core._errors import describe, name_of, StructureError
+from .._core._nodes import Index, Value
 from .._core._ref import Ref
-from .._core._structure import inside_of, join_value, Outcome, OutcomeInfo, split_value
-from ._places import bare_place
+from .._core._structure import Leaves, Outcome, OutcomeInfo
+from ._places import place
 
 
 __tracebackhide__ = True
@@ -40,24 +41,21 @@ class Rules(NamedTuple):
 class Frame:
     """What the function and its rules are run on. Holds no array and, strongly, no ref.
 
-    - `info`, `written`: what the function did (or the rule that ran in its place).
+    - `info`: what the function did (or the rule that ran in its place);
     - `remedy`: how to have a derivative by something, for messages.
     """
 
-    def __init__(self, name: str, fn: Any, opened: Opened, remedy: str):
+    def __init__(self, name: str, fn: Any, derefed: Call, remedy: str):
         self.name = name
         self.remedy = remedy
         self.fn_name = name_of(fn)
-        self.structure = opened.structure
-        self.spans = opened.spans
+        self.structure = derefed.structure
+        self.nodes = derefed.structure.refs()
         self.info: OutcomeInfo | None = None
-        self.written: dict[int, tuple | None] = {}
-        self._trace = weakref.ref(opened.trace)
-        self._refs = [weakref.ref(ref) for ref in opened.refs]
-        # The structure holds functions weakly, and a rule may run after the call.
-        self._alive = [static.obj for static in opened.structure.statics]
+        self._trace = weakref.ref(derefed.trace)
+        self._refs = [weakref.ref(ref) for ref in derefed.refs]
 
-    def run(self, arrays: list[Any], rule: Callable) -> Outcome:
+    def run(self, arrays: list[Leaves], rule: Callable) -> Outcome:
         refs = [weak() for weak in self._refs]
         carried = [ref for ref in refs if ref is not None]
         # A rule that runs after the body of its call may be run for other refs: those of
@@ -66,28 +64,27 @@ class Frame:
         with _trace.running_body(self.name, carried, self._trace(), False, {}) as body:
             return run_body(self.structure, body, known, arrays, rule)
 
-    def run_function(self, arrays: list[Any]) -> Outcome:
+    def run_function(self, arrays: list[Leaves]) -> Outcome:
         return self.run_forward(
             arrays, lambda rules, *a, **k: rules.fn(*a, **k), "the function"
         )
 
-    def run_forward(self, arrays: list[Any], rule: Callable, which: str) -> Outcome:
+    def run_forward(self, arrays: list[Leaves], rule: Callable, which: str) -> Outcome:
         """As `run`, for what is to do the same as the function: return a result of the same
         structure, and write the same refs."""
         outcome = self.run(arrays, rule)
-        info, earlier, before = outcome.info, self.info, self.written
-        written = {i: inside_of(x) for i, x in outcome.updates.items()}
-        self.info, self.written = info, written
+        earlier, self.info = self.info, outcome.info
         if earlier is None:
             return outcome
-        if earlier.result != info.result or earlier.carried != info.carried:
+        if earlier.result.key != self.info.result.key:
             raise StructureError(
                 f"`{self.name}`: {which} of `{self.fn_name}` must return a result of the "
                 "same structure as the function does: of the same static values, and the "
                 "same refs."
             )
-        if before != written:
-            differing = before.keys() ^ written.keys()
+        before, now = earlier.written_keys(), self.info.written_keys()
+        if before != now:
+            differing = before.keys() ^ now.keys()
             named = ", ".join(self.describe(i) for i in sorted(differing))
             raise StructureError(
                 f"`{self.name}`: {which} of `{self.fn_name}` must write the refs that the "
@@ -96,49 +93,33 @@ class Frame:
         return outcome
 
     def describe(self, number: int) -> str:
-        note, slot = self.structure.notes[number], self.structure.slots[number]
-        return describe(note.name, slot.collection)
+        node = self.nodes[number]
+        return describe(node.note.name, node.collection)
 
-    def ref_at(self, position: int) -> int | None:
-        """The number of the ref that an array is of; `None` for one beside refs."""
-        for number, (start, stop) in enumerate(self.spans):
-            if start <= position < stop:
-                return number
-        return None
+    def refuse_perturbed(
+        self, perturbed: list[Leaves], first: int, written: Collection[int]
+    ) -> None:
+        """Refuses a derivative by what the rule has none for: the trees of a call from number
+        `first` on. `perturbed` has something in place of each array that is differentiated,
+        and `None` elsewhere. A ref that is written is state, and has no derivative."""
+        for i, leaves in enumerate(perturbed[first:], first):
+            for k, leaf in enumerate(leaves):
+                if not jtu.tree_leaves(leaf):
+                    continue
+                if type(leaf) is Value and leaf.index in written:
+                    continue
+                raise StructureError(
+                    f"`{self.name}`: the rule of `{self.fn_name}` gives no derivative by "
+                    f"{self.place(i, k, leaf)}, which is differentiated here. "
+                    f"{self.remedy} Or exclude it: `rx.filter_grad(..., wrt=...)`, or "
+                    "`jax.lax.stop_gradient`."
+                )
 
-    def place(self, position: int) -> str:
-        """What an array is, for messages."""
-        number = self.ref_at(position)
-        if number is None:
-            return f"the array in {bare_place(self.structure, position)}"
-        return self.describe(number)
-
-    def refuse_perturbed(self, positions: list[int], written: set[int]) -> None:
-        """Refuses a derivative by what is not differentiated. A ref that is written is
-        state, and has none."""
-        for i in positions:
-            number = self.ref_at(i)
-            if number in written:
-                continue
-            raise StructureError(
-                f"`{self.name}`: the rule of `{self.fn_name}` gives no derivative by "
-                f"{self.place(i)}, which is differentiated here. {self.remedy} Or exclude it: "
-                "`rx.filter_grad(..., wrt=...)`, or `jax.lax.stop_gradient`."
-            )
-
-    def values(self, arrays: list[Any]) -> list[Any]:
-        """The values of the refs of a call."""
-        return [
-            join_value(slot.inside, iter(arrays[start:stop]))
-            for slot, (start, stop) in zip(self.structure.slots, self.spans)
-        ]
-
-    def with_values(self, arrays: list[Any], values: list[Any]) -> list[Any]:
-        """The flat arrays of a call, with these values of its refs."""
-        new = list(arrays[: self.structure.n_bare])
-        for value in values:
-            new.extend(split_value(value)[1])
-        return new
+    def place(self, i: int, k: int, leaf: Any) -> str:
+        """What leaf number `k` of tree number `i` is, for messages."""
+        if type(leaf) is Value:
+            return self.describe(leaf.index)
+        return f"the array in {place(self.structure.parts, i, k)}"
 
 
 def _has_ended(ref: Ref) -> bool:
@@ -194,3 +175,24 @@ def pair_of(frame: Frame, result: Any, which: str, second: str) -> tuple:
             f"`(out, {second})`."
         )
     return result
+
+
+def placed(of_result: Leaves, of_out: Leaves) -> Leaves:
+    """What the leaves of an outcome have, at the places of the derefed result: `None` for a
+    ref of the caller, which is no result of the function but an input."""
+    return [
+        result.replaced(made.value if type(made) is Value else None)
+        if type(result) is Value
+        else (result if type(result) is Index else made)
+        for result, made in zip(of_result, of_out)
+    ]
+
+
+def made(out: Leaves, of_result: Leaves) -> Leaves:
+    """The opposite of `placed`."""
+    return [
+        made.replaced(result.value)
+        if type(made) is Value
+        else (made if type(made) is Index else result)
+        for made, result in zip(out, of_result)
+    ]

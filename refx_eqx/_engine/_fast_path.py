@@ -25,21 +25,20 @@ import jax.tree_util as jtu
 
 from .._core import _trace
 from .._core._call import (
+    Call,
     close_result,
     commit,
     Disturbed,
-    open_call,
-    Opened,
     updates_of,
     with_refs,
 )
 from .._core._ref import commits, Ref
 from .._core._structure import (
     is_traced,
-    is_traced_in_ref,
     Outcome,
     OutcomeInfo,
     split_value,
+    static_keys,
 )
 from ._call_key import Given, mark, Read, read
 from ._program import explain, Program, Variant
@@ -153,26 +152,27 @@ class Plan:
     """One call, prepared. See the top of this file."""
 
     __slots__ = (
-        "bare",
+        "derefed",
         "donate",
         "guards",
         "irregular",
         "last",
-        "opened",
+        "nodes",
         "order",
         "others",
+        "outside",
         "own",
         "program",
         "remade",
         "run",
-        "slots",
+        "statics",
         "variant",
         "watch",
     )
 
     # For each array outside refs: its position among those of the call, or the array
     # itself where a module holds it. `None` if they are just those of the call.
-    bare: list[Any] | None
+    outside: list[Any] | None
     # The refs below what is held by identity; the others are given with each call. And the
     # order of the refs among both, `None` if it is just that.
     own: list[Ref]
@@ -188,51 +188,55 @@ class Plan:
 
     def __init__(
         self,
-        opened: Opened,
+        derefed: Call,
         program: Program,
         variant: Variant,
         given: list[Ref],
-        bare: list[Any] | None,
+        outside: list[Any] | None,
         irregular: int,
     ):
         positions = {id(ref): i for i, ref in reversed(list(enumerate(given)))}
-        self.own = [ref for ref in opened.refs if id(ref) not in positions]
+        self.own = [ref for ref in derefed.refs if id(ref) not in positions]
         of_own = {id(ref): i for i, ref in enumerate(self.own)}
         order = [
             of_own[id(ref)] if id(ref) in of_own else len(self.own) + positions[id(ref)]
-            for ref in opened.refs
+            for ref in derefed.refs
         ]
         in_order = order == list(range(len(self.own) + len(given)))
         self.order = None if in_order else order
         self.others = [
             i
-            for i, value in enumerate(opened.values)
+            for i, value in enumerate(derefed.values)
             if type(value) is not _trace.ConcreteArray
         ]
-        self.slots = opened.structure.slots
+        # Of each ref: its node, and what its value is equal by apart from its arrays.
+        self.nodes = list(derefed.structure.refs().values())
+        self.statics = [static_keys(node.value) for node in self.nodes]
         self.program, self.variant = program, variant
         # Without donation there is nothing to decide on a call.
         self.run = variant.plain
         self.donate = (
-            functools.partial(variant.dispatch, opened) if variant.donates else None
+            functools.partial(variant.dispatch, derefed) if variant.donates else None
         )
-        self.bare = bare
+        self.outside = outside
         self.guards = []
         self.last = None, False
         self.irregular = irregular
         self.watch = Watch()
         # The plan must keep neither the values of this moment nor given refs alive.
-        opened.arrays, opened.values, opened.leaves = [], [], []
-        opened.refs = self.own if not given else []
-        self.opened = opened
+        derefed.forget_values()
+        derefed.refs = self.own if not given else []
+        self.derefed = derefed
 
     def fits(self, refs: list[Ref], values: list[Any]) -> bool:
         """Whether these refs, and their values, are such as the plan knows. (For those that
         are not one JAX array, `_flat` sees.)"""
         irregular = commits.irregular
         others = set(self.others)
-        for i, (ref, value, slot) in enumerate(zip(refs, values, self.slots)):
-            if ref._collection != slot.collection or ref._declared != slot.declared:
+        for i, (ref, value, node) in enumerate(zip(refs, values, self.nodes)):
+            if ref._collection != node.collection:
+                return False
+            if ref._declared != node.note.declared:
                 return False
             if i not in others and (
                 type(value) is not _trace.ConcreteArray
@@ -240,7 +244,7 @@ class Plan:
             ):
                 return False
         # It may matter which refs these are, and that was found out meanwhile.
-        if self.program.variant(with_refs(self.opened, refs)) is not self.variant:
+        if self.program.variant(with_refs(self.derefed, refs))[0] is not self.variant:
             return False
         self.irregular = irregular
         return True
@@ -253,9 +257,9 @@ class Plan:
         refs = self.own + given if given else self.own
         if self.order is not None:
             refs = [refs[i] for i in self.order]
-        if self.bare is not None:
-            arrays = [arrays[x] if type(x) is Given else x for x in self.bare]
-        running = (self.opened, refs) if given else self.opened
+        if self.outside is not None:
+            arrays = [arrays[x] if type(x) is Given else x for x in self.outside]
+        running = (self.derefed, refs) if given else self.derefed
         calls, lock = state.calls, commits.lock
         while True:
             started = commits.count
@@ -285,7 +289,8 @@ class Plan:
                     if not info.asked.holds_for(refs):
                         return NO_PLAN  # traced by another thread, for its own refs
                     in_general = not all(
-                        type(x) is _trace.ConcreteArray for x in updates.values()
+                        type(x) is _trace.ConcreteArray and info.written[i] is None
+                        for i, x in updates.items()
                     )
                     self.last = info, in_general
                 outcome: Any = None
@@ -327,29 +332,19 @@ class Plan:
         for number in self.others:
             flat += values[start:number]
             start = number + 1
-            value, inside = values[number], self.slots[number].inside
-            if inside is None:
-                if type(value) not in _one_array:
-                    if not is_traced_in_ref(value):
-                        return None
-                    _one_array.add(type(value))
-                flat.append(value)
-                continue
-            its_arrays, treedef = jtu.tree_flatten(value)
-            if treedef != inside[0]:
-                return None
-            if any(inside[1]) or not set(map(type, its_arrays)) <= _ONLY_ARRAYS:
+            value, treedef = values[number], self.variant.values[number]
+            its_arrays, found = jtu.tree_flatten(value)
+            if found != treedef or not set(map(type, its_arrays)) <= _ONLY_ARRAYS:
                 # Numbers, texts, functions, ...
-                now, its_arrays = split_value(value)
-                if now != inside:
+                of_arrays, statics = split_value(value)
+                its_arrays, found = jtu.tree_flatten(of_arrays)
+                if found != treedef or static_keys(statics) != self.statics[number]:
                     return None
             flat += its_arrays
         return flat + values[start:]
 
 
 _ONLY_ARRAYS = {_trace.ConcreteArray}
-# The types of which a value is one array, or a number. Filled as types are met.
-_one_array = {_trace.ConcreteArray}
 
 
 def make_plan(
@@ -359,17 +354,18 @@ def make_plan(
     irregular = commits.irregular
     _, arrays, refs, held, _ = found
     marked, marked_kwargs = mark(args, kwargs, found)
-    opened = open_call(
+    derefed = Call(
         fn, marked, marked_kwargs, lambda x: type(x) is Given or is_traced(x)
     )
-    if any(ref._channel is not None for ref in opened.refs):
+    if any(ref._channel is not None for ref in derefed.refs):
         return None
     if not all(map(_is_complete, held)):
         return None
-    bare = opened.arrays[: opened.structure.n_bare]
-    as_given = bare == list(range(len(arrays)))
-    variant = program.variant(opened)
-    plan = Plan(opened, program, variant, refs, None if as_given else bare, irregular)
+    variant, flat = program.variant(derefed)
+    outside: list[Any] | None = flat[: variant.n_outside]
+    if outside == list(range(len(arrays))):
+        outside = None
+    plan = Plan(derefed, program, variant, refs, outside, irregular)
     if not all(map(plan.watch.tree, (fn, *held))):
         return None
     return plan

@@ -1,67 +1,66 @@
 """Where in a call something is; for messages."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax.tree_util as jtu
 
+from .._core import _closure
+from .._core._call import Call
 from .._core._closure import Carried
 from .._core._deref import path_text
-from .._core._structure import DYNAMIC, Structure
+from .._core._nodes import Value
 
 
 __tracebackhide__ = True
 
 
-def bare_place(structure: Structure, position: int) -> str:
-    """Where in a call the array at a position of the bare ones is, such as "argument 1 at
-    `['w']`"."""
-    bare = [i for i, code in enumerate(structure.codes) if code == DYNAMIC]
-    return _place(structure, bare[position])
+def place(parts: Sequence[Carried], i: int, k: int, names: Sequence[str] = ()) -> str:
+    """Where in a call leaf number `k` of tree number `i` is, such as "argument 1 at
+    `['w']`".
 
-
-def ref_place(structure: Structure, number: int, names: Sequence[str] = ()) -> str:
-    """Where in a call the ref with this number is first. The first arguments have these
-    names, and those after them are operands."""
-    return _place(structure, structure.codes.index(number), names)
-
-
-def _place(structure: Structure, leaf: int, names: Sequence[str] = ()) -> str:
-    i = 0
-    while leaf >= structure.sizes[i]:
-        leaf -= structure.sizes[i]
-        i += 1
-    if i == 0:
+    The last two trees are the keywords and the callable. The first arguments have these
+    names, and those after them are operands.
+    """
+    if i == len(parts) - 1:
         return "what the function holds"
-    path = _path(structure.parts[i], leaf)
-    if i == len(structure.parts) - 1:
+    path = path_in(parts[i], k)
+    if i == len(parts) - 2:
         # The keywords are a dict: the first key of the path is the name of one.
-        name = path[0].key if path else "?"
-        which, path = f"the keyword argument `{name}`", path[1:]
-    elif i <= len(names):
-        return names[i - 1]
+        which = f"the keyword argument `{path[0].key if path else '?'}`"
+        path = path[1:]
+    elif i < len(names):
+        return names[i]
     else:
-        which = f"operand {i - 1 - len(names)}" if names else f"argument {i - 1}"
+        which = f"operand {i - len(names)}" if names else f"argument {i}"
     return f"{which} at `{path_text(path)}`" if path else which
 
 
-def _path(part: Carried, leaf: int) -> tuple[Any, ...]:
-    """The key path of a leaf of a part; of the function that it is in, if it is in one."""
-    treedef = part.treedef
-    counts = [_n_leaves(node) for node in part.nodes or (None,) * treedef.num_leaves]
-    numbered = jtu.tree_unflatten(treedef, range(treedef.num_leaves))
-    for (path, _), n in zip(jtu.tree_flatten_with_path(numbered)[0], counts):
-        if leaf < n:
-            return path
-        leaf -= n
-    return ()
+def ref_place(derefed: Call, number: int, names: Sequence[str] = ()) -> str:
+    """Where in a call the ref with this number is first."""
+    for i, leaves in enumerate(derefed.arrays):
+        for k, leaf in enumerate(leaves):
+            if type(leaf) is Value and leaf.index == number:
+                return place(derefed.parts, i, k, names)
+    raise AssertionError("every ref of a call has a place in it")
 
 
-def _n_leaves(node: Any) -> int:
-    if node is None:
-        return 1
-    if not isinstance(node, tuple):
-        return 0
-    carried = node[-1]
-    nodes = carried.nodes or (None,) * carried.treedef.num_leaves
-    return sum(map(_n_leaves, nodes))
+def path_in(part: Carried, k: int) -> tuple:
+    """The key path of a leaf of a tree; that of the function which it is in, if it is in
+    one."""
+    return next(path for path, i in _paths(part) if k < i)
+
+
+def _paths(part: Carried) -> Iterator[tuple[tuple, int]]:
+    """The path of each leaf of the tree itself, with the number of the leaf after it."""
+    numbered = jtu.tree_unflatten(part.treedef, range(part.treedef.num_leaves))
+    after = 0
+    for (path, _), n in zip(
+        jtu.tree_flatten_with_path(numbered)[0], _closure.counts(part)
+    ):
+        after += n
+        yield path, after
+
+
+def place_text(path: tuple) -> str:
+    """A key path for a message: `[0].weight`."""
+    return f"`{path_text(path)}`" if path else "its root"

@@ -23,12 +23,13 @@ import numpy as np
 from jax.tree_util import tree_leaves as leaves
 
 from .._core import _trace
-from .._core._call import dispatching, Disturbed, Opened, running_call
+from .._core._call import Call, dispatching, Disturbed, running_call
 from .._core._closure import origin_of
 from .._core._errors import ConcurrencyError, describe, DonatedError
 from .._core._identity import Answers, answers_for, Asked, joined, Questions
+from .._core._nodes import is_node
 from .._core._ref import commits, Ref
-from .._core._structure import DYNAMIC, inside_of, Outcome, Structure
+from .._core._structure import Leaves, Outcome, Structure
 
 
 __tracebackhide__ = True
@@ -66,24 +67,24 @@ class ByCall(Generic[_T]):
     asked which ones they are (see `_identity.py`)."""
 
     def __init__(self):
-        self._kept: dict[Structure, _ByRefs[_T]] = {}
+        self._kept: dict[Hashable, _ByRefs[_T]] = {}
 
-    def get(self, opened: Opened, make: Callable[[Opened], _T]) -> _T:
+    def get(self, derefed: Call, make: Callable[[Call], _T]) -> _T:
         """What is kept for this call; made if need be."""
-        by_refs = self._kept.get(opened.structure)
+        by_refs = self._kept.get(derefed.key)
         if by_refs is None:
-            by_refs = self._kept[opened.structure] = _ByRefs()
-        key = answers_for(by_refs.questions, opened.refs)
+            by_refs = self._kept[derefed.key] = _ByRefs()
+        key = answers_for(by_refs.questions, derefed.refs)
         found = by_refs.kept.get(key)
         if found is None:
-            found = by_refs.put(key, make(opened))
+            found = by_refs.put(key, make(derefed))
         return found[0]
 
-    def note(self, opened: Opened, traced: _T) -> Asked:
+    def note(self, derefed: Call, traced: _T) -> Asked:
         """Notes that `traced`, of what is kept, was traced for a call: what the body asked
         of its refs is from now on a part of the key."""
-        asked = opened.identities()
-        self._kept[opened.structure].learn(asked.questions, opened.refs, traced)
+        asked = derefed.identities()
+        self._kept[derefed.key].learn(asked.questions, derefed.refs, traced)
         return asked
 
 
@@ -133,15 +134,15 @@ class Program:
     **Arguments:**
 
     - `name`: of the function, for the profiler and the compiler.
-    - `body`: what is compiled: from an opened call and arrays in place of its own, to an
-        outcome. It is kept, so it must hold nothing of a single call.
+    - `body`: what is compiled: from a call and arrays in place of its own, to an outcome.
+        It is kept, so it must hold nothing of a single call.
     - `donate`, `jitkwargs`: as in `filter_jit`.
     """
 
     def __init__(
         self,
         name: str,
-        body: Callable[[Opened, list[Any]], Outcome],
+        body: Callable[[Call, list[Leaves]], Outcome],
         donate: Donate = "none",
         **jitkwargs: Any,
     ):
@@ -151,34 +152,32 @@ class Program:
         self.jitkwargs = jitkwargs
         self._variants: ByCall[Variant] = ByCall()
 
-    def variant(self, opened: Opened) -> "Variant":
+    def variant(self, derefed: Call) -> tuple["Variant", list[Any]]:
         """The program for the structure of a call, and for its refs if it matters which
-        they are."""
-        return self._variants.get(opened, self._new_variant)
+        they are; and the flat arrays to run it on."""
+        return self._variants.get(derefed, self._new_variant), derefed.flat
 
-    def _new_variant(self, opened: Opened) -> "Variant":
-        return Variant(self, opened.structure)
+    def _new_variant(self, derefed: Call) -> "Variant":
+        return Variant(self, derefed.structure, derefed.treedef)
 
-    def traced(self, variant: "Variant", opened: Opened) -> Asked:
+    def traced(self, variant: "Variant", derefed: Call) -> Asked:
         """A variant was traced for a call: notes for which refs that is right."""
-        return self._variants.note(opened, variant)
+        return self._variants.note(derefed, variant)
 
-    def __call__(self, opened: Opened) -> Outcome:
+    def __call__(self, derefed: Call) -> Outcome:
         try:
-            with dispatching(opened):
+            with dispatching(derefed):
                 while True:
-                    variant = self.variant(opened)
-                    out, updates, info = variant.dispatch(
-                        opened, opened.arrays, opened.values
-                    )
+                    variant, flat = self.variant(derefed)
+                    out, updates, info = variant.dispatch(derefed, flat, derefed.values)
                     # Another thread may have traced it in between, for its own refs.
-                    if info.asked.holds_for(opened.refs):
+                    if info.asked.holds_for(derefed.refs):
                         break
             if info.waits and _trace.is_evaluating():
                 # A failed check must leave every ref at its old value.
                 jax.block_until_ready((out, updates))
         except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as e:
-            explain(e, opened.refs, opened.values)
+            explain(e, derefed.refs, derefed.values)
             raise
         return Outcome(out, updates, info)
 
@@ -189,10 +188,18 @@ class Variant:
     Both return the parts of an `Outcome` as a tuple, which JAX builds fastest.
     """
 
-    def __init__(self, program: Program, structure: Structure):
+    def __init__(self, program: Program, structure: Structure, treedef: Any):
         self._donate = program.donate
         self.donates = program.donate != "none"
-        self._structure = structure
+        outside, values = treedef.children()
+        self.n_outside: int = outside.num_leaves
+        # Of each ref: the structure of its value, and where its arrays are.
+        self.values = values.children()
+        ends = itertools.accumulate(
+            (x.num_leaves for x in self.values), initial=self.n_outside
+        )
+        self._spans = [range(*both) for both in itertools.pairwise(ends)]
+        self._in_donated = _to_donate(structure, program.donate)
         # What to donate, as far as is known; see `split`. And where it is another: by the
         # types of the arrays, so that calls of two types do not trace in turns.
         self._split: Split | None = None
@@ -200,31 +207,32 @@ class Variant:
         self._quiet: list[warnings.catch_warnings] = []
         body = program.body
 
-        def traced(arrays: list[Any]) -> tuple[list[Any], dict[int, Any], Any]:
-            opened = running_call()
-            outcome = body(opened, arrays)
+        def traced(flat: list[Any]) -> tuple[Leaves, dict[int, Any], Any]:
+            derefed = running_call()
+            arrays = derefed.structure.unflatten(*treedef.unflatten(flat))
+            outcome = body(derefed, arrays)
             outcome.info.waits = _has_runtime_check(_trace.staged_equations())
-            outcome.info.asked = program.traced(self, opened)
+            outcome.info.asked = program.traced(self, derefed)
             return outcome.out, outcome.updates, outcome.info
 
         def donating(
             split: Split, donated: list[Any], kept: list[Any]
-        ) -> tuple[list[Any], dict[int, Any], Any]:
+        ) -> tuple[Leaves, dict[int, Any], Any]:
             self._be_quiet()
-            arrays: list[Any] = [None] * (len(donated) + len(kept))
+            flat: list[Any] = [None] * (len(donated) + len(kept))
             for i, x in zip(split.donated, donated):
-                arrays[i] = x
+                flat[i] = x
             for i, x in zip(split.kept, kept):
-                arrays[i] = x
-            opened = running_call()
-            if opened.traced is None:
-                outcome = traced(arrays)
+                flat[i] = x
+            derefed = running_call()
+            if derefed.traced is None:
+                outcome = traced(flat)
             else:
                 # Traced a moment ago, to find the split: not a second time.
-                jaxpr, treedef = opened.traced
-                out = _trace.eval_jaxpr(jaxpr, arrays)
-                outcome = jax.tree.unflatten(treedef, out)
-            right = self._split_for(opened, outcome, arrays)
+                jaxpr, out_treedef = derefed.traced
+                out = _trace.eval_jaxpr(jaxpr, flat)
+                outcome = jax.tree.unflatten(out_treedef, out)
+            right = self._split_for(outcome, flat)
             if right != split:
                 raise _Resplit(right)
             return outcome
@@ -238,18 +246,18 @@ class Variant:
         )
 
     def dispatch(
-        self, opened: Opened, arrays: list[Any], values: list[Any]
-    ) -> tuple[list, dict, Any]:
-        """Calls the program; to be called while `opened` is the running call.
+        self, derefed: Call, arrays: list[Any], values: list[Any]
+    ) -> tuple[Leaves, dict, Any]:
+        """Calls the program; to be called while `derefed` is the running call.
 
-        `arrays` and `values` are those of the call, in place of what `opened` has.
+        `arrays` and `values` are those of the call, instead of what `derefed` has.
         """
         if self._donate == "none" or not _trace.is_evaluating():
             return self.plain(arrays)
         if _trace.is_checking_results():
             # JAX finds a NaN when the buffers are gone, and would run on them once more.
             return self.plain(arrays)
-        split = self.split(opened, arrays)
+        split = self.split(derefed, arrays)
         while True:
             try:
                 return self._donate_once(split, arrays, values)
@@ -279,27 +287,22 @@ class Variant:
         while self._quiet:
             self._quiet.pop().__exit__(None, None, None)
 
-    def lower(self, opened: Opened) -> tuple[Any, Split]:
+    def lower(self, derefed: Call, arrays: list[Any]) -> tuple[Any, Split]:
         """The lowered program, and what of its arrays it donates."""
-        arrays = opened.arrays
-        with dispatching(opened):
+        with dispatching(derefed):
             if self._donate == "none":
                 return self.plain.lower(arrays), Split((), tuple(range(len(arrays))))
-            split = self.split(opened, arrays)
-            try:
-                lowered = self._donating.lower(
-                    split, *apart(arrays, opened.values, split)
-                )
-            except _Resplit as e:
-                split = self._other_splits[_types(arrays)] = e.split
-                lowered = self._donating.lower(
-                    split, *apart(arrays, opened.values, split)
-                )
-            finally:
-                self._speak()
-            return lowered, split
+            split = self.split(derefed, arrays)
+            while True:
+                try:
+                    both = apart(arrays, derefed.values, split)
+                    return self._donating.lower(split, *both), split
+                except _Resplit as e:
+                    split = self._other_splits[_types(arrays)] = e.split
+                finally:
+                    self._speak()
 
-    def split(self, opened: Opened, arrays: list[Any]) -> Split:
+    def split(self, derefed: Call, arrays: list[Any]) -> Split:
         """What to donate, as far as is known before the program is traced for its shapes.
 
         What is written is known once the function was traced for some. If it depends on
@@ -307,37 +310,35 @@ class Variant:
         """
         if self._split is None:
             jaxpr, outcome = jax.make_jaxpr(self._traced, return_shape=True)(arrays)
-            opened.traced = jaxpr, jax.tree.structure(outcome)
-            self._split = self._split_for(opened, outcome, arrays)
+            derefed.traced = jaxpr, jax.tree.structure(outcome)
+            self._split = self._split_for(outcome, arrays)
         if self._other_splits:
             return self._other_splits.get(_types(arrays), self._split)
         return self._split
 
-    def _split_for(self, opened: Opened, outcome: tuple, arrays: list[Any]) -> Split:
+    def _split_for(self, outcome: tuple, arrays: list[Any]) -> Split:
         every = range(len(arrays))
         _, updates, info = outcome
         if info.waits:
             return Split((), tuple(every))
-        donated = set(_bare_to_donate(self._structure, self._donate))
-        in_first = set()
-        if self._donate.endswith("-except-first"):
-            in_first = _refs_of_part(self._structure, 1)
+        outside, kept_refs = self._in_donated
+        donated = set(outside)
         for number, new in updates.items():
             # A value of another structure has no buffer that could be matched with it.
-            inside = self._structure.slots[number].inside
-            if number in in_first or inside_of(new) != inside:
+            same = jax.tree.structure(new) == self.values[number]
+            if number in kept_refs or not same:
                 continue
-            for i, after in zip(range(*opened.spans[number]), leaves(new)):
+            for i, after in zip(self._spans[number], leaves(new)):
                 if eqx.is_array(arrays[i]) and _same_buffer_type(arrays[i], after):
                     donated.add(i)
         ordered = tuple(i for i in every if i in donated)
         trees = {
-            number: tuple(k for k, i in enumerate(ordered) if i in range(*span))
-            for number, span in enumerate(opened.spans)
-            if self._structure.slots[number].inside is not None
+            number: tuple(k for k, i in enumerate(ordered) if i in span)
+            for number, span in enumerate(self._spans)
+            if self.values[number] != _ONE_ARRAY
         }
         in_trees = {k for positions in trees.values() for k in positions}
-        n_outside = sum(i < self._structure.n_bare for i in ordered)
+        n_outside = sum(i < self.n_outside for i in ordered)
         return Split(
             ordered,
             tuple(i for i in every if i not in donated),
@@ -349,6 +350,9 @@ class Variant:
         )
 
 
+_ONE_ARRAY = jax.tree.structure(0)
+
+
 def _types(arrays: list[Any]) -> tuple:
     return tuple(map(jax.typeof, arrays))
 
@@ -358,29 +362,15 @@ def _same_buffer_type(old: Any, new: Any) -> bool:
     return old.shape == np.shape(new) and old.dtype == new.dtype
 
 
-def _bare_to_donate(structure: Structure, donate: str) -> list[int]:
-    """The positions of the arrays beside refs that this mode donates."""
+def _to_donate(structure: Structure, donate: str) -> tuple[list[int], set[int]]:
+    """The positions of the arrays outside refs that this mode donates, and the numbers of
+    the refs that it keeps though they are written."""
+    first = donate.endswith("-except-first")
+    kept = {x.index for x in structure.statics[0] if is_node(x)} if first else set()
     if donate in ("none", "refs"):
-        return []
-    positions, start = [], 0
-    for i, codes in enumerate(_codes_by_part(structure)):
-        n = codes.count(DYNAMIC)
-        if not (i == 1 and donate.endswith("-except-first")):
-            positions.extend(range(start, start + n))
-        start += n
-    return positions
-
-
-def _refs_of_part(structure: Structure, part: int) -> set[int]:
-    return {code for code in _codes_by_part(structure)[part] if code >= 0}
-
-
-def _codes_by_part(structure: Structure) -> list[tuple[int, ...]]:
-    start, parts = 0, []
-    for n in structure.sizes:
-        parts.append(structure.codes[start : start + n])
-        start += n
-    return parts
+        return [], kept
+    outside = [i for i, mine in enumerate(structure.statics) for x in mine if x is None]
+    return [k for k, i in enumerate(outside) if not (first and i == 0)], kept
 
 
 def apart(
@@ -560,4 +550,24 @@ def program_of(fn: Any, key: Hashable, make: Callable[[], Program]) -> Program:
         return make()
     if program is None:
         program = programs[key] = make()
+    return program
+
+
+# As `program_of`, for what is made of several functions: a program dies with any of them.
+_programs_of_all: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def program_of_all(
+    fns: Iterable[Any], name: str, body: Callable[[Call, list[Leaves]], Outcome]
+) -> Program:
+    """The program `name` of these functions; made of `body` if need be."""
+    level: Any = _programs_of_all
+    programs: dict[str, Program] = {}
+    for fn in fns:
+        programs, level = level.setdefault(
+            anchor(fn), ({}, weakref.WeakKeyDictionary())
+        )
+    program = programs.get(name)
+    if program is None:
+        program = programs[name] = Program(name, body)
     return program

@@ -1,9 +1,9 @@
-"""Randomness: refs of collection "rng" are split by lane, and by step of a scan.
+"""Randomness: refs of collection "rng" are split along a mapped axis, and by step of a scan.
 
-A ref of this collection that is broadcast holds, inside the function, a key of that lane
-or step: the key outside with the number of the lane folded in. So dropout differs from
-lane to lane, and nobody threads a key. What the function writes to it stays one value for
-all lanes: a counter is the same in each, and of a key it is the first lane's.
+A ref of this collection that is broadcast holds, inside the function, a key of that place on
+the axis, or of that step: the key outside with its number folded in. So dropout differs
+along the axis, and nobody threads a key. What the function writes to the ref stays one value
+for the whole axis: a counter is the same everywhere, and of a key it is the first one.
 """
 
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import jax.tree_util as jtu
 
-from .._core._call import Opened
+from .._core._structure import Leaves, map_values
 
 
 __tracebackhide__ = True
@@ -26,33 +27,37 @@ def is_key(x: jax.Array) -> bool:
     return x.dtype == raw.dtype and x.shape[-1:] == raw.shape
 
 
-# Folded in before the number of the lane. Without it the key of lane 3 would be the one
-# that a user, or a stream of `Rngs`, gets by folding in 3.
-_OF_LANES = 0x6C616E65
+# Folded in before the number of the place. Without it the key of place 3 would be the one
+# that a user, or a stream of `Rngs`, gets by folding in 3. (ASCII for "lane".)
+_MARK = 0x6C616E65
 
 
-def fold_in(keys: jax.Array, lane: jax.Array) -> jax.Array:
-    """Keys of one lane, for keys of any shape."""
+def fold_in(keys: jax.Array, place: jax.Array) -> jax.Array:
+    """Keys of one place, for keys of any shape."""
     is_typed = jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
-    one: Any = lambda key, lane: jr.fold_in(jr.fold_in(key, _OF_LANES), lane)
+    one: Any = lambda key, place: jr.fold_in(jr.fold_in(key, _MARK), place)
     for _ in range(keys.ndim if is_typed else keys.ndim - 1):
         one = jax.vmap(one, in_axes=(0, None))
-    return one(keys, lane)
+    return one(keys, place)
 
 
-def split_keys(opened: Opened, split: tuple[int, ...], arrays: list, lane: Any) -> list:
-    """The arrays of a call as one lane sees them.
+def split_keys(
+    split: tuple[int, ...], arrays: list[Leaves], place: Any
+) -> list[Leaves]:
+    """The arrays of a call as one place on the mapped axis sees them.
 
     **Arguments:**
 
     - `split`: the numbers of the refs that are split.
-    - `arrays`: the flat arrays of the call.
-    - `lane`: the number of the lane, or of the step. May be `None` if `split` is empty.
+    - `arrays`: those of the call.
+    - `place`: the number of the place, or of the step. May be `None` if `split` is empty.
     """
-    arrays = list(arrays)
-    for number in split:
-        for i in range(*opened.spans[number]):
-            x = jnp.asarray(arrays[i])
-            if is_key(x):
-                arrays[i] = fold_in(x, lane)
-    return arrays
+
+    def of_place(x: Any) -> Any:
+        x = jnp.asarray(x)
+        return fold_in(x, place) if is_key(x) else x
+
+    def of_ref(i: int, value: Any) -> Any:
+        return jtu.tree_map(of_place, value) if i in split else value
+
+    return [map_values(of_ref, leaves) for leaves in arrays]

@@ -15,7 +15,7 @@ import numpy as np
 from .._core import _trace
 from .._core._deref import path_of
 from .._core._errors import RefTypeError
-from .._core._nodes import is_opened
+from .._core._nodes import is_node
 from .._core._ref import declare, Ref
 from ._axis_names import AxisNames, name_scope, names_bound, NO_NAMES, union
 from ._batched import BatchedHint
@@ -206,7 +206,7 @@ def check_refs_in_place(tree: Any, failure: str) -> None:
                     if not isinstance(leaf, Ref) and eqx.is_array_like(leaf):
                         place = path_of(tree, lambda other: other is leaf)
                         raise _not_a_ref(leaf, where, declared, False, failure, place)
-        return is_opened(x)
+        return is_node(x)
 
     jtu.tree_flatten(tree, is_leaf=visit)
 

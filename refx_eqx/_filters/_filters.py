@@ -26,7 +26,7 @@ import jax.tree_util as jtu
 from .._core._closure import is_table
 from .._core._errors import describe, StructureError
 from .._core._identity import Identity
-from .._core._nodes import is_opened, Value
+from .._core._nodes import is_node, Value
 from .._core._ref import guarded, make_ref, Ref
 from .._fields._instance import check_refs_in_place
 
@@ -403,7 +403,7 @@ def dotted(path: Path) -> str:
 
 def leaves_with_paths(tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
     """The leaves of a tree, opened or not, each with its path; and the treedef."""
-    leaves, treedef = jtu.tree_flatten_with_path(tree, is_leaf=is_opened)
+    leaves, treedef = jtu.tree_flatten_with_path(tree, is_leaf=is_node)
     pairs, before, path = [], (), ()
     for keys, leaf in leaves:
         n = n_common(before, keys)
@@ -427,7 +427,7 @@ def as_closed(leaves: list[Any]) -> list[Any]:
     }
     closed = []
     for leaf in leaves:
-        if is_opened(leaf):
+        if is_node(leaf):
             if leaf.index not in refs:
                 raise StructureError(
                     f"Index {leaf.index} ({describe(leaf.note.name, leaf.collection)}) has "

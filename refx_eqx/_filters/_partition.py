@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 
 from .._core._deref import NOTHING
 from .._core._errors import StructureError
-from .._core._nodes import is_opened
+from .._core._nodes import is_node
 from .._core._ref import Ref
 from ._filters import (
     as_closed,
@@ -87,7 +87,7 @@ def _is_missing(x: Any) -> bool:
 
 
 def _is_place(x: Any) -> bool:
-    return _is_missing(x) or is_opened(x)
+    return _is_missing(x) or is_node(x)
 
 
 def combine(*parts: _T) -> _T:
@@ -149,8 +149,8 @@ def combine(*parts: _T) -> _T:
             combined.append(None)
             continue
         ((i, leaf),) = present
-        if is_opened(leaf) or isinstance(leaf, Ref):
-            key = leaf.index if is_opened(leaf) else id(leaf)
+        if is_node(leaf) or isinstance(leaf, Ref):
+            key = leaf.index if is_node(leaf) else id(leaf)
             part, earlier = owners.setdefault(key, (i, where))
             if part != i:
                 raise StructureError(

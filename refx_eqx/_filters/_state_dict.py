@@ -15,7 +15,7 @@ import numpy as np
 
 from .._core import _trace
 from .._core._errors import describe, RefTypeError, StructureError
-from .._core._nodes import is_opened
+from .._core._nodes import is_node
 from .._core._ref import check_value, check_writable, Ref
 from .._fields._instance import check_refs_in_place
 from ._filters import choose, dotted, key_text, leaves_with_paths
@@ -182,7 +182,7 @@ def places_of(tree: Any, filter: Any, failure: str) -> dict[str, Ref]:
     of a ref before its others."""
     pairs, _ = leaves_with_paths(tree)
     for path, leaf in pairs:
-        if is_opened(leaf):
+        if is_node(leaf):
             raise StructureError(
                 f"{failure}: the tree is derefed, and has a {type(leaf).__name__} at "
                 f"`{dotted(path)}`. Pass the tree of refs itself."

@@ -12,7 +12,7 @@ import numpy as np
 from .._core import _trace
 from .._core._deref import NOTHING, path_text
 from .._core._errors import CollectionError, describe, StructureError
-from .._core._nodes import Index, is_opened, Value
+from .._core._nodes import Index, is_node, Value
 from .._core._ref import check_value, check_writable, commits, Ref
 from .._fields._instance import check_refs_in_place
 
@@ -89,7 +89,7 @@ def aligned(
     nodes = {new.index: new for new in sources if isinstance(new, Value)}
     first: dict[int, tuple[Any, str]] = {}
     for (path, ref), new in zip(leaves, sources):
-        if is_opened(ref):
+        if is_node(ref):
             raise StructureError(
                 f"{failure}: the target is derefed, and has a {type(ref).__name__} at "
                 f"{path_text(path)}. Pass the tree of refs itself."

@@ -7,20 +7,19 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
-from .._core._call import call, Opened
+from .._core._call import Call, call
 from .._core._errors import describe, StructureError
 from .._core._ref import Ref
-from .._core._structure import is_traced, Outcome
-from .._engine._control_flow import (
+from .._core._structure import is_traced, Leaves, Outcome
+from .._engine._carry import (
     as_callable,
-    bare_parts,
     CarryBefore,
     check_carry,
     numbers_to_arrays,
-    place_text,
-    Staged,
     whole_number,
 )
+from .._engine._control_flow import Staged
+from .._engine._places import place_text
 from .._engine._program import Program, program_of
 
 
@@ -102,27 +101,25 @@ def associative_scan(
             f"along, and it is {eqx.tree_pformat(elems)}. Pass arrays, or another `axis`."
         )
 
-    def run(opened: Opened, arrays: list[Any]) -> Outcome:
-        return _run_associative_scan(opened, arrays, reverse, axis)
+    def run(derefed: Call, arrays: list[Leaves]) -> Outcome:
+        return _run_associative_scan(derefed, arrays, reverse, axis)
 
-    def transform(opened: Opened) -> Outcome:
+    def transform(derefed: Call) -> Outcome:
         key = ("associative_scan", bool(reverse), axis)
-        return program_of(fn, key, lambda: Program("associative_scan", run))(opened)
+        return program_of(fn, key, lambda: Program("associative_scan", run))(derefed)
 
     return call(_combine, (fn, elems, elems), {}, transform)
 
 
 def _run_associative_scan(
-    opened: Opened, arrays: list[Any], reverse: bool, axis: int
+    derefed: Call, arrays: list[Leaves], reverse: bool, axis: int
 ) -> Outcome:
-    _, _, left, right, _ = bare_parts(opened)
+    fn, elems, _, *others = arrays
 
-    def combine(a: list[Any], b: list[Any]) -> Outcome:
-        both = list(arrays)
-        both[left.start : left.stop], both[right.start : right.stop] = a, b
-        outcome = opened.run("associative_scan", both, transparent=False)
-        for number in outcome.updates:
-            ref = opened.refs[number]
+    def combine(a: Leaves, b: Leaves) -> Outcome:
+        outcome = derefed.run("associative_scan", [fn, a, b, *others], False)
+        for i in outcome.updates:
+            ref = derefed.refs[i]
             raise StructureError(
                 f"`associative_scan`: the function writes "
                 f"{describe(ref._name, ref._collection)}. It may only read, because how "
@@ -131,12 +128,12 @@ def _run_associative_scan(
             )
         return outcome
 
-    elems = arrays[left.start : left.stop]
-    if reverse and axis < 0 and elems:
+    leaves = jtu.tree_leaves(elems)
+    if reverse and axis < 0 and leaves:
         # JAX reverses along `axis` before it counts a negative one from the end.
-        axis += elems[0].ndim
+        axis += leaves[0].ndim
     # With one element the function is not called, and its outcome has the same structure.
-    info = Staged(lambda arrays: combine(arrays, arrays), elems).avals.info
+    info = Staged(lambda elems: combine(elems, elems), elems).avals.info
     out = jax.lax.associative_scan(
         lambda a, b: combine(a, b).out, elems, reverse=reverse, axis=axis
     )

@@ -8,33 +8,24 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._core._call import call, Opened
+from .._core._call import Call, call
+from .._core._closure import Carried
 from .._core._errors import describe, StructureError
+from .._core._nodes import is_node, Value
 from .._core._ref import Ref
 from .._core._structure import (
     arrays_of,
-    DYNAMIC,
-    held,
-    inside_of,
+    Leaves,
     Outcome,
-    OutcomeInfo,
-    STATIC,
+    static_keys,
     Structure,
+    values_of,
 )
-from .._engine._control_flow import (
-    as_callable,
-    bare_parts,
-    convert,
-    join_kinds,
-    Kind,
-    kind_of,
-    numbers_to_arrays,
-    place_text,
-    program_of_all,
-    Staged,
-)
-from .._engine._in_python import runs_in_python
-from .._engine._places import ref_place
+from .._engine._carry import as_callable, numbers_to_arrays
+from .._engine._control_flow import runs_in_python, Staged
+from .._engine._kinds import convert, join_kinds, Kind, kind_of
+from .._engine._places import path_in, place_text, ref_place
+from .._engine._program import program_of_all
 
 
 __tracebackhide__ = True
@@ -59,12 +50,12 @@ def _branch(i: int) -> Callable[..., Any]:
 
 
 def _run_branches(
-    opened: Opened,
-    arrays: list[Any],
+    derefed: Call,
+    arrays: list[Leaves],
     name: str,
     which: dict[str, Callable[..., Any]],
     position: Callable[[Any], int],
-    choose: Callable[[Any, list[Callable], list[Any]], Any],
+    choose: Callable[[Any, list[Callable], Any], Any],
 ) -> Outcome:
     """Traces each branch, finds what they have in common, and builds the choice.
 
@@ -74,41 +65,42 @@ def _run_branches(
     - `position`: from the first argument to the number of the branch, if it is known.
     - `choose`: from the first argument, functions of the arrays, and the arrays.
     """
-    first = bare_parts(opened)[1].start
-    if runs_in_python(arrays[first]):
+    (first,) = arrays[0]
+    if runs_in_python(first):
         # Only the branch that is chosen runs.
-        apply = list(which.values())[position(arrays[first])]
-        outcome = opened.run(name, arrays, False, apply)
+        apply = list(which.values())[position(first)]
+        outcome = derefed.run(name, arrays, False, apply)
         return Outcome(*arrays_of(outcome), outcome.info)
 
     def stage(apply: Callable[..., Any]) -> Staged:
-        return Staged(lambda arrays: opened.run(name, arrays, False, apply), arrays)
+        return Staged(lambda arrays: derefed.run(name, arrays, False, apply), arrays)
 
     staged = [stage(apply) for apply in which.values()]
     names = list(which)
     info = staged[0].avals.info
     for other, other_name in zip(staged[1:], names[1:]):
         both = names[0], other_name
-        _check_results(opened, info, other.avals.info, both, name)
-    written = sorted({number for branch in staged for number in branch.avals.updates})
+        results = info.result, other.avals.info.result
+        _check_results(derefed, results, both, name)
+    written = sorted({i for branch in staged for i in branch.avals.updates})
+    nodes = derefed.structure.refs()
 
-    def completed(outcome: Outcome, arrays: list[Any]) -> tuple[list, dict[int, Any]]:
+    def completed(outcome: Outcome, arrays: list[Leaves]) -> tuple[Leaves, dict]:
         """A branch that does not write a ref leaves it as it is."""
-        updates = {}
-        for number in written:
-            inside = opened.structure.slots[number].inside
-            before = held(inside, arrays[slice(*opened.spans[number])])
-            updates[number] = outcome.updates.get(number, before)
-        return outcome.out, updates
+        before = values_of(arrays)
+        return outcome.out, {i: outcome.updates.get(i, before[i]) for i in written}
 
-    avals = [jax.typeof(x) for x in arrays]
+    avals = jtu.tree_map(jax.typeof, arrays)
     found = [completed(branch.avals, avals) for branch in staged]
-    whats = [_place(info.result, i) for i in range(len(found[0][0]))]
-    for number in written:
-        new = [updates[number] for _, updates in found]
-        _check_insides(opened.refs[number], [*map(inside_of, new)], names, name)
-        ref = opened.refs[number]
-        whats += [describe(ref._name, ref._collection)] * len(jtu.tree_leaves(new[0]))
+    whats = _places(info.result.parts[0], found[0][0])
+    for i in written:
+        ref = derefed.refs[i]
+        values = [updates[i] for _, updates in found]
+        statics = [b.avals.info.written.get(i, nodes[i].value) for b in staged]
+        _check_values(ref, values, statics, names, name)
+        which_ref = describe(ref._name, ref._collection)
+        whats += [which_ref] * len(jtu.tree_leaves(values[0]))
+        info.written.setdefault(i, nodes[i].value)
     kinds = [
         _joined([kind_of(x) for x in each], names, what, name)
         for what, *each in zip(whats, *map(jtu.tree_leaves, found))
@@ -116,14 +108,14 @@ def _run_branches(
     treedef = jtu.tree_structure(found[0])
 
     def function_of(branch: Staged) -> Callable[..., Any]:
-        def run(*arrays: Any) -> Any:
-            both = completed(branch(list(arrays)), list(arrays))
-            leaves = map(jnp.asarray, jtu.tree_leaves(both))
+        def run(arrays: list[Leaves]) -> Any:
+            leaves = jtu.tree_leaves(completed(branch(arrays), arrays))
+            leaves = map(jnp.asarray, leaves)
             return jtu.tree_unflatten(treedef, map(convert, leaves, kinds))
 
         return run
 
-    out, updates = choose(arrays[first], [*map(function_of, staged)], arrays)
+    out, updates = choose(first, [*map(function_of, staged)], arrays)
     return Outcome(out, updates, info)
 
 
@@ -139,10 +131,16 @@ def _joined(kinds: list[Kind], names: list[str], what: str, name: str) -> Kind:
     return kind
 
 
-def _check_insides(ref: Ref, insides: list[Any], names: list[str], name: str) -> None:
+def _check_values(
+    ref: Ref, values: list[Any], statics: list[Any], names: list[str], name: str
+) -> None:
     """The structure of the value of a ref must be one after every branch."""
-    for inside, branch_name in zip(insides, names):
-        if inside != insides[0]:
+    structures = [
+        (jtu.tree_structure(value), static_keys(static))
+        for value, static in zip(values, statics)
+    ]
+    for structure, branch_name in zip(structures, names):
+        if structure != structures[0]:
             raise StructureError(
                 f"`{name}`: the value of {describe(ref._name, ref._collection)} has "
                 f"another structure, or other static parts, after {branch_name} than "
@@ -152,15 +150,17 @@ def _check_insides(ref: Ref, insides: list[Any], names: list[str], name: str) ->
 
 
 def _check_results(
-    opened: Opened,
-    first: OutcomeInfo,
-    other: OutcomeInfo,
+    derefed: Call,
+    results: tuple[Structure, Structure],
     names: tuple[str, str],
     name: str,
 ) -> None:
     """Refuses branches whose results differ in anything but the values of arrays."""
-    a, b = first.result, other.result
-    if a.parts != b.parts:
+    a, b = results
+    if a.key == b.key:
+        return
+    (part,), (other,) = a.parts, b.parts
+    if part != other:
         one, two = _told_apart(
             [_structure_text(a), _structure_text(b)],
             "another, which prints the same: it differs in a static field, or in a function "
@@ -170,45 +170,31 @@ def _check_results(
             f"`{name}`: the branches must return the same structure. {names[0]} returns "
             f"{one}, and {names[1]} returns {two}."
         )
-    statics = iter(zip(a.statics, b.statics))
-    for i, (code, other_code) in enumerate(zip(a.codes, b.codes)):
-        if code == other_code == DYNAMIC:
-            continue
-        if code == other_code == STATIC:
-            x, y = next(statics)
-            if x == y:
+    for k, (x, y) in enumerate(zip(a.statics[0], b.statics[0])):
+        if is_node(x) or is_node(y) or (x is None) != (y is None):
+            if static_keys(x) == static_keys(y):
                 continue
-            texts = [f"the static value {static.obj!r}" for static in (x, y)]
-            texts = _told_apart(
-                texts, "another, which prints the same and is not equal"
-            )
-            remedy = (
-                "What is not an array cannot depend on the branch: make it one, or "
-                "return the same in each."
-            )
-        else:
-            texts = [
-                _ref_text(opened, first, code, name),
-                _ref_text(opened, other, other_code, name),
-            ]
-            same_ref = (
-                code == other_code
-                and first.carried.get(code) == other.carried.get(code)
-                and (code in first.carried or a.slots[code] == b.slots[code])
-            )
-            if same_ref:
-                continue
-            texts = _told_apart(
-                texts,
-                "another, which differs in its type or in what its value is made of",
+            texts = [_leaf_text(derefed, leaf, name) for leaf in (x, y)]
+            other_text = (
+                "another, which differs in its type or in what its value is made of"
             )
             remedy = (
                 "Which ref it is cannot depend on the branch: return the same ref from "
                 "each, or new refs of one kind from all, or the values."
             )
+        elif x is None or static_keys(x) == static_keys(y):
+            continue
+        else:
+            texts = [f"the static value {static!r}" for static in (x, y)]
+            other_text = "another, which prints the same and is not equal"
+            remedy = (
+                "What is not an array cannot depend on the branch: make it one, or "
+                "return the same in each."
+            )
+        one, two = _told_apart(texts, other_text)
         raise StructureError(
-            f"`{name}`: the results differ at {_leaf_path(a, i)}: {names[0]} returns {texts[0]}, "
-            f"and {names[1]} returns {texts[1]}. {remedy}"
+            f"`{name}`: the results differ at {place_text(path_in(part, k))}: {names[0]} "
+            f"returns {one}, and {names[1]} returns {two}. {remedy}"
         )
 
 
@@ -224,51 +210,43 @@ def _told_apart(texts: list[str], other: str) -> list[str]:
     return [texts[0], other] if texts[0] == texts[1] else texts
 
 
-def _ref_text(opened: Opened, info: OutcomeInfo, code: int, name: str) -> str:
-    if code == DYNAMIC:
-        return "an array"
-    if code == STATIC:
-        return "a static value"
-    if code in info.carried:
-        number = info.carried[code]
-        ref = opened.refs[number]
-        place = ref_place(opened.structure, number, _ARGUMENTS[name])
-        return f"{describe(ref._name, ref._collection)} of {place}"
-    slot, note = info.result.slots[code], info.result.notes[code]
-    return f"a new ref, {describe(note.name, slot.collection)}"
+def _leaf_text(derefed: Call, leaf: Any, name: str) -> str:
+    if not is_node(leaf):
+        return "an array" if leaf is None else "a static value"
+    which = describe(leaf.note.name, leaf.collection)
+    if leaf.index >= len(derefed.refs):
+        return f"a new ref, {which}"
+    ref = derefed.refs[leaf.index]
+    place = ref_place(derefed, leaf.index, _ARGUMENTS[name])
+    return f"{describe(ref._name, ref._collection)} of {place}"
 
 
 def _structure_text(structure: Structure) -> str:
-    (part,) = structure.parts
-    text = str(part.treedef)
+    text = str(structure.parts[0].treedef)
     return text.removeprefix("PyTreeDef(").removesuffix(")")
 
 
-def _leaf_path(structure: Structure, i: int) -> str:
-    (part,) = structure.parts
-    if part.nodes:
-        return "one of the leaves"
-    leaves = list(range(part.treedef.num_leaves))
-    pairs, _ = jtu.tree_flatten_with_path(jtu.tree_unflatten(part.treedef, leaves))
-    return place_text(pairs[i][0])
+def _places(part: Carried, out: Leaves) -> list[str]:
+    """Of each array of a result, where it is."""
+    found = []
+    for k, leaf in enumerate(out):
+        what = f"the array of the result at {place_text(path_in(part, k))}"
+        if type(leaf) is Value:
+            what = (
+                f"a new ref of the result, {describe(leaf.note.name, leaf.collection)}"
+            )
+        found += [what] * len(jtu.tree_leaves(leaf))
+    return found
 
 
-def _place(structure: Structure, i: int) -> str:
-    """Where in a result its array number `i` is."""
-    bare = [k for k, code in enumerate(structure.codes) if code == DYNAMIC]
-    if i < len(bare):
-        return f"the array of the result at {_leaf_path(structure, bare[i])}"
-    return "a new ref of the result"
+def _run_cond(derefed: Call, arrays: list[Leaves]) -> Outcome:
 
-
-def _run_cond(opened: Opened, arrays: list[Any]) -> Outcome:
-
-    def choose(pred: Any, branches: list[Callable], arrays: list[Any]) -> Any:
-        return jax.lax.cond(pred, *branches, *arrays)
+    def choose(pred: Any, branches: list[Callable], arrays: Any) -> Any:
+        return jax.lax.cond(pred, *branches, arrays)
 
     which = {"`true_fun`": _true_branch, "`false_fun`": _false_branch}
     return _run_branches(
-        opened, arrays, "cond", which, lambda pred: 0 if pred else 1, choose
+        derefed, arrays, "cond", which, lambda pred: 0 if pred else 1, choose
     )
 
 
@@ -324,24 +302,24 @@ def cond(
     branches = as_callable(true_fun), as_callable(false_fun)
     operands = numbers_to_arrays(operands)
 
-    def transform(opened: Opened) -> Outcome:
-        return program_of_all(branches, "cond", _run_cond)(opened)
+    def transform(derefed: Call) -> Outcome:
+        return program_of_all(branches, "cond", _run_cond)(derefed)
 
     args = (_scalar(pred, "cond", "predicate"), *branches, *operands)
     return call(None, args, {}, transform)
 
 
-def _run_switch(opened: Opened, arrays: list[Any], n: int) -> Outcome:
+def _run_switch(derefed: Call, arrays: list[Leaves], n: int) -> Outcome:
 
-    def choose(index: Any, branches: list[Callable], arrays: list[Any]) -> Any:
-        return jax.lax.switch(index, branches, *arrays)
+    def choose(index: Any, branches: list[Callable], arrays: Any) -> Any:
+        return jax.lax.switch(index, branches, arrays)
 
     which = {f"branch {i}": _branch(i) for i in range(n)}
 
     def position(index: Any) -> int:
         return min(max(int(index), 0), n - 1)
 
-    return _run_branches(opened, arrays, "switch", which, position, choose)
+    return _run_branches(derefed, arrays, "switch", which, position, choose)
 
 
 def switch(index: Any, branches: Sequence[Callable[..., _T]], *operands: Any) -> _T:
@@ -385,11 +363,11 @@ def switch(index: Any, branches: Sequence[Callable[..., _T]], *operands: Any) ->
     operands = numbers_to_arrays(operands)
     n = len(fns)
 
-    def run(opened: Opened, arrays: list[Any]) -> Outcome:
-        return _run_switch(opened, arrays, n)
+    def run(derefed: Call, arrays: list[Leaves]) -> Outcome:
+        return _run_switch(derefed, arrays, n)
 
-    def transform(opened: Opened) -> Outcome:
-        return program_of_all(fns, "switch", run)(opened)
+    def transform(derefed: Call) -> Outcome:
+        return program_of_all(fns, "switch", run)(derefed)
 
     args = (_scalar(index, "switch", "index"), fns, *operands)
     return call(None, args, {}, transform)

@@ -6,9 +6,9 @@ from typing import Any, overload, ParamSpec, TypeVar
 
 import jax
 
-from .._core._call import call, Opened
+from .._core._call import Call, call
 from .._core._errors import name_of
-from .._core._structure import Outcome
+from .._core._structure import Leaves, Outcome
 from .._engine._program import Program, program_of
 from .._engine._wrapper import Lifted
 
@@ -26,11 +26,11 @@ class _Checkpoint(Lifted):
     def __init__(self, fn: Any, *, prevent_cse: bool, policy: Any):
         super().__init__(fn, prevent_cse=prevent_cse, policy=policy)
 
-        def body(opened: Opened, arrays: list[Any]) -> Outcome:
+        def body(derefed: Call, arrays: list[Leaves]) -> Outcome:
 
             # A new function for each trace, because `jax.checkpoint` caches by function.
-            def checkpointed(arrays: list[Any]) -> Outcome:
-                return opened.run("filter_checkpoint", arrays, transparent=False)
+            def checkpointed(arrays: list[Leaves]) -> Outcome:
+                return derefed.run("filter_checkpoint", arrays, transparent=False)
 
             # The recomputation runs what was recorded, without the refs: what the
             # function wrote is among the results, and comes out once.

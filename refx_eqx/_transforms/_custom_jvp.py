@@ -7,22 +7,24 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 
-from .._core._call import call, Opened
+from .._core._call import Call, call
 from .._core._deref import deref
 from .._core._errors import name_of
-from .._core._structure import arrays_of, Outcome
-from .._engine._autodiff import is_inexact
+from .._core._structure import arrays_of, Leaves, Outcome, tree_of
+from .._engine._autodiff import arrays_of_result, is_inexact
 from .._engine._backward import with_outer_channels, without_channels
 from .._engine._custom_rules import (
     Custom,
     derivative,
     Frame,
+    made,
     pair_of,
     Rules,
     symbolic_zero,
 )
-from .._engine._layout import Layout, layout_of_args, result_of, Sparse
+from .._engine._tangents import read_tangents
 
 
 __tracebackhide__ = True
@@ -116,10 +118,10 @@ class filter_custom_jvp(Custom):
             )
         n = len(args)
 
-        def transform(opened: Opened) -> Outcome:
-            plain, channels = without_channels(opened)
+        def transform(derefed: Call) -> Outcome:
+            plain, channels = without_channels(derefed)
             frame = Frame("filter_custom_jvp", self.__wrapped__, plain, _REMEDY)
-            out, updates = _custom_jvp(frame, layout_of_args(plain, n))(plain.arrays)
+            out, updates = _custom_jvp(frame, n)(plain.arrays)
             assert frame.info is not None
             outcome = Outcome(out, jax.lax.stop_gradient(updates), frame.info)
             return with_outer_channels(outcome, channels)
@@ -127,41 +129,38 @@ class filter_custom_jvp(Custom):
         return call(self._rules(), args, kwargs, transform)
 
 
-def _custom_jvp(frame: Frame, layout: Layout) -> Callable:
-    positions = set(layout.positions())
+def _custom_jvp(frame: Frame, n: int) -> Callable:
+    """A `jax.custom_jvp` of the arrays of a call with `n` positional arguments."""
+    parts = frame.structure.parts[:n]
 
     @jax.custom_jvp
-    def flat(arrays: list[Any]) -> tuple[list[Any], dict[int, Any]]:
+    def flat(arrays: list[Leaves]) -> tuple[Leaves, dict[int, Any]]:
         return arrays_of(frame.run_function(arrays))
 
     def rule(primals: tuple, tangents: tuple) -> tuple:
         (arrays,), (given,) = primals, tangents
-        given = {
-            i: derivative(t, is_inexact(x))
-            for i, (t, x) in enumerate(zip(given, arrays))
-        }
+        given = jtu.tree_map(lambda x, t: derivative(t, is_inexact(x)), arrays, given)
         found: dict[str, Any] = {}
 
         def run(rules: Rules, *args: Any, **kwargs: Any) -> Any:
-            pair = rules.first(args, layout.fill(given), **kwargs)
+            of_args = tuple(map(tree_of, parts, given))
+            pair = rules.first(args, of_args, **kwargs)
             out, found["tangents"] = pair_of(frame, pair, "the rule", "tangent_out")
             return out
 
         outcome = frame.run_forward(arrays, run, "the rule")
-        frame.refuse_perturbed(
-            [i for i, t in given.items() if t is not None and i not in positions],
-            set(outcome.updates),
-        )
-        result = result_of(frame, outcome, arrays)
-        t_out = Sparse(
-            result.layout.read(found["tangents"], "The tangents of the rule")
-        )
+        frame.refuse_perturbed(given, n, outcome.updates)
+        part, result = arrays_of_result(frame.structure, outcome, arrays)
+        what = "The tangents of the rule"
+        (t_result,) = read_tangents([part], [result], [found["tangents"]], what)
         out, updates = arrays_of(outcome)
-        t_made = [
-            symbolic_zero(x) if t_out[i] is None else t_out[i]
-            for i, x in zip(result.made, out)
+        leaves, treedef = jtu.tree_flatten(out)
+        t_out = [
+            symbolic_zero(x) if t is None else t
+            for x, t in zip(leaves, treedef.flatten_up_to(made(out, t_result)))
         ]
-        return (out, updates), (t_made, jax.tree.map(symbolic_zero, updates))
+        zeros = jtu.tree_map(symbolic_zero, updates)
+        return (out, updates), (treedef.unflatten(t_out), zeros)
 
     flat.defjvp(rule, symbolic_zeros=True)
     return flat

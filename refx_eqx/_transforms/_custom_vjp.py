@@ -1,8 +1,9 @@
 """`filter_custom_vjp`: a function whose cotangents are given by a rule."""
 
+import copy
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import equinox as eqx
@@ -10,29 +11,33 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._core._call import call, Opened
+from .._core._call import Call, call
+from .._core._closure import Carried
 from .._core._deref import path_text
 from .._core._errors import describe, name_of, StructureError
 from .._core._ref import Channelled, Ref
-from .._core._structure import arrays_of, Outcome
-from .._engine._autodiff import first_of, is_inexact
-from .._engine._backward import (
-    spread,
-    updates_by_number,
-    with_updates,
-    without_channels,
-    written_by_rule,
+from .._core._structure import (
+    arrays_of,
+    join,
+    Leaves,
+    map_values,
+    Outcome,
+    tree_of,
+    values_of,
 )
+from .._engine._autodiff import arrays_of_result, first_of, is_inexact
+from .._engine._backward import spread, without_channels, written_by_rule
 from .._engine._channel import decode
 from .._engine._custom_rules import (
     Custom,
     derivative,
     Frame,
     pair_of,
+    placed,
     Rules,
     SymbolicZero,
 )
-from .._engine._layout import Layout, layout_of_first, result_of, Sparse
+from .._engine._tangents import read_tangents
 
 
 __tracebackhide__ = True
@@ -161,23 +166,23 @@ class filter_custom_vjp(Custom):
             )
         first_of(args, "filter_custom_vjp")
 
-        def transform(opened: Opened) -> Outcome:
-            plain, channels = without_channels(opened)
+        def transform(derefed: Call) -> Outcome:
+            plain, channels = without_channels(derefed)
             frame = Frame("filter_custom_vjp", self.__wrapped__, plain, _REMEDY)
-            flat = _Parts(frame, layout_of_first(plain)).joined()
-            carriers = {i: x for i, x in enumerate(plain.arrays) if is_inexact(x)}
+            carriers = eqx.filter(plain.arrays, is_inexact)
             if channels:
                 carriers = spread(plain.arrays, carriers)
+            flat = _joined(_Parts(frame))
             out, updates, threaded = flat(plain.arrays, carriers, channels)
             assert frame.info is not None
             # What is written is not differentiated; the channels are.
-            outcome = Outcome(out, jax.lax.stop_gradient(updates), frame.info)
-            if not channels:
-                return outcome
-            new = updates_by_number(outcome)
-            for i, channel in threaded.items():
-                new[i] = Channelled(new.get(i, plain.values[i]), channel)
-            return with_updates(outcome, new)
+            values = {**values_of(plain.arrays), **jax.lax.stop_gradient(updates)}
+            both = {i: Channelled(values[i], x) for i, x in threaded.items()}
+            statics = {i: frame.nodes[i].value for i in threaded}
+            info = copy.copy(frame.info)
+            info.written = {**statics, **info.written}
+            updates = {i: both.get(i, values[i]) for i in info.written}
+            return Outcome(out, updates, info)
 
         return call(self._rules(), args, kwargs, transform)
 
@@ -201,80 +206,75 @@ jtu.register_pytree_node(
 
 @dataclasses.dataclass(eq=False)
 class _Forward:
-    """What the backward rule has to know of the forward rule, beside arrays.
+    """What the backward rule has to know of the forward rule, apart from arrays.
 
-    - `perturbed`: which of the flat arrays are differentiated; `flags`: the same as a tree;
+    - `perturbed`: `True` for each array that is differentiated, else `None`; `flags`: the same of the first argument,
+        as the rules see it;
     - `statics`: what of the residuals is not an array;
-    - `layout`: of the result; `made`: where the arrays that the rule returned are in it, and
-        whether each has a derivative;
+    - `part`, `nodes`: the structure of the derefed result, and its leaves without arrays;
+    - `inexact`: which of the arrays that the rule returned have a derivative;
     - `written`: the numbers of the refs that it wrote.
     """
 
-    perturbed: list[bool]
+    perturbed: list[Leaves]
     flags: Any
     statics: Any
-    layout: Layout
-    made: list[tuple[int, bool]]
-    written: set[int]
+    part: Carried
+    nodes: Leaves
+    inexact: Leaves
+    written: Set[int]
+
+
+def _joined(parts: "_Parts") -> Callable:
+    flat = jax.custom_vjp(parts.function)
+    flat.defvjp(parts.forward, parts.backward, symbolic_zeros=True)
+    return flat
 
 
 class _Parts:
-    """The three parts of a `jax.custom_vjp`, as functions of flat arrays.
+    """The three parts of a `jax.custom_vjp`, as functions of the arrays of a call.
 
     The function reads `arrays`; their cotangents go to the `carriers`, which are the inexact
     ones of them again. See `spread`. The `channels` are what a backward rule writes refs by.
     """
 
-    def __init__(self, frame: Frame, layout: Layout):
+    def __init__(self, frame: Frame):
         self.frame = frame
-        self.layout = layout
-        self.positions = set(layout.positions())
-
-    def joined(self) -> Callable:
-        flat = jax.custom_vjp(self.function)
-        flat.defvjp(self.forward, self.backward, symbolic_zeros=True)
-        return flat
 
     def function(
-        self, arrays: list[Any], carriers: dict[int, Any], channels: dict[int, Any]
-    ) -> tuple[list, dict, dict]:
+        self, arrays: list[Leaves], carriers: list[Leaves], channels: dict[int, Any]
+    ) -> tuple[Leaves, dict, dict]:
         del carriers
         return (*arrays_of(self.frame.run_function(arrays)), channels)
 
     def forward(
-        self, arrays: list[Any], carriers: dict[int, Any], channels: dict[int, Any]
+        self, arrays: list[Leaves], carriers: list[Leaves], channels: dict[int, Any]
     ) -> tuple:
-        perturbed = [
-            i in carriers and carriers[i].perturbed for i in range(len(arrays))
-        ]
-        elsewhere = [i for i in _set(perturbed) if i not in self.positions]
-        n_bare = self.frame.structure.n_bare
-        self.frame.refuse_perturbed([i for i in elsewhere if i < n_bare], set())
-        arrays = [x.value for x in arrays]
-        channels = jtu.tree_map(lambda x: x.value, channels)
-        flags = self.layout.fill(perturbed, other=False)
+        frame = self.frame
+        perturbed = jtu.tree_map(lambda x: x.perturbed or None, carriers)
+        outside = [map_values(lambda _i, _x: None, leaves) for leaves in perturbed]
+        frame.refuse_perturbed(outside, 1, ())
+        arrays, channels = jtu.tree_map(lambda x: x.value, (arrays, channels))
+        structure = frame.structure
+        flags = jtu.tree_map(lambda _: False, join(arrays[0], structure.statics[0]))
+        flags = tree_of(structure.parts[0], eqx.combine(perturbed[0], flags))
         found: dict[str, Any] = {}
 
         def run(rules: Rules, *args: Any, **kwargs: Any) -> Any:
             pair = rules.first(flags, *args, **kwargs)
             out, found["residuals"] = pair_of(
-                self.frame, pair, "the forward rule", "residuals"
+                frame, pair, "the forward rule", "residuals"
             )
             return out
 
-        outcome = self.frame.run_forward(arrays, run, "the forward rule")
-        _refuse_refs(self.frame, found["residuals"])
+        outcome = frame.run_forward(arrays, run, "the forward rule")
+        _refuse_refs(frame, found["residuals"])
         kept, statics = eqx.partition(found["residuals"], eqx.is_array)
-        result = result_of(self.frame, outcome, arrays)
+        part, result = arrays_of_result(structure, outcome, arrays)
         out, updates = arrays_of(outcome)
-        rest = _Forward(
-            perturbed,
-            flags,
-            statics,
-            result.layout,
-            [(i, is_inexact(x)) for i, x in zip(result.made, out)],
-            set(outcome.updates),
-        )
+        nodes = jtu.tree_map(lambda _: None, result)
+        inexact = jtu.tree_map(is_inexact, out)
+        rest = _Forward(perturbed, flags, statics, part, nodes, inexact, updates.keys())
         return (out, updates, channels), _Residuals((kept, arrays), rest)
 
     def backward(self, residuals: _Residuals, cotangents: tuple) -> tuple:
@@ -283,100 +283,102 @@ class _Parts:
         of_out, _, ends = cotangents
         # A channel that does not lead to the end of the function brings nothing.
         live = {i: end for i, end in ends.items() if not _has_zeros(end)}
-        grad_out = Sparse(
-            (i, derivative(ct, inexact))
-            for (i, inexact), ct in zip(forward.made, of_out)
+        of_out = jtu.tree_map(
+            lambda ok, ct: derivative(ct, ok), forward.inexact, of_out
         )
-        grads: dict[int, Any] = {}
-        if any(ct is not None for ct in grad_out.values()):
+        grad = jtu.tree_map(lambda _: None, arrays[0])
+        if jtu.tree_leaves(of_out):
             residual = eqx.combine(kept, forward.statics)
-            args = forward, residual, arrays, grad_out, live
-            if any(forward.perturbed[i] for i in self.positions):
-                grads, live = self.pull_back(*args)
+            args = forward, residual, arrays, of_out, live
+            if jtu.tree_leaves(forward.perturbed[0]):
+                grad, live = self.pull_back(*args)
             else:
                 self.check_unwanted(*args)
-        of_carriers = {
-            i: grads.get(i) if forward.perturbed[i] else None
-            for i, x in enumerate(arrays)
-            if is_inexact(x)
-        }
-        none = [None] * len(arrays)
-        return none, of_carriers, {i: live.get(i) for i in ends}
+        grad = _where(forward.perturbed[0], grad, arrays[0])
+        of_others = jtu.tree_map(lambda _: None, arrays[1:])
+        none = jtu.tree_map(lambda _: None, arrays)
+        return none, [grad, *of_others], {i: live.get(i) for i in ends}
 
     def run_rule(
         self,
         forward: _Forward,
         residuals: Any,
-        arrays: list[Any],
-        grad_out: Sparse,
+        arrays: list[Leaves],
+        of_out: Leaves,
         ends: dict[int, Any],
-    ) -> tuple[Any, dict[int, Any], list[Any]]:
+    ) -> tuple[Any, dict[int, Any], dict[int, Any]]:
         """Runs the backward rule. Returns the gradient, what it wrote by number, and the
         values that the refs had."""
-        frame = self.frame
-        present = frame.values(arrays)
-        for i, end in ends.items():
-            present[i] = decode(end, present[i])
+        present = [
+            map_values(lambda i, x: decode(ends[i], x) if i in ends else x, leaves)
+            for leaves in arrays
+        ]
         found: dict[str, Any] = {}
 
         def run(rules: Rules, *args: Any, **kwargs: Any) -> None:
-            grad = forward.layout.fill(grad_out)
+            grad = tree_of(forward.part, placed(forward.nodes, of_out))
             found["grad"] = rules.second(
                 residuals, grad, forward.flags, *args, **kwargs
             )
 
-        outcome = frame.run(frame.with_values(arrays, present), run)
-        new = updates_by_number(outcome)
-        elsewhere = [i for i in _set(forward.perturbed) if i not in self.positions]
-        frame.refuse_perturbed(elsewhere, forward.written | new.keys())
-        return found["grad"], new, present
+        updates = self.frame.run(present, run).updates
+        written = forward.written | updates.keys()
+        self.frame.refuse_perturbed(forward.perturbed, 1, written)
+        return found["grad"], updates, values_of(present)
 
     def check_unwanted(self, forward: _Forward, *args: Any) -> None:
         """Where no gradient is asked of the rule. It is not run; but what is differentiated
         must be state, and which refs it writes only the rule can tell."""
-        numbers = map(self.frame.ref_at, _set(forward.perturbed))
-        if any(number not in forward.written for number in numbers):
+        numbers = {
+            i for i, x in values_of(forward.perturbed).items() if jtu.tree_leaves(x)
+        }
+        if numbers - forward.written:
             jax.eval_shape(lambda: self.run_rule(forward, *args) and None)
 
     def pull_back(
         self,
         forward: _Forward,
         residuals: Any,
-        arrays: list[Any],
-        grad_out: Sparse,
+        arrays: list[Leaves],
+        of_out: Leaves,
         ends: dict[int, Any],
-    ) -> tuple[dict[int, Any], dict[int, Any]]:
-        """Returns the gradients by position, and the channels by number: `ends` came along
-        them, and what the rule wrote goes on."""
+    ) -> tuple[Leaves, dict[int, Any]]:
+        """Returns the gradient of the first argument, and the channels by number: `ends`
+        came along them, and what the rule wrote goes on."""
         frame = self.frame
-        grad, new, present = self.run_rule(forward, residuals, arrays, grad_out, ends)
+        grad, updates, present = self.run_rule(forward, residuals, arrays, of_out, ends)
         written = {}
-        for i, value in new.items():
+        for i, value in updates.items():
             which = f"The backward rule of `{frame.fn_name}` writes {frame.describe(i)}"
-            collection = frame.structure.slots[i].collection
+            collection = frame.nodes[i].collection
             written[i] = written_by_rule(
                 which, collection, value, present[i], ends.get(i)
             )
         what = "The gradient that a backward rule returns"
-        grads = self.layout.read(grad, what)
-        self.check_types(grads, arrays)
-        return grads, {**ends, **written}
+        parts = frame.structure.parts[:1]
+        (leaves,) = read_tangents(parts, arrays[:1], [grad], what)
+        self.check_shapes(leaves, arrays[0])
+        return leaves, {**ends, **written}
 
-    def check_types(self, grads: dict[int, Any], arrays: list[Any]) -> None:
+    def check_shapes(self, grads: Leaves, arrays: Leaves) -> None:
         frame = self.frame
-        for i, grad in grads.items():
-            if grad is None or jnp.shape(grad) == arrays[i].shape:
-                continue
-            raise StructureError(
-                f"The backward rule of `{frame.fn_name}` returns {eqx.tree_pformat(grad)} as "
-                f"the gradient by {frame.place(i)}, which is "
-                f"{eqx.tree_pformat(arrays[i])}. Return a gradient of the same shape, or "
-                "`None` for zero."
-            )
+        for k, (grad, leaf) in enumerate(zip(grads, arrays)):
+            flat, treedef = jtu.tree_flatten(leaf)
+            for x, y in zip(flat, treedef.flatten_up_to(grad)):
+                if y is not None and jnp.shape(y) != jnp.shape(x):
+                    raise StructureError(
+                        f"The backward rule of `{frame.fn_name}` returns "
+                        f"{eqx.tree_pformat(y)} as the gradient by "
+                        f"{frame.place(0, k, leaf)}, which is {eqx.tree_pformat(x)}. Return "
+                        "a gradient of the same shape, or `None` for zero."
+                    )
 
 
-def _set(flags: list[bool]) -> list[int]:
-    return [i for i, flag in enumerate(flags) if flag]
+def _where(wanted: Leaves, grad: Leaves, like: Leaves) -> Leaves:
+    """The gradient of what is wanted, and `None` elsewhere."""
+    treedef = jtu.tree_structure(like)
+    both = zip(treedef.flatten_up_to(wanted), treedef.flatten_up_to(grad))
+    return treedef.unflatten([x if flag else None for flag, x in both])
 
 
 def _has_zeros(tree: Any) -> bool:

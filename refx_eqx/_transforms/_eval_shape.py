@@ -5,8 +5,8 @@ from typing import Any, TypeVar
 
 import jax
 
-from .._core._call import close_result, open_call
-from .._core._structure import Outcome
+from .._core._call import Call, close_result
+from .._core._structure import Leaves, Outcome
 
 
 __tracebackhide__ = True
@@ -41,11 +41,11 @@ def filter_eval_shape(fun: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
 
     The result of `fun`, with `jax.ShapeDtypeStruct` in place of arrays.
     """
-    opened = open_call(fun, args, kwargs)
+    derefed = Call(fun, args, kwargs)
 
-    def body(arrays: list[Any]) -> Outcome:
-        return opened.run("filter_eval_shape", arrays, transparent=False)
+    def body(arrays: list[Leaves]) -> Outcome:
+        return derefed.run("filter_eval_shape", arrays, transparent=False)
 
-    outcome = jax.eval_shape(body, opened.arrays)
-    arrays = jax.eval_shape(lambda x: x, opened.arrays)
-    return close_result(outcome, opened.refs_after(outcome, arrays))
+    outcome = jax.eval_shape(body, derefed.arrays)
+    arrays = jax.eval_shape(lambda x: x, derefed.arrays)
+    return close_result(outcome, derefed.structure.refs_after(outcome, arrays))

@@ -7,12 +7,17 @@ from typing import Any, Concatenate, Literal, overload, ParamSpec, TypeVar
 import equinox as eqx
 import jax
 
-from .._core._call import call, Opened
-from .._core._structure import DYNAMIC, Outcome
-from .._engine._autodiff import differentiable, first_of, nothing_to_differentiate
+from .._core._call import Call, call
+from .._core._nodes import is_node
+from .._core._structure import Leaves, Outcome
+from .._engine._autodiff import (
+    differentiable,
+    first_of,
+    first_of_pair,
+    nothing_to_differentiate,
+)
 from .._engine._backward import (
     BackwardWrite,
-    moved,
     new_channels,
     seeded,
     with_backward_writes,
@@ -20,7 +25,6 @@ from .._engine._backward import (
     with_outer_channels,
     without_channels,
 )
-from .._engine._layout import first_of_pair, layout_of_first, replaced, Sparse
 from .._engine._wrapper import Lifted
 from .._filters._filters import as_option
 
@@ -45,47 +49,52 @@ class _ValueAndGrad(Lifted):
         first = first_of(args, name)
         found: dict[str, Any] = {}
 
-        def transform(opened: Opened) -> Outcome:
+        def transform(derefed: Call) -> Outcome:
             wrt = options["wrt"]
-            plain, outer = without_channels(opened)
-            layout = layout_of_first(plain)
-            positions = differentiable(plain, layout, first, wrt)
-            if not positions:
+            derefed, outer = without_channels(derefed)
+            diff, rest = differentiable(derefed, 1, first, wrt)
+            if not jax.tree.leaves(diff):
                 raise nothing_to_differentiate(name, self.__wrapped__, wrt)
             # The collections of which a backward rule writes a ref: tracing tells.
             collections: list[Hashable] = []
             while True:
                 try:
-                    outcome, grads = self._differentiate(plain, positions, collections)
+                    outcome, grads = self._differentiate(
+                        derefed, diff, rest, collections
+                    )
                     break
                 except BackwardWrite as e:
                     if e.collection in collections:
                         raise
                     collections.append(e.collection)
-            found["grads"] = layout.fill(Sparse(zip(positions, grads)))
+            found["grads"] = derefed.tree(0, grads[0])
             return with_outer_channels(outcome, outer)
 
         out = call(self.__wrapped__, args, kwargs, transform)
         return self._result(out, found["grads"])
 
     def _differentiate(
-        self, plain: Opened, positions: list[int], collections: list[Hashable]
-    ) -> tuple[Outcome, list[Any]]:
+        self,
+        derefed: Call,
+        diff: list[Leaves],
+        rest: list[Leaves],
+        collections: list[Hashable],
+    ) -> tuple[Outcome, list[Leaves]]:
         """The outcome and the gradients, with channels for the refs of `collections`."""
         name, options = self.transform_name, self.options
 
-        def differentiated(diff: list[Any], channels: dict) -> tuple[Any, Outcome]:
-            opened = with_channels(plain, channels)
-            where = moved(plain, opened, positions)
-            outcome = opened.run(name, replaced(opened.arrays, where, diff))
+        def differentiated(
+            diff: list[Leaves], channels: dict[int, Any]
+        ) -> tuple[Any, Outcome]:
+            arrays = [*eqx.combine(diff, rest), *derefed.arrays[1:]]
+            outcome = derefed.run(name, with_channels(arrays, channels))
             value = _scalar(outcome, options["has_aux"], name)
-            return seeded(value, outcome, plain, channels)
+            return seeded(value, outcome, channels)
 
         value_and_grad = jax.value_and_grad(
             differentiated, argnums=(0, 1), has_aux=True, **options["gradkwargs"]
         )
-        diff = [plain.arrays[i] for i in positions]
-        channels = new_channels(plain, collections)
+        channels = new_channels(derefed, collections)
         (_, outcome), (grads, ends) = value_and_grad(diff, channels)
         return with_backward_writes(outcome, ends), grads
 
@@ -102,27 +111,25 @@ class _Grad(_ValueAndGrad):
 
 def _scalar(outcome: Outcome, has_aux: bool, name: str) -> Any:
     """The value to differentiate, in the result of a body."""
-    result = outcome.info.result
-    (part,) = result.parts
-    codes = result.codes
+    structure = outcome.info.result
+    (part,), (statics,), out = structure.parts, structure.statics, outcome.out
     if has_aux:
-        codes = codes[: first_of_pair(part.treedef, name).num_leaves]
-    if len(codes) != 1 or codes[0] != DYNAMIC:
-        if len(codes) == 1 and codes[0] < DYNAMIC:
-            # A Python scalar: a constant, whose gradient is zero everywhere.
-            value = result.statics[0].obj
-            if eqx.is_array_like(value):
-                return value
-        if len(codes) == 1 and codes[0] >= 0:
-            raise TypeError(
-                f"`{name}`: the function must return a scalar to differentiate, and it "
-                "returned a ref. Return what is in it: `ref.value`."
-            )
+        _, statics = first_of_pair(part, statics, name)
+        part, out = first_of_pair(part, out, name)
+    if len(out) == 1 and not is_node(out[0]):
+        # A Python scalar is a constant, whose gradient is zero everywhere.
+        value = statics[0] if out[0] is None else out[0]
+        if eqx.is_array_like(value):
+            return value
+    if len(out) == 1 and is_node(out[0]):
         raise TypeError(
-            f"`{name}`: the function must return one scalar to differentiate"
-            + (", and the rest as aux." if has_aux else ". For more, use has_aux=True.")
+            f"`{name}`: the function must return a scalar to differentiate, and it "
+            "returned a ref. Return what is in it: `ref.value`."
         )
-    return outcome.out[0]
+    raise TypeError(
+        f"`{name}`: the function must return one scalar to differentiate"
+        + (", and the rest as aux." if has_aux else ". For more, use has_aux=True.")
+    )
 
 
 @overload

@@ -5,11 +5,10 @@ from typing import Any, ClassVar
 
 import jax
 
-from .._core._call import call, Opened
+from .._core._call import Call, call
 from .._core._structure import Outcome
 from .._engine._autodiff import Differentiated, first_of, nothing_to_differentiate, Side
 from .._engine._backward import stripped
-from .._engine._layout import layout_of_first
 from .._engine._wrapper import Lifted
 from .._filters._filters import as_option
 
@@ -31,33 +30,34 @@ class _Jacobian(Lifted):
         first = first_of(args, name)
         found: dict[str, Any] = {}
 
-        def transform(opened: Opened) -> Outcome:
+        def transform(derefed: Call) -> Outcome:
             wrt = self.options["wrt"]
-            layout = layout_of_first(opened)
-            fn = Differentiated(name, opened, layout, first, wrt, has_aux)
-            if not fn.arrays:
+            fn = Differentiated(name, derefed, 1, first, wrt, has_aux)
+            if not fn.inputs.types:
                 raise nothing_to_differentiate(name, self.__wrapped__, wrt)
             derivative: Callable = fn
             for step in self.steps:
                 derivative = step(
                     derivative, has_aux=True, holomorphic=self.options["holomorphic"]
                 )
-            rows, outcome = derivative(fn.arrays)
-            depth = len(self.steps)
-            found["matrix"] = fn.outputs.fill(
-                [_fill_columns(fn.inputs, row, depth) for row in rows]
-            )
+            matrix, outcome = derivative(fn.arrays)
+            sides = [fn.outputs, *[fn.inputs] * len(self.steps)]
+            found["matrix"] = _fill(sides, matrix)
             return outcome
 
         out = call(self.__wrapped__, args, kwargs, stripped(transform))
         return (found["matrix"], out[1]) if has_aux else found["matrix"]
 
 
-def _fill_columns(inputs: Side, row: Any, depth: int) -> Any:
-    """The trees of a row, as deep as derivatives were taken."""
-    if depth == 0:
-        return row
-    return inputs.fill([_fill_columns(inputs, x, depth - 1) for x in row])
+def _fill(sides: list[Side], matrix: Any) -> Any:
+    """The trees of a matrix: of the first side, with such trees of the next in place of its
+    arrays."""
+    if not sides:
+        return matrix
+    this, *others = sides
+    rows = [_fill(others, row) for row in this.treedef.flatten_up_to(matrix)]
+    (tree,) = this.trees(jax.tree.unflatten(this.treedef, rows))
+    return tree
 
 
 class _JacFwd(_Jacobian):

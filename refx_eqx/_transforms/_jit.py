@@ -7,9 +7,9 @@ from typing import Any, overload, ParamSpec, TypeVar
 
 import jax
 
-from .._core._call import call, open_call, Opened
+from .._core._call import Call, call
 from .._core._errors import name_of, StructureError
-from .._core._structure import Outcome, Structure
+from .._core._structure import Key, Leaves, Outcome
 from .._engine._fast_path import NO_PLAN, Plans
 from .._engine._program import apart, Donate, explain, Program, program_of, Split
 from .._engine._wrapper import Lifted
@@ -22,8 +22,8 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-def _run(opened: Opened, arrays: list[Any]) -> Outcome:
-    return opened.run("filter_jit", arrays, transparent=False)
+def _run(derefed: Call, arrays: list[Leaves]) -> Outcome:
+    return derefed.run("filter_jit", arrays, transparent=False)
 
 
 class _Jit(Lifted):
@@ -53,9 +53,10 @@ class _Jit(Lifted):
 
     def lower(self, /, *args: Any, **kwargs: Any) -> "Lowered":
         """Traces and lowers the function for these arguments. Nothing is written."""
-        opened = open_call(self.__wrapped__, *self._bind(args, kwargs))
-        lowered, split = self._program.variant(opened).lower(opened)
-        return Lowered(self, lowered, opened, split)
+        derefed = Call(self.__wrapped__, *self._bind(args, kwargs))
+        variant, flat = self._program.variant(derefed)
+        lowered, split = variant.lower(derefed, flat)
+        return Lowered(self, lowered, derefed.structure.key, split)
 
 
 class Lowered:
@@ -64,9 +65,9 @@ class Lowered:
     It has the attributes of `jax.stages.Lowered`; `compile` is aware of refs.
     """
 
-    def __init__(self, jit: _Jit, lowered: Any, opened: Opened, split: Split):
+    def __init__(self, jit: _Jit, lowered: Any, key: Key, split: Split):
         self.lowered = lowered
-        self._rest = jit, opened.structure, split
+        self._rest = jit, key, split
 
     def compile(
         self, compiler_options: dict[str, str | bool] | None = None
@@ -85,32 +86,30 @@ class Compiled:
     It has the attributes of `jax.stages.Compiled`.
     """
 
-    def __init__(self, compiled: Any, jit: _Jit, structure: Structure, split: Split):
+    def __init__(self, compiled: Any, jit: _Jit, key: Key, split: Split):
         self.compiled = compiled
         self._jit = jit
-        self._structure = structure
+        self._key = key
         self._split = split
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         jit = self._jit
 
-        def run(opened: Opened) -> Outcome:
-            if opened.structure != self._structure:
+        def run(derefed: Call) -> Outcome:
+            if derefed.structure.key != self._key:
                 raise StructureError(
                     f"`{name_of(jit.__wrapped__)}` was compiled for arguments of another "
                     "structure (another sharing of refs, other static values, ...). Call "
                     "the `filter_jit` function itself, which compiles when it must."
                 )
+            flat = derefed.flat
             try:
                 if jit.options["donate"] == "none":
-                    outcome = Outcome(*self.compiled(opened.arrays))
+                    outcome = Outcome(*self.compiled(flat))
                 else:
-                    outcome = Outcome(
-                        *self.compiled(
-                            *apart(opened.arrays, opened.values, self._split)
-                        )
-                    )
-                if not outcome.info.asked.holds_for(opened.refs):
+                    both = apart(flat, derefed.values, self._split)
+                    outcome = Outcome(*self.compiled(*both))
+                if not outcome.info.asked.holds_for(derefed.refs):
                     raise StructureError(
                         f"`{name_of(jit.__wrapped__)}` was compiled for other refs: it "
                         "asks which refs it is given (it looks them up in a set or dict, "
@@ -121,7 +120,7 @@ class Compiled:
                 if outcome.info.waits:
                     jax.block_until_ready((outcome.out, outcome.updates))
             except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as e:
-                explain(e, opened.refs, opened.values)
+                explain(e, derefed.refs, derefed.values)
                 raise
             return outcome
 

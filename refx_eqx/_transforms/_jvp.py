@@ -9,12 +9,18 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._core import _trace
-from .._core._call import call, Opened
+from .._core._call import Call, call
 from .._core._errors import StructureError
-from .._core._structure import Outcome
-from .._engine._autodiff import Differentiated, is_inexact, Side, with_linear_map
+from .._core._structure import Leaves, Outcome, tree_of
+from .._engine._autodiff import (
+    arrays_of_result,
+    Differentiated,
+    is_inexact,
+    Side,
+    with_linear_map,
+)
 from .._engine._backward import stripped
-from .._engine._layout import layout_of_args, replaced, result_of, Sparse
+from .._engine._tangents import read_tangents
 
 
 __tracebackhide__ = True
@@ -81,40 +87,40 @@ def filter_jvp(
     args = tuple(map(_traced_where_differentiated, primals, tangents))
     found: dict[str, Any] = {}
 
-    def transform(opened: Opened) -> Outcome:
-        layout = layout_of_args(opened, len(args))
-        given = layout.read_tuple(tangents, "The tangents")
-        positions = [i for i, t in given.items() if t is not None]
-        for i in positions:
-            if not is_inexact(opened.arrays[i]):
+    def transform(derefed: Call) -> Outcome:
+        n = len(args)
+        arrays = derefed.arrays[:n]
+        given = read_tangents(derefed.parts, arrays, tangents, "The tangents")
+        flat, treedef = jtu.tree_flatten(arrays)
+        tangents_in = treedef.flatten_up_to(given)
+        for x, t in zip(flat, tangents_in):
+            if t is not None and not is_inexact(x):
                 raise StructureError(
-                    "`filter_jvp`: the tangent of "
-                    f"{eqx.tree_pformat(opened.arrays[i])} must be `None`: only "
-                    "floating-point and complex numbers are differentiated."
+                    f"`filter_jvp`: the tangent of {eqx.tree_pformat(x)} must be `None`: "
+                    "only floating-point and complex numbers are differentiated."
                 )
+        has_tangent = treedef.unflatten([t is not None for t in tangents_in])
+        primals_in, rest = eqx.partition(arrays, has_tangent)
 
-        def differentiated(arrays: list[Any]) -> tuple[list[Any], Outcome]:
-            everything = replaced(opened.arrays, positions, arrays)
-            outcome = opened.run("filter_jvp", everything)
-            result = result_of(opened, outcome, everything)
-            moved = [
-                i
-                for i, x in enumerate(result.arrays)
-                if _trace.has_tangent(x) and is_inexact(x)
-            ]
-            found.update(layout=result.layout, moved=moved)
-            return [result.arrays[i] for i in moved], outcome
+        def differentiated(primals: list[Leaves]) -> tuple[Leaves, Outcome]:
+            everything = [*eqx.combine(primals, rest), *derefed.arrays[n:]]
+            outcome = derefed.run("filter_jvp", everything)
+            found["part"], leaves = arrays_of_result(
+                derefed.structure, outcome, everything
+            )
+            moved = lambda x: _trace.has_tangent(x) and is_inexact(x)
+            return eqx.filter(leaves, moved), outcome
 
-        primals_in = [opened.arrays[i] for i in positions]
-        tangents_in = [given[i] for i in positions]
-        _, out, outcome = jax.jvp(
-            differentiated, (primals_in,), (tangents_in,), has_aux=True
+        _, found["tangents"], outcome = jax.jvp(
+            differentiated,
+            (primals_in,),
+            (treedef.unflatten(tangents_in),),
+            has_aux=True,
         )
-        found["tangents"] = dict(zip(found["moved"], out))
         return outcome
 
     out = call(fn, args, kwargs, stripped(transform))
-    return out, found["layout"].fill(Sparse(found["tangents"]))
+    return out, tree_of(found["part"], found["tangents"])
 
 
 def _traced_where_differentiated(primal: Any, tangent: Any) -> Any:
@@ -127,7 +133,7 @@ def _traced_where_differentiated(primal: Any, tangent: Any) -> Any:
     try:
         given = treedef.flatten_up_to(tangent)
     except (ValueError, TypeError):
-        return primal  # the layout says what is wrong
+        return primal  # `read_tangents` says what is wrong
     return jtu.tree_unflatten(
         treedef,
         [
@@ -145,15 +151,15 @@ class _Pushforward(eqx.Module):
     outputs: Side = eqx.field(static=True)
 
     def __call__(self, /, *tangents: Any) -> Any:
-        layout = self.inputs.layout
-        n = len(layout.treedef.children())
+        n = len(self.inputs.parts)
         if len(tangents) != n:
             raise StructureError(
                 f"The linear function of `filter_linearize` takes {n} tangents, one for "
                 f"each primal, and was given {len(tangents)}. Pass `None` for zero."
             )
-        given = layout.read_tuple(tangents, "The tangents")
-        return self.outputs.fill(self.linear(self.inputs.select(given)))
+        given = self.inputs.read(tangents, "The tangents")
+        (tree,) = self.outputs.trees(self.linear(given))
+        return tree
 
 
 def _pushforward(fn: Differentiated) -> tuple[_Pushforward, Outcome]:

@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._core import _trace
-from .._core._call import call, dispatching, Opened, running_call
+from .._core import _closure, _trace
+from .._core._call import Call, call, dispatching, running_call
+from .._core._closure import Carried
 from .._core._errors import describe, RefError, StructureError
-from .._core._structure import inside_of, Outcome
-from .._engine._argument_trees import ArgumentTrees
-from .._engine._call_axes import check_axis, has_places_of
+from .._core._ref import Ref
+from .._core._structure import Leaves, Outcome, values_of
+from .._engine._call_axes import check_axis
 from .._engine._program import ByCall
 from .._engine._wrapper import Lifted
 
@@ -46,15 +47,16 @@ _UNKNOWN = object()  # the axis of an array that is mapped, if it cannot be told
 class _Traced(NamedTuple):
     """What was seen when the function was traced.
 
-    - `axes`: the axis along which the transform maps each flat array, `None`, or `_UNKNOWN`;
-    - `shapes`: of each flat array inside;
-    - `written`: the shapes of the new value of each ref that was written;
+    - `axes`: of each ref, the axes along which the transform maps the arrays of its value:
+        `None` if it does not, or `_UNKNOWN`;
+    - `inside`: of each ref, its arrays as the function saw them, by shape;
+    - `written`: the same of the new value of each ref that was written;
     - `ranks`: those of the probes that follow the result.
     """
 
-    axes: list[Any]
-    shapes: list[tuple[int, ...]]
-    written: dict[int, list[tuple[int, ...]]]
+    axes: dict[int, Any]
+    inside: dict[int, Any]
+    written: dict[int, Any]
     ranks: list[int]
 
 
@@ -65,23 +67,18 @@ class _Transformed:
         does not run the function again for types that it knows.
     """
 
-    def __init__(self, opened: Opened, of_call: "_Call"):
-        self._trees = trees = ArgumentTrees(opened)
+    def __init__(self, derefed: Call, of_call: "_Call"):
         self._name = name = of_call.name
         self.traced: dict[tuple, _Traced] = {}
         self._failed_inside = False
-        # The arrays of the callable are constants to the transform.
-        constants = {i: opened.arrays[i] for i in trees.positions[0]}
-        n = len(opened.arrays)
+        # The arrays of the callable are constants to the transform; and keywords without
+        # arrays are not handed over.
+        parts, (of_kwargs, of_fn) = derefed.parts, derefed.arrays[-2:]
 
         @functools.wraps(of_call.__wrapped__, updated=())
         def pure(*args: Any, **keywords: Any) -> Outcome:
-            arrays: list[Any] = [None] * n
-            for i, x in constants.items():
-                arrays[i] = x
-            for part, tree in enumerate((*args, *keywords.values()), 1):
-                for i, x in trees.read(part, tree):
-                    arrays[i] = x
+            read = map(_read, parts, (*args, *keywords.values()))
+            arrays = [*read, *([] if keywords else [of_kwargs]), of_fn]
             now = running_call()
             try:
                 # What the transform is, and whether it caches, is not known: only what is
@@ -103,14 +100,13 @@ class _Transformed:
             pure, *options["args"], **options["kwargs"]
         )
 
-    def __call__(self, opened: Opened) -> Any:
-        last = len(opened.structure.parts) - 1
-        args = [self._trees.fill(part, opened.arrays) for part in range(1, last)]
+    def __call__(self, derefed: Call) -> Any:
+        *args, of_kwargs = map(_tree, derefed.parts[:-1], derefed.arrays)
         keywords = {}
-        if self._trees.positions[last]:
-            keywords["carried_by_keyword"] = self._trees.fill(last, opened.arrays)
+        if jtu.tree_leaves(of_kwargs):
+            keywords["carried_by_keyword"] = of_kwargs
         self._failed_inside = False
-        with dispatching(opened):
+        with dispatching(derefed):
             try:
                 return self._transformed(*args, **keywords)
             except (ValueError, TypeError) as e:
@@ -127,6 +123,17 @@ class _Transformed:
                 ) from None
 
 
+def _tree(part: Carried, leaves: Leaves) -> Any:
+    """A tree of a call as the transform sees it. For a function that closes over refs it has
+    the list of what is inside."""
+    return jtu.tree_unflatten(part.treedef, _closure.grouped(part, leaves))
+
+
+def _read(part: Carried, tree: Any) -> Leaves:
+    """The opposite of `_tree`."""
+    return _closure.ungrouped(part, part.treedef.flatten_up_to(tree))
+
+
 # By name: what to use where lifting is not enough.
 _OURS = {
     "jit": "rx.filter_jit",
@@ -140,19 +147,33 @@ def _ours(name: str) -> str:
     return next(found, "rx.functionalize")
 
 
-def _types(arrays: list[Any]) -> tuple:
-    return tuple((jnp.shape(x), getattr(x, "dtype", type(x))) for x in arrays)
+def _types(arrays: list[Leaves]) -> tuple:
+    leaves = jtu.tree_leaves(arrays)
+    return tuple((jnp.shape(x), getattr(x, "dtype", type(x))) for x in leaves)
 
 
 def _what_was_traced(
-    outside: list[Any], inside: list[Any], outcome: Outcome
+    outside: list[Leaves], inside: list[Leaves], outcome: Outcome
 ) -> _Traced:
-    axes = [_mapped_along(a, b) for a, b in zip(outside, inside)]
-    shapes = [jnp.shape(x) for x in inside]
-    written = _shapes(outcome.updates)
-    is_mapped = any(axis is not None for axis in axes)
-    ranks = {len(shape) for some in written.values() for shape in some}
-    return _Traced(axes, shapes, written, sorted(ranks) if is_mapped else [])
+    axes = jtu.tree_map(_mapped_along, outside, inside)
+    is_mapped = bool(jtu.tree_leaves(axes))
+    ranks = {x.ndim for x in jtu.tree_leaves(outcome.updates)} if is_mapped else set()
+    return _Traced(
+        values_of(axes),
+        values_of(jtu.tree_map(_shape, inside)),
+        jtu.tree_map(_shape, outcome.updates),
+        sorted(ranks),
+    )
+
+
+class _Shape(tuple):
+    """A shape: one leaf of a tree."""
+
+    __slots__ = ()
+
+
+def _shape(x: Any) -> _Shape:
+    return _Shape(jnp.shape(x))
 
 
 def _mapped_along(outside: Any, inside: Any) -> Any:
@@ -170,10 +191,6 @@ def _mapped_along(outside: Any, inside: Any) -> Any:
     return fits[0] if len(fits) == 1 else _UNKNOWN
 
 
-def _shapes(updates: dict[int, Any]) -> dict[int, list[tuple[int, ...]]]:
-    return {i: [*map(jnp.shape, jtu.tree_leaves(x))] for i, x in updates.items()}
-
-
 class _Call(Lifted):
     transform_name = "lift"
 
@@ -185,39 +202,39 @@ class _Call(Lifted):
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         return call(self.__wrapped__, args, kwargs, self._transform)
 
-    def _transform(self, opened: Opened) -> Outcome:
-        if ArgumentTrees(opened).positions[0]:
+    def _transform(self, derefed: Call) -> Outcome:
+        if jtu.tree_leaves(derefed.arrays[-1]):
             # The arrays of the callable are constants to the transform, and so a part of
             # the function that it is given: nothing may be kept from one call to the next.
-            return self._dispatch(opened, _Transformed(opened, self))
+            return self._dispatch(derefed, _Transformed(derefed, self))
         while True:
-            known = self._transformed.get(opened, self._apply)
+            known = self._transformed.get(derefed, self._apply)
             try:
-                outcome = self._dispatch(opened, known)
+                outcome = self._dispatch(derefed, known)
             finally:
-                if opened.asked:
-                    self._transformed.note(opened, known)
+                if derefed.asked:
+                    self._transformed.note(derefed, known)
             # Another thread may have traced it in between, for its own refs.
-            if outcome.info.asked.holds_for(opened.refs):
+            if outcome.info.asked.holds_for(derefed.refs):
                 return outcome
 
-    def _apply(self, opened: Opened) -> _Transformed:
-        return _Transformed(opened, self)
+    def _apply(self, derefed: Call) -> _Transformed:
+        return _Transformed(derefed, self)
 
-    def _dispatch(self, opened: Opened, transformed: _Transformed) -> Outcome:
-        outcome = transformed(opened)
+    def _dispatch(self, derefed: Call, transformed: _Transformed) -> Outcome:
+        outcome = transformed(derefed)
         if not isinstance(outcome, Outcome):
             raise StructureError(
                 f"`{self.name}`: the transform must return a function that returns what "
                 "the function it was given returns. For a transform that does not (such "
                 "as one that differentiates), write an adapter on `rx.functionalize`."
             )
-        traced = transformed.traced[_types(opened.arrays)]
-        return _with_axes_in_place(opened, outcome, traced, self.name)
+        traced = transformed.traced[_types(derefed.arrays)]
+        return _with_axes_in_place(derefed, outcome, traced, self.name)
 
 
 def _with_axes_in_place(
-    opened: Opened, outcome: Outcome, traced: _Traced, name: str
+    derefed: Call, outcome: Outcome, traced: _Traced, name: str
 ) -> Outcome:
     """The outcome without its probes, each update with the axes that the ref came in with.
 
@@ -228,34 +245,47 @@ def _with_axes_in_place(
     """
     n_out = len(outcome.out) - len(traced.ranks)
     probes = dict(zip(traced.ranks, outcome.out[n_out:]))
+    before = values_of(derefed.arrays)
+
+    def placed(ref: Ref, x: Any, axis: Any, written: tuple, expected: tuple) -> Any:
+        rank = len(written)
+        if axis is None:
+            if jnp.shape(x) == expected:
+                return x
+            what = (
+                f"the shape {jnp.shape(x)}, where {expected} is right: the transform maps, "
+                "or splits, what it returns"
+            )
+        elif axis is _UNKNOWN:
+            what = "an axis, and which one it is the shapes do not tell"
+        elif jnp.ndim(x) != rank + 1:
+            what = f"the shape {jnp.shape(x)}, without the axis that it came in with"
+        else:
+            check_axis(ref, axis, rank + 1, name)
+            return jnp.moveaxis(x, _probed(probes[rank]), axis)
+        raise _refusal(ref, name, what)
+
     updates = {}
-    for number, new in outcome.updates.items():
-        arrays, treedef = jtu.tree_flatten(new)
-        refuse = functools.partial(_refuse, opened, number, name)
-        placed = []
-        own = _axes_of(opened, traced, number, new)
-        for k, (x, axis) in enumerate(zip(arrays, own)):
-            written = traced.written[number][k]
-            rank = len(written)
-            if axis is None:
-                expected = _expected(opened, traced, number, k, written)
-                if jnp.shape(x) != expected:
-                    refuse(
-                        f"the shape {jnp.shape(x)}, where {expected} is right: the "
-                        "transform maps, or splits, what it returns"
-                    )
-            elif axis is _UNKNOWN:
-                refuse("an axis, and which one it is the shapes do not tell")
-            elif jnp.ndim(x) != rank + 1:
-                refuse(
-                    f"the shape {jnp.shape(x)}, without the axis that it came in with"
-                )
-            else:
-                check_axis(opened.refs[number], axis, rank + 1, name)
-                x = jnp.moveaxis(x, _probed(probes[rank]), axis)
-            placed.append(x)
-        updates[number] = jtu.tree_unflatten(treedef, placed)
+    for i, new in outcome.updates.items():
+        written = traced.written[i]
+        axes, expected = traced.axes[i], _expected(traced.inside[i], before[i], written)
+        if jtu.tree_structure(new) != jtu.tree_structure(before[i]):
+            found = set(jtu.tree_structure(before[i]).flatten_up_to(axes))
+            axis = found.pop() if len(found) == 1 else (_UNKNOWN if found else None)
+            axes = jtu.tree_map(lambda _, axis=axis: axis, new)
+        of_ref = functools.partial(placed, derefed.refs[i])
+        updates[i] = jtu.tree_map(of_ref, new, axes, written, expected)
     return Outcome(outcome.out[:n_out], updates, outcome.info)
+
+
+def _expected(inside: Any, before: Any, written: Any) -> Any:
+    """The shapes that the arrays of a ref must come back with: those which were written, or
+    the whole, if that is a part of what the function saw (under `jax.shard_map`)."""
+    if jtu.tree_structure(written) != jtu.tree_structure(inside):
+        return written
+    return jtu.tree_map(
+        lambda new, old, x: _shape(x) if new == old else new, written, inside, before
+    )
 
 
 def _probed(probe: Any) -> int:
@@ -264,35 +294,14 @@ def _probed(probe: Any) -> int:
     return next((i for i, size in enumerate(sizes) if size), 0)
 
 
-def _axes_of(opened: Opened, traced: _Traced, number: int, new: Any) -> list[Any]:
-    own = traced.axes[slice(*opened.spans[number])]
-    if has_places_of(inside_of(new), opened.structure.slots[number].inside):
-        return own
-    one = set(own)
-    axis = one.pop() if len(one) == 1 else (_UNKNOWN if one else None)
-    return [axis] * len(jtu.tree_leaves(new))
-
-
-def _expected(
-    opened: Opened, traced: _Traced, number: int, k: int, written: tuple[int, ...]
-) -> tuple[int, ...]:
-    """The shape that the `k`-th array of a ref must come back with: that which was written,
-    or the whole, if it is a part of that which the function saw (under `jax.shard_map`)."""
-    start, stop = opened.spans[number]
-    if start + k < stop and traced.shapes[start + k] == written:
-        return jnp.shape(opened.arrays[start + k])
-    return written
-
-
-def _refuse(opened: Opened, number: int, name: str, what: str) -> None:
-    ref = opened.refs[number]
+def _refusal(ref: Ref, name: str, what: str) -> StructureError:
     if "shard_map" in name:
         remedy = (
             "`rx.functionalize`, with a spec for each of the updates that it returns"
         )
     else:
         remedy = "`rx.filter_vmap`, which knows of refs"
-    raise StructureError(
+    return StructureError(
         f"`{name}` gave {describe(ref._name, ref._collection)} {what}. Use {remedy}."
     )
 

@@ -7,26 +7,28 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 
 from .._core import _trace
-from .._core._call import call, Opened
+from .._core._call import Call, call
 from .._core._errors import describe, name_of, StructureError
-from .._core._structure import Outcome
-from .._engine._call_axes import Axes
-from .._engine._control_flow import (
+from .._core._structure import Leaves, Outcome
+from .._engine._call_axes import no_axes
+from .._engine._carry import (
     as_callable,
-    bare_parts,
     CarryBefore,
     check_carry,
-    Loop,
     numbers_to_arrays,
-    program_of_all,
-    stage_loop,
-    Staged,
     whole_number,
 )
-from .._engine._in_python import PythonLoop, runs_in_python
-from .._engine._program import Program, program_of
+from .._engine._control_flow import (
+    Loop,
+    PythonLoop,
+    runs_in_python,
+    stage_loop,
+    Staged,
+)
+from .._engine._program import Program, program_of, program_of_all
 from ._scan import run_scan
 
 
@@ -53,28 +55,36 @@ def _while_step(_: None, cond_fun: Any, body_fun: Any, val: Any) -> Any:
     return new
 
 
-def _run_while(opened: Opened, arrays: list[Any]) -> Outcome:
-    _, _, _, carry, _ = bare_parts(opened)
+# The trees of the call `while_loop(cond_fun, body_fun, init_val)`, and of `fori_loop`.
+_INIT_VAL = 2
+_LOWER, _UPPER, _FORI_INIT_VAL = 0, 1, 3
 
-    def run(apply: Callable, arrays: list[Any]) -> Outcome:
-        return opened.run("while_loop", arrays, False, apply)
 
-    if runs_in_python(*arrays):
-        return _while_in_python(opened, arrays, carry, run)
+def _run_while(derefed: Call, arrays: list[Leaves]) -> Outcome:
+    def run(apply: Callable, arrays: list[Leaves]) -> Outcome:
+        return derefed.run("while_loop", arrays, False, apply)
 
-    def stage(apply: Callable, arrays: list[Any]) -> Staged:
+    if runs_in_python(*jtu.tree_leaves(arrays)):
+        return _while_in_python(Loop(derefed, arrays, _INIT_VAL, "while_loop"), run)
+
+    def stage(apply: Callable, arrays: list[Leaves]) -> Staged:
         return Staged(functools.partial(run, apply), arrays)
 
     step = functools.partial(stage, _while_step)
-    loop = stage_loop(opened, arrays, carry, set(), step, "while_loop")
+    loop, staged, after = stage_loop(derefed, arrays, _INIT_VAL, (), step, "while_loop")
     test = stage(_while_test, loop.arrays)
-    _refuse_writes_of_test(opened, test.avals)
-    return _loop_while(loop, lambda arrays: test(arrays).out[0], None)
+    _refuse_writes_of_test(derefed, test.avals)
+    final = jax.lax.while_loop(
+        lambda carried: test(loop.with_carried(carried)).out[0],
+        lambda carried: after(staged(loop.with_carried(carried))),
+        loop.carried(loop.arrays),
+    )
+    return loop.outcome(final, ([], {}), staged.avals)
 
 
-def _refuse_writes_of_test(opened: Opened, outcome: Outcome) -> None:
-    for number in outcome.updates:
-        ref = opened.refs[number]
+def _refuse_writes_of_test(derefed: Call, outcome: Outcome) -> None:
+    for i in outcome.updates:
+        ref = derefed.refs[i]
         raise StructureError(
             f"`while_loop`: `cond_fun` writes {describe(ref._name, ref._collection)}. It "
             "may only read, because it runs once more than `body_fun` does. Write the ref "
@@ -82,43 +92,21 @@ def _refuse_writes_of_test(opened: Opened, outcome: Outcome) -> None:
         )
 
 
-def _while_in_python(
-    opened: Opened, arrays: list[Any], carry: range, run: Callable
-) -> Outcome:
-    loop = PythonLoop(opened, arrays, carry, "while_loop")
+def _while_in_python(loop: Loop, run: Callable) -> Outcome:
+    in_python = PythonLoop(loop)
     while True:
         test = run(_while_test, loop.arrays)
-        _refuse_writes_of_test(opened, test)
+        _refuse_writes_of_test(loop.derefed, test)
         if not test.out[0]:
-            return loop.outcome() if loop.has_run else run(_while_unchanged, arrays)
-        loop.step(functools.partial(run, _while_step), loop.arrays)
+            break
+        in_python.step(functools.partial(run, _while_step), loop.arrays)
+    if in_python.has_run:
+        return in_python.outcome()
+    return run(_while_unchanged, loop.arrays)
 
 
 def _while_unchanged(_: None, cond_fun: Any, body_fun: Any, val: Any) -> Any:
     return val
-
-
-def _loop_while(
-    loop: Loop, test: Callable[[list[Any]], Any], counter: int | None
-) -> Outcome:
-    """`jax.lax.while_loop`, of a step that returns its carry and no more."""
-
-    def with_carry(carry: tuple) -> list[Any]:
-        count, carried = carry
-        arrays = loop.with_carry(carried)
-        if counter is not None:
-            arrays[counter] = count
-        return arrays
-
-    def step(carry: tuple) -> tuple:
-        count = None if counter is None else carry[0] + 1
-        return count, loop.carry_of(loop.staged(with_carry(carry)))
-
-    count = None if counter is None else loop.arrays[counter]
-    _, final = jax.lax.while_loop(
-        lambda carry: test(with_carry(carry)), step, (count, loop.initial())
-    )
-    return loop.outcome(final, ([], {}))  # a step returns its carry, and no more
 
 
 def while_loop(
@@ -165,8 +153,8 @@ def while_loop(
     fns = as_callable(cond_fun), as_callable(body_fun)
     init_val = numbers_to_arrays(init_val)
 
-    def transform(opened: Opened) -> Outcome:
-        return program_of_all(fns, "while_loop", _run_while)(opened)
+    def transform(derefed: Call) -> Outcome:
+        return program_of_all(fns, "while_loop", _run_while)(derefed)
 
     return call(None, (*fns, init_val), {}, transform)
 
@@ -180,17 +168,28 @@ def _fori_step(i: Any, upper: Any, body_fun: Any, val: Any) -> Any:
     return new
 
 
-def _run_fori(opened: Opened, arrays: list[Any]) -> Outcome:
+def _run_fori(derefed: Call, arrays: list[Leaves]) -> Outcome:
     """A `fori_loop` whose number of steps is not known."""
-    _, (lower, *_), (upper, *_), _, carry, _ = bare_parts(opened)
 
-    def stage(arrays: list[Any]) -> Staged:
+    def stage(arrays: list[Leaves]) -> Staged:
         return Staged(
-            lambda arrays: opened.run("fori_loop", arrays, transparent=False), arrays
+            lambda arrays: derefed.run("fori_loop", arrays, transparent=False), arrays
         )
 
-    loop = stage_loop(opened, arrays, carry, set(), stage, "fori_loop")
-    return _loop_while(loop, lambda arrays: arrays[lower] < arrays[upper], lower)
+    loop, staged, after = stage_loop(
+        derefed, arrays, _FORI_INIT_VAL, (), stage, "fori_loop"
+    )
+    (lower,), (upper,) = arrays[_LOWER], arrays[_UPPER]
+
+    def step(carry: tuple) -> tuple:
+        i, carried = carry
+        arrays = loop.with_carried(carried)
+        arrays[_LOWER] = [i]
+        return i + 1, after(staged(arrays))
+
+    first = lower, loop.carried(loop.arrays)
+    _, final = jax.lax.while_loop(lambda carry: carry[0] < upper, step, first)
+    return loop.outcome(final, ([], {}), staged.avals)
 
 
 def fori_loop(
@@ -257,19 +256,23 @@ def fori_loop(
         )
     lower, upper = _same_dtype(lower, upper)
 
-    def run(opened: Opened, arrays: list[Any]) -> Outcome:
+    def run(derefed: Call, arrays: list[Leaves]) -> Outcome:
         if length is None:
-            return _run_fori(opened, arrays)
-        (i, *_), carry = bare_parts(opened)[1], bare_parts(opened)[4]
-        axes = Axes((None,) * len(arrays))
-        every = 1 if unroll is None else unroll
+            return _run_fori(derefed, arrays)
         return run_scan(
-            opened, arrays, axes, carry, length, "fori_loop", unroll=every, counter=i
+            derefed,
+            arrays,
+            no_axes(arrays),
+            _FORI_INIT_VAL,
+            length,
+            "fori_loop",
+            unroll=1 if unroll is None else unroll,
+            counter=_LOWER,
         )
 
-    def transform(opened: Opened) -> Outcome:
+    def transform(derefed: Call) -> Outcome:
         key = ("fori_loop", length, type(unroll), unroll)
-        return program_of(body_fun, key, lambda: Program("fori_loop", run))(opened)
+        return program_of(body_fun, key, lambda: Program("fori_loop", run))(derefed)
 
     return call(_fori_step, (lower, upper, body_fun, init_val), {}, transform)
 

@@ -7,10 +7,11 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._core._call import call, Opened
-from .._core._structure import Outcome
-from .._engine._call_axes import Axes, call_axes, is_mapped, placed_update
-from .._engine._control_flow import as_callable, numbers_to_arrays, whole_number
+from .._core._call import Call, call
+from .._core._structure import Leaves, Outcome
+from .._engine._call_axes import Axes, call_axes, placed_update
+from .._engine._carry import as_callable, numbers_to_arrays, whole_number
+from .._engine._control_flow import with_values
 from .._engine._program import Program, program_of
 from ._scan import n_steps, run_scan
 from ._vmap import vmapped
@@ -25,23 +26,24 @@ def _map_step(f: Any, xs: Any) -> Any:
 
 
 def _map_in_batches(
-    opened: Opened, arrays: list[Any], axes: Axes, length: int, batch_size: int
+    derefed: Call, arrays: list[Leaves], axes: Axes, length: int, batch_size: int
 ) -> Outcome:
-    """A scan over batches, each of which is vectorised; and what is left over."""
-    mapped = [i for i, axis in enumerate(axes.flat) if axis is not None]
+    """A scan over batches, each of which is vectorized; and what is left over."""
     leading = axes.in_front()
     n_batches, n_rest = divmod(length, batch_size)
     n_full = length - n_rest
+    elements = axes.slices(arrays)
 
-    def with_elements(arrays: list[Any], part: Callable[[Any], Any]) -> list[Any]:
-        arrays = list(arrays)
-        for i in mapped:
-            arrays[i] = part(jnp.moveaxis(arrays[i], axes.flat[i] or 0, 0))
-        return arrays
+    def with_elements(arrays: list[Leaves], part: Callable[[Any], Any]) -> list[Leaves]:
+        return eqx.combine(jtu.tree_map(part, elements), arrays)
 
-    def one_batch(arrays: list[Any], number: Any) -> Outcome:
-        lanes = None if number is None else number * batch_size + jnp.arange(batch_size)
-        return vmapped(opened, arrays, leading, "map", lanes=lanes, transparent=False)
+    def one_batch(arrays: list[Leaves], number: Any) -> Outcome:
+        places = (
+            None if number is None else number * batch_size + jnp.arange(batch_size)
+        )
+        return vmapped(
+            derefed, arrays, leading, "map", places=places, transparent=False
+        )
 
     def in_batches(x: Any) -> Any:
         return x[:n_full].reshape(n_batches, batch_size, *x.shape[1:])
@@ -53,22 +55,22 @@ def _map_in_batches(
     if n_batches:
         batches = with_elements(arrays, in_batches)
         outcome = run_scan(
-            opened, batches, leading, range(0), n_batches, "map", run=one_batch
+            derefed, batches, leading, None, n_batches, "map", run=one_batch
         )
-        updates = dict(outcome.updates)
-        for number, new in updates.items():
-            if is_mapped(opened, axes, number):
-                updates[number] = jtu.tree_map(as_elements, new)
-            elif number not in axes.kept:
-                arrays = list(arrays)
-                arrays[slice(*opened.spans[number])] = jtu.tree_leaves(new)
-        out = [as_elements(x) for x in outcome.out]
+        updates, carried = dict(outcome.updates), {}
+        for i, new in updates.items():
+            if axes.is_mapped(i):
+                updates[i] = jtu.tree_map(as_elements, new)
+            elif i not in axes.kept:
+                carried[i] = new
+        arrays = with_values(arrays, carried)
+        out = jtu.tree_map(as_elements, outcome.out)
         results.append(Outcome(out, updates, outcome.info))
     if n_rest:
-        lanes = jnp.arange(n_full, length)
+        places = jnp.arange(n_full, length)
         rest = with_elements(arrays, lambda x: x[n_full:])
         results.append(
-            vmapped(opened, rest, leading, "map", lanes=lanes, transparent=False)
+            vmapped(derefed, rest, leading, "map", places=places, transparent=False)
         )
 
     # Batches and rest run one function on elements of one shape, so both do the same.
@@ -77,11 +79,11 @@ def _map_in_batches(
 
     out = jtu.tree_map(joined, *[outcome.out for outcome in results])
     updates = {}
-    for number, last in results[-1].updates.items():
-        if is_mapped(opened, axes, number):
-            last = jtu.tree_map(joined, *[x.updates[number] for x in results])
-            last = placed_update(opened, axes, number, last, "map")
-        updates[number] = last
+    for i, last in results[-1].updates.items():
+        if axes.is_mapped(i):
+            last = jtu.tree_map(joined, *[x.updates[i] for x in results])
+            last = placed_update(derefed, axes, i, last, "map")
+        updates[i] = last
     return Outcome(out, updates, results[0].info)
 
 
@@ -135,18 +137,18 @@ def map(
     if batch_size is not None:
         batch_size = whole_number(batch_size, "map", "`batch_size`", 1)
 
-    def transform(opened: Opened) -> Outcome:
+    def transform(derefed: Call) -> Outcome:
         axes = call_axes(
-            opened, (xs,), (in_axes,), "map", whole=in_axes, names=("`xs`",)
+            derefed, (xs,), (in_axes,), "map", whole=in_axes, names=("`xs`",)
         )
-        n = n_steps(opened.arrays, axes, None, "map")
+        n = n_steps(derefed.arrays, axes, None, "map")
 
-        def run(opened: Opened, arrays: list[Any]) -> Outcome:
+        def run(derefed: Call, arrays: list[Leaves]) -> Outcome:
             if batch_size is None or n == 0:
-                return run_scan(opened, arrays, axes, range(0), n, "map")
-            return _map_in_batches(opened, arrays, axes, n, batch_size)
+                return run_scan(derefed, arrays, axes, None, n, "map")
+            return _map_in_batches(derefed, arrays, axes, n, batch_size)
 
-        key = ("map", axes, n, batch_size)
-        return program_of(f, key, lambda: Program("map", run))(opened)
+        key = ("map", axes.key, n, batch_size)
+        return program_of(f, key, lambda: Program("map", run))(derefed)
 
     return call(_map_step, (f, xs), {}, transform)

@@ -1,29 +1,33 @@
 """`scan`, and the loop that `map` and `fori_loop` are made of too."""
 
-import contextlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 
-from .._core._call import call, Opened
+from .._core._call import Call, call
 from .._core._errors import describe, name_of, StructureError
-from .._core._structure import Outcome
-from .._engine._call_axes import Axes, call_axes, is_mapped, placed_update, update_axes
-from .._engine._control_flow import (
+from .._core._structure import Leaves, Outcome, values_of
+from .._engine._call_axes import Axes, call_axes, placed_update, update_axes
+from .._engine._carry import (
     as_callable,
-    bare_parts,
     CarryBefore,
     check_carry,
-    kind_of,
     numbers_to_arrays,
-    stage_loop,
-    Staged,
     whole_number,
 )
-from .._engine._in_python import PythonLoop, runs_in_python
+from .._engine._control_flow import (
+    Loop,
+    PythonLoop,
+    runs_in_python,
+    stage_loop,
+    Staged,
+    with_values,
+)
+from .._engine._kinds import kind_of
 from .._engine._program import Program, program_of
 from .._engine._rng_split import split_keys
 
@@ -49,113 +53,98 @@ def _step(f: Any, carry: Any, x: Any) -> tuple[Any, Any]:
 
 
 def run_scan(
-    opened: Opened,
-    arrays: list[Any],
+    derefed: Call,
+    arrays: list[Leaves],
     axes: Axes,
-    bare: range,
+    carry: int | None,
     length: int,
     name: str,
     *,
     reverse: bool = False,
     unroll: int | bool = 1,
     counter: int | None = None,
-    run: Callable[[list[Any], Any], Outcome] | None = None,
+    run: Callable[[list[Leaves], Any], Outcome] | None = None,
 ) -> Outcome:
-    """`jax.lax.scan` of an opened call.
+    """`jax.lax.scan` of a call.
 
     **Arguments:**
 
-    - `arrays`: the flat arrays of the call. They are sliced along `axes.flat`.
-    - `bare`: which of them are the carry. A step returns them first.
+    - `arrays`: those of the call. They are sliced along `axes`.
+    - `carry`: which of its trees is the carry. A step returns it first.
     - `counter`: which of them counts the steps, if any.
     - `run`: one step, from arrays and its number (`None` if nothing is split by step).
     """
-    mapped = [i for i, axis in enumerate(axes.flat) if axis is not None]
-    refs = range(len(opened.refs))
-    sliced = {number for number in refs if is_mapped(opened, axes, number)}
-    xs = [jnp.moveaxis(arrays[i], axes.flat[i] or 0, 0) for i in mapped]
-    if axes.split:
-        xs.append(jnp.arange(length))
+    xs = axes.slices(arrays), jnp.arange(length) if axes.split else None
+    sliced = {i for i in range(len(derefed.refs)) if axes.is_mapped(i)}
 
-    def with_slices(arrays: list[Any], x: list[Any]) -> list[Any]:
-        arrays = list(arrays)
-        for i, part in zip(mapped, x):
-            arrays[i] = part
-        # The number of the step comes last.
-        return arrays + list(x[len(mapped) :])
-
-    def begun(now: list[Any], first: list[Any]) -> list[Any]:
-        now = list(now)
-        for number in axes.kept:  # the same randomness: each step begins where all do
-            its_own = slice(*opened.spans[number])
-            now[its_own] = first[its_own]
-        return now
-
-    def body(arrays: list[Any]) -> Outcome:
-        n = len(axes.flat)
-        mine, number = arrays[:n], arrays[n] if axes.split else None
+    def body(arrays: list[Leaves], step: Any) -> Outcome:
         if run is not None:
-            return run(mine, number)
-        mine = split_keys(opened, axes.split, mine, number)
-        return opened.run(name, mine, transparent=False, withheld=axes.withheld)
+            return run(arrays, step)
+        mine = split_keys(axes.split, arrays, step)
+        return derefed.run(name, mine, transparent=False, withheld=axes.withheld)
 
     def placed(stacked: dict[int, Any]) -> dict[int, Any]:
         return {
-            number: placed_update(opened, axes, number, new, name)
-            for number, new in stacked.items()
+            i: placed_update(derefed, axes, i, new, name) for i, new in stacked.items()
         }
 
+    def of_step(
+        now: list[Leaves], first: list[Leaves], slices: list[Leaves], count: Any
+    ) -> list[Leaves]:
+        # The same randomness: each step begins where all do.
+        fixed = {i: x for i, x in values_of(first).items() if i in axes.kept}
+        arrays = eqx.combine(slices, with_values(now, fixed))
+        if counter is not None:
+            arrays[counter] = [count]
+        return arrays
+
+    (count,) = [None] if counter is None else arrays[counter]
     if runs_in_python() and length:
-        in_python = PythonLoop(opened, arrays, bare, name, sliced)
+        in_python = PythonLoop(Loop(derefed, arrays, carry, name), sliced)
         for i in reversed(range(length)) if reverse else range(length):
-            mine = with_slices(begun(in_python.arrays, arrays), [x[i] for x in xs])
-            in_python.step(body, mine)
-            if counter is not None:
-                in_python.arrays[counter] = in_python.arrays[counter] + 1
+            slices, step = jtu.tree_map(lambda x, i=i: x[i], xs)
+            mine = of_step(in_python.loop.arrays, arrays, slices, count)
+            in_python.step(lambda arrays, step=step: body(arrays, step), mine)
+            count = None if count is None else count + 1
         done = in_python.outcome(reverse)
         stacked = {i: x for i, x in done.updates.items() if i in sliced}
-        for number, new in stacked.items():
-            _check_all_sliced(opened, axes, number, new, name)
         return Outcome(done.out, {**done.updates, **placed(stacked)}, done.info)
 
-    def stage(arrays: list[Any]) -> Staged:
-        return Staged(body, with_slices(arrays, [_first(x) for x in xs]))
+    def stage(arrays: list[Leaves]) -> Staged:
+        slices, step = jtu.tree_map(_first, xs)
+        return Staged(body, of_step(arrays, arrays, slices, count), step)
 
-    loop = stage_loop(opened, arrays, bare, sliced, stage, name)
-    for number, new in loop.staged.avals.updates.items():
-        if number in sliced:
-            _check_all_sliced(opened, axes, number, new, name)
+    loop, staged, after = stage_loop(derefed, arrays, carry, sliced, stage, name)
+    for i, new in staged.avals.updates.items():
+        if i in sliced:
+            _check_all_sliced(derefed, axes, i, new, name)
 
-    def step(carry: tuple, x: list[Any]) -> tuple[tuple, tuple[list, dict]]:
-        count, carried = carry
-        arrays = begun(loop.with_carry(carried), loop.arrays)
-        if counter is not None:
-            arrays[counter] = count
-            count = count + 1
-        outcome = loop.staged(with_slices(arrays, x))
-        return (count, loop.carry_of(outcome)), loop.rest_of(outcome)
+    def step(carry: tuple, x: tuple) -> tuple[tuple, Any]:
+        (count, carried), (slices, number) = carry, x
+        mine = of_step(loop.with_carried(carried), loop.arrays, slices, count)
+        outcome = staged(mine, number)
+        count = None if count is None else count + 1
+        return (count, after(outcome)), loop.rest(outcome)
 
-    count = None if counter is None else loop.arrays[counter]
-    # JAX runs no loop without a step in Python: it would not know what one returns.
-    staging = contextlib.nullcontext() if length else jax.disable_jit(False)
-    with staging:
-        (_, final), (ys, stacked) = jax.lax.scan(
-            step, (count, loop.initial()), xs, length, reverse=reverse, unroll=unroll
-        )
-    return loop.outcome(final, (ys, placed(stacked)))
+    first = count, loop.carried(loop.arrays)
+    (_, final), (ys, stacked) = jax.lax.scan(
+        step, first, xs, length, reverse=reverse, unroll=unroll
+    )
+    return loop.outcome(final, (ys, placed(stacked)), staged.avals)
 
 
 def _check_all_sliced(
-    opened: Opened, axes: Axes, number: int, new: Any, name: str
+    derefed: Call, axes: Axes, number: int, new: Any, name: str
 ) -> None:
     """Refuses a write to a ref of whose value a part is sliced, and a part is not: it can
     be neither stacked nor carried."""
-    own = update_axes(opened, axes, number, new, name)
-    if None in own:
-        ref = opened.refs[number]
+    own = update_axes(derefed, axes, number, new, name)
+    flat = jtu.tree_structure(new).flatten_up_to(own)
+    if None in flat:
+        ref = derefed.refs[number]
         raise StructureError(
             f"{describe(ref._name, ref._collection)} holds arrays that `{name}` slices, "
-            f"and others that it does not (axes {own}), and a step writes it. Put those "
+            f"and others that it does not (axes {flat}), and a step writes it. Put those "
             "that are not sliced into a ref of their own."
         )
 
@@ -170,18 +159,16 @@ def _first(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(kind.shape[1:], kind.dtype, weak_type=kind.weak)
 
 
-def n_steps(arrays: list[Any], axes: Axes, length: int | None, name: str) -> int:
+def n_steps(arrays: list[Leaves], axes: Axes, length: int | None, name: str) -> int:
     if length is not None:
         length = whole_number(length, name, "`length`", 0)
-    for x, axis in zip(arrays, axes.flat):
-        if axis is not None:
-            size = jnp.shape(x)[axis]
-            if length is not None and length != size:
-                raise ValueError(
-                    f"`{name}` got length={length}, which disagrees with the size {size} "
-                    "of the axis of `xs` that it slices. Leave out `length`."
-                )
-            return size
+    for x in jtu.tree_leaves(axes.slices(arrays)):
+        if length is not None and length != len(x):
+            raise ValueError(
+                f"`{name}` got length={length}, which disagrees with the size {len(x)} of "
+                "the axis of `xs` that it slices. Leave out `length`."
+            )
+        return len(x)
     if length is None:
         raise ValueError(
             f"`{name}`: `xs` has nothing to slice, so the number of steps is not known. "
@@ -295,25 +282,28 @@ def scan(
     """
     f, init = as_callable(f), numbers_to_arrays(init)
 
-    def transform(opened: Opened) -> Outcome:
+    def transform(derefed: Call) -> Outcome:
         # The axes that the user gives are those of `xs`; a carry has none.
         axes = call_axes(
-            opened,
+            derefed,
             (init, xs),
             (None, in_axes),
             "scan",
             whole=in_axes,
             names=("the carry", "`xs`"),
         )
-        n = n_steps(opened.arrays, axes, length, "scan")
+        n = n_steps(derefed.arrays, axes, length, "scan")
 
-        def run(opened: Opened, arrays: list[Any]) -> Outcome:
-            bare = bare_parts(opened)[2]
+        def run(derefed: Call, arrays: list[Leaves]) -> Outcome:
             return run_scan(
-                opened, arrays, axes, bare, n, "scan", reverse=reverse, unroll=unroll
+                derefed, arrays, axes, _INIT, n, "scan", reverse=reverse, unroll=unroll
             )
 
-        key = ("scan", axes, n, bool(reverse), type(unroll), unroll)
-        return program_of(f, key, lambda: Program("scan", run))(opened)
+        key = ("scan", axes.key, n, bool(reverse), type(unroll), unroll)
+        return program_of(f, key, lambda: Program("scan", run))(derefed)
 
     return call(_step, (f, init, xs), {}, transform)
+
+
+# The tree of the call that is the carry.
+_INIT = 1

@@ -1,6 +1,6 @@
 """`filter_make_jaxpr`, `filter_closure_convert` and `filter_pure_callback`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import equinox as eqx
@@ -9,18 +9,21 @@ import jax.extend.core
 import jax.tree_util as jtu
 
 from .._core import _trace
-from .._core._call import call, open_call, Opened
+from .._core._call import Call, call
+from .._core._closure import Carried
 from .._core._errors import describe, name_of, StructureError
+from .._core._nodes import is_node
 from .._core._ref import Ref
 from .._core._structure import (
     arrays_of,
-    DYNAMIC,
     is_traced,
+    Key,
+    Leaves,
     Outcome,
     OutcomeInfo,
-    Structure,
+    tree_of,
 )
-from .._engine._layout import Layout, layout_of_args, Result, result_of
+from .._engine._autodiff import arrays_of_result, derefed_result
 from .._engine._program import CallbackFailed, explain
 from .._engine._wrapper import Lifted
 
@@ -32,46 +35,33 @@ class _MakeJaxpr(Lifted):
     transform_name = "filter_make_jaxpr"
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        opened = open_call(self.__wrapped__, args, kwargs)
-        order = _argument_order(opened, len(args))
+        derefed = Call(self.__wrapped__, args, kwargs)
         found: dict[str, Any] = {}
 
-        def flat(arrays: list[Any]) -> tuple[list[Any], dict[int, Any]]:
-            everything = list(opened.arrays)
-            for i, x in zip(order, arrays):
-                everything[i] = x
-            outcome = opened.run("filter_make_jaxpr", everything, transparent=False)
-            result: Result = result_of(opened, outcome, everything)
-            positions = result.layout.positions()
-            found.update(layout=result.layout, positions=positions, info=outcome.info)
-            return [result.arrays[i] for i in positions], outcome.updates
+        def run(given: list[Leaves]) -> tuple[Leaves, dict[int, Any]]:
+            arrays = eqx.combine(given, constants)
+            outcome = derefed.run("filter_make_jaxpr", arrays, transparent=False)
+            result = arrays_of_result(derefed.structure, outcome, arrays)
+            found["part"], leaves = result
+            found["statics"] = _statics(outcome)
+            return leaves, outcome.updates
 
-        given = [opened.arrays[i] for i in order]
-        jaxpr, (types, _) = jax.make_jaxpr(flat, return_shape=True)(given)
-        layout = found["layout"]
-        out_struct = layout.fill(dict(zip(found["positions"], types)))
-        return jaxpr, out_struct, _statics(found["info"].result, layout.treedef)
-
-
-def _argument_order(opened: Opened, n_args: int) -> list[int]:
-    """The flat arrays that are inputs of the program, in the order of the leaves of the
-    derefed arguments; then what only the function holds. Its bare arrays are constants."""
-    order = layout_of_args(opened, n_args).positions()
-    n_of_fn = opened.structure.codes[: opened.structure.sizes[0]].count(DYNAMIC)
-    seen = {*order, *range(n_of_fn)}
-    return order + [i for i in range(len(opened.arrays)) if i not in seen]
+        # The arrays that the function holds outside refs are constants of the program.
+        *of_args, of_fn = derefed.arrays
+        in_refs = [x if is_node(x) else None for x in of_fn]
+        held = [None if is_node(x) else x for x in of_fn]
+        constants = [*jtu.tree_map(lambda _: None, of_args), held]
+        given = [*of_args, in_refs]
+        jaxpr, (types, _) = jax.make_jaxpr(run, return_shape=True)(given)
+        return jaxpr, tree_of(found["part"], types), found["statics"]
 
 
-def _statics(structure: Structure, treedef: Any) -> Any:
+def _statics(outcome: Outcome) -> Any:
     """The result with `None` for all that is an array or a ref."""
-    (part,) = structure.parts
-    statics: Iterator[Any] = iter(structure.statics)
-    leaves = [
-        None if code >= DYNAMIC else next(statics).obj for code in structure.codes
-    ]
+    (part,), (statics,) = outcome.info.result.parts, outcome.info.result.statics
     if part.nodes:
-        return jtu.tree_unflatten(treedef, [None] * treedef.num_leaves)
-    return jtu.tree_unflatten(treedef, leaves)
+        statics = [None] * part.num_leaves
+    return tree_of(part, [None if is_node(x) else x for x in statics])
 
 
 def filter_make_jaxpr(fun: Callable[..., Any]) -> Callable[..., tuple[Any, Any, Any]]:
@@ -129,39 +119,37 @@ class _ClosureConverted(eqx.Module):
     held: list[Any]
     consts: list[Any]
     jaxpr: Any = eqx.field(static=True)
-    structure: Structure = eqx.field(static=True)
+    key: Key = eqx.field(static=True)
     types: tuple[jax.ShapeDtypeStruct, ...] = eqx.field(static=True)
     info: OutcomeInfo = eqx.field(static=True)
     out_treedef: Any = eqx.field(static=True)
-    out_layout: Layout = eqx.field(static=True)
-    out_types: tuple[Any, ...] = eqx.field(static=True)
+    out_part: Carried = eqx.field(static=True)
+    out_leaves: tuple[Any, ...] = eqx.field(static=True)
     name: str = eqx.field(static=True)
 
     @property
     def out_struct(self) -> Any:
         """What a call returns: derefed, with a `jax.ShapeDtypeStruct` for each array."""
-        layout = self.out_layout
-        statics = _statics(self.info.result, layout.treedef)
-        return eqx.combine(statics, layout.fill(self.out_types))
+        return tree_of(self.out_part, list(self.out_leaves))
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-
-        def transform(opened: Opened) -> Outcome:
-            if opened.structure != self.structure or _types(opened) != self.types:
+        def transform(derefed: Call) -> Outcome:
+            if derefed.structure.key != self.key or _types(derefed) != self.types:
                 raise StructureError(
                     f"`{self.name}` was closure-converted for arguments of another "
                     f"structure: it was called with {eqx.tree_pformat((args, kwargs))}. "
                     "Call it with arguments like the example arguments (the same sharing "
                     "of refs, shapes, dtypes and static values), or convert it again."
                 )
-            if not self.info.asked.holds_for(opened.refs):
+            if not self.info.asked.holds_for(derefed.refs):
                 raise StructureError(
                     f"`{self.name}` was closure-converted for other refs: it asks which "
                     "refs it is given (it looks them up in a set or dict, or compares "
                     "them), and the answer would be another for these. Convert it again, "
                     "with these arguments."
                 )
-            out = _trace.eval_jaxpr(self.jaxpr(self.consts), opened.arrays)
+            arrays = jtu.tree_leaves(derefed.arrays)
+            out = _trace.eval_jaxpr(self.jaxpr(self.consts), arrays)
             outs, updates = jtu.tree_unflatten(self.out_treedef, out)
             outcome = Outcome(outs, updates, self.info)
             return Outcome(*arrays_of(outcome), self.info)
@@ -181,10 +169,10 @@ class _Jaxpr:
         return jax.extend.core.ClosedJaxpr(self.jaxpr, consts)
 
 
-def _types(opened: Opened) -> tuple[jax.ShapeDtypeStruct, ...]:
+def _types(derefed: Call) -> tuple[jax.ShapeDtypeStruct, ...]:
+    shapes = jax.eval_shape(lambda x: x, derefed.arrays)
     return tuple(
-        jax.ShapeDtypeStruct(x.shape, x.dtype)
-        for x in jax.eval_shape(lambda x: x, opened.arrays)
+        jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jtu.tree_leaves(shapes)
     )
 
 
@@ -228,36 +216,36 @@ def filter_closure_convert(fn: Callable[..., Any], *args: Any, **kwargs: Any) ->
     **Returns:**
 
     A function with the arguments of `fn`, which is a pytree, and has an `out_struct`: the
-    derefed result, with `jax.ShapeDtypeStruct`s in place of arrays. It takes arguments of the
+    derefed result, with `jax.ShapeDtypeStruct`s instead of arrays. It takes arguments of the
     structure, shapes and dtypes of the example.
 
     **Raises:**
 
     - `StructureError`: by the returned function, if its arguments are not like the example.
     """
-    opened = open_call(fn, args, kwargs)
+    derefed = Call(fn, args, kwargs)
 
-    def flat(*arrays: Any) -> tuple[list[Any], dict[int, Any], OutcomeInfo]:
-        run = opened.run("filter_closure_convert", list(arrays), transparent=False)
-        return run.out, run.updates, run.info
+    def run(arrays: list[Leaves]) -> tuple[Leaves, dict[int, Any], OutcomeInfo]:
+        outcome = derefed.run("filter_closure_convert", arrays, transparent=False)
+        return outcome.out, outcome.updates, outcome.info
 
-    jaxpr, (out, updates, info) = jax.make_jaxpr(flat, return_shape=True)(
-        *opened.arrays
-    )
-    info.asked = opened.identities()
-    result = result_of(opened, Outcome(out, updates, info), list(_types(opened)))
-    codes = opened.structure.codes[: opened.structure.sizes[0]]
-    held = [x for x, code in zip(opened.leaves, codes) if code >= DYNAMIC]
+    jaxpr, (out, updates, info) = jax.make_jaxpr(run, return_shape=True)(derefed.arrays)
+    info.asked = derefed.identities()
+    outcome = Outcome(out, updates, info)
+    arrays = jax.eval_shape(lambda x: x, derefed.arrays)
+    part, leaves = derefed_result(derefed.structure, outcome, arrays)
+    both = zip(derefed.leaves[-1], derefed.structure.statics[-1])
+    held = [x for x, static in both if static is None or is_node(static)]
     return _ClosureConverted(
         held,
         list(jaxpr.consts),
         _Jaxpr(jaxpr.jaxpr),
-        open_call(held, args, kwargs).structure,
-        _types(opened),
+        Call(held, args, kwargs).structure.key,
+        _types(derefed),
         info,
         jtu.tree_structure((out, updates)),
-        result.layout,
-        tuple(result.arrays),
+        part,
+        tuple(leaves),
         name_of(fn),
     )
 
@@ -319,25 +307,27 @@ def filter_pure_callback(
     - What the callback raises: itself under `rx.filter_jit` and where nothing is staged, and
         as a run-time error of JAX under the transforms of JAX.
     """
-    opened = open_call(callback, args, kwargs)
-    structure = opened.structure
-    # The structure holds functions weakly; the program may outlive this call.
-    keep_alive = [static.obj for static in structure.statics]
+    derefed = Call(callback, args, kwargs)
+    structure = derefed.structure
     types, statics = eqx.partition(result_shape_dtypes, is_traced)
 
-    def run(arrays: list[Any], keep_alive: Any = keep_alive) -> Any:
+    def run(arrays: list[Leaves]) -> Any:
         try:
             return run_callback(arrays)
         except Exception as e:
             raise CallbackFailed(e) from e
 
-    def run_callback(arrays: list[Any]) -> Any:
+    def run_callback(arrays: list[Leaves]) -> Any:
+        refs: dict[int, Ref] = {}
         trace = _trace.current_trace()
         with _trace.running_body("filter_pure_callback", (), trace, True, {}) as body:
-            trees, refs = _rebuild(structure, arrays, body)
-            fn, *inner_args, inner_kwargs = trees
+            leaves = structure.leaves(arrays, refs)
+            for ref in refs.values():
+                # For which refs they stand is not known when the program runs.
+                ref._body = body
+            *inner_args, inner_kwargs, fn = structure.trees(leaves)
             out = fn(*inner_args, **inner_kwargs)
-            _refuse_writes(refs)
+            _refuse_writes(refs.values())
         out_arrays, out_statics = eqx.partition(out, eqx.is_array)
         if not eqx.tree_equal(out_statics, statics):
             raise StructureError(
@@ -350,16 +340,16 @@ def filter_pure_callback(
     options = dict(sharding=sharding, vmap_method=vmap_method, vectorized=vectorized)
     given = {key: x for key, x in options.items() if x is not None}
     try:
-        arrays = jax.pure_callback(run, types, opened.arrays, **given)
+        arrays = jax.pure_callback(run, types, derefed.arrays, **given)
         if _trace.is_evaluating():
             jax.block_until_ready(arrays)
     except jax.errors.JaxRuntimeError as e:
-        explain(e, opened.refs, opened.values)
+        explain(e, derefed.refs, derefed.values)
         raise
     return eqx.combine(arrays, statics)
 
 
-def _refuse_writes(refs: list[Ref]) -> None:
+def _refuse_writes(refs: Iterable[Ref]) -> None:
     for ref in refs:
         if ref._written:
             raise StructureError(
@@ -367,13 +357,3 @@ def _refuse_writes(refs: list[Ref]) -> None:
                 "JAX may call it more than once, or not at all. Return the new value, and "
                 "write it outside of the callback."
             )
-
-
-def _rebuild(
-    structure: Structure, arrays: list[Any], body: _trace.Body
-) -> tuple[list[Any], list[Ref]]:
-    """The callable, the arguments and the keywords of a call, made of other arrays; and the
-    new refs in them, owned by the running trace. For which refs they stand is not known
-    when the program runs."""
-    leaves, refs = structure.fill(arrays, body=body)
-    return structure.unflatten(leaves), refs

@@ -21,9 +21,9 @@ class _Pullback(eqx.Module):
     outputs: Side = eqx.field(static=True)
 
     def __call__(self, cotangents: Any, /) -> tuple:
-        given = self.outputs.layout.read(cotangents, "The cotangents")
-        (result,) = self.linear(self.outputs.select(given))
-        return self.inputs.fill(result)
+        given = self.outputs.read((cotangents,), "The cotangents")
+        (result,) = self.linear(given)
+        return self.inputs.trees(result)
 
 
 def _pullback(fn: Differentiated) -> tuple[_Pullback, Outcome]:

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._core import _trace
-from .._core._call import call, close_result, Opened
+from .._core._call import Call, call, close_result
 from .._core._closure import flatten
 from .._core._errors import describe, StructureError
-from .._core._nodes import Note
-from .._core._structure import DYNAMIC, n_arrays, Outcome, Slot
+from .._core._nodes import is_node, Value
+from .._core._ref import Ref
+from .._core._structure import Leaves, Outcome
 from .._engine._axes import array_axis, axes_text, leaf_axes, named_in_axes, spread
 from .._engine._call_axes import Axes, call_axes, check_axis, update_axes
 from .._engine._rng_split import is_key, split_keys
@@ -43,11 +44,11 @@ class _Vmap(Lifted):
         fn, options = self.__wrapped__, self.options
         in_axes = named_in_axes(fn, options["in_axes"], args)
 
-        def transform(opened: Opened) -> Outcome:
-            axes = call_axes(opened, args, in_axes, self.transform_name, whole=in_axes)
+        def transform(derefed: Call) -> Outcome:
+            axes = call_axes(derefed, args, in_axes, self.transform_name, whole=in_axes)
             return vmapped(
-                opened,
-                opened.arrays,
+                derefed,
+                derefed.arrays,
                 axes,
                 self.transform_name,
                 out_axes=options["out_axes"],
@@ -60,43 +61,43 @@ class _Vmap(Lifted):
 
 
 def vmapped(
-    opened: Opened,
-    arrays: list[Any],
+    derefed: Call,
+    arrays: list[Leaves],
     axes: Axes,
     name: str,
     *,
-    lanes: Any = None,
+    places: Any = None,
     out_axes: Any = eqx.if_array(0),
     axis_size: int | None = None,
     transparent: bool = True,
     **vmapkwargs: Any,
 ) -> Outcome:
-    """The body of an opened call, for all lanes at once.
+    """The body of a call, along the whole of the mapped axis at once.
 
     **Arguments:**
 
-    - `arrays`: the flat arrays of the call; mapped over along `axes.flat`.
-    - `name`, `transparent`: as for `Opened.run`.
-    - `lanes`: the numbers of the lanes; from 0 by default.
+    - `arrays`: those of the call; mapped over along `axes`.
+    - `name`, `transparent`: as for `Call.run`.
+    - `places`: the numbers of the places on the mapped axis; from 0 by default.
     """
-    if lanes is None and axes.split:
-        lanes = jnp.arange(_n_lanes(arrays, axes, axis_size, name))
+    if places is None and axes.split:
+        places = jnp.arange(_size(arrays, axes, axis_size, name))
     # The part of the outcome that is not arrays; filled while the body runs.
     traced: dict[str, Any] = {}
 
-    def body(arrays: list[Any], lane: Any) -> tuple[Any, Any]:
-        mine = split_keys(opened, axes.split, arrays, lane)
-        outcome = opened.run(name, mine, transparent, withheld=axes.withheld)
-        trees = outcome.out, outcome.updates
-        given = [
-            *_result_axes(opened, outcome, out_axes, name),
-            *_update_axes(opened, outcome, axes, name),
-        ]
-        traced.update(info=outcome.info, axes=given)
-        is_mapped = jtu.tree_unflatten(
-            jtu.tree_structure(trees), [axis is not None for axis in given]
+    def body(arrays: list[Leaves], place: Any) -> tuple[Any, Any]:
+        mine = split_keys(axes.split, arrays, place)
+        outcome = derefed.run(name, mine, transparent, withheld=axes.withheld)
+        made = outcome.out, outcome.updates
+        given = (
+            _result_axes(derefed, outcome, out_axes, name),
+            _update_axes(derefed, outcome, axes, name),
         )
-        mapped, unmapped = eqx.partition(trees, is_mapped)
+        treedef = jtu.tree_structure(made)
+        flat_axes = treedef.flatten_up_to(given)
+        traced.update(info=outcome.info, axes=flat_axes)
+        is_mapped = treedef.unflatten([axis is not None for axis in flat_axes])
+        mapped, unmapped = eqx.partition(made, is_mapped)
         for x in jtu.tree_leaves(unmapped):
             if _trace.is_batched(x):
                 raise ValueError(
@@ -107,101 +108,96 @@ def vmapped(
 
     lifted = jax.vmap(
         body,
-        in_axes=(list(axes.flat), 0),
+        in_axes=(axes.trees, 0),
         out_axes=(0, None),
         axis_size=axis_size,
         **vmapkwargs,
     )
-    flat, treedef = jtu.tree_flatten(eqx.combine(*lifted(arrays, lanes)))
+    mapped, unmapped = lifted(arrays, places)
+    flat, treedef = jtu.tree_flatten(eqx.combine(mapped, unmapped))
     placed = map(_place, flat, traced["axes"])
-    return Outcome(*jtu.tree_unflatten(treedef, placed), traced["info"])
+    out, updates = treedef.unflatten(placed)
+    return Outcome(out, updates, traced["info"])
 
 
 def _place(x: Any, axis: Any) -> Any:
-    if axis is FIRST_LANE:
+    if axis is FIRST:
         return x[0]
     return jnp.moveaxis(x, 0, axis) if axis else x
 
 
-def _n_lanes(arrays: list[Any], axes: Axes, axis_size: int | None, name: str) -> int:
-    for x, axis in zip(arrays, axes.flat):
-        if axis is not None:
-            return jnp.shape(x)[axis]
+def _size(arrays: list[Leaves], axes: Axes, axis_size: int | None, name: str) -> int:
+    """The size of the mapped axis."""
+    for x in jtu.tree_leaves(axes.slices(arrays)):
+        return len(x)
     if axis_size is None:
         raise ValueError(
-            f"`{name}`: nothing is mapped, so the number of lanes is not known. Give "
-            "`axis_size`."
+            f"`{name}`: nothing is mapped, so the size of the mapped axis is not known. "
+            "Give `axis_size`."
         )
     return axis_size
 
 
-def _result_axes(
-    opened: Opened, outcome: Outcome, out_axes: Any, name: str
-) -> list[int | None]:
-    """The axis of each array of the result: those outside refs, then those of new refs."""
-    info = outcome.info
-    structure = info.result
-    (part,) = structure.parts
-    result = close_result(outcome, opened.refs)
+def _result_axes(derefed: Call, outcome: Outcome, out_axes: Any, name: str) -> Leaves:
+    """The axis of each array of the result, in refs and outside them."""
+    (part,) = outcome.info.result.parts
+    result = close_result(outcome, derefed.refs)
     leaves, _ = flatten(result)
     given = spread(part, leaf_axes(out_axes, result, "out_axes"), leaves)
-    arrays = iter(outcome.out)
-    axes: list[int | None] = []
-    of_refs: dict[int, list[Any]] = {}
-    for code, (axis, _) in zip(structure.codes, given):
-        if code == DYNAMIC:
-            axes.append(array_axis(axis, next(arrays)))
-        elif code >= 0:
-            of_refs.setdefault(code, []).append(axis)
-    for number, slot in enumerate(structure.slots):
-        if number not in info.carried:
-            mine = [next(arrays) for _ in range(n_arrays(slot.inside))]
-            by_place = [[array_axis(axis, x) for x in mine] for axis in of_refs[number]]
-            _check_one_axis(structure.notes[number], slot, by_place, name)
-            axes += by_place[0]
-    return axes
-
-
-def _check_one_axis(note: Note, slot: Slot, by_place: list[list], name: str) -> None:
-    for other in by_place[1:]:
-        if other != by_place[0]:
-            raise StructureError(
-                f"`{name}(..., out_axes=...)` gives {describe(note.name, slot.collection)} "
-                f"two axes, {_text(by_place[0])} and {_text(other)}: it is one new ref at "
-                "two places of the result. Give both places one axis."
-            )
-
-
-def _text(axes: list) -> str:
-    return repr(axes[0] if len(axes) == 1 else axes)
-
-
-# The axis of a key that was broadcast, split by lane, and written: one lane's goes out.
-FIRST_LANE = object()
-
-
-def _update_axes(opened: Opened, outcome: Outcome, axes: Axes, name: str) -> list[Any]:
-    """What came in on an axis goes out on it; what was broadcast must still be one value."""
-    found: list[Any] = []
-    for number, new in outcome.updates.items():
-        own = update_axes(opened, axes, number, new, name)
-        for x, axis in zip(jtu.tree_leaves(new), own):
-            check_axis(opened.refs[number], axis, jnp.ndim(x) + 1, name)
-            if axis is not None or not _trace.is_batched(x):
-                found.append(axis)
-            elif number in axes.split and is_key(x):
-                found.append(FIRST_LANE)
-            else:
-                ref = opened.refs[number]
+    values = {x.index: x.value for x in outcome.out if type(x) is Value}
+    axes: Leaves = []
+    of_refs: dict[int, Any] = {}
+    for leaf, (axis, _) in zip(outcome.out, given):
+        if not is_node(leaf):
+            axes.append(None if leaf is None else array_axis(axis, leaf))
+            continue
+        axes.append(leaf)
+        if leaf.index in values:
+            value = values[leaf.index]
+            mine = jtu.tree_map(lambda x, axis=axis: array_axis(axis, x), value)
+            if of_refs.setdefault(leaf.index, mine) != mine:
                 raise StructureError(
-                    f"{describe(ref._name, ref._collection)} is broadcast by `{name}`, and "
-                    "was written with a value that differs along the mapped axis. Either "
-                    "map it: give it the axis, `rx.add_axis(module, size, "
-                    f"{ref._collection!r})`, and pass that in an argument whose `in_axes` "
-                    f"is `{axes_text(ref, 0)}`; or write one value for all, such as "
-                    "`jax.lax.pmean(value, axis_name)`."
+                    f"`{name}(..., out_axes=...)` gives "
+                    f"{describe(leaf.note.name, leaf.collection)} two axes, "
+                    f"{of_refs[leaf.index]} and {mine}: it is one new ref at two places of "
+                    "the result. Give both places one axis."
                 )
+    return [x.replaced(of_refs[x.index]) if type(x) is Value else x for x in axes]
+
+
+# The axis of a key that was broadcast, split along the mapped axis, and written: the first
+# one goes out.
+FIRST = object()
+
+
+def _update_axes(
+    derefed: Call, outcome: Outcome, axes: Axes, name: str
+) -> dict[int, Any]:
+    """What came in on an axis goes out on it; what was broadcast must still be one value."""
+
+    def of_array(i: int, x: Any, axis: int | None) -> Any:
+        check_axis(derefed.refs[i], axis, jnp.ndim(x) + 1, name)
+        if axis is not None or not _trace.is_batched(x):
+            return axis
+        if i in axes.split and is_key(x):
+            return FIRST
+        raise StructureError(_written_along(derefed.refs[i], name))
+
+    found = {}
+    for i, new in outcome.updates.items():
+        own = update_axes(derefed, axes, i, new, name)
+        found[i] = jtu.tree_map(lambda x, axis, i=i: of_array(i, x, axis), new, own)
     return found
+
+
+def _written_along(ref: Ref, name: str) -> str:
+    return (
+        f"{describe(ref._name, ref._collection)} is broadcast by `{name}`, and was written "
+        "with a value that differs along the mapped axis. Either map it: give it the axis, "
+        f"`rx.add_axis(module, size, {ref._collection!r})`, and pass that in an argument "
+        f"whose `in_axes` is `{axes_text(ref, 0)}`; or write one value for all, such as "
+        "`jax.lax.pmean(value, axis_name)`."
+    )
 
 
 @overload

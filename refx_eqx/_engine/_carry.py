@@ -1,0 +1,139 @@
+"""What a step of a loop is given, and what it must return."""
+
+import functools
+import operator
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+
+from .._core import _closure
+from .._core._errors import describe, StructureError
+from .._core._ref import Ref
+from .._core._structure import is_traced, static_keys
+from ._places import place_text
+
+
+__tracebackhide__ = True
+
+
+def numbers_to_arrays(tree: Any) -> Any:
+    """Python numbers become arrays, as in JAX. Those in a module stay what they are: there
+    they are static, as in Equinox."""
+
+    def is_module(x: Any) -> bool:
+        return isinstance(x, eqx.Module)
+
+    def convert_leaf(x: Any) -> Any:
+        return jnp.asarray(x) if isinstance(x, bool | int | float | complex) else x
+
+    _closure.refuse_cycle(tree)
+    # The very same tree, where it has none: what a function returns is what it was given.
+    leaves = jtu.tree_leaves(tree, is_leaf=is_module)
+    if not any(isinstance(x, bool | int | float | complex) for x in leaves):
+        return tree
+    return jtu.tree_map(
+        lambda x: x if is_module(x) else convert_leaf(x), tree, is_leaf=is_module
+    )
+
+
+def whole_number(x: Any, name: str, what: str, least: int | None = None) -> int:
+    """`x`, which must be a whole number, and known while tracing.
+
+    **Raises:**
+
+    - `TypeError`, `ValueError`: if it is none, or smaller than `least`.
+    """
+    try:
+        number = operator.index(x)
+    except TypeError:
+        raise TypeError(
+            f"`{name}`: {what} must be a whole number that is known while tracing, and it "
+            f"is {eqx.tree_pformat(x)}. Pass an `int`."
+        ) from None
+    if least is not None and number < least:
+        raise ValueError(
+            f"`{name}`: {what} must be at least {least}, and it is {number}."
+        )
+    return number
+
+
+def as_callable(fn: Any) -> Any:
+    """A `functools.partial` as a pytree, so that the arrays in it are carried and not
+    held by a cache."""
+    if type(fn) is functools.partial:
+        return eqx.Partial(fn.func, *fn.args, **fn.keywords)
+    return fn
+
+
+class CarryBefore:
+    """A carry as it was given to a step, which may change it in place or consume it."""
+
+    __slots__ = ("leaves", "structure")
+
+    def __init__(self, carry: Any):
+        self.leaves, self.structure = _closure.flatten(carry)
+
+    def tree(self) -> Any:
+        return _closure.unflatten(self.structure, self.leaves)
+
+
+def check_carry(given: CarryBefore, after: Any, name: str) -> None:
+    """Refuses a step that changes the carry in anything but the values of arrays.
+
+    **Raises:**
+
+    - `StructureError`: if the structure differs, a static leaf, or which ref is where.
+    """
+    new_leaves, new = _closure.flatten(after)
+    old_leaves = given.leaves
+    if given.structure != new:
+        raise StructureError(
+            f"`{name}`: a step must return a carry of the structure that it was given. It "
+            f"was given {eqx.tree_pformat(given.tree())} and returned "
+            f"{eqx.tree_pformat(after)}. Return the same structure from each step."
+        )
+    for i, (a, b) in enumerate(zip(old_leaves, new_leaves)):
+        if a is b or (is_traced(a) and is_traced(b)):
+            continue
+        if isinstance(a, Ref) or isinstance(b, Ref):
+            remedy = (
+                "Return the carry's own refs, each at its place, and write to them: "
+                "`ref.value = ...`."
+            )
+        elif is_traced(a) or is_traced(b):
+            remedy = "Make it an array before the loop and after each step."
+        elif static_keys(a) == static_keys(b):
+            continue
+        else:
+            remedy = (
+                "What is not an array cannot change: make it one, `jnp.asarray(...)`."
+            )
+        raise StructureError(
+            f"`{name}`: a step must return the carry that it was given, with other values "
+            f"in its arrays at most. At {_path(given.tree(), i)} it was given {_text(a)}, "
+            f"and returned {_text(b)}{_whence(b, given)}. {remedy}"
+        )
+
+
+def _whence(leaf: Any, given: CarryBefore) -> str:
+    """Where in the carry a ref was before it was moved."""
+    if isinstance(leaf, Ref):
+        for i, other in enumerate(given.leaves):
+            if other is leaf:
+                return f" from {_path(given.tree(), i)}"
+    return ""
+
+
+def _path(tree: Any, i: int) -> str:
+    pairs, _ = jtu.tree_flatten_with_path(tree)
+    return place_text(pairs[i][0]) if i < len(pairs) else "one of its leaves"
+
+
+def _text(leaf: Any) -> str:
+    if isinstance(leaf, Ref):
+        return describe(leaf._name, leaf._collection)
+    if is_traced(leaf):
+        return f"an array {eqx.tree_pformat(leaf)}"
+    return f"the static value {leaf!r}"
