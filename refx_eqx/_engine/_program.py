@@ -257,6 +257,8 @@ class Variant:
         if _trace.is_checking_results():
             # JAX finds a NaN when the buffers are gone, and would run on them once more.
             return self.plain(arrays)
+        # Only `arrays` has them from here on: `apart` counts who else does.
+        derefed.arrays = []
         split = self.split(derefed, arrays)
         while True:
             try:
@@ -292,6 +294,7 @@ class Variant:
         with dispatching(derefed):
             if self._donate == "none":
                 return self.plain.lower(arrays), Split((), tuple(range(len(arrays))))
+            derefed.arrays = []
             split = self.split(derefed, arrays)
             while True:
                 try:

@@ -107,6 +107,7 @@ class Compiled:
                 if jit.options["donate"] == "none":
                     outcome = Outcome(*self.compiled(flat))
                 else:
+                    derefed.arrays = []  # `apart` counts who holds a buffer
                     both = apart(flat, derefed.values, self._split)
                     outcome = Outcome(*self.compiled(*both))
                 if not outcome.info.asked.holds_for(derefed.refs):
