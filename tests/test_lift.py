@@ -273,6 +273,10 @@ def test_shapes_in_turn(trace_counter):
     assert f.counter.count == 2
 
 
+two_devices = pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+
+
+@two_devices
 def test_specs_are_prefixes_of_the_derefed_arguments():
     mesh = jax.make_mesh((2,), ("x",))
     by_row = jax.NamedSharding(mesh, jax.P("x"))
@@ -311,6 +315,7 @@ def test_specs_that_do_not_fit_name_the_remedy():
     assert ones.shape == (2,)
 
 
+@two_devices
 def test_shard_map():
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((2,), ("x",), axis_types=auto)

@@ -274,7 +274,9 @@ class _Parts:
         out, updates = arrays_of(outcome)
         nodes = jtu.tree_map(lambda _: None, result)
         inexact = jtu.tree_map(is_inexact, out)
-        rest = _Forward(perturbed, flags, statics, part, nodes, inexact, updates.keys())
+        rest = _Forward(
+            perturbed, flags, statics, part, nodes, inexact, frozenset(updates)
+        )
         return (out, updates, channels), _Residuals((kept, arrays), rest)
 
     def backward(self, residuals: _Residuals, cotangents: tuple) -> tuple:

@@ -39,7 +39,9 @@ class _MakeJaxpr(Lifted):
         found: dict[str, Any] = {}
 
         def run(given: list[Leaves]) -> tuple[Leaves, dict[int, Any]]:
-            arrays = eqx.combine(given, constants)
+            *of_args, in_refs = given
+            of_fn = [x if is_node(x) else y for x, y in zip(in_refs, of_function)]
+            arrays = [*of_args, of_fn]
             outcome = derefed.run("filter_make_jaxpr", arrays, transparent=False)
             result = arrays_of_result(derefed.structure, outcome, arrays)
             found["part"], leaves = result
@@ -47,11 +49,8 @@ class _MakeJaxpr(Lifted):
             return leaves, outcome.updates
 
         # The arrays that the function holds outside refs are constants of the program.
-        *of_args, of_fn = derefed.arrays
-        in_refs = [x if is_node(x) else None for x in of_fn]
-        held = [None if is_node(x) else x for x in of_fn]
-        constants = [*jtu.tree_map(lambda _: None, of_args), held]
-        given = [*of_args, in_refs]
+        *of_arguments, of_function = derefed.arrays
+        given = [*of_arguments, [x if is_node(x) else None for x in of_function]]
         jaxpr, (types, _) = jax.make_jaxpr(run, return_shape=True)(given)
         return jaxpr, tree_of(found["part"], types), found["statics"]
 
