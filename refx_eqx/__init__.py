@@ -34,14 +34,14 @@ from ._display import (
     tabulate as tabulate,
 )
 from ._fields._batched import Batched as Batched
-from ._fields._config import config as config
-from ._fields._field import (
+from ._fields._collection import (
     BatchStat as BatchStat,
     Cache as Cache,
     Collection as Collection,
-    field as field,
     Param as Param,
 )
+from ._fields._config import config as config
+from ._fields._field import field as field
 from ._fields._module import Module as Module
 from ._filters._as_refs import as_refs as as_refs
 from ._filters._filters import (

@@ -18,7 +18,8 @@ from ._core._errors import StructureError
 from ._core._ref import declare, Ref
 from ._core._structure import is_traced_in_ref
 from ._fields._axis_names import NO_NAMES
-from ._fields._declaration import Declaration, DeclaredType
+from ._fields._bound import BoundType
+from ._fields._declared import DeclaredRef
 from ._fields._module import Module
 from ._filters._filters import choose, leaves_with_paths
 from ._filters._update import aligned, check_and_write
@@ -180,7 +181,7 @@ def _taking_extra(tx: Any) -> Any:
 
 # A slot holds an array. So a number that is written to it, such as a learning rate, becomes
 # one of the same dtype, and the compiled step stays as it is.
-_SLOT = Declaration(DeclaredType(Optimizer, "opt_state", 0, jax.Array), NO_NAMES)
+_SLOT = BoundType(DeclaredRef(Optimizer, "opt_state", 0, jax.Array), NO_NAMES)
 
 
 def _in_slots(opt_state: Any) -> Any:

@@ -354,3 +354,30 @@ def test_the_other_arguments_of_a_field_are_kept():
 def test_an_unknown_argument_is_refused():
     with pytest.raises(TypeError, match="unexpected keyword argument 'colection'"):
         rx.field(colection="params")
+
+
+@pytest.mark.parametrize("base", [rx.Module, eqx.Module])
+def test_a_field_is_converted_once(base):
+    calls = []
+
+    def convert(x):
+        calls.append(x)
+        return [jnp.asarray(item, jnp.float32) for item in x]
+
+    class Model(base):
+        weights: list[rx.Param[Float[Array, ""]]] = rx.field(converter=convert)
+
+    model = Model([1, 2])
+    assert calls == [[1, 2]]
+    assert [w.value for w in model.weights] == [1.0, 2.0]
+
+
+def test_a_default_that_is_not_assigned_is_converted():
+    class Model(rx.Module):
+        weight: rx.Param[Float[Array, ""]] = rx.field(default=1, converter=jnp.float32)
+
+        def __init__(self):
+            pass
+
+    model = Model()
+    assert model.weight.value == 1.0 and model.weight.name == "Model.weight"

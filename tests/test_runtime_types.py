@@ -671,11 +671,11 @@ def test_batched_takes_a_type_and_axes():
 
 
 def test_a_write_is_checked_while_tracing_and_only_then(trace_counter, monkeypatch):
-    from refx_eqx._fields import _declaration
+    from refx_eqx._fields import _bound
 
     model = linear()
-    checked = trace_counter(_declaration.Declaration.checked)
-    monkeypatch.setattr(_declaration.Declaration, "checked", checked)
+    checked = trace_counter(_bound.BoundType.checked)
+    monkeypatch.setattr(_bound.BoundType, "checked", checked)
 
     @rx.filter_jit
     def step(model, x):

@@ -259,8 +259,8 @@ def _close(node: Value) -> Ref:
     ref = make_ref_of(node)
     for leaf in jtu.tree_leaves(node.value):
         check_not_deleted(ref, leaf)
-    for declaration in ref._declared or ():
-        declaration.check_rebuilt(ref)
+    for bound in ref._declared or ():
+        bound.check_rebuilt(ref)
     return ref
 
 

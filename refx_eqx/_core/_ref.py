@@ -152,7 +152,7 @@ class Ref(Generic[_T]):
     _outer: "Ref | None"
     # Whether this very ref was hashed, and so may be in a set or a dict.
     _hashed: bool
-    # What each field that holds the ref declares of it.
+    # The types that the fields which hold the ref declare of it, with their names bound.
     _declared: tuple[Any, ...] | None
     _trace: Any
     # Whether it was assigned since it was made: so a body is seen to write it, even if what
@@ -533,8 +533,8 @@ def check_value(ref: Ref, value: Any) -> Any:
                     f"{describe(ref._name, ref._collection)}: {reason}"
                 )
             check_not_deleted(ref, leaf)
-    for declaration in ref._declared or ():
-        value = declaration.checked(ref, value)
+    for bound in ref._declared or ():
+        value = bound.checked(ref, value)
     return value
 
 
@@ -556,13 +556,13 @@ def _own(leaf: Any) -> Any:
     return leaf.copy() if _is_writeable(leaf) else leaf
 
 
-def declare(ref: Ref, declaration: Any) -> None:
-    """From now on `ref` is held to this declaration too: each of the fields that share a
-    ref declares its type."""
+def declare(ref: Ref, bound: Any) -> None:
+    """From now on `ref` is held to this type too: each of the fields that share a ref
+    declares one."""
     known = ref._declared or ()
-    if declaration not in known:
-        others = tuple(d for d in known if d.type is not declaration.type)
-        ref._declared = (*others, declaration)
+    if bound not in known:
+        others = tuple(x for x in known if x.declared is not bound.declared)
+        ref._declared = (*others, bound)
         commits.irregular += 1
 
 
@@ -601,7 +601,7 @@ def _unpickle(
     name: str | None,
     declared: tuple[Any, ...] | None = None,
 ) -> Ref:
-    known = tuple(declaration for declaration in declared or () if declaration)
+    known = tuple(bound for bound in declared or () if bound)
     return make_ref(ref_type, value, collection, name, known or None)
 
 

@@ -9,7 +9,7 @@ import jaxtyping
 import numpy as np
 
 from .._core._ref import Ref
-from ._declaration import Declaration
+from ._bound import BoundType
 from ._hints import conforms, hint_text
 
 
@@ -62,12 +62,12 @@ def _sizes_of(leaf: Any, n: int) -> tuple[int, ...] | None:
     """The sizes of the first `n` axes of the stack that a leaf is. `()` for a leaf that
     cannot be stacked; `None` for one that is not."""
     value = leaf._value if isinstance(leaf, Ref) else leaf
-    declared = leaf._declared or () if isinstance(leaf, Ref) else ()
+    types = leaf._declared or () if isinstance(leaf, Ref) else ()
     found: tuple[int, ...] = ()
     for array in jtu.tree_leaves(value):
         if not isinstance(array, (jax.Array, jax.ShapeDtypeStruct)):
             continue
-        axes = _stacked_along(value, n, declared)
+        axes = _stacked_along(value, n, types)
         if axes is None or len(array.shape) < n:
             return None
         shape = list(array.shape)
@@ -76,13 +76,13 @@ def _sizes_of(leaf: Any, n: int) -> tuple[int, ...] | None:
 
 
 def _stacked_along(
-    value: Any, n: int, declared: tuple[Declaration, ...]
+    value: Any, n: int, types: tuple[BoundType, ...]
 ) -> tuple[int, ...] | None:
     in_front = (0,) * n
-    if all(declaration.why_not(value, in_front) is None for declaration in declared):
+    if all(bound.why_not(value, in_front) is None for bound in types):
         return in_front
     # `filter_vmap(..., out_axes=1)`: the axis is elsewhere.
-    along = declared[0].extra_axes(value)
+    along = types[0].extra_axes(value)
     return along if along is not None and len(along) == n else None
 
 

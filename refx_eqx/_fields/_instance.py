@@ -19,10 +19,11 @@ from .._core._nodes import is_node
 from .._core._ref import declare, Ref
 from ._axis_names import AxisNames, name_scope, names_bound, NO_NAMES, union
 from ._batched import BatchedHint
+from ._bound import BoundType
 from ._config import config
 from ._construction import keep_state
-from ._declaration import Declaration
-from ._field import check_declared, Declared, plain_hints, RefSpec
+from ._declared import DeclaredRef
+from ._field import plain_hints, RefField
 from ._hints import hint_text, why_not_of_type
 
 
@@ -32,10 +33,10 @@ __tracebackhide__ = True
 class _Plan(NamedTuple):
     """Which fields of a class there are to check."""
 
-    of_refs: tuple[tuple[str, RefSpec], ...]
+    of_refs: tuple[RefField, ...]
     plain: tuple[tuple[str, Any], ...]
     # What was found right before, by the shapes and dtypes of the refs.
-    known: dict[tuple, tuple[Declaration | None, ...]]
+    known: dict[tuple, tuple[BoundType | None, ...]]
 
 
 _plans: weakref.WeakKeyDictionary[type, _Plan] = weakref.WeakKeyDictionary()
@@ -47,9 +48,8 @@ def _plan_of(cls: type) -> _Plan:
         of_refs, plain = [], []
         hints = plain_hints(cls)
         for name, field in cls.__dataclass_fields__.items():  # type: ignore[attr-defined]
-            spec = field.metadata.get("converter")
-            if isinstance(spec, RefSpec) and spec.is_ref_field:
-                of_refs.append((name, spec))
+            if isinstance(field, RefField) and field.declared is not None:
+                of_refs.append(field)
             elif name in hints and field._field_type.name == "_FIELD":
                 plain.append((name, hints[name]))
         plan = _plans[cls] = _Plan(tuple(of_refs), tuple(plain), {})
@@ -69,31 +69,29 @@ def check_instance(instance: Any) -> None:
     fields, class_name = vars(instance), type(instance).__name__
     shapes = _shapes_of(plan, fields)
     if shapes in plan.known:
-        for (name, _), declaration in zip(plan.of_refs, plan.known[shapes]):
-            if declaration is not None:
-                keep_state(fields[name])
-                declare(fields[name], declaration)
+        for field, bound in zip(plan.of_refs, plan.known[shapes]):
+            if bound is not None:
+                keep_state(fields[field.name])
+                declare(fields[field.name], bound)
         return
-    checked = []
-    declarations: dict[tuple, Declaration] = {}
     with name_scope(instance=instance):
         for name, hint in plan.plain:
             _check_plain(fields[name], hint, f"{class_name}.{name}")
-        for name, spec in plan.of_refs:
-            for ref, where, declared in spec.refs_in(fields[name], class_name):
-                check_declared(ref, where, declared)
-                checked.append((ref, declared.type))
+        found = [
+            held
+            for field in plan.of_refs
+            for held in field.refs_in(fields[field.name], class_name)
+        ]
+        for declared, ref, where in found:
+            declared.check(ref, where)
         # Only now are all names bound.
-        for ref, declared_type in checked:
-            names = declared_type.names(instance)
-            declarations[id(ref), declared_type] = Declaration(declared_type, names)
-    for ref, declared_type in checked:
+        all_bound = {declared: declared.bound(instance) for declared, _, _ in found}
+    for declared, ref, _ in found:
         keep_state(ref)
-        declare(ref, declarations[id(ref), declared_type])
+        declare(ref, all_bound[declared])
     if shapes is not None and len(plan.known) < _MAX_KNOWN:
         plan.known[shapes] = tuple(
-            declarations.get((id(fields[name]), *spec.declared_types))
-            for name, spec in plan.of_refs
+            all_bound.get(declared) for field in plan.of_refs for declared in field.refs
         )
 
 
@@ -105,9 +103,9 @@ def _shapes_of(plan: _Plan, fields: dict[str, Any]) -> tuple | None:
     if plan.plain:
         return None
     shapes: list[Any] = []
-    for name, spec in plan.of_refs:
-        declared, ref = spec.declared, fields[name]
-        if not isinstance(declared, Declared) or not declared.type.by_shape:
+    for field in plan.of_refs:
+        declared, ref = field.declared, fields[field.name]
+        if not isinstance(declared, DeclaredRef) or not declared.by_shape:
             return None
         if ref is None and declared.optional:
             shapes.append(None)
@@ -147,15 +145,15 @@ def names_of_instance(instance: Any) -> AxisNames:
     if not config.check_types:
         return NO_NAMES
     fields, found = vars(instance), []
-    for name, spec in _plan_of(type(instance)).of_refs:
+    for field in _plan_of(type(instance)).of_refs:
         try:
-            refs = spec.refs_in(fields[name], "")
+            refs = field.refs_in(fields[field.name])
         except (KeyError, RefTypeError):
             continue  # in `__init__` still, or in a tree that is being manipulated
-        for ref, _, declared in refs:
+        for declared, ref, _ in refs:
             if isinstance(ref, Ref):
-                mine = (d for d in ref._declared or () if d.type is declared.type)
-                found.extend(declaration.names for declaration in mine)
+                mine = (x for x in ref._declared or () if x.declared is declared)
+                found.extend(bound.names for bound in mine)
     return union(found) if found else NO_NAMES
 
 
@@ -179,10 +177,9 @@ def check_field(instance: Any, name: str, value: Any) -> None:
     - `RefTypeError`: if there is an array by mistake.
     """
     field = type(instance).__dataclass_fields__.get(name)
-    spec = None if field is None else field.metadata.get("converter")
-    if not isinstance(spec, RefSpec) or not spec.is_ref_field:
+    if not isinstance(field, RefField):
         return
-    for x, where, declared in _held(spec, value, type(instance)):
+    for declared, x, where in _held(field, value, type(instance)):
         if not isinstance(x, _ARRAYS):
             continue
         lost = "value" in getattr(x, "__dict__", ())
@@ -200,9 +197,9 @@ def check_refs_in_place(tree: Any, failure: str) -> None:
 
     def visit(x: Any) -> bool:
         if isinstance(x, eqx.Module):
-            for _, spec in _plan_of(type(x)).of_refs:
-                found = _held(spec, vars(x).get(spec.field_name), type(x))
-                for leaf, where, declared in found:
+            for field in _plan_of(type(x)).of_refs:
+                held = _held(field, vars(x).get(field.name), type(x))
+                for declared, leaf, where in held:
                     if not isinstance(leaf, Ref) and eqx.is_array_like(leaf):
                         place = path_of(tree, lambda other: other is leaf)
                         raise _not_a_ref(leaf, where, declared, False, failure, place)
@@ -211,9 +208,9 @@ def check_refs_in_place(tree: Any, failure: str) -> None:
     jtu.tree_flatten(tree, is_leaf=visit)
 
 
-def _held(spec: RefSpec, value: Any, cls: type) -> list[tuple[Any, str, Declared]]:
+def _held(field: RefField, value: Any, cls: type) -> list[tuple[DeclaredRef, Any, str]]:
     try:
-        return spec.refs_in(value, cls.__name__)
+        return field.refs_in(value, cls.__name__)
     except RefTypeError:
         return []  # of another structure: a tree that is being manipulated
 
@@ -222,15 +219,15 @@ def _has_refs(instance: Any) -> bool:
     cls, fields = type(instance), vars(instance)
     return any(
         isinstance(x, Ref)
-        for name, spec in _plan_of(cls).of_refs
-        for x, _, _ in _held(spec, fields.get(name), cls)
+        for field in _plan_of(cls).of_refs
+        for _, x, _ in _held(field, fields.get(field.name), cls)
     )
 
 
 def _not_a_ref(
     x: Any,
     where: str,
-    declared: Declared,
+    declared: DeclaredRef,
     lost: bool,
     failure: str = "",
     place: str = "",

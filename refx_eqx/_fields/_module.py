@@ -8,7 +8,7 @@ import equinox as eqx
 from ._axis_names import bind_in_methods
 from ._config import config
 from ._construction import making_a_module
-from ._field import declare_ref_fields, field, RefSpec
+from ._field import declare_ref_fields, field, RefField
 from ._instance import check_field, check_instance, MAY_HOLD_ARRAYS, names_of_instance
 
 
@@ -88,9 +88,8 @@ class Module(eqx.Module, metaclass=_ModuleMeta):
             return out
 
         def __setattr__(self, name: str, value: Any) -> None:
-            declared = type(self).__dataclass_fields__.get(name)
-            spec = None if declared is None else declared.metadata.get("converter")
-            if not isinstance(spec, RefSpec) or not spec.is_ref_field:
+            field = type(self).__dataclass_fields__.get(name)
+            if not isinstance(field, RefField) or field.declared is None:
                 super().__setattr__(name, value)
                 return
             try:
@@ -104,7 +103,7 @@ class Module(eqx.Module, metaclass=_ModuleMeta):
                     f"...`; to put another ref there, use `eqx.tree_at(lambda m: m.{name}, "
                     "module, ref)`, which makes a new module."
                 ) from None
-            super().__setattr__(name, spec.convert(value, type(self).__name__))
+            super().__setattr__(name, field.convert(value, type(self).__name__))
 
 
 bind_in_methods(Module, names_of_instance)

@@ -1,0 +1,65 @@
+"""Annotations that are strings, with the names in them looked up where a class body stands."""
+
+import builtins
+import sys
+from typing import Any, ForwardRef, Union
+
+
+__tracebackhide__ = True
+
+
+def resolve_annotation(owner: type, annotation: Any) -> Any:
+    """The annotation itself, where `from __future__ import annotations` left a string, or
+    quotes did (`Optional["Param[Array]"]`)."""
+    for _ in range(2):  # An annotation in quotes is a string in a string there.
+        if isinstance(annotation, ForwardRef):
+            annotation = annotation.__forward_arg__
+        if isinstance(annotation, str):
+            annotation = eval(annotation, {}, _Namespace(owner))
+    return annotation
+
+
+class _Unknown:
+    """Stands for a name in an annotation that exists for the type checker alone."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __getitem__(self, item: Any) -> Any:
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+    def __or__(self, other: Any) -> Any:
+        return Union[Any, other]
+
+    __ror__ = __or__
+
+
+class _Namespace(dict):
+    """The names that a string annotation may use. An unknown one is no reason to fail."""
+
+    def __init__(self, owner: type):
+        super().__init__()
+        module = vars(sys.modules[owner.__module__])
+        self.scopes = [vars(owner), *_enclosing_locals(module), module, vars(builtins)]
+
+    def __missing__(self, name: str) -> Any:
+        for scope in self.scopes:
+            if name in scope:
+                return scope[name]
+        return _Unknown()
+
+
+def _enclosing_locals(module: dict) -> list[dict]:
+    """The local names of the functions around a class body, while it is being executed."""
+    found = []
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals is module:
+            found.append(frame.f_locals)
+        frame = frame.f_back
+    return found

@@ -1,0 +1,277 @@
+"""What an instance makes of a declared type: the type with its names bound.
+
+A class says of a field `weight: rx.Param[Float[Array, "out in"]]`: that is declared, see
+`_declared.py`. An instance binds the names: `out` is 2 and `in` is 3. Every ref of the
+instance carries that `BoundType`, and every write is checked by it.
+
+A ref may hold more, or less, than what was declared. `filter_vmap(Linear)(keys)` makes refs
+with an axis in front; inside of `filter_vmap` and `scan` it is gone again; under a
+`shard_map` a ref holds a part. Nothing has to tell the type: what a ref holds *before* a
+write has been checked already, so it shows which axes are extra.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+
+from .._core._errors import describe, RefTypeError
+from ._axis_names import AxisNames, name_scope
+from ._config import config
+from ._hints import hint_text, why_not_of_type
+
+
+__tracebackhide__ = True
+
+
+class BoundType:
+    """The declared type of a ref with its names bound, as one instance bound them.
+
+    Hashable and compared by value: equal for two instances of equal sizes, so that a
+    program compiled for the one serves the other. `declared` is a `DeclaredRef`.
+    """
+
+    __slots__ = ("_hash", "declared", "names")
+
+    def __init__(self, declared: Any, names: AxisNames):
+        self.declared = declared
+        self.names = names
+        # Asked for on every call of a program on modules that it has not seen.
+        self._hash = hash((id(declared), names))
+
+    def __eq__(self, other: Any) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, BoundType) and (
+            self.declared is other.declared and self.names == other.names
+        )
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __repr__(self) -> str:
+        names = f" with {self.names}" if any(self.names) else ""
+        return f"`{hint_text(self.declared.hint)}`{names}"
+
+    def __reduce__(self):
+        declared, owner = self.declared, self.declared.owner
+        where = owner.__module__, owner.__qualname__, declared.field, declared.number
+        return _find, (*where, self.names)
+
+    def why_not(self, value: Any, axes: tuple[int, ...] = ()) -> str | None:
+        """Why `value`, without these axes, is not of this type; or `None`."""
+        leaves, treedef = jtu.tree_flatten(value)
+        if not axes and not any(map(is_placeholder, leaves)):
+            with name_scope(self.names):
+                return why_not_of_type(value, self.declared.hint)
+        if any(_is_sized(x) and len(x.shape) < len(axes) for x in leaves):
+            return "it has fewer axes than the stack that it is written to"
+        reasons: list[str | None] = []
+
+        def judge(arrays: list[Any]) -> None:
+            rest = iter(arrays)
+            one = [next(rest) if _is_sized(x) else x for x in leaves]
+            with name_scope(self.names):
+                reason = why_not_of_type(
+                    jtu.tree_unflatten(treedef, one), self.declared.hint
+                )
+            reasons.append(reason)
+
+        # Tracers of the shape that is left stand for the value: nothing is computed.
+        jax.eval_shape(judge, [_without(x, axes) for x in leaves if _is_sized(x)])
+        return reasons[0]
+
+    def extra_axes(self, value: Any) -> tuple[int, ...] | None:
+        """The axes that `value` has beside those of this type: of a stack. `None` if it is
+        not of this type whichever axes are taken away."""
+        for axes in _candidates(value):
+            if self.why_not(value, axes) is None:
+                return axes
+        return None
+
+    def checked(self, ref: Any, value: Any) -> Any:
+        """`value`, as it is to be stored in `ref`: of this type.
+
+        **Raises:**
+
+        - `RefTypeError`: if it is not.
+        """
+        old = ref._value
+        if isinstance(value, jax.Array) and self.declared.by_shape:
+            # The common case: as what is there, which was checked before.
+            known = type(old) is type(value) or isinstance(old, jax.Array)
+            if known and old.shape == value.shape and old.dtype == value.dtype:
+                return value
+        return self._checked(ref, value, old) if config.check_types else value
+
+    def check_rebuilt(self, ref: Any) -> None:
+        """As `checked`, of the value that is there already, which any transform may have
+        stacked meanwhile."""
+        value = ref._value
+        if config.check_types and _is_data(value) and self.extra_axes(value) is None:
+            raise self.error(ref._name, ref._collection, value, self.why_not(value))
+
+    def _checked(self, ref: Any, value: Any, old: Any) -> Any:
+        axes: tuple[int, ...] | None = ()
+        if _is_data(old):
+            axes = self.extra_axes(old)
+            if axes is None:
+                if _same_shapes(old, value):
+                    return value
+                reason = (
+                    "inside this transform it is a part of the declared value (a shard, or a "
+                    f"slice), and a part keeps its shape and dtype, {eqx.tree_pformat(old)}"
+                )
+                raise self.error(ref._name, ref._collection, value, reason, old)
+        elif _is_data(value) and self.extra_axes(value) is not None:
+            return value  # instead of a `None`, in a tree that was partitioned
+        reason = self.why_not(value, axes)
+        if reason is not None:
+            new = self.as_array(value, old)
+            if new is not None:
+                return new
+        if reason is None and axes and _sizes(value, axes) != _sizes(old, axes):
+            reason = f"the sizes of the stack are {_sizes(value, axes)[0]} instead of "
+            reason += f"{_sizes(old, axes)[0]}"
+        if reason is None:
+            return value
+        raise self.error(ref._name, ref._collection, value, reason, old, axes)
+
+    def as_array(self, value: Any, old: Any = None) -> Any:
+        """A Python scalar as an array of the declared type, if JAX would promote it to that.
+        `None` if not.
+
+        As in `x.at[...].set(1.0)` the scalar is weakly typed: it takes the dtype of what it
+        replaces.
+        """
+        if type(value) not in _SCALARS:
+            return None
+        kind = _SCALARS.index(type(value))
+        # A number takes any wider kind, a bool none.
+        wider = _KINDS[kind : None if kind else 1]
+        if isinstance(old, jax.Array):
+            dtypes = [old.dtype] if old.ndim == 0 else []
+        else:
+            dtypes = [jnp.result_type(t) for t in _SCALARS]
+        for dtype in dtypes:
+            if any(jnp.issubdtype(dtype, kind) for kind in wider):
+                try:
+                    new = jnp.asarray(value, dtype)
+                except OverflowError:  # 300, for an `int8`
+                    return None
+                if self.why_not(new) is None:
+                    return new
+        return None
+
+    def error(
+        self,
+        name: str | None,
+        collection: Any,
+        value: Any,
+        reason: str | None,
+        old: Any = None,
+        axes: tuple[int, ...] | None = None,
+    ) -> RefTypeError:
+        got = eqx.tree_pformat(value)
+        stack = ""
+        if axes:
+            stack = f" It is a stack: the sizes {_sizes(old, axes)[0]} come on top of the type."
+        remedy = "Write a value of the declared type, or declare a wider one."
+        if isinstance(value, (np.ndarray, np.generic)):
+            remedy = "Make a JAX array of it: `jnp.asarray(value)`."
+        elif _is_sized(old) and _is_sized(value) and old.shape == value.shape:
+            remedy = "Convert it: `value.astype(ref.dtype)`."
+        elif _has_more_axes(value, old) and self.extra_axes(value):
+            remedy = (
+                "A write keeps the axes that there are. To map over the ref, give it the axis: "
+                f"`module = rx.add_axis(module, size, {collection!r})`."
+            )
+        elif any(self.names):
+            remedy = (
+                "Write a value of the declared type. The names stay bound to what they were "
+                "when the module was made: for other sizes, make a new module."
+            )
+        why = f": {reason}" if reason else ""
+        return RefTypeError(
+            f"{describe(name, collection)} is declared {self!r}, and cannot hold "
+            f"{got}{why}.{stack} {remedy}"
+        )
+
+
+_SCALARS = bool, int, float, complex
+_KINDS = (np.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
+
+
+def is_placeholder(leaf: Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _is_sized(leaf: Any) -> bool:
+    return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
+
+
+def _without(leaf: Any, axes: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    shape = list(leaf.shape)
+    for axis in axes:
+        del shape[axis]
+    return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
+
+
+def _sizes(value: Any, axes: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The sizes of these axes, taken away one after the other, in each array."""
+    found = []
+    for leaf in filter(_is_sized, jtu.tree_leaves(value)):
+        shape = list(leaf.shape)
+        found.append(tuple(shape.pop(axis) for axis in axes))
+    return found
+
+
+def _candidates(value: Any) -> Iterator[tuple[int, ...]]:
+    """Which axes may be those of a stack: none, any one of them, several in front."""
+    yield ()
+    ranks = [len(x.shape) for x in jtu.tree_leaves(value) if _is_sized(x)]
+    rank = min(ranks, default=0)
+    stacks = [(axis,) for axis in range(rank)] + [(0,) * n for n in range(2, rank + 1)]
+    for axes in stacks:
+        # The arrays of one value are stacked together.
+        if len(set(_sizes(value, axes))) == 1:
+            yield axes
+
+
+def _is_data(value: Any) -> bool:
+    """Whether this is a value, not what a transform or a filter put in its place."""
+    leaves = jtu.tree_leaves(value, is_leaf=lambda x: x is None)
+    return bool(leaves) and all(map(_is_sized, leaves))
+
+
+def _same_shapes(old: Any, new: Any) -> bool:
+    old_leaves, old_def = jtu.tree_flatten(old)
+    new_leaves, new_def = jtu.tree_flatten(new)
+    return old_def == new_def and all(
+        _is_sized(b) and a.shape == b.shape and a.dtype == b.dtype
+        for a, b in zip(old_leaves, new_leaves)
+    )
+
+
+def _has_more_axes(value: Any, old: Any) -> bool:
+    return _is_sized(old) and _is_sized(value) and len(value.shape) > len(old.shape)
+
+
+def _find(
+    module: str, qualname: str, field: str, number: int, names: AxisNames
+) -> BoundType | None:
+    """To unpickle a bound type: the class has what was declared. `None` if the class is not
+    to be found, as one that was defined inside of a function."""
+    owner: Any = sys.modules.get(module)
+    for part in qualname.split("."):
+        owner = getattr(owner, part, None)
+    found = getattr(owner, "__dataclass_fields__", {}).get(field)
+    for declared in getattr(found, "refs", ()):
+        if declared.number == number:
+            return BoundType(declared, names)
+    return None

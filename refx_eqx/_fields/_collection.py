@@ -1,0 +1,68 @@
+"""Collections: what a ref is for, as an annotation says it."""
+
+import dataclasses
+from collections.abc import Hashable
+from typing import Annotated, Any, TypeVar
+
+from .._core._errors import check_hashable
+from .._core._ref import Ref
+from . import _ref_type as _ref_type  # `Ref[T]` means something from here on
+
+
+__tracebackhide__ = True
+
+
+_T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collection:
+    """Declares the collection of a field, inside of `typing.Annotated`.
+
+    !!! Example
+
+        ```python
+        from typing import Annotated, TypeVar
+
+        import jax.numpy as jnp
+        import refx_eqx as rx
+        from jaxtyping import Array, Float
+
+        T = TypeVar("T")
+        Lora = Annotated[rx.Ref[T], rx.Collection("lora")]
+
+        class Adapter(rx.Module):
+            a: Lora[Float[Array, "rank in"]]
+
+        assert Adapter(jnp.zeros((2, 3))).a.collection == "lora"
+        ```
+
+    **Arguments:**
+
+    - `name`: the collection; any hashable.
+    """
+
+    name: Hashable
+
+    def __post_init__(self) -> None:
+        check_hashable("rx.Collection", name=self.name)
+
+
+Param = Annotated[Ref[_T], Collection("params")]
+"""`Param[T]`: a ref to a `T`, of collection `"params"`: what an optimiser trains."""
+
+BatchStat = Annotated[Ref[_T], Collection("batch_stats")]
+"""`BatchStat[T]`: a ref to a `T`, of collection `"batch_stats"`: running statistics."""
+
+Cache = Annotated[Ref[_T], Collection("cache")]
+"""`Cache[T]`: a ref to a `T`, of collection `"cache"`: keys and values while decoding."""
+
+
+def _collection_of_alias(ref: Ref, alias: Any) -> None:
+    # `typing` tells what it made by which alias: `rx.Param(x)` is of collection "params".
+    for metadata in getattr(alias, "__metadata__", ()):
+        if isinstance(metadata, Collection) and ref._collection is None:
+            ref._collection = metadata.name
+
+
+Ref.__orig_class__ = property(fset=_collection_of_alias)  # type: ignore[attr-defined]

@@ -1,0 +1,294 @@
+"""What a class declares of the refs in a field, read off its annotation.
+
+`weight: rx.Param[Float[Array, "out in"]]` declares one ref; `tuple[rx.Param[Array], ...]`
+declares a container of refs. An instance binds the names: see `_bound.py`.
+"""
+
+import copy
+import itertools
+import re
+import types
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
+from typing import Any, Final, get_args, get_origin, Union
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+import jaxtyping
+
+from .._core._errors import CollectionError, describe, RefTypeError
+from .._core._ref import commits, Ref, Withheld
+from ._annotation import resolve_annotation
+from ._axis_names import AxisNames, names_bound
+from ._bound import BoundType, is_placeholder
+from ._collection import Collection
+from ._construction import keep_state
+from ._hints import hint_text, split_hint, why_not_of_type
+from ._ref_type import OpenRefHint, RefHint
+
+
+__tracebackhide__ = True
+
+
+# What to do with what is there instead of a declared ref: with what is declared, what is
+# there, and where that is.
+Visit = Callable[["DeclaredRef", Any, str], Any]
+
+
+class DeclaredRef:
+    """What a class declares of one ref in a field. Made once a class, compared by identity.
+
+    - `owner`, `field`: the class, and the name of the field;
+    - `number`: which of the refs in the annotation of the field, for a container;
+    - `hint`: the type of the value;
+    - `ref_type`, `collection`: of the ref;
+    - `optional`: whether there may be `None` instead.
+    """
+
+    __slots__ = (
+        "_words",
+        "by_shape",
+        "collection",
+        "field",
+        "hint",
+        "number",
+        "optional",
+        "owner",
+        "ref_type",
+    )
+
+    def __init__(
+        self,
+        owner: type,
+        field: str,
+        number: int,
+        hint: Any,
+        ref_type: type[Ref] = Ref,
+        collection: Hashable = None,
+    ):
+        self.owner = owner
+        self.field = field
+        self.number = number
+        self.hint = hint
+        self.ref_type = ref_type
+        self.collection = collection
+        self.optional = False
+        text = hint_text(hint)
+        # Whether all that counts is shape and dtype.
+        self.by_shape = "self." not in text and (
+            hint is jax.Array or isinstance(hint, type(jaxtyping.AbstractArray))
+        )
+        # The names in the hint, and the attributes that it has as `{self.name}`.
+        self._words = (
+            frozenset(re.findall(r"\w+", text)),
+            tuple(sorted(set(re.findall(r"\bself\.(\w+)", text)))),
+        )
+
+    def refs(self) -> Iterator["DeclaredRef"]:
+        """All refs that are declared here."""
+        yield self
+
+    def map(self, visit: Visit, value: Any, where: str) -> Any:
+        """`value` with `visit(declared, x, where)` for each `x` in it that is declared a
+        ref. The same object, if nothing in it changes.
+
+        **Raises:**
+
+        - `RefTypeError`: if a container is of another kind, or has another number of items.
+        """
+        if value is None and self.optional:
+            return value
+        return visit(self, value, where)
+
+    def names(self, instance: Any = None) -> AxisNames:
+        """Those of the names bound in the running scope that this type speaks of."""
+        words, attributes = self._words
+        names = names_bound(words)
+        found = []
+        for attribute in attributes:
+            value = getattr(instance, attribute, None)
+            if isinstance(value, Hashable) and not isinstance(value, jax.Array):
+                found.append((attribute, value))
+        return names._replace(attributes=tuple(found)) if found else names
+
+    def bound(self, instance: Any = None) -> BoundType:
+        """The type, with its names as they are bound in the running scope."""
+        return BoundType(self, self.names(instance))
+
+    def ref_of(self, value: Any, where: str) -> Ref:
+        """A new ref for `value`; or `value` itself if it is a ref, which takes the name and
+        the collection of the field, as far as it has none."""
+        if not isinstance(value, Ref):
+            ref = self.ref_type(value, self.collection)
+            ref._name = where
+            return ref
+        keep_state(value)
+        if value._collection is None:
+            value._collection = self.collection
+            commits.irregular += 1
+        elif self.collection is not None and value._collection != self.collection:
+            raise CollectionError(
+                f"The field `{where}` is of collection {self.collection!r}, and was given "
+                f"{describe(value._name, value._collection)}. Give it a ref of that "
+                "collection, or pass the value (`ref.value`) to make a ref of its own."
+            )
+        if value._name is None:
+            value._name = where
+        return value
+
+    def check(self, ref: Any, where: str) -> None:
+        """That there is a ref of the declared class at this place, with a value of its type.
+        Binds axis names in the running scope.
+
+        **Raises:**
+
+        - `RefTypeError`: if not.
+        """
+        if not isinstance(ref, self.ref_type):
+            raise RefTypeError(
+                f"`{where}` is declared a `{self.ref_type.__name__}`, and there is "
+                f"{eqx.tree_pformat(ref)}. Put `rx.Ref(value)` there, or assign the whole "
+                "field, which makes a ref of each value."
+            )
+        value = ref._value
+        if type(value) is Withheld:
+            return  # a module that is rebuilt where its refs may not be touched
+        if any(map(is_placeholder, jtu.tree_leaves(value))):
+            return  # shapes without arrays, to build a model without its memory
+        reason = why_not_of_type(value, self.hint)
+        if reason is None:
+            return
+        bound = self.bound()
+        new = bound.as_array(value)
+        if new is None:
+            raise bound.error(where, ref._collection, value, reason)
+        keep_state(ref)
+        with commits.lock:
+            commits.store(((ref, new),))
+
+
+class DeclaredContainer:
+    """What a class declares of a tuple, list or dict that holds refs.
+
+    - `kind`: of the container;
+    - `items`: what is declared of each item, or once for all of them; `None` for an item
+        without refs.
+    """
+
+    __slots__ = ("is_same_for_all", "items", "kind", "optional")
+
+    def __init__(
+        self,
+        kind: type,
+        items: tuple["DeclaredRef | DeclaredContainer | None", ...],
+        is_same_for_all: bool,
+    ):
+        self.kind = kind
+        self.items = items
+        self.is_same_for_all = is_same_for_all
+        self.optional = False
+
+    def refs(self) -> Iterator[DeclaredRef]:
+        for item in self.items:
+            if item is not None:
+                yield from item.refs()
+
+    def map(self, visit: Visit, value: Any, where: str) -> Any:
+        """See `DeclaredRef.map`."""
+        if value is None and self.optional:
+            return value
+        self._check(value, where)
+        container: Any = value  # which pyright takes for a possible `None` until here
+        keys = list(container) if isinstance(value, Mapping) else range(len(container))
+        items = self.items * len(keys) if self.is_same_for_all else self.items
+        new = {
+            key: container[key]
+            if item is None
+            else item.map(visit, container[key], f"{where}[{key!r}]")
+            for key, item in zip(keys, items)
+        }
+        if all(new[key] is container[key] for key in keys):
+            return container
+        if isinstance(value, Mapping):
+            changed: Any = copy.copy(container)  # a `defaultdict` keeps its factory
+            changed.update(new)
+            return changed
+        kind: Any = type(container)
+        if hasattr(value, "_fields"):  # a named tuple
+            return kind(*new.values())
+        return kind(new.values())
+
+    def _check(self, value: Any, where: str) -> None:
+        n = len(self.items)
+        if not isinstance(value, self.kind):
+            expected = f"a {self.kind.__name__}"
+        elif not self.is_same_for_all and len(value) != n:
+            expected = f"a {self.kind.__name__} of {n} items"
+        elif jtu.all_leaves([value]):  # a range, a text, a subclass of `list`
+            raise RefTypeError(
+                f"`{where}` is declared a {self.kind.__name__} of refs, and was given "
+                f"{eqx.tree_pformat(value)}, which JAX does not look into: it is no "
+                "pytree. Assign a tuple, a list or a dict."
+            )
+        else:
+            return
+        raise RefTypeError(
+            f"`{where}` is declared {expected}, and cannot hold {eqx.tree_pformat(value)}. "
+            "Assign what is declared, or declare what is assigned."
+        )
+
+
+Declared = DeclaredRef | DeclaredContainer
+
+
+def read_annotation(
+    annotation: Any, owner: type, field: str, numbers: Iterator[int] | None = None
+) -> Declared | None:
+    """What `annotation` says of refs; `None` if it does not speak of any.
+
+    **Arguments:**
+
+    - `annotation`: the type; strings in it are looked up from `owner`.
+    - `owner`, `field`: the class that the annotation is in, and the name that has it.
+    - `numbers`: for the refs in it.
+
+    **Raises:**
+
+    - `TypeError`: if it says that refs are in something which is no pytree.
+    """
+    numbers = itertools.count() if numbers is None else numbers
+    hint, metadata = split_hint(resolve_annotation(owner, annotation))
+    origin: Any = get_origin(hint)
+    arguments = get_args(hint)
+    if origin is Final and arguments:
+        return read_annotation(arguments[0], owner, field, numbers)
+    if origin in (Union, types.UnionType):
+        found = [read_annotation(x, owner, field, numbers) for x in arguments]
+        first = next((x for x in found if x is not None), None)
+        if first is not None:
+            first.optional = type(None) in arguments
+        return first
+    if isinstance(origin, type) and issubclass(origin, Sequence | Mapping | Set):
+        is_same_for_all = True
+        if issubclass(origin, Mapping):
+            arguments = arguments[1:]
+        elif issubclass(origin, tuple):
+            is_same_for_all = arguments[1:] == (Ellipsis,)
+            arguments = arguments[:1] if is_same_for_all else arguments
+        items = tuple(read_annotation(x, owner, field, numbers) for x in arguments)
+        if all(item is None for item in items):
+            return None
+        if issubclass(origin, Set):
+            raise TypeError(
+                f"A field is annotated as a {origin.__name__} of refs, which JAX does not "
+                "look into: it is no pytree. Use a tuple, a list or a dict."
+            )
+        return DeclaredContainer(origin, items, is_same_for_all)
+    if isinstance(hint, RefHint | OpenRefHint):
+        ref_type, hint = hint.ref_type, hint.value_hint
+    elif isinstance(hint, type) and issubclass(hint, Ref):
+        ref_type, hint = hint, Any
+    else:
+        return None
+    collection = next((m.name for m in metadata if isinstance(m, Collection)), None)
+    return DeclaredRef(owner, field, next(numbers), hint, ref_type, collection)
