@@ -1,5 +1,8 @@
 """`as_refs` on modules of Equinox: they go on working, and their tree holds refs."""
 
+# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# pyright: reportAttributeAccessIssue=false
+
 import copy
 import pickle
 from typing import Any

@@ -1,5 +1,8 @@
 """Axes of refs, and refs that a mapped argument and the function both reach."""
 
+# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+
 import functools
 import pickle
 

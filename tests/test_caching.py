@@ -1,5 +1,8 @@
 """What is traced again and what is not; and that nothing is kept that should be dropped."""
 
+# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# pyright: reportPossiblyUnboundVariable=false
+
 import dataclasses
 import gc
 import os

@@ -1,7 +1,7 @@
 """`capture` gives what the layers of a model return, and the gradients of that."""
 
 # What is wrong on purpose here is wrong to a static checker too.
-# pyright: reportArgumentType=false, reportFunctionMemberAccess=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportFunctionMemberAccess=false
 
 import re
 

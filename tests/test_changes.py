@@ -1,5 +1,8 @@
 """What a function changes in place in what it was given: copies, state, and what is consumed."""
 
+# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# pyright: reportArgumentType=false
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp

@@ -1,5 +1,8 @@
 """JAX's debug flags mean under every transform what they mean in JAX, and outlive a call."""
 
+# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# pyright: reportAttributeAccessIssue=false
+
 import logging
 from collections.abc import Callable
 

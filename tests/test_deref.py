@@ -1,5 +1,8 @@
 """Trees of refs are opened at a boundary and closed again: nothing is lost on the way."""
 
+# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# pyright: reportAttributeAccessIssue=false
+
 from typing import Any
 
 import equinox as eqx

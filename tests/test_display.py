@@ -1,7 +1,7 @@
 """What `count`, `tabulate`, `mermaid` and treescope show of a tree, and of what it shares."""
 
 # What is wrong on purpose here is wrong to a static checker too.
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
 import os
 import re

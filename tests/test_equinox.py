@@ -1,5 +1,8 @@
 """Equinox's own functions on modules of refs: a ref is a leaf, so all of them work."""
 
+# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# pyright: reportAttributeAccessIssue=false
+
 import copy
 import io
 import pickle

@@ -1,5 +1,8 @@
 """What a field is given and cannot hold: said by name, and nothing has changed."""
 
+# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
 import dataclasses
 import functools
 from collections import defaultdict

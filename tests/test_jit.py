@@ -1,5 +1,8 @@
 """`filter_jit`: by reference, all or nothing, and asynchronous."""
 
+# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# pyright: reportAttributeAccessIssue=false
+
 import functools
 import time
 from pathlib import Path

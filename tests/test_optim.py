@@ -1,5 +1,8 @@
 """`rx.Optimizer`: Optax on a model of refs, against the same by hand."""
 
+# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+
 import copy
 import pickle
 from typing import Any

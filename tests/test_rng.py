@@ -1,5 +1,8 @@
 """`Rngs`, and how refs of collection "rng" are split."""
 
+# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# pyright: reportArgumentType=false
+
 import io
 import pickle
 from typing import Any

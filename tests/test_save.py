@@ -1,7 +1,7 @@
 """`save` and `load`: what comes back from a file is what was saved, or nothing changes."""
 
 # What is wrong on purpose here is wrong to a static checker too.
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 
 import json
 import os

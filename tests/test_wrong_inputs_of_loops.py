@@ -1,5 +1,8 @@
 """Wrong inputs of loops, derivatives and callbacks: our error, and nothing has changed."""
 
+# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# pyright: reportArgumentType=false
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -183,10 +183,10 @@ class Ref(Generic[_T]):
         """The present value."""
         if not _trace.is_at_home(self._trace):
             check_readable(self)
-        value = self._value
+        value: Any = self._value
         if type(value) is not _trace.ConcreteArray:
             check_unleaked(self, value)
-        return value
+        return value  # pyright: ignore[reportReturnType] (it is narrowed, to no end)
 
     @value.setter
     def value(self, value: _T) -> None:

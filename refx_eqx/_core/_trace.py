@@ -444,4 +444,5 @@ def refuse_as_array(cls: type, refuse: Callable[[Any], Any]) -> None:
 # The class of a JAX array that is not a tracer. `type(x) is ConcreteArray` takes a tenth of
 # the time of `isinstance(x, jax.Array)`, which goes through a metaclass.
 ConcreteArray = ArrayImpl
+Tracer = core.Tracer
 _Array = jax.Array

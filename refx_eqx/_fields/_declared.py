@@ -5,6 +5,7 @@ declares a container of refs. An instance binds the names: see `_bound.py`.
 """
 
 import copy
+import inspect
 import itertools
 import re
 import types
@@ -268,7 +269,7 @@ def read_annotation(
         if first is not None:
             first.optional = type(None) in arguments
         return first
-    if isinstance(origin, type) and issubclass(origin, Sequence | Mapping | Set):
+    if inspect.isclass(origin) and issubclass(origin, Sequence | Mapping | Set):
         is_same_for_all = True
         if issubclass(origin, Mapping):
             arguments = arguments[1:]

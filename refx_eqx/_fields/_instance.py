@@ -159,7 +159,7 @@ def names_of_instance(instance: Any) -> AxisNames:
 
 # What `__getattribute__` below asks on each access: real classes, so it is quick. (The
 # `jax.Array` of the annotations answers `isinstance` in Python.)
-_ARRAYS = (_trace.ConcreteArray, jax.core.Tracer, np.ndarray)
+_ARRAYS = (_trace.ConcreteArray, _trace.Tracer, np.ndarray)
 MAY_HOLD_ARRAYS = (*_ARRAYS, tuple, list, dict)
 
 
