@@ -269,7 +269,7 @@ def read_annotation(
         if first is not None:
             first.optional = type(None) in arguments
         return first
-    if inspect.isclass(origin) and issubclass(origin, Sequence | Mapping | Set):
+    if inspect.isclass(origin) and issubclass(origin, Sequence | Mapping | Set):  # pyright: ignore[reportArgumentType] (`Final`)
         is_same_for_all = True
         if issubclass(origin, Mapping):
             arguments = arguments[1:]
