@@ -15,6 +15,7 @@ import jax.tree_util as jtu
 
 from ._core._deref import path_text, snapshot
 from ._core._errors import StructureError
+from ._core._functions import by_name
 from ._core._ref import declare, Ref
 from ._core._structure import is_traced_in_ref
 from ._fields._axis_names import NO_NAMES
@@ -363,8 +364,10 @@ def apply_updates(model: Any, updates: Any) -> None:
     writes: dict[int, tuple[Ref, Any]] = {}
     for ref, update, where in aligned(model, updates, failure, "updates"):
         writes[id(ref)] = ref, moved(ref, ref.value, update, f"at {where}")
-    leaves, treedef = jtu.tree_flatten_with_path(model, is_leaf=lambda x: x is None)
-    for (path, leaf), update in zip(leaves, treedef.flatten_up_to(updates)):
+    leaves, treedef = jtu.tree_flatten_with_path(
+        by_name(model), is_leaf=lambda x: x is None
+    )
+    for (path, leaf), update in zip(leaves, treedef.flatten_up_to(by_name(updates))):
         if not isinstance(leaf, Ref) and jtu.tree_leaves(update):
             raise StructureError(
                 f"{failure}: there is one for {eqx.tree_pformat(leaf)} at {path_text(path)}, "

@@ -25,6 +25,7 @@ import jax.tree_util as jtu
 
 from ._core._deref import deref, reref
 from ._core._errors import describe, StructureError
+from ._core._functions import opened
 from ._core._nodes import is_node, Value
 from ._core._ref import Ref
 from ._core._structure import is_traced_in_ref
@@ -121,7 +122,7 @@ class Trained:
     def of_values(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """`fn`, a function of a model, as one of `values`. It is called with a copy of the
         model, owned by the trace that calls it: Optax may do so in a loop."""
-        leaves, treedef = jtu.tree_flatten(self.model)
+        leaves, treedef = jtu.tree_flatten(opened(self.model))
         nodes = jtu.tree_leaves(deref(self.model), is_leaf=is_node)
         names = {id(ref): name for name, ref in self.refs.items()}
 

@@ -229,7 +229,7 @@ def test_as_refs_asks_a_function():
 
 
 def test_merge_partitions_asks_a_treedef():
-    parts, treedef = rx.tree_partition([rx.Ref(1)], "params")
+    parts, treedef = rx.tree_partition([rx.Ref(1, "params")], "params")
     with pytest.raises(rx.StructureError, match="the treedef is None.* second result"):
         rx.merge_partitions(parts, None)
     assert rx.merge_partitions(parts, treedef)[0].value == 1

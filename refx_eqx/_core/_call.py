@@ -33,6 +33,7 @@ from ._errors import (
     StructureError,
     TraceLevelError,
 )
+from ._functions import tree_of
 from ._identity import Asked, asked_of
 from ._nodes import Index, Value
 from ._ref import (
@@ -54,7 +55,6 @@ from ._structure import (
     split,
     split_value,
     Structure,
-    tree_of,
     values_of,
 )
 

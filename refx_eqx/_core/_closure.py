@@ -83,17 +83,6 @@ def outside(structure: Carried, leaves: list[Any], inside: Any = None) -> list[A
     return found
 
 
-def with_inside(structure: Carried, outer: list[Any], inside: Any = None) -> list[Any]:
-    """The opposite of `outside`: `inside` for each leaf in a function that is opened."""
-    if not structure.nodes:
-        return outer
-    return [
-        x
-        for node, leaf in zip(structure.nodes, outer)
-        for x in ([leaf] if node is None else [inside] * _num_leaves(node))
-    ]
-
-
 def grouped(structure: Carried, leaves: list[Any]) -> list[Any]:
     """The leaves of the tree itself: the list of those inside for a function that is
     opened."""
@@ -144,7 +133,7 @@ class _Kept:
 
 
 class _Function(tuple):
-    """A function: `(number, code, globals, cells, extras, origin, carried)`.
+    """A function: `(number, code, globals, cells, extras, origin)`, and `carried` last.
 
     `cells` has the cell that is kept, or `None` for one whose content is carried. `extras`
     are its looks, defaults and attributes; the defaults are `None` if they are carried,
@@ -155,13 +144,13 @@ class _Function(tuple):
 
 
 class _Method(tuple):
-    """A bound method of an object that is a pytree: `(carried,)` of `(function, object)`."""
+    """A bound method of an object that is a pytree: `(carried,)` of `[function, object]`."""
 
     __slots__ = ()
 
 
 class _Partial(tuple):
-    """A `functools.partial`: `(carried,)` of `(function, args, keywords)`."""
+    """A `functools.partial`: `(carried,)` of `[function, args, keywords]`."""
 
     __slots__ = ()
 
@@ -256,16 +245,32 @@ def _sub(tree: Any, opening: _Opening) -> Carried:
 
 
 def _open(leaf: Any, opening: _Opening) -> Any:
+    head, contents = head_of(leaf, opening.numbers, opening.is_wanted)
+    if isinstance(head, _Again):
+        return head
+    return type(head)((*head, _sub(contents, opening)))
+
+
+def head_of(
+    leaf: Any, numbers: dict[int, int], is_wanted: Callable[[Any], bool] = is_ref
+) -> tuple[Any, list[Any]]:
+    """A function, taken apart: what it is without the trees that it carries, and these
+    trees. A function that was met before carries none.
+
+    **Arguments:**
+
+    - `numbers`: of the functions that were met, by their ids. This one is added.
+    """
     if type(leaf) is types.MethodType:
-        return _Method((_sub((leaf.__func__, leaf.__self__), opening),))
+        return _Method(), [leaf.__func__, leaf.__self__]
     if type(leaf) is functools.partial:
-        return _Partial((_sub((leaf.func, leaf.args, leaf.keywords), opening),))
-    number = opening.numbers.get(id(leaf))
+        return _Partial(), [leaf.func, leaf.args, leaf.keywords]
+    number = numbers.get(id(leaf))
     if number is not None:
-        return _Again(number)
-    number = opening.numbers[id(leaf)] = len(opening.numbers)
+        return _Again(number), []
+    number = numbers[id(leaf)] = len(numbers)
     rebound = _rebound_cells(_reachable_functions(leaf))
-    carried = carried_cells(leaf, opening.is_wanted)
+    carried = carried_cells(leaf, is_wanted)
     # By identity: cells are equal when their contents are.
     ids = set(map(id, carried))
     kept = tuple(
@@ -275,22 +280,28 @@ def _open(leaf: Any, opening: _Opening) -> Any:
     contents: list[Any] = [cell.cell_contents for cell in carried]
     extras: list[Any] = [_Unasked((name, getattr(leaf, name)) for name in _LOOKS)]
     for defaults in (leaf.__defaults__, leaf.__kwdefaults__):
-        is_carried = bool(defaults) and reaches(defaults, opening.is_wanted)
+        is_carried = bool(defaults) and reaches(defaults, is_wanted)
         extras.append(None if is_carried else _Same(defaults))
         if is_carried:
             contents.append(defaults)
     extras += ((k, _Same(v)) for k, v in vars(leaf).items() if k != "__wrapped__")
-    return _Function(
-        (
-            number,
-            leaf.__code__,
-            _Same(leaf.__globals__),
-            kept,
-            tuple(extras),
-            _Unasked((weakref.ref(origin_of(leaf)),)),
-            _sub(contents, opening),
-        )
-    )
+    origin = _Unasked((weakref.ref(origin_of(leaf)),))
+    looks = number, leaf.__code__, _Same(leaf.__globals__), kept, tuple(extras), origin
+    return _Function(looks), contents
+
+
+def names_in(head: Any) -> list[str]:
+    """What the trees that a function carries are called in it."""
+    if type(head) is _Method:
+        return ["__func__", "__self__"]
+    if type(head) is _Partial:
+        return ["func", "args", "keywords"]
+    if type(head) is _Again:
+        return []
+    _, code, _, kept, (_, defaults, kwdefaults, *_), _ = head
+    names = [name for name, keep in zip(code.co_freevars, kept) if keep is None]
+    names += ["__defaults__"] if defaults is None else []
+    return names + (["__kwdefaults__"] if kwdefaults is None else [])
 
 
 _LOOKS = "__annotations__", "__doc__", "__module__", "__name__", "__qualname__"
@@ -424,21 +435,31 @@ def _unflatten(structure: Carried, leaves: Iterator[Any], made: dict[int, Any]) 
     return jtu.tree_unflatten(
         structure.treedef,
         [
-            next(leaves) if node is None else _close(node, leaves, made)
+            next(leaves)
+            if node is None
+            else rebuilt(node, lambda: _unflatten(node[-1], leaves, made), made)
             for node in nodes
         ],
     )
 
 
-def _close(node: Any, leaves: Iterator[Any], made: dict[int, Any]) -> Any:
-    if isinstance(node, _Again):
-        return made[int(node)]
-    if isinstance(node, _Method):
-        return types.MethodType(*_unflatten(node[0], leaves, made))
-    if isinstance(node, _Partial):
-        func, args, keywords = _unflatten(node[0], leaves, made)
+def rebuilt(head: Any, contents: Callable[[], Any], made: dict[int, Any]) -> Any:
+    """The opposite of `head_of`.
+
+    **Arguments:**
+
+    - `contents`: gives the trees that the function carries. Called when it is there: a
+        recursive function is in one of them.
+    - `made`: the functions that were made, by their numbers. This one is added.
+    """
+    if isinstance(head, _Again):
+        return made[int(head)]
+    if isinstance(head, _Method):
+        return types.MethodType(*contents())
+    if isinstance(head, _Partial):
+        func, args, keywords = contents()
         return functools.partial(func, *args, **keywords)
-    number, code, globals_, kept, extras, (origin,), carried = node
+    number, code, globals_, kept, extras, (origin,), *_ = head
     looks, defaults, kwdefaults, *own = extras
     cells = tuple(types.CellType() if keep is None else keep.cell for keep in kept)
     fn = types.FunctionType(code, globals_.obj, closure=cells)
@@ -447,14 +468,13 @@ def _close(node: Any, leaves: Iterator[Any], made: dict[int, Any]) -> Any:
     for name, held in own:
         setattr(fn, name, held.obj)
     _origins[fn] = origin
-    # Before the cells are filled: a recursive function is in one of them.
     made[number] = fn
-    contents = iter(_unflatten(carried, leaves, made))
+    rest = iter(contents())
     for cell, keep in zip(cells, kept):
         if keep is None:
-            cell.cell_contents = next(contents)
-    fn.__defaults__ = next(contents) if defaults is None else defaults.obj
-    fn.__kwdefaults__ = next(contents) if kwdefaults is None else kwdefaults.obj
+            cell.cell_contents = next(rest)
+    fn.__defaults__ = next(rest) if defaults is None else defaults.obj
+    fn.__kwdefaults__ = next(rest) if kwdefaults is None else kwdefaults.obj
     return fn
 
 

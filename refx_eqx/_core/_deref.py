@@ -16,6 +16,7 @@ import jax.tree_util as jtu
 from . import _trace
 from ._closure import refuse_cycle
 from ._errors import describe, StructureError, TraceLevelError
+from ._functions import closed, opened
 from ._nodes import Index, is_node, note_of, Value
 from ._ref import check_not_deleted, is_ref, make_ref, Ref
 from ._referenced import snapshot_of
@@ -69,7 +70,9 @@ def deref(tree: _T) -> _T:
     """Opens every ref of a tree: the first place of each becomes a `Value`, every later
     one an `Index`. The result is a pure pytree, for any JAX transform to carry.
 
-    "First" is in JAX's flattening order. Two derefed trees have equal treedefs exactly
+    "First" is in JAX's flattening order. A function in the tree that holds refs (in what it
+    closes over, in a partial, as the object of a bound method) becomes a node as well, whose
+    children are what it holds, by name; `reref` makes a function of it again. Two derefed trees have equal treedefs exactly
     when they have the same structure, sharing, collections and ref types.
 
     !!! Example
@@ -101,7 +104,7 @@ def deref(tree: _T) -> _T:
     - `TraceLevelError`: if a ref may not be read here.
     """
     refuse_cycle(tree)
-    leaves, treedef = jtu.tree_flatten(tree, is_leaf=is_node)
+    leaves, treedef = jtu.tree_flatten(opened(tree), is_leaf=is_node)
     for leaf in leaves:
         if is_node(leaf):
             raise StructureError(
@@ -142,15 +145,15 @@ def reref_leaves(leaves: list[Any], refs: dict[int, Ref]) -> list[Any]:
 
     `refs` are those that are known, by number; those that are made are added.
     """
-    closed = []
+    with_refs = []
     for leaf in leaves:
         if type(leaf) is Value:
             refs[leaf.index] = make_ref_of(leaf)
             leaf = refs[leaf.index]
         elif type(leaf) is Index:
             leaf = refs[leaf.index]
-        closed.append(leaf)
-    return closed
+        with_refs.append(leaf)
+    return with_refs
 
 
 def reref(tree: _T) -> _T:
@@ -209,10 +212,10 @@ def reref(tree: _T) -> _T:
                 )
             _check_node(tree, leaf)
             refs[leaf.index] = _close(leaf)
-    closed = []
+    made = []
     for leaf in leaves:
         if is_node(leaf):
-            closed.append(_resolve(tree, leaf, refs))
+            made.append(_resolve(tree, leaf, refs))
         elif isinstance(leaf, Ref):
             raise StructureError(
                 "Cannot reref a tree that holds refs already: "
@@ -220,8 +223,8 @@ def reref(tree: _T) -> _T:
                 f"{path_of(tree, is_ref)}. Call `rx.deref` on the whole tree first."
             )
         else:
-            closed.append(leaf)
-    return jtu.tree_unflatten(treedef, closed)
+            made.append(leaf)
+    return closed(jtu.tree_unflatten(treedef, made))
 
 
 def _check_node(tree: Any, node: Value) -> None:

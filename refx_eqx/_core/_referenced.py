@@ -21,6 +21,8 @@ from typing import Any
 import equinox as eqx
 import jax.tree_util as jtu
 
+from ._closure import may_carry, reaches
+from ._functions import closed, opened
 from ._ref import Ref
 
 
@@ -86,6 +88,8 @@ def _value_in_zone(x: Any) -> Any:
 def _value_everywhere(x: Any) -> Any:
     if isinstance(x, Ref):
         return x.value
+    if may_carry(x):
+        return closed(_lowered_leaf(opened(x), _value_everywhere)) if reaches(x) else x
     return _lowered(x, _value_everywhere) if is_referenced(x) else x
 
 

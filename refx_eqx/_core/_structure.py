@@ -138,12 +138,6 @@ def _strongly(static: Any) -> Any:
     return static.recall() if type(static) is _Weak else static
 
 
-def tree_of(part: Carried, leaves: Leaves) -> Any:
-    """The derefed tree that has these leaves: `None` where it has a function that closes over
-    refs."""
-    return jtu.tree_unflatten(part.treedef, _closure.outside(part, leaves))
-
-
 class Structure:
     """All of a call, or of a result, that is not an array.
 

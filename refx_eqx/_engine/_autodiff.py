@@ -5,7 +5,6 @@ call. The function runs once, in Python and in what it counts: the state that it
 auxiliary to the derivative, and is written when the transform returns.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,15 +18,15 @@ from .._core._call import Call, call, close_result
 from .._core._closure import Carried
 from .._core._deref import deref_leaves
 from .._core._errors import name_of, StructureError
+from .._core._functions import tree_of
 from .._core._structure import (
     is_traced_in_ref,
     Leaves,
     Outcome,
     split,
     Structure,
-    tree_of,
 )
-from .._filters._filters import check_can_select, choose, key_text
+from .._filters._filters import check_can_select, choose, leaves_with_paths
 from ._backward import stripped
 from ._tangents import read_tangents
 
@@ -68,19 +67,19 @@ def differentiable(
     if wrt is None:
         return eqx.partition(arrays, is_inexact)
     check_can_select(tree, wrt)
-    pairs, _ = jtu.tree_flatten_with_path(tree)
-    paths = [tuple(map(key_text, path)) for path, _ in pairs]
-    answers = iter(choose(paths, [leaf for _, leaf in pairs], (wrt,)))
-    wanted = []
-    for part, leaves in zip(derefed.parts, arrays):
-        outer = [a == 0 for a in itertools.islice(answers, part.treedef.num_leaves)]
-        chosen = _closure.with_inside(part, outer, False)
-        wanted.append(
-            [
-                jtu.tree_map(lambda x, ok=ok: ok and is_inexact(x), leaf)
-                for leaf, ok in zip(leaves, chosen)
-            ]
-        )
+    found = [
+        tree_of(part, leaves, of_all=True)
+        for part, leaves in zip(derefed.parts, derefed.leaves[:n])
+    ]
+    pairs, _ = leaves_with_paths(found if type(tree) is tuple else found[0])
+    answers = iter(choose([p for p, _ in pairs], [x for _, x in pairs], (wrt,)))
+    wanted = [
+        [
+            jtu.tree_map(lambda x, ok=next(answers) == 0: ok and is_inexact(x), leaf)
+            for leaf in leaves
+        ]
+        for leaves in arrays
+    ]
     return eqx.partition(arrays, wanted)
 
 

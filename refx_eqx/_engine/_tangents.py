@@ -11,9 +11,9 @@ from typing import Any
 import equinox as eqx
 import jax.tree_util as jtu
 
-from .._core import _closure
 from .._core._closure import Carried
 from .._core._errors import describe, StructureError
+from .._core._functions import leaves_up_to
 from .._core._nodes import Index, is_node, Value
 from .._core._ref import Ref
 from .._core._structure import Leaves, map_values, values_of
@@ -44,16 +44,16 @@ def read_tangents(
     found = {i: jtu.tree_map(lambda _: None, value) for i, value in likes.items()}
     read = []
     for part, mine, tree in zip(parts, like, trees):
-        given = _closure.with_inside(part, _flatten_up_to(part.treedef, tree, what))
+        given = _leaves_up_to(part, tree, what)
         read.append([_read_leaf(a, b, likes, found, what) for a, b in zip(mine, given)])
     return [map_values(lambda i, _: found[i], leaves) for leaves in read]
 
 
-def _flatten_up_to(treedef: Any, tree: Any, what: str) -> list[Any]:
+def _leaves_up_to(part: Carried, tree: Any, what: str) -> list[Any]:
     if tree is None:
-        return [None] * treedef.num_leaves
+        return [None] * part.num_leaves
     try:
-        return treedef.flatten_up_to(tree)
+        return leaves_up_to(part, tree)
     except (ValueError, TypeError) as e:
         raise StructureError(
             f"{what} must have the structure of `rx.deref` of it, with `None` for what "

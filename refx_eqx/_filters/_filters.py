@@ -23,8 +23,9 @@ from typing import Any
 import equinox as eqx
 import jax.tree_util as jtu
 
-from .._core._closure import is_table
+from .._core._closure import is_table, reachable
 from .._core._errors import describe, StructureError
+from .._core._functions import opened
 from .._core._identity import Identity
 from .._core._nodes import is_node, Value
 from .._core._ref import guarded, make_ref, Ref
@@ -198,7 +199,7 @@ def _refs_in(tree: Any) -> list[Ref]:
     """The refs in a ref, a tree or a set of refs."""
     if isinstance(tree, set | frozenset) or is_table(tree):
         return [x for x in tree if isinstance(x, Ref)]
-    return [x for x in jtu.tree_leaves(tree) if isinstance(x, Ref)]
+    return [x for x in reachable(tree) if isinstance(x, Ref)]
 
 
 def _these(tree: Any) -> _Refs | None:
@@ -402,8 +403,9 @@ def dotted(path: Path) -> str:
 
 
 def leaves_with_paths(tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
-    """The leaves of a tree, opened or not, each with its path; and the treedef."""
-    leaves, treedef = jtu.tree_flatten_with_path(tree, is_leaf=is_node)
+    """The leaves of a tree, of refs or derefed, each with its path; and the treedef. A
+    function that holds refs is a node, so `closed` is to be called on what is made of it."""
+    leaves, treedef = jtu.tree_flatten_with_path(opened(tree), is_leaf=is_node)
     pairs, before, path = [], (), ()
     for keys, leaf in leaves:
         n = n_common(before, keys)

@@ -12,6 +12,7 @@ import jax.tree_util as jtu
 
 from .._core._deref import NOTHING
 from .._core._errors import StructureError
+from .._core._functions import closed
 from .._core._nodes import is_node
 from .._core._ref import Ref
 from ._filters import (
@@ -159,7 +160,13 @@ def combine(*parts: _T) -> _T:
                     "of `rx.partition`."
                 )
         combined.append(leaf)
-    return jtu.tree_unflatten(treedef, combined)
+    return _whole(treedef, combined)
+
+
+def _whole(treedef: Any, leaves: list[Any]) -> Any:
+    """The tree that was taken apart: if it was one of refs, with its functions."""
+    tree = jtu.tree_unflatten(treedef, leaves)
+    return tree if any(map(is_node, leaves)) else closed(tree)
 
 
 class Partition(Mapping[Path, Any]):
@@ -332,4 +339,4 @@ def merge_partitions(partitions: Any, treedef: Any) -> Any:
             f"Cannot merge partitions: {len(leaves)} leaves for a tree of "
             f"{treedef.num_leaves}. Pass the treedef that belongs to them."
         )
-    return jtu.tree_unflatten(treedef, leaves)
+    return _whole(treedef, leaves)

@@ -12,6 +12,7 @@ import numpy as np
 from .._core import _trace
 from .._core._deref import NOTHING, path_text
 from .._core._errors import CollectionError, describe, StructureError
+from .._core._functions import by_name
 from .._core._nodes import Index, is_node, Value
 from .._core._ref import check_value, check_writable, commits, Ref
 from .._fields._instance import check_refs_in_place
@@ -77,9 +78,9 @@ def aligned(
     A ref is met once for each place that has one. It is the same at all of them.
     """
     check_refs_in_place(target, failure)
-    leaves, treedef = jtu.tree_flatten_with_path(target, is_leaf=_is_place)
+    leaves, treedef = jtu.tree_flatten_with_path(by_name(target), is_leaf=_is_place)
     try:
-        sources = treedef.flatten_up_to(source)
+        sources = treedef.flatten_up_to(by_name(source))
     except (ValueError, TypeError) as e:
         raise StructureError(
             f"{failure}: target and {what} do not have the same structure. JAX says: {e} "

@@ -15,6 +15,7 @@ from .._core._call import Call, call
 from .._core._closure import Carried
 from .._core._deref import path_text
 from .._core._errors import describe, name_of, StructureError
+from .._core._functions import tree_of
 from .._core._ref import Channelled, Ref
 from .._core._structure import (
     arrays_of,
@@ -22,7 +23,6 @@ from .._core._structure import (
     Leaves,
     map_values,
     Outcome,
-    tree_of,
     values_of,
 )
 from .._engine._autodiff import arrays_of_result, first_of, is_inexact

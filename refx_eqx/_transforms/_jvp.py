@@ -11,7 +11,8 @@ import jax.tree_util as jtu
 from .._core import _trace
 from .._core._call import Call, call
 from .._core._errors import StructureError
-from .._core._structure import Leaves, Outcome, tree_of
+from .._core._functions import tree_of
+from .._core._structure import Leaves, Outcome
 from .._engine._autodiff import (
     arrays_of_result,
     Differentiated,

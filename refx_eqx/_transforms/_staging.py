@@ -12,6 +12,7 @@ from .._core import _trace
 from .._core._call import Call, call
 from .._core._closure import Carried
 from .._core._errors import describe, name_of, StructureError
+from .._core._functions import tree_of
 from .._core._nodes import is_node
 from .._core._ref import Ref
 from .._core._structure import (
@@ -21,7 +22,6 @@ from .._core._structure import (
     Leaves,
     Outcome,
     OutcomeInfo,
-    tree_of,
 )
 from .._engine._autodiff import arrays_of_result, derefed_result
 from .._engine._program import CallbackFailed, explain

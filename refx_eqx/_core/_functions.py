@@ -1,0 +1,197 @@
+"""Functions in a derefed tree: those that hold refs are nodes of it.
+
+To JAX a function is a leaf. So before a tree is derefed, and wherever its refs are looked
+for, each function, bound method and partial in it that reaches a ref becomes a `Closure`: a
+pytree node with the trees that the function carries as children, by the names that they have
+in it. `closed` makes functions of them again.
+
+    {"f": lambda x: w[...] * x}   -- opened -->  {"f": Closure(w=w)}  -- deref -->  {"f": Closure(w=Value(...))}
+
+What is carried with a function `_closure.py` says, for these nodes as for a call.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax.tree_util as jtu
+
+from ._closure import Carried, counts, head_of, may_carry, names_in, reaches, rebuilt
+from ._errors import StructureError
+from ._nodes import is_node
+
+
+__tracebackhide__ = True
+
+
+class Closure:
+    """A function that holds refs, as a pytree node: its children are what it carries.
+
+    - `head`: the function without that. Structure.
+    """
+
+    __slots__ = ("contents", "head")
+
+    def __init__(self, head: Any, contents: list[Any]):
+        self.head = head
+        self.contents = contents
+
+    def __repr__(self) -> str:
+        pairs = zip(_names_in(self.head), self.contents)
+        return f"Closure({', '.join(f'{name}={x!r}' for name, x in pairs)})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is Closure and bool(eqx.tree_equal(self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _with_keys(closure: Closure) -> tuple[Iterable, Any]:
+    keys = map(jtu.GetAttrKey, _names_in(closure.head))
+    return tuple(zip(keys, closure.contents)), closure.head
+
+
+jtu.register_pytree_with_keys(
+    Closure,
+    _with_keys,
+    lambda head, contents: Closure(head, list(contents)),
+    lambda closure: (tuple(closure.contents), closure.head),
+)
+
+
+def opened(tree: Any) -> Any:
+    """The tree with a `Closure` for each function in it that reaches a ref."""
+    return _opened(tree, {})
+
+
+def _opened(tree: Any, numbers: dict[int, int]) -> Any:
+    leaves, treedef = jtu.tree_flatten(tree)
+    if not any(map(may_carry, leaves)):
+        return tree
+    return jtu.tree_unflatten(treedef, [_opened_leaf(x, numbers) for x in leaves])
+
+
+def _opened_leaf(leaf: Any, numbers: dict[int, int]) -> Any:
+    if not (may_carry(leaf) and reaches(leaf)):
+        return leaf
+    head, contents = head_of(leaf, numbers)
+    return Closure(head, [_opened(x, numbers) for x in contents])
+
+
+def closed(tree: Any) -> Any:
+    """The opposite of `opened`, whatever is in the place of the refs.
+
+    **Raises:**
+
+    - `StructureError`: if the first place of a function is not in the tree.
+    """
+    return _closed(tree, {})
+
+
+def _closed(tree: Any, made: dict[int, Any]) -> Any:
+    leaves, treedef = jtu.tree_flatten(tree, is_leaf=_is_closure)
+    if not any(map(_is_closure, leaves)):
+        return tree
+    return jtu.tree_unflatten(treedef, [_closed_leaf(x, made) for x in leaves])
+
+
+def _closed_leaf(leaf: Any, made: dict[int, Any]) -> Any:
+    if not _is_closure(leaf):
+        return leaf
+    try:
+        return rebuilt(leaf.head, lambda: _closed(leaf.contents, made), made)
+    except KeyError:
+        raise StructureError(
+            "Cannot reref: a function that was at two places of a tree is here at the "
+            "later one alone. A part of a derefed tree was taken out of it; call "
+            "`rx.reref` on the whole tree, or `rx.combine` the parts first."
+        ) from None
+
+
+class _Names(tuple):
+    """Instead of the head of a function: the names of what it carries, and no more."""
+
+    __slots__ = ()
+
+
+def by_name(tree: Any) -> Any:
+    """`opened`, to be aligned with another tree: two functions are of one structure when
+    they carry trees of the same names. `closed` does not take it."""
+    return jtu.tree_map(_by_name, opened(tree), is_leaf=_is_closure)
+
+
+def _by_name(x: Any) -> Any:
+    if not _is_closure(x):
+        return x
+    return Closure(_Names(_names_in(x.head)), [by_name(y) for y in x.contents])
+
+
+def _names_in(head: Any) -> Iterable[str]:
+    return head if type(head) is _Names else names_in(head)
+
+
+def _is_closure(x: Any) -> bool:
+    return type(x) is Closure
+
+
+def tree_of(part: Carried, leaves: list[Any], of_all: bool = False) -> Any:
+    """The derefed tree that has these leaves.
+
+    In a call more functions are nodes than in a derefed tree: a partial is, whatever is bound
+    in it, and in a result what holds an array of the trace. `None` is here for each that
+    holds no refs, or also a node if `of_all`.
+    """
+    if not part.nodes:
+        return jtu.tree_unflatten(part.treedef, leaves)
+    return _tree(part, iter(leaves), of_all, set())
+
+
+def _tree(part: Carried, leaves: Iterator[Any], of_all: bool, met: set[int]) -> Any:
+    nodes = part.nodes or (None,) * part.treedef.num_leaves
+    outer = [
+        next(leaves) if node is None else _closure(node, leaves, of_all, met)
+        for node in nodes
+    ]
+    return jtu.tree_unflatten(part.treedef, outer)
+
+
+def _closure(
+    node: Any, leaves: Iterator[Any], of_all: bool, met: set[int]
+) -> Closure | None:
+    """`met` are the functions that were made a node of, to know their later places."""
+    if isinstance(node, int):
+        return Closure(node, []) if int(node) in met else None
+    head = type(node)(node[:-1])
+    number = head[0] if head else -1
+    # Before what is in it, where a recursive function is met again.
+    met.add(number)
+    closure = Closure(head, _tree(node[-1], leaves, of_all, met))
+    if of_all or _has_refs(closure):
+        return closure
+    met.discard(number)
+    return None
+
+
+def _has_refs(closure: Closure) -> bool:
+    return any(map(is_node, jtu.tree_leaves(closure.contents, is_leaf=is_node)))
+
+
+def leaves_up_to(part: Carried, tree: Any) -> list[Any]:
+    """The opposite of `tree_of`, for a tree of which `part` is a prefix. What is in a
+    function has `None` where the tree has no node for it.
+
+    **Raises:**
+
+    - `ValueError`, `TypeError`: JAX's, if it is of another structure.
+    """
+    found = []
+    outer = part.treedef.flatten_up_to(tree)
+    nodes = part.nodes or (None,) * len(outer)
+    for node, leaf, n in zip(nodes, outer, counts(part)):
+        if node is None:
+            found.append(leaf)
+        elif n and _is_closure(leaf):
+            found += leaves_up_to(node[-1], leaf.contents)
+        else:
+            found += [None] * n
+    return found
