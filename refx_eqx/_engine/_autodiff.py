@@ -55,23 +55,25 @@ def inexact_part(leaves: Leaves) -> Leaves:
 
 
 def differentiable(
-    derefed: Call, n: int, tree: Any, wrt: Any = None
+    derefed: Call, trees: tuple, wrt: Any = None, by_first: bool = False
 ) -> tuple[list[Leaves], list[Leaves]]:
-    """The arrays of the first `n` trees of a call, in two parts: those that are
+    """The arrays of these trees, the first ones of a call, in two parts: those that are
     differentiated, and the others. Each has `None` for what is in the other.
+
+    A path in `wrt` begins with the number of the tree, or is one in the first `by_first`.
 
     Differentiated are the inexact arrays, of those that `wrt` selects in `tree`. A Python
     `float` in a ref is one of them, because it is one under `jit`.
     """
-    arrays = derefed.arrays[:n]
+    arrays = derefed.arrays[: len(trees)]
     if wrt is None:
         return eqx.partition(arrays, is_inexact)
-    check_can_select(tree, wrt)
+    check_can_select(trees[0] if by_first else trees, wrt)
     found = [
         tree_of(part, leaves, of_all=True)
-        for part, leaves in zip(derefed.parts, derefed.leaves[:n])
+        for part, leaves in zip(derefed.parts, derefed.leaves[: len(trees)])
     ]
-    pairs, _ = leaves_with_paths(found if type(tree) is tuple else found[0])
+    pairs, _ = leaves_with_paths(found[0] if by_first else found)
     answers = iter(choose([p for p, _ in pairs], [x for _, x in pairs], (wrt,)))
     wanted = [
         [
@@ -167,12 +169,19 @@ class Differentiated:
     outputs: Side
 
     def __init__(
-        self, name: str, derefed: Call, n: int, tree: Any, wrt: Any, has_aux: bool
+        self,
+        name: str,
+        derefed: Call,
+        trees: tuple,
+        wrt: Any,
+        has_aux: bool,
+        by_first: bool = False,
     ):
+        n = len(trees)
         self.name = name
         self.derefed = derefed
         self.has_aux = has_aux
-        self.arrays, self._rest = differentiable(derefed, n, tree, wrt)
+        self.arrays, self._rest = differentiable(derefed, trees, wrt, by_first)
         self._others = derefed.arrays[n:]
         self.inputs = side(derefed.parts[:n], self.arrays)
 
@@ -200,7 +209,7 @@ def with_linear_map(
     found: dict[str, Any] = {}
 
     def transform(derefed: Call) -> Outcome:
-        fn = Differentiated(name, derefed, len(primals), primals, wrt, has_aux)
+        fn = Differentiated(name, derefed, primals, wrt, has_aux)
         found["map"], outcome = derive(fn)
         return outcome
 

@@ -52,7 +52,7 @@ class _ValueAndGrad(Lifted):
         def transform(derefed: Call) -> Outcome:
             wrt = options["wrt"]
             derefed, outer = without_channels(derefed)
-            diff, rest = differentiable(derefed, 1, first, wrt)
+            diff, rest = differentiable(derefed, (first,), wrt, by_first=True)
             if not jax.tree.leaves(diff):
                 raise nothing_to_differentiate(name, self.__wrapped__, wrt)
             # The collections of which a backward rule writes a ref: tracing tells.

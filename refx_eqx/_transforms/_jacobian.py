@@ -32,7 +32,7 @@ class _Jacobian(Lifted):
 
         def transform(derefed: Call) -> Outcome:
             wrt = self.options["wrt"]
-            fn = Differentiated(name, derefed, 1, first, wrt, has_aux)
+            fn = Differentiated(name, derefed, (first,), wrt, has_aux, by_first=True)
             if not fn.inputs.types:
                 raise nothing_to_differentiate(name, self.__wrapped__, wrt)
             derivative: Callable = fn
