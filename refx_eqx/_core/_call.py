@@ -17,7 +17,15 @@ numbers them.
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+    Set,
+)
 from typing import Any, ParamSpec, TypeVar
 
 import jax.tree_util as jtu
@@ -42,7 +50,9 @@ from ._ref import (
     check_value,
     check_writable,
     commits,
+    containers,
     content,
+    IN_PLACE,
     Ref,
     Withheld,
 )
@@ -191,6 +201,8 @@ class Call:
         """Closes the result, and writes back what was written."""
         result = close_result(outcome, self.refs)
         commit(self.refs, self.values, self.started, updates_of(outcome, self.refs))
+        for i in outcome.info.in_place:
+            self.refs[i]._written = IN_PLACE
         return result
 
 
@@ -270,7 +282,7 @@ def run_body(
             "replaced, a closure variable rebound, ...). Put what changes into a `rx.Ref`, "
             "or change a copy, such as `list(...)` or `dict(...)`, and return that."
         )
-    updates, written = {}, {}
+    updates, written, in_place = {}, {}, set()
     for i, ref in inner.items():
         collection, earlier = before[i]
         if ref._collection != collection:
@@ -279,10 +291,13 @@ def run_body(
                 f"{describe(ref._name, ref._collection)} had no collection when it came "
                 "in. Give it one where it is made: `rx.Ref(value, collection)`."
             )
-        if ref._written or earlier.differs(ref):
+        differs = earlier.differs(ref)
+        if ref._written or differs:
             updates[i], written[i] = split_value(content(ref))
+        if earlier.changed_in_place() or ref._written == IN_PLACE:
+            in_place.add(i)
     out, result_structure = _deref_result(result, numbers, name)
-    return Outcome(out, updates, OutcomeInfo(result_structure, written))
+    return Outcome(out, updates, OutcomeInfo(result_structure, written, in_place))
 
 
 def _withhold(
@@ -314,10 +329,13 @@ class _Before:
         value = ref._value
         self._watch = None if is_traced_in_ref(value) else Watch([value])
 
+    def changed_in_place(self) -> bool:
+        return self._watch is not None and self._watch.changed()
+
     def differs(self, ref: Ref) -> bool:
         if ref._channel is not self._channel:
             return True
-        if self._watch is None or not self._watch.changed():
+        if not self.changed_in_place():
             return False
         # It was changed in place: only now is its type checked.
         check_value(ref, ref._value)
@@ -353,8 +371,31 @@ def close_result(outcome: Outcome, refs: list[Ref]) -> Any:
 
 
 def updates_of(outcome: Outcome, refs: list[Ref]) -> list[tuple[Ref, Any]]:
-    """The refs of a call that were written, each with its new value."""
+    """The refs of a call that were written, each with its new value.
+
+    **Raises:**
+
+    - `StructureError`: if a list or a dict was changed in place that another ref holds too.
+    """
+    if outcome.info.in_place:
+        _check_unshared(refs, outcome.info.in_place)
     return [(refs[i], outcome.info.value(i, x)) for i, x in outcome.updates.items()]
+
+
+def _check_unshared(refs: list[Ref], in_place: Set[int]) -> None:
+    held = [containers(ref._value) for ref in refs]
+    for i in in_place:
+        for other, theirs in zip(refs, held):
+            shared = [x for key, x in theirs.items() if key in held[i]]
+            if shared and other is not refs[i]:
+                both = [describe(r._name, r._collection) for r in (refs[i], other)]
+                raise StructureError(
+                    f"Cannot write {both[0]}: the function changed a "
+                    f"{type(shared[0]).__name__} in its value in place, and {both[1]} holds "
+                    "the same one, so Python would change both, and a transform one. Give "
+                    "each ref its own, such as `rx.Ref(dict(...))`; or write a new value, "
+                    "`ref.value = {**ref.value, ...}`, which changes one."
+                )
 
 
 class Disturbed(Exception):

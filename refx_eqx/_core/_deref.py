@@ -18,7 +18,15 @@ from ._closure import refuse_cycle
 from ._errors import describe, StructureError, TraceLevelError
 from ._functions import closed, opened
 from ._nodes import Index, is_node, note_of, Value
-from ._ref import check_not_deleted, is_ref, make_ref, Ref
+from ._ref import (
+    check_not_deleted,
+    is_lookup,
+    is_ref,
+    make_ref,
+    owned,
+    Ref,
+    ref_to_look_up,
+)
 from ._referenced import snapshot_of
 
 
@@ -62,7 +70,7 @@ def path_text(path: tuple) -> str:
 
 def path_of(tree: Any, found: Callable[[Any], bool]) -> str:
     """Where the first leaf of `tree` is that `found` holds for; for messages."""
-    leaves, _ = jtu.tree_flatten_with_path(tree, is_leaf=is_node)
+    leaves, _ = jtu.tree_flatten_with_path(tree, is_leaf=_is_whole)
     return next((path_text(path) for path, leaf in leaves if found(leaf)), "unknown")
 
 
@@ -100,12 +108,22 @@ def deref(tree: _T) -> _T:
 
     **Raises:**
 
-    - `StructureError`: if `tree` holds a `Value` or an `Index` already, or itself.
+    - `StructureError`: if `tree` holds a `Value` or an `Index` already, or itself, or refs in
+        a set or as the keys of a dict.
     - `TraceLevelError`: if a ref may not be read here.
     """
     refuse_cycle(tree)
-    leaves, treedef = jtu.tree_flatten(opened(tree), is_leaf=is_node)
+    leaves, treedef = jtu.tree_flatten(opened(tree), is_leaf=_is_whole)
     for leaf in leaves:
+        looked_up = ref_to_look_up(leaf)
+        if looked_up is not None:
+            raise StructureError(
+                f"Cannot deref a {type(leaf).__name__} of refs, such as "
+                f"{describe(looked_up._name, looked_up._collection)} at "
+                f"{path_of(tree, lambda x: x is leaf)}: what is in a set, or a key of a dict, is "
+                "no part of a tree, and would stay the ref that it is. Hold the refs in a "
+                "list or a tuple, and make the set of them where you look one up."
+            )
         if is_node(leaf):
             raise StructureError(
                 f"Cannot deref a tree that is derefed already: {type(leaf).__name__} found "
@@ -113,6 +131,10 @@ def deref(tree: _T) -> _T:
                 "call `rx.deref` twice."
             )
     return jtu.tree_unflatten(treedef, deref_leaves(leaves, {}, lambda ref: ref.value))
+
+
+def _is_whole(x: Any) -> bool:
+    return is_node(x) or is_lookup(x)
 
 
 def deref_leaves(
@@ -259,7 +281,8 @@ def make_ref_of(node: Value) -> Ref:
 
 
 def _close(node: Value) -> Ref:
-    ref = make_ref_of(node)
+    # A list in the value may be another ref's, of which this one is a copy.
+    ref = make_ref_of(node.replaced(owned(node.value)))
     for leaf in jtu.tree_leaves(node.value):
         check_not_deleted(ref, leaf)
     for bound in ref._declared or ():

@@ -19,6 +19,7 @@ import jax.tree_util as jtu
 from ._closure import Carried, counts, head_of, may_carry, names_in, reaches, rebuilt
 from ._errors import StructureError
 from ._nodes import is_node
+from ._ref import is_lookup
 
 
 __tracebackhide__ = True
@@ -65,7 +66,8 @@ def opened(tree: Any) -> Any:
 
 
 def _opened(tree: Any, numbers: dict[int, int]) -> Any:
-    leaves, treedef = jtu.tree_flatten(tree)
+    # A dict of refs is no tree to JAX, which sorts the keys.
+    leaves, treedef = jtu.tree_flatten(tree, is_leaf=is_lookup)
     if not any(map(may_carry, leaves)):
         return tree
     return jtu.tree_unflatten(treedef, [_opened_leaf(x, numbers) for x in leaves])

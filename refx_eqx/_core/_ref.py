@@ -9,6 +9,7 @@ import copy
 import threading
 import types
 import weakref
+from collections import defaultdict, OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, Generic, overload, Self, TYPE_CHECKING, TypeVar
 
@@ -43,6 +44,9 @@ __tracebackhide__ = True
 
 _T = TypeVar("_T")
 _R = TypeVar("_R", bound="Ref")
+
+
+IN_PLACE = "in place"
 
 
 class _Commits:
@@ -157,7 +161,8 @@ class Ref(Generic[_T]):
     _trace: Any
     # Whether it was assigned since it was made: so a body is seen to write it, even if what
     # it writes is what was there. (What a plan writes it does not say: none runs in a body.)
-    _written: bool
+    # `IN_PLACE` if only something in its value was changed, by a transform inside of the body.
+    _written: "bool | str"
 
     def __init__(self, value: _T, collection: Hashable = None):
         check_hashable("rx.Ref", collection=collection)
@@ -186,6 +191,8 @@ class Ref(Generic[_T]):
         value: Any = self._value
         if type(value) is not _trace.ConcreteArray:
             check_unleaked(self, value)
+            for guard in _trace.guards.get():
+                guard.read(self, value)
         return value  # pyright: ignore[reportReturnType] (it is narrowed, to no end)
 
     @value.setter
@@ -275,7 +282,7 @@ class Ref(Generic[_T]):
             raise missing_attribute(self, name)
 
     def __copy__(self) -> Self:
-        return _like(self, self.value)
+        return _like(self, owned(self.value))
 
     def __deepcopy__(self, memo: dict) -> Self:
         return _like(self, copy.deepcopy(self.value, memo))
@@ -484,10 +491,10 @@ def check_writable(ref: Ref) -> None:
             raise TraceLevelError(
                 f"Cannot mutate ref from different trace level: {which}: {reason}"
             )
-    for allows, where in _trace.guards.get():
-        if not allows(ref):
+    for guard in _trace.guards.get():
+        if not guard.allows(ref):
             which = describe(ref._name, ref._collection)
-            raise ImmutableError(f"Cannot write {which}: this code runs {where}")
+            raise ImmutableError(f"Cannot write {which}: this code runs {guard.where}")
 
 
 @contextlib.contextmanager
@@ -498,13 +505,63 @@ def guarded(allows: Callable[[Ref], bool], where: str) -> Iterator[None]:
 
     - `where`: for messages: where this is, and what to do.
     """
-    guard = allows, where
+    guard = _Guard(allows, where)
     _trace.guards.set((*_trace.guards.get(), guard))
+    changed = []
     try:
         yield
     finally:
         # Not the guards of before: a generator may end in between.
         _trace.guards.set(tuple(g for g in _trace.guards.get() if g is not guard))
+        changed = guard.restored()
+    for ref in changed:
+        which = describe(ref._name, ref._collection)
+        raise ImmutableError(
+            f"Cannot write {which}: a list, a dict or a NumPy array in its value was "
+            f"changed in place, and is as it was again: this code ran {where}"
+        )
+
+
+class _Guard:
+    """What may be written while it lasts; and what was read that may not, and could be
+    changed in place, which nobody sees before the end."""
+
+    __slots__ = ("_home", "_read", "allows", "where")
+
+    def __init__(self, allows: Callable[[Ref], bool], where: str):
+        self.allows = allows
+        self.where = where
+        self._home = _trace.current_trace_ref()
+        # By the id of the ref: it, its value, and a copy of that.
+        self._read: dict[int, tuple[Ref, Any, Any]] = {}
+
+    def read(self, ref: Ref, value: Any) -> None:
+        # What a body does to an inner ref is checked when it is written back.
+        if id(ref) in self._read or ref._trace() is not self._home():
+            return
+        if containers(value) and not self.allows(ref):
+            self._read[id(ref)] = ref, value, _copied(value)
+
+    def restored(self) -> list[Ref]:
+        """Gives the refs that were changed in place the values of before."""
+        changed = []
+        for ref, value, before in self._read.values():
+            if ref._value is value and not _is_same_value(value, before):
+                changed.append(ref)
+                with commits.lock:
+                    commits.store(((ref, before),))
+        return changed
+
+
+def _is_same_value(a: Any, b: Any) -> bool:
+    a_leaves, a_def = jtu.tree_flatten(a)
+    b_leaves, b_def = jtu.tree_flatten(b)
+    return a_def == b_def and all(map(_is_same_leaf, a_leaves, b_leaves))
+
+
+def _is_same_leaf(a: Any, b: Any) -> bool:
+    both = type(a) is type(b) is np.ndarray
+    return a is b or (both and a.dtype == b.dtype and a.tobytes() == b.tobytes())
 
 
 def check_value(ref: Ref, value: Any) -> Any:
@@ -515,16 +572,17 @@ def check_value(ref: Ref, value: Any) -> Any:
     if type(value) is _trace.ConcreteArray:
         check_not_deleted(ref, value)
     else:
-        leaves = jtu.tree_leaves(value)
+        leaves = jtu.tree_leaves(value, is_leaf=is_lookup)
         if any(map(_is_writeable, leaves)):
-            value = jtu.tree_map(_own, value)
+            value = _copied(value)
         for leaf in leaves:
-            if isinstance(leaf, Ref):
+            inside = leaf if isinstance(leaf, Ref) else ref_to_look_up(leaf)
+            if inside is not None:
                 raise StructureError(
                     "The value of a ref cannot hold a ref: "
                     f"{describe(ref._name, ref._collection)} was given one that holds "
-                    f"{describe(leaf._name, leaf._collection)}. Put the two refs side by "
-                    "side in a tuple or a module."
+                    f"{describe(inside._name, inside._collection)}. Put the two refs side "
+                    "by side in a tuple or a module."
                 )
             reason = _trace.why_not_alive(leaf)
             if reason is not None:
@@ -538,6 +596,48 @@ def check_value(ref: Ref, value: Any) -> Any:
     return value
 
 
+_CONTAINERS = frozenset((list, dict, OrderedDict, defaultdict))
+
+
+def _may_change(x: Any) -> bool:
+    return type(x) in _CONTAINERS or _is_writeable(x)
+
+
+def containers(value: Any) -> dict[int, Any]:
+    """What in a value may be changed in place, by its `id`."""
+    if type(value) is _trace.ConcreteArray or _trace.is_tracer(value):
+        return {}
+    found: dict[int, Any] = {}
+
+    def visit(x: Any) -> bool:
+        if _may_change(x):
+            found[id(x)] = x
+        return False
+
+    jtu.tree_leaves(value, is_leaf=visit)
+    return found
+
+
+def owned(value: Any) -> Any:
+    """The value with lists, dicts and NumPy arrays of its own; itself if it has none."""
+    return _copied(value) if containers(value) else value
+
+
+def _copied(value: Any) -> Any:
+    return jtu.tree_map(_copied_container, value, is_leaf=_may_change)
+
+
+def _copied_container(x: Any) -> Any:
+    if type(x) is list:
+        return list(map(_copied, x))
+    if type(x) in _CONTAINERS:
+        # Not by JAX, which puts the keys in order.
+        new = copy.copy(x)
+        new.update((key, _copied(item)) for key, item in x.items())
+        return new
+    return _own(x)
+
+
 def check_not_deleted(ref: Ref, leaf: Any) -> None:
     if _trace.is_deleted(leaf):
         raise DonatedError(
@@ -545,6 +645,19 @@ def check_not_deleted(ref: Ref, leaf: Any) -> None:
             f"buffer ({leaf.dtype}{list(leaf.shape)}) was donated to a call, or deleted, "
             "and its numbers are gone. Give that call a copy: `jnp.array(x, copy=True)`."
         )
+
+
+def ref_to_look_up(x: Any) -> Ref | None:
+    """A ref in a set, or among the keys of a dict: these are not in the tree that the set
+    or the dict is in."""
+    if isinstance(x, set | frozenset | dict):
+        # A hash of none is asked for.
+        return next((item for item in x if isinstance(item, Ref)), None)
+    return None
+
+
+def is_lookup(x: Any) -> bool:
+    return ref_to_look_up(x) is not None
 
 
 def _is_writeable(leaf: Any) -> bool:

@@ -23,7 +23,7 @@ import jax.tree_util as jtu
 
 from ._closure import may_carry, reaches
 from ._functions import closed, opened
-from ._ref import Ref
+from ._ref import owned, Ref
 
 
 __tracebackhide__ = True
@@ -87,7 +87,7 @@ def _value_in_zone(x: Any) -> Any:
 
 def _value_everywhere(x: Any) -> Any:
     if isinstance(x, Ref):
-        return x.value
+        return owned(x.value)
     if may_carry(x):
         return closed(_lowered_leaf(opened(x), _value_everywhere)) if reaches(x) else x
     return _lowered(x, _value_everywhere) if is_referenced(x) else x

@@ -304,16 +304,23 @@ class OutcomeInfo:
     - `written`: of each ref that was written, the statics of its new value;
     - `build`: makes the result of its arrays, if it has nothing else; or `None`.
     - `waits`: whether a call must wait for run-time checks. `filter_jit` finds out.
+    - `in_place`: the refs in whose value something was changed in place.
     - `asked`: what was asked of the identity of the refs: for which the program is right.
 
     By itself it is a pytree node without children, which is how it gets out of `jax.jit`.
     """
 
-    __slots__ = ("asked", "build", "result", "waits", "written")
+    __slots__ = ("asked", "build", "in_place", "result", "waits", "written")
 
-    def __init__(self, result: Structure, written: dict[int, Any]):
+    def __init__(
+        self,
+        result: Structure,
+        written: dict[int, Any],
+        in_place: Iterable[int] = (),
+    ):
         self.result = result
         self.written = written
+        self.in_place = frozenset(in_place)
         self.waits = False
         self.asked = NOTHING_ASKED
         ((part,), (statics,)) = result.parts, result.statics

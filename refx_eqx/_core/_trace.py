@@ -135,7 +135,7 @@ thread = _Thread()
 
 # What may be written: `(predicate on a ref, where this is and what to do)`. A context
 # variable, because an `asyncio` task has its own. (A thread begins with none.)
-guards: contextvars.ContextVar[tuple[tuple[Callable[[Any], bool], str], ...]]
+guards: contextvars.ContextVar[tuple[Any, ...]]
 guards = contextvars.ContextVar("refx_eqx guards", default=())
 
 

@@ -290,6 +290,7 @@ class PythonLoop:
         statics = {
             i: x for _, outcome in steps for i, x in outcome.info.written.items()
         }
-        info = OutcomeInfo(like.info.result, statics)
+        in_place = {i for _, outcome in steps for i in outcome.info.in_place}
+        info = OutcomeInfo(like.info.result, statics, in_place)
         carried = self.loop.carried(self.loop.arrays)
         return self.loop.outcome(carried, rest, Outcome(like.out, {}, info))
