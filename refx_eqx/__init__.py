@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from . import nn as nn
 from ._capture import capture as capture
 from ._checkpoint._save import load as load, save as save
 from ._core._call import functionalize as functionalize

@@ -250,7 +250,8 @@ def test_one_array_is_of_one_collection():
 )
 def test_a_state_that_is_outside_is_refused(layer):
     with pytest.raises(
-        rx.StructureError, match="an `equinox.nn.StateIndex` at .*rx.BatchStat"
+        rx.StructureError,
+        match="an `equinox.nn.StateIndex` at .*rx.nn.BatchNorm.*rx.nn.SpectralNorm",
     ):
         rx.as_refs({"layer": layer})
 

@@ -198,6 +198,16 @@ def test_the_docs_have_every_public_name_and_no_other():
     assert documented() == set(PUBLIC)
 
 
+def test_the_docs_have_every_layer_and_no_other():
+    page = (ROOT / "docs" / "api" / "nn.md").read_text()
+    own = re.findall(r"^::: refx_eqx\.nn\.(\w+)$", page, re.MULTILINE)
+    of_equinox = re.findall(r"^\| `(\w+)`", page, re.MULTILINE)
+    layers = [name for name in dir(rx.nn) if not name.startswith("_")]
+    assert sorted(own + of_equinox) == layers
+    for name in own:
+        assert "!!! Example" in getattr(rx.nn, name).__doc__, name
+
+
 def is_error(thing) -> bool:
     return isinstance(thing, type) and issubclass(thing, Exception)
 

@@ -89,9 +89,10 @@ class _Conversion:
             raise StructureError(
                 f"`rx.as_refs`: there is an `equinox.nn.StateIndex` at {path_text(path)}. A "
                 "module with `equinox.nn.State` has its state outside of itself, and gets it "
-                "as an argument, so its methods cannot run on the values of refs. Write the "
-                "layer with a ref for its state: an `rx.Module` with a field of "
-                "`rx.BatchStat[...]`."
+                "as an argument, so its methods cannot run on the values of refs. Use "
+                "`rx.nn.BatchNorm` or `rx.nn.SpectralNorm`, which have their state in refs; "
+                "write any other layer with a ref for its state: an `rx.Module` with a field "
+                "of `rx.BatchStat[...]`."
             )
         knew_refs = (
             isinstance(tree, eqx.Module) and next(refs_in_zone(tree), None) is not None

@@ -1,0 +1,119 @@
+"""`Dropout`, which draws from a stream of `Rngs`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array
+
+from .._fields._module import Module
+from .._rng import Rngs, RngStream
+
+
+__tracebackhide__ = True
+
+
+class Dropout(Module):
+    """As `equinox.nn.Dropout`, with a stream of randomness of its own: there is no key to
+    split and pass.
+
+    !!! Example
+
+        ```python
+        import equinox as eqx
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        dropout = rx.nn.Dropout(0.5, rngs=rx.Rngs(0))
+        x = jnp.ones(100)
+        assert (dropout(x) != dropout(x)).any()  # another mask each time
+
+        # Each example of a batch draws its own.
+        ys = rx.filter_vmap(lambda layer, x: layer(x), in_axes=(None, 0))(dropout, jnp.ones((2, 100)))
+        assert (ys[0] != ys[1]).any()
+
+        assert (eqx.nn.inference_mode(dropout)(x) == x).all()
+        ```
+
+    Any number of layers may share one [`refx_eqx.Rngs`][]. Its refs are of collection
+    `"rng"`: [`refx_eqx.filter_vmap`][], [`refx_eqx.scan`][] and [`refx_eqx.map`][] give each
+    place on the axis, and each step, keys of its own.
+
+    **Arguments:**
+
+    - `p`: the fraction of entries to set to zero, on average.
+    - `inference`: the mode: in inference mode nothing is set to zero.
+        `equinox.nn.inference_mode` sets it.
+    - `rngs`: where keys come from: a [`refx_eqx.Rngs`][], of which the stream `dropout` is
+        taken (or the default one), or a stream of one, as in `rngs.noise`. May be left out if
+        each call is given a `key`.
+
+    **Raises:**
+
+    - `ValueError`: if `p` is not between 0 and 1.
+    - `RuntimeError`: when it is called in training mode with neither a `key` nor `rngs`.
+    """
+
+    # Not static, so that they can be changed by `equinox.tree_at`.
+    p: Any
+    inference: bool
+    stream: RngStream | None
+
+    def __init__(
+        self,
+        p: float = 0.5,
+        inference: bool = False,
+        *,
+        rngs: Rngs | RngStream | None = None,
+    ):
+        if isinstance(p, int | float) and not 0 <= p <= 1:
+            raise ValueError(
+                "`rx.nn.Dropout`: `p` is the fraction of entries to set to zero, between 0 "
+                f"and 1, and was {p!r}."
+            )
+        self.p = p
+        self.inference = inference
+        self.stream = rngs.dropout if isinstance(rngs, Rngs) else rngs
+
+    def __call__(
+        self, x: Array, *, key: Any = None, inference: bool | None = None
+    ) -> Array:
+        """**Arguments:**
+
+        - `x`: an array of any shape.
+        - `key`: a key of `jax.random`, instead of one of the stream.
+        - `inference`: the mode, instead of `self.inference`.
+
+        **Returns:**
+
+        An array of that shape: entries are zero, or divided by `1 - p`.
+        """
+        if not self.is_active(inference):
+            return x
+        return drop(x, self.p, self.key() if key is None else key)
+
+    def is_active(self, inference: bool | None = None) -> bool:
+        """Whether a call in this mode draws a key."""
+        inference = self.inference if inference is None else inference
+        return not inference and not (isinstance(self.p, int | float) and self.p == 0)
+
+    def key(self) -> Array:
+        """A fresh key of the stream."""
+        if self.stream is None:
+            raise RuntimeError(
+                "`rx.nn.Dropout` is in training mode and has no randomness. Make it with a "
+                "stream, `rx.nn.Dropout(p, rngs=rx.Rngs(0))`; pass `key=` to the call; or, "
+                "if nothing is to be dropped, put the model into inference mode by "
+                "`eqx.nn.inference_mode(model)`."
+            )
+        return self.stream()
+
+
+def drop(x: Array, p: Any, key: Any) -> Array:
+    """`x` with a fraction `p` of its entries set to zero, and the others scaled."""
+    keep = 1 - jax.lax.stop_gradient(p)
+    mask = jr.bernoulli(key, keep, x.shape)
+    # Of `p = 1` nothing is kept: the division is of entries that are, or by one.
+    scale = jnp.where(keep > 0, keep, 1).astype(x.dtype)
+    return jnp.where(mask, x / scale, 0)

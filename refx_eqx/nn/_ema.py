@@ -1,0 +1,136 @@
+"""`EMA`: an average of a model over the steps of its training, or a target copy of it."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+
+from .._core._errors import StructureError
+from .._core._ref import make_ref, Ref
+from .._engine._autodiff import is_inexact
+from .._fields._module import Module
+from .._filters._filters import selected_refs
+from .._filters._update import check_and_write
+
+
+__tracebackhide__ = True
+
+
+class EMA(Module):
+    """The exponential moving average of a model: a copy of it that follows slowly.
+
+    !!! Example
+
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        model = rx.nn.Linear(3, 2, key=jax.random.key(0))
+        ema = rx.nn.EMA(model, decay=0.9)
+
+        @rx.filter_jit
+        def step(model, ema):
+            model.bias.value += 1.0
+            ema.update(model)
+
+        bias = model.bias.value
+        step(model, ema)
+        assert jnp.allclose(ema.model.bias.value, 0.9 * bias + 0.1 * (bias + 1))
+        assert ema.model(jnp.ones(3)).shape == (2,)  # to evaluate, or as a target
+
+        ema.swap(model)  # the averages are in the model now, and its values in `ema`
+        ema.swap(model)  # and back
+        ```
+
+    `ema.model` is the model with refs of its own, of collection `"ema"`, for what is averaged;
+    all other refs (batch statistics, randomness) are those of the model. So it is called as
+    the model is, and `wrt="params"` selects nothing of it.
+
+    A target network is an `EMA` too: `decay=0.995` for one that follows by 0.005 in each step,
+    `decay=0.0` for one that is set to the model whenever it is updated.
+
+    **Arguments:**
+
+    - `model`: any tree of refs.
+    - `decay`: how much of the average an update keeps, from 0 to 1. The first average is the
+        model itself, so there is nothing to correct for.
+    - `wrt`: any filter: the refs to average.
+
+    **Raises:**
+
+    - `StructureError`: if `wrt` selects no ref, or if a model of another structure is given
+        to `update` or to `swap`.
+    """
+
+    model: Any
+    decay: Any
+    # The places of the averages among the leaves of the model.
+    _places: tuple[int, ...] = eqx.field(static=True)
+
+    def __init__(self, model: Any, decay: Any, wrt: Any = "params"):
+        selected = selected_refs(model, wrt)
+        if not selected:
+            raise StructureError(
+                f"`rx.nn.EMA`: {wrt!r} selects no ref of this model, so there is nothing to "
+                "average. Name a collection that it has; `rx.aliases(model)` lists its refs."
+            )
+        if isinstance(decay, int | float) and not 0 <= decay <= 1:
+            raise ValueError(
+                "`rx.nn.EMA`: `decay` is how much of the average an update keeps, between 0 "
+                f"and 1, and was {decay!r}."
+            )
+        averages = {id(ref): _average_of(ref) for ref in selected}
+        self.model = jtu.tree_map(lambda x: averages.get(id(x), x), model)
+        self.decay = decay
+        places = {id(x): i for i, x in enumerate(jtu.tree_leaves(model))}
+        self._places = tuple(places[i] for i in averages)
+
+    def update(self, model: Any) -> None:
+        """Moves the averages to the values of the model, by one step.
+
+        **Arguments:**
+
+        - `model`: the model that the average was made of, or a copy of it.
+        """
+        updates = []
+        for average, ref in self._pairs(model):
+            value = jtu.tree_map(self._move, average.value, ref.value)
+            updates.append((average, value))
+        check_and_write(updates)
+
+    def swap(self, model: Any) -> None:
+        """Exchanges the averages and the values of the model, in place.
+
+        **Arguments:**
+
+        - `model`: as for `update`.
+        """
+        pairs = self._pairs(model)
+        updates = [(ref, average.value) for average, ref in pairs]
+        check_and_write(updates + [(average, ref.value) for average, ref in pairs])
+
+    def _move(self, average: Any, value: Any) -> Any:
+        if not is_inexact(value):
+            return value
+        value = jnp.asarray(value)
+        decay = jnp.asarray(self.decay).astype(value.dtype)
+        return decay * average + (1 - decay) * value
+
+    def _pairs(self, model: Any) -> list[tuple[Ref, Ref]]:
+        """Each average, with the ref of the model that it is of."""
+        averages, treedef = jtu.tree_flatten(self.model)
+        refs, given = jtu.tree_flatten(model)
+        pairs = [(averages[i], refs[i]) for i in self._places if i < len(refs)]
+        if treedef != given or not all(isinstance(ref, Ref) for _, ref in pairs):
+            raise StructureError(
+                "`rx.nn.EMA`: the model has another structure than the one that the average "
+                "was made of. Give it that model, or a copy by `rx.clone`; for a model that "
+                "was changed by `eqx.tree_at`, make a new `rx.nn.EMA`."
+            )
+        return pairs
+
+
+def _average_of(ref: Ref) -> Ref:
+    return make_ref(type(ref), ref.value, "ema", ref._name, ref._declared)

@@ -1,0 +1,170 @@
+"""`LoRA`: a change of low rank around a linear layer that stays as it is."""
+
+from typing import Annotated, Any, TypeVar
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+from jaxtyping import Array, Float
+
+from .._core._ref import Ref
+from .._fields._field import Collection
+from .._fields._module import Module
+from ._stateless import with_params
+from ._weights import weight_of, with_weight
+
+
+__tracebackhide__ = True
+
+
+_T = TypeVar("_T")
+_Lora = Annotated[Ref[_T], Collection("lora")]
+
+
+class LoRA(Module):
+    """A linear layer, and a change of its weight of low rank: `layer(x) + scale * b @ a @ x`.
+
+    !!! Example
+
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        k1, k2 = jax.random.split(jax.random.key(0))
+        linear = rx.nn.Linear(8, 4, key=k1)
+        adapted = rx.nn.LoRA(linear, rank=2, key=k2)
+        x = jnp.ones(8)
+        assert (adapted(x) == linear(x)).all()  # at first there is no change
+
+        # Only the change is trained: the weight itself is of another collection.
+        grads = rx.filter_grad(lambda m: jnp.sum(m(x) ** 2), wrt="lora")(adapted)
+        rx.update_refs(adapted, jax.tree.map(lambda g: -0.1 * g, grads))
+
+        merged = rx.nn.merge_lora(adapted)
+        assert isinstance(merged, rx.nn.Linear)
+        assert jnp.allclose(merged(x), adapted(x), atol=1e-6)
+        ```
+
+    The layer is shared: its refs are those it had, of collection `"params"`, and the change is
+    two refs of collection `"lora"`. So `wrt="lora"` trains the change and freezes the rest.
+    [`refx_eqx.nn.merge_lora`][] makes plain layers again.
+
+    **Arguments:**
+
+    - `layer`: a layer that multiplies the last axis of its input by a weight of shape
+        `(out, in)`: of ours or of anybody.
+    - `rank`: of the change.
+    - `alpha`: the change is scaled by `alpha / rank`; by default by one.
+    - `weight_name`: the field of the layer that is its weight.
+    - `key`: for `a` at the start. `b` is zero.
+
+    **Raises:**
+
+    - `ValueError`: if the layer has no such weight, or an input does not fit it.
+    """
+
+    layer: Any
+    a: _Lora[Float[Array, "rank in_features"]]
+    b: _Lora[Float[Array, "out_features rank"]]
+    scale: float = eqx.field(static=True)
+    weight_name: str = eqx.field(static=True)
+
+    def __init__(
+        self,
+        layer: Any,
+        rank: int,
+        alpha: float | None = None,
+        weight_name: str = "weight",
+        *,
+        key: Any,
+    ):
+        weight = weight_of(layer, weight_name)
+        if weight.ndim != 2:
+            raise ValueError(
+                f"`rx.nn.LoRA`: `{weight_name}` has shape {weight.shape}, and is to be of "
+                "shape (out, in). Around a stack of layers, make a stack: "
+                "`rx.filter_vmap(lambda layer, key: rx.nn.LoRA(layer, rank, key=key))"
+                "(layers, keys)`."
+            )
+        if rank < 1:
+            raise ValueError(f"`rx.nn.LoRA`: `rank` is at least 1, and was {rank}.")
+        n_out, n_in = weight.shape
+        limit = n_in**-0.5
+        self.layer = with_params(layer)
+        self.a = jr.uniform(key, (rank, n_in), weight.dtype, -limit, limit)
+        self.b = jnp.zeros((n_out, rank), weight.dtype)
+        self.scale = 1.0 if alpha is None else alpha / rank
+        self.weight_name = weight_name
+
+    def __call__(self, x: Array, *, key: Any = None) -> Array:
+        """**Arguments:**
+
+        - `x`: the input of the layer, of shape `(..., in)`.
+        - `key`: not used.
+
+        **Returns:**
+
+        What the layer makes of it, changed: of shape `(..., out)`.
+        """
+        if x.shape[-1:] != self.a.shape[-1:]:
+            raise ValueError(
+                f"`rx.nn.LoRA`: the input has shape {x.shape}, and its last axis is to have "
+                f"the length {self.a.shape[-1]}, which the weight multiplies."
+            )
+        low = x @ self.a[...].T
+        return self.layer(x) + self.scale * (low @ self.b[...].T)
+
+
+def merge_lora(tree: Any) -> Any:
+    """The tree with a plain layer for each [`refx_eqx.nn.LoRA`][]: its weight is changed.
+
+    !!! Example
+
+        ```python
+        import equinox as eqx
+        import jax
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        k1, k2 = jax.random.split(jax.random.key(0))
+        model = rx.nn.MLP(3, 2, 8, 1, key=k1)
+        adapt = lambda layer: rx.nn.LoRA(layer, rank=2, key=k2)
+        adapted = eqx.tree_at(lambda m: m.layers[0], model, replace_fn=adapt)
+        adapted.layers[0].b.value += 1
+
+        merged = rx.nn.merge_lora(adapted)
+        assert jax.tree.structure(merged) == jax.tree.structure(model)
+        assert jnp.allclose(merged(jnp.ones(3)), adapted(jnp.ones(3)), atol=1e-5)
+        assert merged.layers[1].weight is model.layers[1].weight
+        ```
+
+    The weight is a new ref: what shares the old one keeps it. All other refs of the layer are
+    those it had.
+
+    **Arguments:**
+
+    - `tree`: any pytree.
+
+    **Returns:**
+
+    The same tree without `LoRA`s. One change that is at several places, around one weight, is
+    one new weight there.
+    """
+    merged: dict[tuple[int, int, int], Any] = {}
+
+    def merge(x: Any) -> Any:
+        if not isinstance(x, LoRA):
+            return x
+        layer = merge_lora(x.layer)
+        key = id(getattr(x.layer, x.weight_name)), id(x.a), id(x.b)
+        if key not in merged:
+            weight = weight_of(layer, x.weight_name)
+            change = x.scale * (x.b[...] @ x.a[...])
+            new = with_weight(layer, x.weight_name, weight + change)
+            merged[key] = getattr(new, x.weight_name)
+        where = lambda layer: getattr(layer, x.weight_name)
+        return eqx.tree_at(where, layer, merged[key])
+
+    return jtu.tree_map(merge, tree, is_leaf=lambda x: isinstance(x, LoRA))

@@ -1,0 +1,127 @@
+"""`SpectralNorm`: a weight whose largest singular value is one."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float
+
+from .._fields._field import BatchStat
+from .._fields._module import Module
+from ._stateless import with_params
+from ._weights import weight_of, with_weight
+
+
+__tracebackhide__ = True
+
+
+class SpectralNorm(Module):
+    """As `equinox.nn.SpectralNorm`, with its singular vectors in refs: there is no `State` to
+    pass in and out.
+
+    !!! Example
+
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        k1, k2 = jax.random.split(jax.random.key(0))
+        linear = rx.nn.Linear(3, 2, use_bias=False, key=k1)
+        normed = rx.nn.SpectralNorm(linear, key=k2)
+        for _ in range(10):
+            normed(jnp.ones(3))  # each call in training mode makes the estimate better
+        weight = linear.weight[...] / jnp.linalg.norm(linear.weight[...], ord=2)
+        assert jnp.allclose(normed(jnp.ones(3)), weight @ jnp.ones(3), atol=1e-5)
+        ```
+
+    In training mode each call makes steps of the power iteration, from the vectors `u` and
+    `v` of the call before; in inference mode it uses these as they are.
+
+    **Arguments:**
+
+    - `layer`: the layer, of ours or of anybody. It is shared: its refs are those it had.
+    - `weight_name`: the field of the layer that is its weight, of two dimensions or more. It
+        is taken as a matrix of as many rows as its first axis is long.
+    - `num_power_iterations`: the steps of one call.
+    - `eps`: the least length that a vector is divided by.
+    - `inference`: the mode. `equinox.nn.inference_mode` sets it.
+    - `key`: for the vectors at the start.
+
+    **Raises:**
+
+    - `ValueError`: if the layer has no such field, or its weight has one dimension.
+    """
+
+    layer: Any
+    u: BatchStat[Float[Array, "rows"]]
+    v: BatchStat[Float[Array, "columns"]]
+    weight_name: str = eqx.field(static=True)
+    num_power_iterations: int = eqx.field(static=True)
+    eps: float = eqx.field(static=True)
+    inference: bool
+
+    def __init__(
+        self,
+        layer: Any,
+        weight_name: str = "weight",
+        num_power_iterations: int = 1,
+        eps: float = 1e-12,
+        inference: bool = False,
+        *,
+        key: Any,
+    ):
+        weight = weight_of(layer, weight_name)
+        if weight.ndim < 2:
+            raise ValueError(
+                f"`rx.nn.SpectralNorm`: `{weight_name}` has shape {weight.shape}, and only "
+                "what has two dimensions or more has singular values."
+            )
+        self.layer = with_params(layer)
+        self.weight_name = weight_name
+        self.num_power_iterations = num_power_iterations
+        self.eps = eps
+        self.inference = inference
+        matrix = weight.reshape(weight.shape[0], -1)
+        key_u, key_v = jr.split(key)
+        u = jr.normal(key_u, matrix.shape[:1], matrix.dtype)
+        v = jr.normal(key_v, matrix.shape[1:], matrix.dtype)
+        # So that the first calls have a good estimate already.
+        self.u, self.v = self._iterate(matrix, u, v, 15)
+
+    def __call__(
+        self, x: Array, *, key: Any = None, inference: bool | None = None
+    ) -> Array:
+        """**Arguments:**
+
+        - `x`: the input of the layer.
+        - `key`: not used.
+        - `inference`: the mode, instead of `self.inference`.
+
+        **Returns:**
+
+        What the layer makes of it.
+        """
+        weight = weight_of(self.layer, self.weight_name)
+        matrix = weight.reshape(weight.shape[0], -1)
+        u, v = self.u[...], self.v[...]
+        if not (self.inference if inference is None else inference):
+            # The vectors are taken as constants by derivatives.
+            fixed = jax.lax.stop_gradient(matrix)
+            u, v = self._iterate(fixed, u, v, self.num_power_iterations)
+            self.u.value, self.v.value = u, v
+        normed = weight / (u @ matrix @ v)
+        return with_weight(self.layer, self.weight_name, normed)(x)
+
+    def _iterate(
+        self, matrix: Array, u: Array, v: Array, n: int
+    ) -> tuple[Array, Array]:
+        for _ in range(n):
+            u = self._direction(matrix @ v)
+            v = self._direction(matrix.T @ u)
+        return u, v
+
+    def _direction(self, x: Array) -> Array:
+        return x / jnp.maximum(self.eps, jnp.sqrt(jnp.sum(x**2)))

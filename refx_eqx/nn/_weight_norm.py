@@ -1,0 +1,77 @@
+"""`WeightNorm`: a weight as a direction and a length."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .._fields._field import Param
+from .._fields._module import Module
+from ._stateless import with_params
+from ._weights import weight_of, with_weight
+
+
+__tracebackhide__ = True
+
+
+class WeightNorm(Module):
+    """As `equinox.nn.WeightNorm`: a layer whose weight is `g * weight / |weight|`.
+
+    !!! Example
+
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        linear = rx.nn.Linear(3, 2, key=jax.random.key(0))
+        normed = rx.nn.WeightNorm(linear)
+        x = jnp.ones(3)
+        assert jnp.allclose(normed(x), linear(x), atol=1e-6)  # at first nothing has changed
+
+        linear.weight.value *= 7  # of the weight itself only the direction counts
+        assert jnp.allclose(normed(x), linear(x) / 7 + linear.bias[...] * 6 / 7, atol=1e-6)
+        ```
+
+    **Arguments:**
+
+    - `layer`: the layer, of ours or of anybody. It is shared: its refs are those it had.
+    - `weight_name`: the field of the layer that is its weight.
+    - `axis`: the length is that over all axes except this one; `None` for over all.
+
+    **Raises:**
+
+    - `ValueError`: if the layer has no such field.
+    """
+
+    layer: Any
+    g: Param[Float[Array, "..."]]
+    weight_name: str = eqx.field(static=True)
+    axis: int | None = eqx.field(static=True)
+
+    def __init__(self, layer: Any, weight_name: str = "weight", axis: int | None = 0):
+        self.layer = with_params(layer)
+        self.weight_name = weight_name
+        self.axis = axis
+        self.g = self._length(weight_of(layer, weight_name))
+
+    def __call__(self, x: Array, *, key: Any = None) -> Array:
+        """**Arguments:**
+
+        - `x`: the input of the layer.
+        - `key`: not used.
+
+        **Returns:**
+
+        What the layer makes of it.
+        """
+        v = weight_of(self.layer, self.weight_name)
+        weight = self.g[...] * v / self._length(v)
+        return with_weight(self.layer, self.weight_name, weight)(x)
+
+    def _length(self, v: Array) -> Array:
+        over = [
+            i for i in range(v.ndim) if self.axis is None or i != self.axis % v.ndim
+        ]
+        return jnp.sqrt(jnp.sum(jnp.square(jnp.abs(v)), over, keepdims=True))
