@@ -45,6 +45,12 @@ def make(module, name):
     return getattr(module, name)(*arguments, **keyed)
 
 
+def test_every_layer_of_equinox_has_one_of_ours():
+    state = {"State", "StateIndex", "StatefulLayer", "Shared"}
+    classes = {name for name, x in vars(eqx.nn).items() if isinstance(x, type)}
+    assert classes - state <= set(dir(rx.nn))
+
+
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_a_layer_is_that_of_equinox_with_refs_for_its_arrays(name):
     layer, plain = make(rx.nn, name), make(eqx.nn, name)

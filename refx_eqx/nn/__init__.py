@@ -26,10 +26,13 @@ from equinox.nn import (
     RotaryPositionalEmbedding as RotaryPositionalEmbedding,
 )
 
+from ._attention import MultiheadAttention as MultiheadAttention
 from ._batch_norm import BatchNorm as BatchNorm
 from ._dropout import Dropout as Dropout
 from ._ema import EMA as EMA
 from ._lora import LoRA as LoRA, merge_lora as merge_lora
+from ._metrics import Accuracy as Accuracy, Average as Average
+from ._recurrent import GRUCell as GRUCell, LSTMCell as LSTMCell
 from ._spectral_norm import SpectralNorm as SpectralNorm
 from ._stateless import (
     Conv as Conv,

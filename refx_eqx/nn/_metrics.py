@@ -1,0 +1,132 @@
+"""Metrics that are gathered over the batches of an epoch."""
+
+from typing import Annotated, Any, TypeVar
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from .._core._ref import Ref
+from .._fields._field import Collection
+from .._fields._module import Module
+
+
+__tracebackhide__ = True
+
+
+_T = TypeVar("_T")
+_Metric = Annotated[Ref[_T], Collection("metrics")]
+
+
+class Average(Module):
+    """The mean of all values since the last reset.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        loss = rx.nn.Average()
+
+        @rx.filter_jit
+        def step(loss, batch):
+            loss.update(batch)  # inside of a step, as any write
+
+        for batch in jnp.arange(6.0).reshape(2, 3):
+            step(loss, batch)
+        assert loss.compute() == 2.5
+        loss.reset()
+        ```
+
+    Its refs, of collection `"metrics"`, are the mean so far and the count of values.
+    """
+
+    mean: _Metric[Float[Array, ""]]
+    count: _Metric[Int[Array, ""]]
+
+    def __init__(self) -> None:
+        self.mean = jnp.zeros(())
+        self.count = jnp.array(0)
+
+    def update(self, values: Any, *, mask: Any = None) -> None:
+        """Takes in more values.
+
+        **Arguments:**
+
+        - `values`: a number, or an array of any shape.
+        - `mask`: an array of `bool` of that shape: `False` for what does not count.
+        """
+        values = jnp.asarray(values).astype(self.mean.dtype)
+        mask = jnp.ones(values.shape, bool) if mask is None else jnp.asarray(mask)
+        if mask.shape != values.shape:
+            raise ValueError(
+                f"`update` of a metric: the mask has shape {mask.shape}, and the values have "
+                f"shape {values.shape}. Give one `bool` for each value."
+            )
+        n = jnp.sum(mask, dtype=self.count.dtype)
+        count = self.count[...] + n
+        # A sum of all values would lose digits as it grows; the mean does not.
+        gain = jnp.sum(jnp.where(mask, values - self.mean[...], 0))
+        self.mean.value = self.mean[...] + gain / jnp.maximum(count, 1).astype(
+            gain.dtype
+        )
+        self.count.value = count
+
+    def compute(self) -> Array:
+        """The mean: a scalar. NaN if there are no values."""
+        return jnp.where(self.count[...] == 0, jnp.nan, self.mean[...])
+
+    def reset(self) -> None:
+        """Forgets all values."""
+        self.mean.value = jnp.zeros_like(self.mean[...])
+        self.count.value = jnp.zeros_like(self.count[...])
+
+
+class Accuracy(Average):
+    """The fraction of right guesses since the last reset.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        accuracy = rx.nn.Accuracy()
+        logits = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.1]])
+        accuracy.update(logits, labels=jnp.array([0, 1, 1]))
+        assert jnp.allclose(accuracy.compute(), 2 / 3)
+        ```
+
+    **Arguments:**
+
+    - `threshold`: for a question of yes or no: the guess is yes where the one logit is
+        greater. By default the guess is the class of the greatest logit.
+    """
+
+    threshold: float | None
+
+    def __init__(self, threshold: float | None = None):
+        super().__init__()
+        self.threshold = threshold
+
+    def update(self, logits: Any, labels: Any, *, mask: Any = None) -> None:
+        """Takes in more guesses.
+
+        **Arguments:**
+
+        - `logits`: of shape `(..., n_classes)`; with a `threshold`, of the shape of `labels`.
+        - `labels`: integers: the numbers of the right classes.
+        - `mask`: an array of `bool` of the shape of `labels`: `False` for what does not count.
+        """
+        labels = jnp.asarray(labels)
+        if self.threshold is None:
+            guesses = jnp.argmax(logits, axis=-1)
+        else:
+            guesses = jnp.asarray(logits) > self.threshold
+        if guesses.shape != labels.shape:
+            raise ValueError(
+                f"`rx.nn.Accuracy`: the labels have shape {labels.shape}, and the guesses "
+                f"have shape {guesses.shape}. Give logits of shape (*labels.shape, "
+                "n_classes), or of the shape of the labels if there is a `threshold`."
+            )
+        super().update(guesses == labels.astype(guesses.dtype), mask=mask)
