@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float, Int
 
-from .._fields._field import Cache
+from .._fields._collection import Cache
 from .._fields._module import Module
 from .._rng import Rngs, RngStream
 from .._transforms._vmap import filter_vmap

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .._fields._field import BatchStat, Param
+from .._fields._collection import BatchStat, Param
 from .._fields._module import Module
 
 

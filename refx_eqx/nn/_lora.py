@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
 from .._core._ref import Ref
-from .._fields._field import Collection
+from .._fields._collection import Collection
 from .._fields._module import Module
 from ._stateless import with_params
 from ._weights import weight_of, with_weight

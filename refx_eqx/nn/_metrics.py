@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from .._core._ref import Ref
-from .._fields._field import Collection
+from .._fields._collection import Collection
 from .._fields._module import Module
 
 

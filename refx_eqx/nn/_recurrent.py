@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
-from .._fields._field import Cache
+from .._fields._collection import Cache
 from .._fields._module import Module
 from ._stateless import with_params
 

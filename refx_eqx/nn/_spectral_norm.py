@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float
 
-from .._fields._field import BatchStat
+from .._fields._collection import BatchStat
 from .._fields._module import Module
 from ._stateless import with_params
 from ._weights import weight_of, with_weight

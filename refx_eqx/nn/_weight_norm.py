@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._fields._field import Param
+from .._fields._collection import Param
 from .._fields._module import Module
 from ._stateless import with_params
 from ._weights import weight_of, with_weight
