@@ -28,7 +28,7 @@ from ._core._errors import describe, StructureError
 from ._core._functions import opened
 from ._core._nodes import is_node, Value
 from ._core._ref import Ref
-from ._core._structure import is_traced_in_ref
+from ._core._structure import is_traced_in_ref, split_value
 from ._engine._autodiff import is_inexact
 from ._filters._filters import choose, dotted, leaves_with_paths
 from ._filters._state_dict import first_places, places_of
@@ -56,7 +56,7 @@ class Trained:
         places = first_places(places_of(model, wrt, "Cannot train the model"))
         _check_in_refs(model, wrt)
         for name, ref in places.items():
-            arrays = jtu.tree_map(lambda x: x if is_inexact(x) else None, ref.value)
+            arrays = eqx.filter(split_value(ref.value)[0], is_inexact)
             if jtu.tree_leaves(arrays):
                 self.refs[name], self.values[name] = ref, arrays
         if not self.refs:

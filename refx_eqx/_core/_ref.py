@@ -106,7 +106,8 @@ class Ref(Generic[_T]):
 
     The value is any pytree without a `Ref` inside. Its array-like leaves (JAX and NumPy
     arrays; Python `bool`, `int`, `float`, `complex`) are traced by the lifted transforms,
-    and everything else is static.
+    and everything else is static. In an Equinox module that is in the value, Python numbers
+    are static too, as in Equinox: `inference` of an `eqx.nn.Dropout` is no state.
 
     A ref belongs to the JAX trace that it was created in. It may be written only there,
     and read there and under `vmap`; anything else is a

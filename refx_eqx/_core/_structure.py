@@ -48,7 +48,8 @@ def is_traced(leaf: Any) -> bool:
 
 
 def is_traced_in_ref(leaf: Any) -> bool:
-    """Which leaves of the value of a ref are traced: what JAX can trace."""
+    """Which leaves of the value of a ref are traced: what JAX can trace. In a module that is
+    in it, arrays alone: see `split_value`."""
     if type(leaf) is _trace.ConcreteArray:
         return True
     return eqx.is_array_like(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
@@ -56,14 +57,29 @@ def is_traced_in_ref(leaf: Any) -> bool:
 
 def split_value(value: Any) -> tuple[Any, Any]:
     """The value of a ref as `(arrays, statics)`, each with `None` for the other; the second
-    is `None` if there is nothing static. A channel is no part of the structure."""
+    is `None` if there is nothing static. A channel is no part of the structure.
+
+    A number of Python is traced, as the state that a ref is made for. In a module it is an
+    option, as in Equinox: `eqx.nn.Dropout.inference` is asked in an `if`.
+    """
     if is_traced_in_ref(value):
         return value, None
     if type(value) is Channelled:
         arrays, statics = split_value(value.value)
         return Channelled(arrays, value.channel), statics
-    arrays, statics = eqx.partition(value, is_traced_in_ref)
+    arrays, statics = eqx.partition(value, _spec_of(value))
     return arrays, statics if jtu.tree_leaves(statics) else None
+
+
+def _spec_of(value: Any) -> Any:
+    def spec(x: Any) -> Callable[[Any], bool]:
+        return is_traced if _is_module(x) else is_traced_in_ref
+
+    return jtu.tree_map(spec, value, is_leaf=_is_module)
+
+
+def _is_module(x: Any) -> bool:
+    return isinstance(x, eqx.Module)
 
 
 def join_value(arrays: Any, statics: Any) -> Any:
