@@ -87,6 +87,48 @@ def test_a_write_that_no_ref_took_is_told_when_it_is_read():
         made.mean  # noqa: B018
 
 
+class Tracking(rx.Module):
+    scale: rx.Param[Array]
+    mean: rx.BatchStat[Array]
+
+    def __call__(self, x):
+        self.mean.value = x  # and never read
+        return self.scale[...] * x
+
+
+def test_a_write_that_no_ref_took_is_told_at_the_next_door():
+    module = Tracking(jnp.ones(3), jnp.zeros(3))
+    made = both_replaced(module)
+    text = (
+        r"`Tracking\.mean` is declared a ref, and holds .* to which a value was written"
+    )
+    with pytest.raises(rx.RefTypeError, match=text):
+        made(jnp.ones(3))
+    # The remedy.
+    stats = rx.Ref(3 * jnp.ones(3), "batch_stats"), rx.Ref(jnp.ones(3), "params")
+    mended = eqx.tree_at(lambda m: (m.mean, m.scale), module, stats)
+    assert mended(jnp.ones(3))[0] == 1.0 and mended.mean[0] == 1.0
+
+
+def test_a_write_to_an_array_of_another_module_is_told_once():
+    made, other = both_replaced(norm()), rx.snapshot(norm())
+    made.mean.value = jnp.ones(3)
+    with pytest.raises(rx.RefTypeError, match=r"`Norm\.mean`.* no ref took"):
+        other.scale  # noqa: B018
+    assert other.scale[0] == 1.0
+
+
+@pytest.mark.parametrize("cls", [Norm, Plain])
+@pytest.mark.parametrize("lifted", [rx.filter_jit, rx.filter_grad, rx.filter_vmap])
+def test_a_write_that_no_ref_took_is_told_by_a_lifted_transform(cls, lifted):
+    made = both_replaced(cls(jnp.ones(3), jnp.zeros(3)))
+    object.__getattribute__(made, "mean").value = jnp.ones(3)
+    with pytest.raises(
+        rx.RefTypeError, match=r"float32\[3\], an array in no ref, to which `\.value = "
+    ):
+        lifted(lambda m: jnp.sum(object.__getattribute__(m, "scale")))(made)
+
+
 def test_a_write_inside_a_transform_raises():
     def write(module):
         module.mean.value = jnp.ones(3)

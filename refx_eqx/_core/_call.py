@@ -38,6 +38,7 @@ from ._errors import (
     ConcurrencyError,
     describe,
     name_of,
+    RefTypeError,
     StructureError,
     TraceLevelError,
 )
@@ -116,6 +117,7 @@ class Call:
             leaves, part = _closure.flatten(tree)
             self.leaves.append(leaves)
             parts.append(part)
+            _check_no_lost_write(fn, leaves)
         self.trace = _trace.current_trace()
         # What `filter_jit` learned of this call before it compiles.
         self.traced: Any = None
@@ -204,6 +206,19 @@ class Call:
         for i in outcome.info.in_place:
             self.refs[i]._written = IN_PLACE
         return result
+
+
+def _check_no_lost_write(fn: Any, leaves: list[Any]) -> None:
+    """JAX lets any attribute of an array be set. An array in the place of a ref (put there by
+    `eqx.tree_at`, say) swallows what is written to it."""
+    for leaf in leaves:
+        if type(leaf) is _trace.ConcreteArray and "value" in leaf.__dict__:
+            raise RefTypeError(
+                f"`{name_of(fn)}` is called with {leaf.dtype}{list(leaf.shape)}, an array in "
+                "no ref, to which `.value = ...` was written: no ref took that. Put a ref "
+                "where the array is, `rx.Ref(value, collection)`, with `eqx.tree_at` for a "
+                "field of a module, and write to the ref."
+            )
 
 
 @contextlib.contextmanager

@@ -4,7 +4,9 @@ The fields are checked together, so the axis names in their types are shared. Wh
 annotation says is worked out once a class; an instance pays for the checks alone.
 """
 
+import threading
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -174,8 +176,9 @@ def check_field(instance: Any, name: str, value: Any) -> None:
 
     **Raises:**
 
-    - `RefTypeError`: if there is an array by mistake.
+    - `RefTypeError`: if there is an array by mistake; here, or where one was read last.
     """
+    _check_last_read()
     field = type(instance).__dataclass_fields__.get(name)
     if not isinstance(field, RefField):
         return
@@ -185,6 +188,26 @@ def check_field(instance: Any, name: str, value: Any) -> None:
         lost = "value" in getattr(x, "__dict__", ())
         if lost or _has_refs(instance):
             raise _not_a_ref(x, where, declared, lost)
+        if type(x) is _trace.ConcreteArray:
+            _last_read.array = weakref.ref(x), where, declared
+
+
+class _LastRead(threading.local):
+    """The last array that was read of a field which is declared a ref, with its place. If a
+    value is written to it, nothing can stop that: it is noticed at the next door."""
+
+    array: "tuple[Callable[[], Any], str, Declared] | None" = None
+
+
+_last_read = _LastRead()
+
+
+def _check_last_read() -> None:
+    if _last_read.array is not None:
+        (recall, where, declared), _last_read.array = _last_read.array, None
+        x = recall()
+        if x is not None and "value" in x.__dict__:
+            raise _not_a_ref(x, where, declared, lost=True)
 
 
 def check_refs_in_place(tree: Any, failure: str) -> None:

@@ -28,7 +28,9 @@ def _is_place(x: Any) -> bool:
 def update_refs(target: Any, source: Any) -> None:
     """Writes the values of `source` into the aligned refs of `target`.
 
-    All is validated first: on any mismatch nothing is written.
+    All is validated first: on any mismatch nothing is written. The values are those that the
+    refs get: the updates of an Optax transformation, which are to be added, have the same
+    structure, and go to [`refx_eqx.apply_updates`][].
 
     !!! Example
 

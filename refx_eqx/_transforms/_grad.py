@@ -178,7 +178,9 @@ def filter_value_and_grad(
 
     - `fun`: the function to differentiate. It returns a real scalar, or a pair of one and
         anything if `has_aux` is set.
-    - `wrt`: any filter, which narrows what is differentiated.
+    - `wrt`: any filter, which narrows what is differentiated. Without it batch statistics and
+        the like are differentiated too, and a step of an optimizer by these gradients moves
+        them: say what is trained, such as `wrt="params"`.
     - `has_aux`: whether `fun` returns `(value, aux)`.
     - `**gradkwargs`: passed on to `jax.value_and_grad`, such as `holomorphic`.
 
