@@ -41,7 +41,7 @@ class RngStream(Module):
 
     **Arguments:**
 
-    - `key`: a key of `jax.random`, typed or raw. It is held as it is given.
+    - `key`: a key of `jax.random`, typed or raw. It is kept unchanged.
     """
 
     key: Ref[Array] = field(collection="rng")
@@ -83,27 +83,27 @@ class Rngs(Module):
         def dropout(rngs, x):
             return jnp.where(jr.bernoulli(rngs.dropout(), 0.5, x.shape), 2 * x, 0)
 
-        # Each lane draws its own mask, and the next call others.
+        # Each element draws its own mask, and the next call others.
         rx.filter_vmap(dropout, in_axes=(None, 0))(rngs, jnp.ones((4, 3)))
         assert rngs.dropout.count.value == 3
         ```
 
     It is a [`refx_eqx.Module`][], so it can be a field of a model, or an argument. Its refs
     are of collection `"rng"`: the lifted transforms carry them, as all refs. Under
-    [`refx_eqx.filter_vmap`][] each lane has keys of its own, and under
+    [`refx_eqx.filter_vmap`][] each element has keys of its own, and under
     [`refx_eqx.scan`][] and [`refx_eqx.map`][] each step; `in_axes=rx.axes(rng=None, ...)`
     asks for the same in all.
 
     **Arguments:**
 
-    - `default`: the seed of the default stream; may be left out. By position.
+    - `default`: seed of the default stream (optional, positional only).
     - `**streams`: the seed of each named stream: an `int`, or a key of `jax.random`. A typed
         key stays typed in the ref; a seed gives a raw one, which every file format stores.
         Streams of equal seeds and different names are different.
 
     **Raises:**
 
-    - `AttributeError`: when a stream is asked for that there is not, and there is no
+    - `AttributeError`: when there is no stream of the name asked for, and no
         default stream either.
     """
 

@@ -450,7 +450,7 @@ def test_under_vmap_a_value_for_each_lane_is_refused_or_mapped(inner):
         return jnp.sum(rx.filter_vmap(one, in_axes=(in_axes, 0))(model, xs))
 
     model = make_state()
-    match = "`watch` writes .*'fp8'.*broadcast by `filter_vmap`.*lane to lane"
+    match = "`watch` writes .*'fp8'.*broadcast by `filter_vmap`.*along the mapped axis"
     with pytest.raises(rx.StructureError, match=match):
         with jax.check_tracer_leaks(False):
             rx.filter_grad(loss, wrt="params")(model, xs, None)

@@ -573,7 +573,7 @@ def test_an_array_outside_refs_is_not_lost_in_silence(path):
     rx.save(path, model, "params")
     rx.save(path, model, rx.Ref)
     text = (
-        "Cannot load: the array at `mean` is not in a ref, so it would stay as it is."
+        "Cannot load: the array at `mean` is not in a ref, so it would not be loaded."
     )
     refuses(path, model, rx.StructureError, text)
     rx.load(path, model, rx.Ref)

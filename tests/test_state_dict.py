@@ -367,7 +367,7 @@ def test_missing_and_unexpected_keys_are_listed():
         "`encoder.weight`, `Linear.weight` (collection 'params'); `layers.0.uses`, "
         "`Linear.uses` (collection 'counts'). No ref that the filter selects is at its keys "
         "'old.weight', 'name'. Pass as `filter` what the state was made of; or pass "
-        "`strict=False`, which leaves refs without a value as they are, and other keys out.",
+        "`strict=False`, which leaves refs without a value unchanged, and ignores other keys.",
     )
     rx.load_state_dict(model, state, strict=False)  # the remedy
     assert model.encoder.weight.value[0] == 0 and model.layers[0].weight.value[0] == 6

@@ -136,7 +136,7 @@ def _open_beside(target: Path) -> BinaryIO:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Removes what killed processes left of their files: nobody holds the lock on it."""
+    """Removes what killed processes left of their files: no process locks these."""
     if fcntl is None:
         return
     for leftover in target.parent.glob("*.tmp"):

@@ -49,7 +49,7 @@ Rename = Mapping[str, str | None] | Callable[[str], str | None]
 def save(path: str | os.PathLike, tree: Any, filter: Any = True) -> None:
     """Saves the values of the refs of a tree to a file, by name.
 
-    The file is in the safetensors format, which many tools read. It is written beside
+    The file is in the safetensors format, which many tools read. It is written next to
     `path`, flushed to the disk, and renamed: if the process is killed meanwhile, what was
     at `path` before is there still, and whole.
 
@@ -158,10 +158,10 @@ def load(
         replace.
     - `filter`: any filter. Only the refs that it selects are written.
     - `strict`: whether each of these refs must have a value in the file, and each name of
-        the file a ref. If `False`, refs without a value stay as they are, and other names
+        the file a ref. If `False`, refs without a value stay unchanged, and other names
         are not looked at.
     - `rename`: what the names of the file are in the tree: a mapping, in which other names
-        stay as they are, or a function of the name. `None` leaves a name out.
+        are kept, or a function of the name. `None` leaves a name out.
     - `convert`: a function of the name in the tree and the array of the file, called for
         each array that is loaded. It returns what to load: the array transposed, or of
         another dtype.
@@ -177,7 +177,7 @@ def load(
     - `TraceLevelError`, `ImmutableError`: if a ref may not be written here.
     - `OSError`: if the file cannot be read.
     """
-    _check_in_refs(tree, filter, "Cannot load", "would stay as it is")
+    _check_in_refs(tree, filter, "Cannot load", "would not be loaded")
     with _file.opened(path) as file:
         content = _Content(file, path)
         places = _places(tree, filter)
@@ -286,7 +286,7 @@ def _sources(
     for name in content.names:
         keys = [renamed(n) for n in content.names_of(name)]
         keys = [key for key in keys if key is not None]
-        # A tie is loaded by those of its names that there are; or by none, which is told.
+        # A tie is loaded by whichever of its names the file has; by none is an error.
         there = [key for key in keys if _place_of(key, known) is not None]
         for key in there or keys[:1]:
             other = sources.setdefault(key, name)

@@ -473,7 +473,7 @@ def call(
             _trace.restore_debug_hook(hook)
     raise ConcurrencyError(
         f"Other threads changed the refs of `{name_of(fn)}` during each of {_MAX_TRIES} "
-        "calls. Take turns: guard the calls with a lock."
+        "calls. Serialize the calls with a lock."
     )
 
 

@@ -43,7 +43,7 @@ class _Node(NamedTuple):
 
 
 class Watch:
-    """What can be changed in place in some trees, as it is now."""
+    """What can be changed in place in some trees, in its current state."""
 
     __slots__ = ("_nodes",)
 

@@ -115,7 +115,7 @@ class _Same:
 
 
 class _Kept:
-    """A cell that is kept as it is; equal when it is the same cell, of the same content."""
+    """A cell that is kept unchanged; equal when it is the same cell, of the same content."""
 
     __slots__ = ("cell", "key")
 
@@ -551,7 +551,7 @@ def _reachable_functions(fn: types.FunctionType) -> list[types.FunctionType]:
 
 
 def _rebound_cells(functions: list[types.FunctionType]) -> set[int]:
-    """The cells that these functions bind anew themselves (`nonlocal count; count += 1`).
+    """The cells that these functions rebind themselves (`nonlocal count; count += 1`).
 
     They are no input of a function but a side effect, which JAX runs once a trace.
     """

@@ -104,7 +104,7 @@ def deref(tree: _T) -> _T:
 
     **Returns:**
 
-    The same tree with `Value` and `Index` nodes in place of refs. Values are not copied.
+    The same tree with `Value` and `Index` nodes instead of refs. Values are not copied.
 
     **Raises:**
 
@@ -163,7 +163,7 @@ def deref_leaves(
 
 
 def reref_leaves(leaves: list[Any], refs: dict[int, Ref]) -> list[Any]:
-    """The opposite of `deref_leaves`, of leaves that nobody else has touched.
+    """The opposite of `deref_leaves`, of leaves that no other code has touched.
 
     `refs` are those that are known, by number; those that are made are added.
     """
@@ -179,7 +179,7 @@ def reref_leaves(leaves: list[Any], refs: dict[int, Ref]) -> list[Any]:
 
 
 def reref(tree: _T) -> _T:
-    """Closes a tree that `deref` opened: makes a new ref for each `Value`, and puts the
+    """The inverse of `deref`: makes a new ref for each `Value`, and puts the
     same one wherever an `Index` refers to it.
 
     The new refs are owned by the trace that is running, so inside of a transformed
@@ -210,7 +210,7 @@ def reref(tree: _T) -> _T:
 
     **Returns:**
 
-    The same tree with refs in place of the nodes.
+    The same tree with refs instead of the nodes.
 
     **Raises:**
 
@@ -250,7 +250,7 @@ def reref(tree: _T) -> _T:
 
 
 def _check_node(tree: Any, node: Value) -> None:
-    """What the value of a ref must be, of a node that anybody may have made."""
+    """What the value of a ref must be, of a node that any code may have made."""
     which = describe(node.note.name, node.collection)
     if not (isinstance(node.ref_type, type) and issubclass(node.ref_type, Ref)):
         raise StructureError(
@@ -337,7 +337,8 @@ def clone(tree: _T) -> _T:
 
 
 def snapshot(tree: Any) -> Any:
-    """Replaces every ref by its present value: a plain tree, for code that knows no refs.
+    """Replaces every ref with its current value, giving a plain tree for code that does not
+    know about refs.
 
     !!! Example
 

@@ -1,7 +1,7 @@
 """The errors of the library, and how a message names a ref.
 
 Every message answers three questions: which ref, where, and what to do about it. The
-texts live beside the checks that raise them; what they share is here.
+texts live next to the checks that raise them; what they share is here.
 """
 
 from collections.abc import Hashable
@@ -114,18 +114,19 @@ class ImmutableError(RefError, ValueError):
 
 
 class ConcurrencyError(RefError, RuntimeError):
-    """Another thread changed a ref while a call was using it, and the call could not run
-    again: its buffer was donated, or it was disturbed each time.
+    """Another thread changed a ref while a call was using it, and the call could not
+    be retried, either because a buffer had been donated or because every retry was
+    interrupted as well.
 
-    Guard the calls with a lock.
+    Serialize the calls with a lock.
     """
 
 
 class DonatedError(RefError, RuntimeError):
     """An array whose buffer is gone: it was donated to a call, or deleted.
 
-    A call of [`refx_eqx.filter_jit`][] with `donate=` takes no buffer of a ref that anybody
-    else holds, so it was another library's call, or `.delete()`.
+    A call of [`refx_eqx.filter_jit`][] with `donate=` takes no buffer of a ref that
+    something else holds, so it was another library's call, or `.delete()`.
 
     !!! Example
 

@@ -11,7 +11,7 @@ asked becomes a condition of its program (`Asked`). There are two questions:
 
 - **Is it this one?** By `==`, with a ref that the body was not given.
 - **By its hash**: it was looked up in a set or a dict. What is found there is found by `==`,
-  so what is to be known is whether it *could* have been found. A ref whose hash nobody
+  so what is to be known is whether it *could* have been found. A ref whose hash no code
   outside has ever asked for is in no set and no dict there, and no more is any other such
   ref.
 

@@ -1,6 +1,6 @@
-"""`Value` and `Index`: the two pytree nodes that a ref is opened into at a JAX boundary.
+"""`Value` and `Index`: the two pytree nodes that a ref becomes at a JAX boundary.
 
-What JAX carries is the opened tree, in which each ref is a `Value` at its first place and
+What JAX carries is the derefed tree, in which each ref is a `Value` at its first place and
 an `Index` at every later one.
 """
 
@@ -22,7 +22,7 @@ __tracebackhide__ = True
 
 
 class Note:
-    """What a ref says of itself, beside its structure: its name and its declared type.
+    """What a ref says of itself, apart from its structure: its name and its declared type.
 
     It rides along in the treedef of a derefed tree without being part of it: any two notes
     are equal. (Treedefs are equal for equal structure, sharing, collections and ref types.)
@@ -49,7 +49,7 @@ def note_of(ref: Ref) -> Note:
 
 
 class Value:
-    """A ref opened at its first place in a tree: a pytree node with the value as child.
+    """A ref at its first place in a derefed tree: a pytree node with the value as child.
 
     Made by [`refx_eqx.deref`][]. Everything but the value is structure: two treedefs are
     equal only when `index`, `collection` and `ref_type` are.
@@ -106,7 +106,7 @@ class Value:
 
 
 class Index:
-    """A ref opened at a later place in a tree: a pytree node without children.
+    """A ref at a later place in a derefed tree: a pytree node without children.
 
     Made by [`refx_eqx.deref`][]. The value is in the `Value` of the same `index`.
 

@@ -311,7 +311,7 @@ class Ref(Generic[_T]):
         return subtree_renderer(drawn, path=path)
 
     def __pdoc__(self, **kwargs: Any):
-        # The hook of `eqx.tree_pformat`. It shows the cell as it is, without the trace
+        # The hook of `eqx.tree_pformat`. It shows the cell itself, without the trace
         # rule: a message about a ref that may not be read has to print it.
         import wadler_lindig as wl
 
@@ -398,7 +398,7 @@ jtu.register_pytree_node(
 
 
 class Withheld:
-    """In place of the value of a ref that the function of a transform reaches, and that it
+    """Instead of the value of a ref that the function of a transform reaches, and that it
     may not touch: `reason` says why. It is carried, and stays withheld, like any value.
 
     It is also the owner of the ref: no trace, so that the common check already fails.

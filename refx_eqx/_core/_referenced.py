@@ -64,7 +64,7 @@ def subclass_of(cls: type) -> type:
 def view(module: Any) -> Any:
     """What the methods of a module see: itself, of its own class, with the values of refs.
 
-    A module inside that was written for refs is left as it is.
+    A module inside that was written for refs is left unchanged.
     """
     return _lowered(module, _value_in_zone)
 

@@ -292,7 +292,7 @@ class Outcome:
     - `out`: the derefed leaves of the result. One of the call's own refs is an `Index`, and
         a new one has the next number there is;
     - `updates`: the new value of each ref that was written, by number;
-    - `info`: all the rest. Made anew whenever the body is traced.
+    - `info`: all the rest. Made again whenever the body is traced.
     """
 
     __slots__ = ("info", "out", "updates")

@@ -218,9 +218,9 @@ _ENDED = (
 # JAX does not mark a staged trace as ended, so this is also what a leaked ref hears; and
 # the trace of a `custom_vjp` that is being staged out does not say what it was opened in.
 _UNRELATED = (
-    "it was created inside a trace that is not running here. If that one has ended, return "
-    "the ref from the transformed function instead of keeping it elsewhere; if it runs, "
-    "pass the ref as an argument to the function that uses it."
+    "it belongs to a trace that is not active here. If that trace has ended, return "
+    "the ref from the transformed function instead of keeping it elsewhere; if it is still "
+    "running, pass the ref as an argument to the function that uses it."
 )
 
 
@@ -332,7 +332,7 @@ def why_not_alive(value: Any) -> str | None:
     if any(trace is running for running in _chain(core.trace_ctx.trace)):
         return None
     return (
-        f"the value is a tracer of {_kind(trace)} that is not running here. Return the "
+        f"the value is a tracer of {_kind(trace)} that is not active here. Return the "
         "value from that function instead."
     )
 
@@ -344,7 +344,7 @@ def staged_equations() -> Iterator[Any]:
     """
     frame = getattr(core.trace_ctx.trace, "frame", None)
     for equation in () if frame is None else frame.tracing_eqns:
-        # A weak reference, whose referent is `None` if nobody holds the results; an
+        # A weak reference, whose referent is `None` if nothing holds the results; an
         # equation with effects as it is (JAX 0.10.1 on), or in a function (JAX 0.10.0).
         if callable(equation):
             equation = equation()
@@ -406,7 +406,7 @@ def has_tangent(x: Any) -> bool:
 
 
 def is_batched(x: Any) -> bool:
-    """Whether `x` differs from lane to lane of the vmap that is running innermost."""
+    """Whether `x` differs along the axis of the vmap that is running innermost."""
     return (
         isinstance(x, BatchTracer)
         and x._trace is core.trace_ctx.trace
@@ -421,7 +421,7 @@ def batch_axis(x: Any) -> int | None:
 
 def mapped_over(x: Any) -> tuple[bool, ...]:
     """For each of the innermost vmaps that are running, from the inside out: whether `x`
-    differs from lane to lane of it."""
+    differs along its axis."""
     over = []
     trace = core.trace_ctx.trace
     while isinstance(trace, BatchTrace):

@@ -115,7 +115,7 @@ def arrays_of_result(
 
 
 def first_of_pair(part: Carried, leaves: Leaves, name: str) -> tuple[Carried, Leaves]:
-    """Of a result with `has_aux`, what is differentiated."""
+    """What is differentiated of a result with `has_aux`."""
     children, node = part.treedef.children(), part.treedef.node_data()
     if node is None or node[0] is not tuple or len(children) != 2:
         raise TypeError(

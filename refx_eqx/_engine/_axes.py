@@ -1,4 +1,4 @@
-"""Axes as they are given: `in_axes` and `out_axes`, for `filter_vmap`, `scan` and `map`."""
+"""The axes that a user gives: `in_axes` and `out_axes`, for `filter_vmap`, `scan` and `map`."""
 
 import dataclasses
 import inspect
@@ -150,7 +150,7 @@ def axes_text(ref: Ref, axis: int | None) -> str:
 
 
 class _Same:
-    """The axis of a ref of collection "rng" that is broadcast as it is: not split."""
+    """The axis of a ref of collection "rng" that is broadcast without being split."""
 
     def __call__(self, array: Any) -> None:
         return None

@@ -4,7 +4,7 @@ JAX runs the backward pass after the function has ended, and the only thing that
 it is cotangents. So a ref that a backward rule writes travels as one:
 
 - `filter_grad` gives the ref a *channel*: an input of zeros, which is differentiated too.
-  The inner ref has it in a slot beside its value, and every lifted transform on the way
+  The inner ref has it in a slot next to its value, and every lifted transform on the way
   (jit, scan, cond, vmap, checkpoint) carries the two together, as a `Channelled`.
 - A `filter_custom_vjp` function takes the channel of each ref that it carries, and returns
   it: the channel becomes a thread through the calls, in their order.
@@ -16,7 +16,7 @@ it is cotangents. So a ref that a backward rule writes travels as one:
 So the backward rules run one after the other on one state, in the reverse order of the
 calls, as Python code would. A channel is never used twice, so that JAX adds up nothing.
 
-Which refs need a channel is not known before a backward rule was traced. The rule that
+We only learn which refs need a channel by tracing the backward rules. The rule that
 writes a ref without a channel raises `BackwardWrite`; `filter_grad` opens the channels of
 that collection, and traces its function once more.
 """
@@ -170,7 +170,8 @@ def written_by_rule(
         raise StructureError(
             f"{which} with {eqx.tree_pformat(value)}, where it holds "
             f"{eqx.tree_pformat(old)}. A write in a backward rule keeps the structure, the "
-            "shape and the dtype: convert the value, or make the ref as it is to be."
+            "shape and the dtype: convert the value, or create the ref with "
+            "the type it will need."
         )
     channel = encode(value)
     # What comes along a channel is mapped where the channel is.
@@ -178,8 +179,8 @@ def written_by_rule(
         if any(a and not b for a, b in zip(new_over, old_over)):
             raise StructureError(
                 f"{which}, which is broadcast by `filter_vmap`, with a value that differs "
-                "from lane to lane. Either map it, with `in_axes=`; or write one value for "
-                "all lanes, such as `jax.lax.pmax(value, axis_name)`."
+                "along the mapped axis. Either map it, with `in_axes=`; or write one value for "
+                "all, such as `jax.lax.pmax(value, axis_name)`."
             )
     return channel
 

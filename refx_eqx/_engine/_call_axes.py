@@ -182,8 +182,8 @@ def _of_argument(given: Given) -> Given:
 
 
 def _of_function(whole: Any, leaf: Any) -> Given:
-    """Of a leaf of the function: broadcast. `rx.axes(rng=None)` as the whole of `in_axes`
-    speaks of it too."""
+    """The axis of a leaf of the function: broadcast. `rx.axes(rng=None)` as the whole of
+    `in_axes` speaks of it too."""
     is_same = isinstance(leaf, Ref) and isinstance(whole, axes)
     axis = whole.named((), leaf) if is_same else None
     return Given(SAME if axis is SAME else None, True)

@@ -1,4 +1,4 @@
-"""What of its arguments a call is told by, and what of them a plan takes anew.
+"""What of its arguments a call is told by, and what a plan reads again at each call.
 
 Every argument is read from the top, and each thing in it is one of four:
 

@@ -40,7 +40,7 @@ class Staged:
     - `body`: from any arguments of arrays to an `Outcome`.
     - `args`: what to trace it for: arrays, or `jax.ShapeDtypeStruct`s.
 
-    It has `avals`: its outcome, with the shape and dtype of each array in place of it.
+    It has `avals`: its outcome, with the shape and dtype of each array instead of it.
     """
 
     def __init__(self, body: Callable[..., Outcome], *args: Any):
@@ -61,7 +61,7 @@ def runs_in_python(*decided_on: Any) -> bool:
 
 
 def outside(leaves: Leaves) -> Leaves:
-    """The arrays outside refs; `None` in place of a ref."""
+    """The arrays outside refs; `None` instead of a ref."""
     return [None if is_node(x) else x for x in leaves]
 
 
@@ -154,7 +154,7 @@ class Loop:
         return describe(ref._name, ref._collection)
 
     def whats(self) -> list[tuple[str, str]]:
-        """Of each array that is carried, what it is, and what a step is to do with it."""
+        """What each carried array is, and what a step is to do with it."""
         found = []
         for k, x in enumerate(self.carried(self.arrays)[0]):
             if x is not None:

@@ -1,8 +1,8 @@
 """What `filter_custom_jvp` and `filter_custom_vjp` have in common: a function with rules.
 
-JAX calls a rule in place of the function, when it likes: while it differentiates, or later,
+JAX calls a rule instead of the function, when it likes: while it differentiates, or later,
 when the function was staged out and the call is long over. So what the rules share is not
-the opened call, which holds the refs and arrays of the caller, but a `Frame`: the structure
+the call itself, which holds the refs and arrays of the caller, but a `Frame`: the structure
 of the call, on which the function and each rule are run with arrays of their own.
 """
 
@@ -100,7 +100,7 @@ class Frame:
         self, perturbed: list[Leaves], first: int, written: Collection[int]
     ) -> None:
         """Refuses a derivative by what the rule has none for: the trees of a call from number
-        `first` on. `perturbed` has something in place of each array that is differentiated,
+        `first` on. `perturbed` has something instead of each array that is differentiated,
         and `None` elsewhere. A ref that is written is state, and has no derivative."""
         for i, leaves in enumerate(perturbed[first:], first):
             for k, leaf in enumerate(leaves):

@@ -4,13 +4,13 @@ There is one mechanism, in three parts:
 
 - `_call_key` reads the arguments: what must be the same for a plan to fit (identity of what
   cannot change, type and value of what is static, the structure of what is a tree), and
-  what the plan takes anew (arrays, and the refs that are given themselves);
+  what the plan takes from each call (arrays, and the refs that are given themselves);
 - a plan knows, for such arguments, which refs a call carries, in which order `jax.jit`
   wants all arrays, and which compiled program it is (also, if the function asks which refs
   it is given: see `_core/_identity.py`). A call is then: look up, read the
   values of the refs, call `jax.jit` on a flat list, write back;
 - `_watch` notices what has changed below something that is told by its identity. Then the
-  plan is made anew. And where a ref has a value of another structure: see `_flat`.
+  plan is made again. And where a ref has a value of another structure: see `_flat`.
 
 A plan keeps nothing alive. The refs that it has are those of modules and functions that its
 key has by identity, it goes when one of these does, and a function keeps a bounded number.
@@ -52,7 +52,7 @@ NO_PLAN: Any = object()
 
 _MAX_PLANS = 256
 _MAX_NOTES = 1000
-# A plan that is made anew so often is worth nothing: something changes at each call.
+# A plan that is remade this often is worth nothing: something changes at each call.
 _MAX_REMADE = 100
 
 

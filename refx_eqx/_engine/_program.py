@@ -44,7 +44,7 @@ class Split(NamedTuple):
     """Which of the flat arrays are donated.
 
     The first `n_outside` of those that are donated are outside refs. `alone` says for each
-    how often Python counts it if nobody but its ref holds it (see `apart`). `trees` says
+    how often Python counts it if nothing but its ref holds it (see `apart`). `trees` says
     which of them are in a ref with a pytree: the number of the ref, and their positions.
     """
 
@@ -134,7 +134,7 @@ class Program:
     **Arguments:**
 
     - `name`: of the function, for the profiler and the compiler.
-    - `body`: what is compiled: from a call and arrays in place of its own, to an outcome.
+    - `body`: what is compiled: from a call and arrays instead of its own, to an outcome.
         It is kept, so it must hold nothing of a single call.
     - `donate`, `jitkwargs`: as in `filter_jit`.
     """
@@ -446,7 +446,7 @@ _CHECK_FAILED = "_EquinoxRuntimeError: "
 
 
 def explain(error: Exception, refs: list[Ref], values: list[Any]) -> None:
-    """Raises a better error in place of JAX's, where there is one to be had.
+    """Raises a better error instead of JAX's, where there is one to be had.
 
     `values` are those of `refs` that the call read.
 
@@ -497,7 +497,7 @@ class CallbackFailed(Exception):
     def __init__(self, error: Exception):
         number = next(_callback_numbers)
         _callback_errors[number] = error
-        while len(_callback_errors) > _MAX_CALLBACK_ERRORS:  # nobody asked for these
+        while len(_callback_errors) > _MAX_CALLBACK_ERRORS:  # never asked for
             _callback_errors.pop(next(iter(_callback_errors)))
         super().__init__(f"[callback {number}] {type(error).__name__}: {error}")
 

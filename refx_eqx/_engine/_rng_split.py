@@ -2,7 +2,7 @@
 
 A ref of this collection that is broadcast holds, inside the function, a key of that place on
 the axis, or of that step: the key outside with its number folded in. So dropout differs
-along the axis, and nobody threads a key. What the function writes to the ref stays one value
+along the axis, and no key is threaded. What the function writes to the ref stays one value
 for the whole axis: a counter is the same everywhere, and of a key it is the first one.
 """
 

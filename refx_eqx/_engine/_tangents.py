@@ -25,7 +25,7 @@ __tracebackhide__ = True
 def read_tangents(
     parts: Sequence[Carried], like: Sequence[Leaves], trees: Sequence[Any], what: str
 ) -> list[Leaves]:
-    """The derefed leaves of trees of tangents: an array, or `None` for zero, in place of each
+    """The derefed leaves of trees of tangents: an array, or `None` for zero, instead of each
     array of `like`.
 
     **Arguments:**

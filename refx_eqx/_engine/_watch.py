@@ -4,14 +4,14 @@ A module is immutable, but not all that it holds is. A plan that has a module or
 by its identity watches what is below it:
 
 - a list, a dict, a set, a node of any other type that is not known to be immutable: flattened by
-  one level anew, its children compared by identity;
+  one level again, its children compared by identity;
 - a closure variable, and what a function is given by default: by identity, or by type and
   value if it is a number or a text;
 - a static leaf with a hash of its own (a dataclass with `unsafe_hash`): by its hash, as
   programs are found. (Static fields of a module are compared by JAX, as parts of a treedef:
   it does not notice one that changes in place, nor does Equinox.)
 
-An array of NumPy that changes in place is read anew by each call. What is changed past the
+An array of NumPy that changes in place is read again by each call. What is changed past the
 guard of its own type, by `object.__setattr__` on a module, is not noticed.
 """
 

@@ -45,7 +45,7 @@ class Config:
             weight: rx.Param[Float[Array, "out in"]]
 
         with rx.config(check_types=False):
-            linear = Linear(jnp.zeros(3))  # of the wrong rank, and nobody looks
+            linear = Linear(jnp.zeros(3))  # of the wrong rank, and not checked
         assert linear.weight.shape == (3,)
         ```
 

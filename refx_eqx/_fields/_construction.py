@@ -51,7 +51,7 @@ def making_a_module() -> Iterator[None]:
         yield
     if _here.logs:
         # The module around it may fail yet. (A ref of a trace inside of it, as that of
-        # `filter_vmap` over layers, ends with that trace, which nobody may keep.)
+        # `filter_vmap` over layers, ends with that trace, and may not be kept.)
         outer = _here.logs[-1]
         mine = (x for x in log if _trace.outlives(x[0]._trace, outer.trace))
         outer.states.extend(mine)

@@ -94,7 +94,7 @@ class Module(eqx.Module, metaclass=_ModuleMeta):
                 return
             try:
                 # Before the conversion, which may give the ref a name and a collection: a
-                # frozen module must leave it as it is.
+                # frozen module must leave it unchanged.
                 super().__setattr__(name, value)
             except dataclasses.FrozenInstanceError:
                 raise dataclasses.FrozenInstanceError(

@@ -51,7 +51,7 @@ def as_refs(
 
     **Arguments:**
 
-    - `tree`: any pytree. Refs that it holds already are left as they are, and so is a module
+    - `tree`: any pytree. Refs that it holds already are kept, and so is a module
         that holds some: its methods know of refs.
     - `collection`: of the new refs. Or a dict from collection to filter, for several: a leaf
         goes to the first that selects it.

@@ -14,7 +14,7 @@ __tracebackhide__ = True
 
 @contextlib.contextmanager
 def mutable(filter: Any, tree: Any = None) -> Iterator[None]:
-    """While the context lasts, only the refs that `filter` selects may be written.
+    """Inside the `with` block, only refs selected by `filter` may be written.
 
     The limit holds for this thread and this `asyncio` task. It may be nested; then all of
     the filters must allow a write. A generator that yields inside of the block limits who
@@ -37,7 +37,7 @@ def mutable(filter: Any, tree: Any = None) -> Iterator[None]:
 
     **Arguments:**
 
-    - `filter`: any filter. `False` forbids every write. Without a tree, nobody can tell
+    - `filter`: any filter. `False` forbids every write. Without a tree, one cannot tell
         whether a name is misspelt; nothing is written then that is not selected.
     - `tree`: the tree that the paths of a path filter are of. Not needed for others.
 

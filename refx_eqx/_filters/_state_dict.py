@@ -127,7 +127,7 @@ def load_state_dict(
         no number changes by it: an `int64` counter to `int32`, `bfloat16` to `float32`.
     - `filter`: any filter. Only the refs that it selects are written.
     - `strict`: whether each of these refs must have a value, and each key be a place of
-        one of them. If `False`, refs without a value stay as they are, and other keys are
+        one of them. If `False`, refs without a value stay unchanged, and other keys are
         not looked at.
 
     **Raises:**
@@ -255,7 +255,7 @@ def _storable(leaf: Any) -> Any:
 
 
 def first_places(places: dict[str, Ref]) -> dict[str, Ref]:
-    """Of these places, the first of each ref."""
+    """The first of these places of each ref."""
     first: dict[int, tuple[str, Ref]] = {}
     for path, ref in places.items():
         first.setdefault(id(ref), (path, ref))
@@ -297,7 +297,7 @@ def _check_complete(
         raise StructureError(
             f"Cannot load the state: it does not fit the tree. {' '.join(reasons)} Pass as "
             "`filter` what the state was made of; or pass `strict=False`, which leaves "
-            "refs without a value as they are, and other keys out."
+            "refs without a value unchanged, and ignores other keys."
         )
 
 
@@ -363,7 +363,7 @@ def _as_key(old: Any, data: Any) -> Any:
 
 
 def _converted(new: Any, dtype: Any) -> Any:
-    """`new` in this dtype, if no number changes by it; else as it is."""
+    """`new` in this dtype, if no number changes by it; else unchanged."""
     if _is_key(new):
         return new
     array = np.asarray(new)

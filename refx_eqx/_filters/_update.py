@@ -48,9 +48,9 @@ def update_refs(target: Any, source: Any) -> None:
 
     **Arguments:**
 
-    - `target`: a tree of refs. Its leaves that are not refs stay as they are.
+    - `target`: a tree of refs. Its leaves that are not refs stay unchanged.
     - `source`: a tree of the same structure, with at the place of each ref a ref, a
-        `Value`, an `Index` (which stands for the `Value` of that index), a bare value, or
+        `Value`, an `Index` (which stands for the `Value` of that index), a value itself, or
         `None` or `NOTHING` for "leave it". Arrays must have the shape and dtype of what they
         replace.
 
@@ -205,7 +205,7 @@ def sharding_of(old: Any) -> Any:
 
 
 def _same_kind(old: Any, new: Any) -> bool:
-    if isinstance(old, jax.ShapeDtypeStruct):  # in place of an array that is to come
+    if isinstance(old, jax.ShapeDtypeStruct):  # stands for an array that is to come
         found = getattr(new, "shape", None), getattr(new, "dtype", None)
         return found == (old.shape, old.dtype)
     if not eqx.is_array_like(old):

@@ -86,7 +86,7 @@ def _run_branches(
     nodes = derefed.structure.refs()
 
     def completed(outcome: Outcome, arrays: list[Leaves]) -> tuple[Leaves, dict]:
-        """A branch that does not write a ref leaves it as it is."""
+        """A branch that does not write a ref leaves it unchanged."""
         before = values_of(arrays)
         return outcome.out, {i: outcome.updates.get(i, before[i]) for i in written}
 
@@ -227,7 +227,7 @@ def _structure_text(structure: Structure) -> str:
 
 
 def _places(part: Carried, out: Leaves) -> list[str]:
-    """Of each array of a result, where it is."""
+    """Where each array of a result is."""
     found = []
     for k, leaf in enumerate(out):
         what = f"the array of the result at {place_text(path_in(part, k))}"
@@ -260,7 +260,7 @@ def cond(
 
     The branches may read and write refs: those in the operands, in the modules whose
     methods they are, and in what they close over. They need not write the same ones: a
-    branch leaves what it does not write as it is.
+    branch leaves what it does not write unchanged.
 
     !!! Example
 
@@ -345,7 +345,7 @@ def switch(index: Any, branches: Sequence[Callable[..., _T]], *operands: Any) ->
 
     **Arguments:**
 
-    - `index`: an integer scalar. As in JAX it is clamped to the branches that there are.
+    - `index`: an integer scalar. As in JAX it is clamped to the number of branches.
     - `branches`: functions of the operands, as those of [`refx_eqx.cond`][].
     - `*operands`: any pytrees.
 

@@ -70,8 +70,8 @@ def filter_checkpoint(
     prevent_cse: bool = True,
     policy: Callable[..., bool] | None = None,
 ) -> Any:
-    """As `equinox.filter_checkpoint`, by reference: the backward pass computes anew what
-    the function computed, instead of keeping it in memory.
+    """As `equinox.filter_checkpoint`, by reference: intermediate values are recomputed in
+    the backward pass instead of being stored.
 
     It is exact: value, gradient and what is written to refs are those of the function
     itself. The recomputation starts from the values that the refs had at the call, and

@@ -101,13 +101,13 @@ class filter_custom_jvp(Custom):
         )
 
         def rule(primals: tuple, tangents: tuple, **kwargs: Any) -> Any:
-            def materialised(x: Any, t: Any) -> Any:
+            def materialized(x: Any, t: Any) -> Any:
                 is_zero = t is None and eqx.is_inexact_array(x)
                 return jnp.zeros_like(x) if is_zero else t
 
             opened = deref(primals)
             return fn_jvp(
-                primals, jax.tree.map(materialised, opened, tangents), **kwargs
+                primals, jax.tree.map(materialized, opened, tangents), **kwargs
             )
 
         self.def_jvp(rule)

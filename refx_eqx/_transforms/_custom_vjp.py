@@ -99,7 +99,7 @@ class filter_custom_vjp(Custom):
     they have at the end of the function; each backward rule sees what those before it have
     written. All other refs have, in a backward rule, the values that they had when the
     function was called. A write keeps shape and dtype. Under `filter_vmap`, a ref that is
-    broadcast is written with one value for all lanes, such as one of `jax.lax.pmax`.
+    broadcast is written with one value for all, such as one of `jax.lax.pmax`.
 
     What it costs: the function that is differentiated is traced once more, when a backward
     rule is found to write; and each ref of that collection takes twice its memory until the

@@ -39,7 +39,7 @@ def filter_eval_shape(fun: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
 
     **Returns:**
 
-    The result of `fun`, with `jax.ShapeDtypeStruct` in place of arrays.
+    The result of `fun`, with `jax.ShapeDtypeStruct` instead of arrays.
     """
     derefed = Call(fun, args, kwargs)
 

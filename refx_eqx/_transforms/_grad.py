@@ -156,8 +156,8 @@ def filter_value_and_grad(
 ) -> Any:
     """As `equinox.filter_value_and_grad`, by reference.
 
-    Differentiates the floating-point and complex arrays of the first argument, in refs and
-    beside them. What the function writes to a ref is written to the caller's ref.
+    Differentiates the floating-point and complex arrays of the first argument, both inside
+    and outside refs. What the function writes to a ref is written to the caller's ref.
 
     !!! Example
 

@@ -50,7 +50,7 @@ class _Jacobian(Lifted):
 
 
 def _fill(sides: list[Side], matrix: Any) -> Any:
-    """The trees of a matrix: of the first side, with such trees of the next in place of its
+    """The trees of a matrix: of the first side, with such trees of the next instead of its
     arrays."""
     if not sides:
         return matrix
@@ -115,7 +115,7 @@ def filter_jacfwd(
     **Returns:**
 
     A function with the arguments of `fun`, which returns the Jacobian, or `(jacobian,
-    aux)`. In place of each floating-point array of `rx.deref(out)` it has a tree of the
+    aux)`. Instead of each floating-point array of `rx.deref(out)` it has a tree of the
     structure of `rx.deref(first_argument)`, with `None` for what is not differentiated. What
     else there is in the result has `None`.
 

@@ -147,7 +147,7 @@ def filter_jit(fun: Any = None, *, donate: Donate = "none", **jitkwargs: Any) ->
     """As `equinox.filter_jit`, by reference: what the function writes to a ref is written
     to the caller's ref.
 
-    The arrays in refs and all bare JAX and NumPy arrays are traced. All else is static.
+    JAX and NumPy arrays are traced, inside and outside refs. All else is static.
     The refs in the arguments, in the function itself (a module, a bound method, a partial)
     and in what it closes over are carried. Only those that were written come back.
 
@@ -178,10 +178,10 @@ def filter_jit(fun: Any = None, *, donate: Donate = "none", **jitkwargs: Any) ->
 
     - `fun`: the function to compile.
     - `donate`: whose buffers may be reused for the results. `"refs"`: those of the refs
-        that the function overwrites. The others are Equinox's: `"all"`,
+        it overwrites. The others are Equinox's: `"all"`,
         `"all-except-first"`, `"warn"`, `"warn-except-first"`, `"none"` (the default); they
-        donate the bare arrays too, in all arguments or all but the first. A ref that is
-        not overwritten is never donated, nor is anything in a program with a run-time
+        donate the arrays outside refs too, in all arguments or all but the first. A ref that
+        is not overwritten is never donated, nor is anything in a program with a run-time
         check: it would be lost if the check failed. A buffer of a ref that anything else
         holds (a [`refx_eqx.snapshot`][], a clone, another ref, a variable) is copied first,
         and stays what it was.

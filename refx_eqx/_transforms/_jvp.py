@@ -57,7 +57,7 @@ def filter_jvp(
     - `primals`: its positional arguments.
     - `tangents`: of the structure of `primals`, with `None` for a tangent of zero, and so
         for all that is not a floating-point or complex number. At the place of a ref, the
-        tangent of its value: bare, or in a `Value`, as gradients have it. A ref that is at
+        tangent of its value: by itself, or in a `Value`, as gradients have it. A ref that is at
         several places has one tangent, at one of them.
     - `**kwargs`: keyword arguments of `fn`, which are not differentiated.
 

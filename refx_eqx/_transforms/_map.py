@@ -119,7 +119,7 @@ def map(
     - `f`: a function of one element. A ref that is not sliced is carried from one element
         to the next.
     - `xs`: what is sliced.
-    - `batch_size`: so many elements are vectorised at a time, as with
+    - `batch_size`: the number of elements to vectorize at a time, as with
         [`refx_eqx.filter_vmap`][]: within a batch, a ref that is not sliced can be written
         with one value only. `f` runs once for a batch: a counter in such a ref counts the
         batches, and one that is sliced counts the elements.

@@ -99,7 +99,7 @@ def filter_make_jaxpr(fun: Callable[..., Any]) -> Callable[..., tuple[Any, Any, 
         then the arrays of the keyword arguments and of the refs that only the function
         holds. Its outputs are the leaves of `rx.deref(result)`, then the new values of the
         refs that are written, in the order in which the call first meets them;
-    - the derefed result, with `jax.ShapeDtypeStruct`s in place of arrays;
+    - the derefed result, with `jax.ShapeDtypeStruct`s instead of arrays;
     - the result with all that is not an array, and `None` elsewhere.
 
     **Raises:**
@@ -291,7 +291,7 @@ def filter_pure_callback(
     - `callback`: the Python function to call, as `callback(*args, **kwargs)`.
     - `*args`, `**kwargs`: its arguments, which may be anything. So may the refs and arrays
         that it closes over.
-    - `result_shape_dtypes`: the result, with `jax.ShapeDtypeStruct`s in place of arrays.
+    - `result_shape_dtypes`: the result, with `jax.ShapeDtypeStruct`s instead of arrays.
     - `sharding`, `vmap_method`, `vectorized`: as in `jax.pure_callback`.
 
     **Returns:**

@@ -59,7 +59,7 @@ def filter_vjp(
 
     - `fun`: the function to differentiate. Called as `fun(*primals)`.
     - `*primals`: its arguments. Their floating-point and complex arrays are
-        differentiated, in refs and beside them.
+        differentiated, both inside and outside refs.
     - `has_aux`: whether `fun` returns a pair `(out, aux)`, of which `out` is
         differentiated.
     - `wrt`: any filter, which narrows what is differentiated. The paths of a path filter

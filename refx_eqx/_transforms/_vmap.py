@@ -234,16 +234,16 @@ def filter_vmap(
 ) -> Any:
     """As `equinox.filter_vmap`, by reference.
 
-    A ref that is mapped in on an axis may be written lane by lane, and comes out on that
-    axis. A ref that is broadcast may be written with one value for all lanes. The refs of
-    the function itself, and of what it closes over, are broadcast. Refs made inside come
+    A mapped ref is written slice by slice, and comes out on the axis on which it came in. A
+    broadcast ref may be written only with a value that is the same along the mapped axis.
+    The refs of the function itself, and of what it closes over, are broadcast. Refs made inside come
     out with a new axis; refs of the caller that are returned are the caller's own.
 
     What an argument maps, the function may reach as well (the method of a module over its
     own heads); the whole of it may not be touched inside.
 
-    A broadcast ref of collection `"rng"` is split by lane: each lane sees the key with its
-    own number folded in. See [`refx_eqx.Rngs`][].
+    A broadcast ref of collection `"rng"` is split along the mapped axis: each element sees
+    the key with its own number folded in. See [`refx_eqx.Rngs`][].
 
     !!! Example
 
@@ -254,12 +254,12 @@ def filter_vmap(
 
         mean = rx.Ref(jnp.array(0.0), "batch_stats")
 
-        def normalise(mean, x):
-            mean.value = jax.lax.pmean(x, "batch")  # one value for all lanes
+        def normalize(mean, x):
+            mean.value = jax.lax.pmean(x, "batch")  # one value for all
             return x - mean.value
 
         xs = jnp.array([1.0, 2.0, 3.0])
-        vmapped = rx.filter_vmap(normalise, in_axes=(None, 0), axis_name="batch")
+        vmapped = rx.filter_vmap(normalize, in_axes=(None, 0), axis_name="batch")
         assert vmapped(mean, xs)[0] == -1.0 and mean.value == 2.0
         ```
 
@@ -290,7 +290,7 @@ def filter_vmap(
 
     **Arguments:**
 
-    - `fun`: the function to vectorise. Takes positional arguments only.
+    - `fun`: the function to vectorize. Takes positional arguments only.
     - `in_axes`: a prefix of the tuple of arguments, or a dict by argument name. Each leaf is
         an `int`, `None` for broadcast, a function of a leaf, or [`refx_eqx.axes`][]. A
         function of a leaf is given each ref, and each array; where it says of a ref what
@@ -304,14 +304,14 @@ def filter_vmap(
 
     **Returns:**
 
-    The vectorised function.
+    The vectorized function.
 
     **Raises:**
 
     When called:
 
-    - `StructureError`: if a broadcast ref is written with a value that differs between
-        lanes, if one ref is met with two axes, or if sizes differ.
+    - `StructureError`: if a broadcast ref is written with a value that differs along
+        the mapped axis, if one ref is met with two axes, or if sizes differ.
     - `TraceLevelError`: if the function touches the whole of a ref of which it has a slice.
     """
     options = dict(
