@@ -2,8 +2,8 @@
 
     python examples/ema_and_lora.py --steps 400 --seed 0
 
-A network learns scikit-learn's digits. Then it is adapted to the digits as they are in a
-mirror, by low-rank changes of its weights. What to look at:
+A network learns scikit-learn's digits. Then it is adapted to the mirrored digits, by
+low-rank changes of its weights. What to look at:
 
 - `Lora`: a collection of one's own is one line, and everything that takes a filter knows it.
 - The adapted network holds the *same* refs as the one it is made of. Nothing is copied.
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -44,7 +44,7 @@ class Linear(rx.Module):
 
 
 class Adapted(rx.Module):
-    """A linear layer, and a change of it that has a low rank."""
+    """A linear layer, and a low-rank change of it."""
 
     base: Linear
     down: Lora[Float[Array, "rank in"]]
@@ -107,34 +107,23 @@ def accuracy(model: Network, data: Data) -> Float[Array, ""]:
     return jnp.mean(guesses == data.labels)
 
 
-def selected(model: Network, wrt: Any) -> PyTree:
-    """The values that the filter selects, as a plain pytree: `None` for all others."""
-    return eqx.filter(rx.deref(model), rx.filter_spec(model, wrt))
-
-
 def train(
     model: Network, data: Data, wrt: Any, *, steps: int, key: PRNGKeyArray
 ) -> Network:
     """Trains what `wrt` selects, in place. Returns the average of the model."""
     average = rx.clone(model)
-    optimiser = optax.adamw(optax.cosine_decay_schedule(1e-2, steps))
-    opt_state = rx.Ref(optimiser.init(selected(model, wrt)), "opt_state")
+    tx = optax.adamw(optax.cosine_decay_schedule(1e-2, steps))
+    optimizer = rx.Optimizer(model, tx, wrt=wrt)
 
-    def apply_gradients(grads: PyTree) -> None:
-        old = selected(model, wrt)
-        updates, opt_state.value = optimiser.update(grads, opt_state.value, old)
-        rx.update_refs(model, eqx.apply_updates(old, updates))
-
-    def move_average() -> None:
-        old, new = selected(average, wrt), selected(model, wrt)
-        rx.update_refs(average, jax.tree.map(lambda a, x: a + 0.05 * (x - a), old, new))
-
-    # `step` closes over `model`, `average` and `opt_state`. Their refs are carried as those
+    # `step` closes over `model`, `average` and `optimizer`. Their refs are carried as those
     # of arguments are: what is written is there after the call, and no value is baked in.
     @rx.filter_jit(donate="refs")
     def step(batch: Data) -> None:
-        apply_gradients(rx.filter_grad(loss_fn, wrt=wrt)(model, batch))
-        move_average()
+        optimizer.update(model, rx.filter_grad(loss_fn, wrt=wrt)(model, batch))
+        new = rx.state_dict(model, wrt)
+        old = rx.state_dict(average, wrt)
+        moved = jax.tree.map(lambda a, x: a + 0.05 * (x - a), old, new)
+        rx.load_state_dict(average, moved, wrt)
 
     for step_key in jr.split(key, steps):
         rows = jr.randint(step_key, (128,), 0, len(data.images))
@@ -176,8 +165,7 @@ def main() -> None:
         ("adapted to mirrored", adapted, "lora"),
         ("  its average", adapted_average, "lora"),
     ):
-        refs = rx.aliases(rx.partition(network, wrt)[0])
-        numbers = f"{sum(ref.size for ref in refs):,} {wrt}"
+        numbers = f"{rx.count(network, wrt):,} {wrt}"
         both = (f"{accuracy(network, x):.1%}" for x in (test_plain, test_mirrored))
         table.add_row(name, numbers, *both)
     Console().print(table)

@@ -7,8 +7,8 @@ What to look at:
 - `BatchNorm` keeps running statistics in refs of its own. Nothing is threaded through the
   network: no state goes in, and none comes out.
 - `Network` has one kernel at two places: the second block is given the ref of the first.
-- `train_step` returns the loss, and nothing else. The model and the state of the optimiser
-  are written where they are, also under `jit`, `grad` and `vmap`.
+- `train_step` returns the loss, and nothing else. The model and the state of the optimizer
+  are written in place, also under `jit`, `grad` and `vmap`.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import jax.random as jr
 import matplotlib
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
@@ -124,34 +124,17 @@ def loss_fn(
     return jnp.mean(losses)
 
 
-def params_of(model: Network) -> optax.Params:
-    """The parameters as a plain pytree, as Optax likes it: a shared one is in it once."""
-    return eqx.filter(rx.deref(model), rx.filter_spec(model, "params"))
-
-
-def apply_gradients(
-    model: Network,
-    grads: PyTree,
-    optimiser: optax.GradientTransformation,
-    opt_state: rx.Ref[optax.OptState],
-) -> None:
-    params = params_of(model)
-    updates, opt_state.value = optimiser.update(grads, opt_state.value, params)
-    rx.update_refs(model, eqx.apply_updates(params, updates))
-
-
 @rx.filter_jit(donate="refs")
 def train_step(
     model: Network,
-    optimiser: optax.GradientTransformation,
-    opt_state: rx.Ref[optax.OptState],
+    optimizer: rx.Optimizer,
     images: Images,
     labels: Labels,
     key: PRNGKeyArray,
 ) -> Float[Array, ""]:
     value_and_grad = rx.filter_value_and_grad(loss_fn, wrt="params")
     loss, grads = value_and_grad(model, images, labels, key)
-    apply_gradients(model, grads, optimiser, opt_state)
+    optimizer.update(model, grads)
     return loss
 
 
@@ -172,7 +155,7 @@ class Data(NamedTuple):
 
 
 def load_data(seed: int) -> tuple[Data, Data]:
-    """The 1797 digits, of which a quarter is held out for the test."""
+    """The 1797 digits, a quarter of them held out for the test."""
     pixels, labels = load_digits(return_X_y=True)
     images = pixels.reshape(-1, 1, 8, 8) / 16
     split = train_test_split(
@@ -196,9 +179,8 @@ def train(
     """Trains the model that it is given. Returns the losses and the test accuracies."""
     steps = len(train_data.images) // batch_size
     schedule = optax.cosine_decay_schedule(4e-3, epochs * steps)
-    optimiser = optax.adamw(schedule, weight_decay=1e-2)
-    # A ref holds any pytree. As a ref, the state of the optimiser is updated in place too.
-    opt_state = rx.Ref(optimiser.init(params_of(model)), "opt_state")
+    # Its state is in refs, so a step updates it in place too. A shared weight is in it once.
+    optimizer = rx.Optimizer(model, optax.adamw(schedule, weight_decay=1e-2))
 
     losses, accuracies = [], []
     bar = progress.add_task("compiling", total=epochs)
@@ -209,8 +191,7 @@ def train(
         step_losses = [
             train_step(
                 model,
-                optimiser,
-                opt_state,
+                optimizer,
                 train_data.images[rows],
                 train_data.labels[rows],
                 step_key,
@@ -225,15 +206,13 @@ def train(
 
 
 def table_of(model: Network) -> Table:
-    """Each ref of the model, once, with all the places where it is."""
+    """Each ref of the model, once, with all of its places."""
     table = Table("ref", "collection", "shape", title="What is trained and tracked")
     table.add_column("numbers", justify="right")
     for ref, paths in rx.aliases(model).items():
         where = " = ".join(paths)
         table.add_row(where, str(ref.collection), str(ref.shape), f"{ref.size:,}")
-    params, _ = rx.partition(model, "params")
-    total = sum(ref.size for ref in rx.aliases(params))
-    table.caption = f"{total:,} numbers in parameters"
+    table.caption = f"{rx.count(model, 'params'):,} numbers in parameters"
     return table
 
 
@@ -306,10 +285,10 @@ def main() -> None:
         )
     assert model.first.kernel is model.second.kernel  # still one parameter
 
-    checkpoint = args.out / "digits.eqx"
-    eqx.tree_serialise_leaves(checkpoint, rx.deref(model))
-    skeleton = rx.filter_eval_shape(Network, key=model_key)  # allocates nothing
-    restored = rx.reref(eqx.tree_deserialise_leaves(checkpoint, rx.deref(skeleton)))
+    checkpoint = args.out / "digits.safetensors"
+    rx.save(checkpoint, model)
+    restored = Network(key=jr.key(args.seed + 1))  # of other weights, at first
+    rx.load(checkpoint, restored)
     assert restored.first.kernel is restored.second.kernel
 
     picture = args.out / "digits.png"

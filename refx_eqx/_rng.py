@@ -62,6 +62,11 @@ class RngStream(Module):
         return jr.fold_in(key, count)
 
 
+# Attributes that are no streams. `eqx.nn.inference_mode` (Equinox 0.13) sets `inference` of
+# every node that has it: the default stream would be replaced by a `bool`.
+_NO_STREAM = ("streams", "inference")
+
+
 class Rngs(Module):
     """Named streams of randomness.
 
@@ -118,7 +123,7 @@ class Rngs(Module):
                 )
             streams = {DEFAULT: default, **streams}
         for name in streams:
-            if hasattr(Module, name) or name == "streams":
+            if hasattr(Module, name) or name in _NO_STREAM:
                 raise ValueError(
                     f"`rx.Rngs`: a stream cannot be called {name!r}, because a module has "
                     "an attribute of that name. Choose another name."
@@ -130,7 +135,7 @@ class Rngs(Module):
     def __getattr__(self, name: str) -> RngStream:
         # Called for what is not found in the ordinary way. Names with an underscore belong
         # to Python and its tools, which ask for many that are not there.
-        if name.startswith("_") or name == "streams":
+        if name.startswith("_") or name in _NO_STREAM:
             raise AttributeError(name)
         stream = self.streams.get(name, self.streams.get(DEFAULT))
         if stream is None:

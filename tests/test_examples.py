@@ -13,6 +13,11 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 QUICK = {
     "train_digits.py": ("--epochs", "10"),
     "ema_and_lora.py": ("--steps", "200"),
+    "gan.py": ("--steps", "60", "--batch-size", "32"),
+    "char_transformer.py": (
+        *("--steps", "60", "--dim", "32", "--depth", "1", "--context", "48"),
+        *("--characters", "100000"),
+    ),
 }
 
 
@@ -54,7 +59,7 @@ def test_train_digits_learns_and_its_checkpoint_has_the_same_accuracy(tmp_path):
     )  # once in the table, with both names
     assert printed.count("second.kernel") == 1
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "digits.eqx").stat().st_size > 4 * 14_816
+    assert (tmp_path / "digits.safetensors").stat().st_size > 4 * 14_816
 
 
 def test_ema_and_lora_adapts_to_the_mirror_and_averages_both_ways():
@@ -67,3 +72,22 @@ def test_ema_and_lora_adapts_to_the_mirror_and_averages_both_ways():
     for _, wrt, plain, mirror in (adapted, adapted_average):
         assert wrt == "lora" and plain < 70 and mirror > 80
     assert (trained[0], adapted[0]) == ("26,122", "4,688")
+
+
+def test_char_transformer_learns_and_decodes_with_its_cache_as_without(tmp_path):
+    printed = run("char_transformer.py", "--out", str(tmp_path))
+    (loss,) = re.findall(r"nats a character: ([\d.]+)", printed)
+    assert float(loss) < 3.3  # the frequencies of the characters alone give 3.4
+    (error,) = re.findall(r"differs by at most ([\d.e+-]+)", printed)
+    assert float(error) < 1e-4
+    assert printed.count("def test_") == 3  # the samples
+    assert (tmp_path / "char_transformer.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_gan_trains_two_models_and_draws_what_it_learnt(tmp_path):
+    printed = run("gan.py", "--out", str(tmp_path))
+    assert "generator: 37,857 numbers" in printed
+    (seen,) = re.findall(r"sees (\d+) of the 10 digits", printed)
+    (sure,) = re.findall(r"by ([\d.]+)%", printed)
+    assert int(seen) >= 2 and float(sure) > 50
+    assert (tmp_path / "gan.png").read_bytes().startswith(b"\x89PNG")

@@ -66,9 +66,17 @@ def test_a_missing_name_without_a_default_stream_is_refused():
     assert not hasattr(rx.Rngs(0), "_private") and not hasattr(rx.Rngs(0), "__array__")
 
 
+def test_inference_mode_keeps_the_default_stream():
+    rngs = rx.Rngs(0)
+    evaluation = eqx.nn.inference_mode({"dropout": eqx.nn.Dropout(), "rngs": rngs})
+    assert evaluation["dropout"].inference
+    assert evaluation["rngs"].default.key is rngs.default.key
+
+
 def test_names_that_cannot_be_streams_are_refused():
-    with pytest.raises(ValueError, match="cannot be called 'streams'"):
-        rx.Rngs(streams=1)
+    for name in ("streams", "inference"):
+        with pytest.raises(ValueError, match=f"cannot be called '{name}'"):
+            rx.Rngs(**{name: 1})
     with pytest.raises(TypeError, match="given twice"):
         rx.Rngs(0, default=1)
 
