@@ -1,6 +1,6 @@
 """Trains a character transformer on the source of Python's standard library.
 
-    python examples/char_transformer.py --steps 600 --out out --seed 0
+    python examples/char_transformer.py --steps 2000 --out out --seed 0
 
 What to look at:
 
@@ -318,7 +318,7 @@ def plot(
     validations: list[tuple[int, float]],
     text: str,
 ) -> None:
-    figure, (curves, page) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (curves, page) = plt.subplots(1, 2, figsize=(11, 4.2))
     curves.plot(range(1, len(losses) + 1), losses, alpha=0.5, label="training")
     curves.plot(*zip(*validations), color="tab:red", marker=".", label="held-out files")
     curves.set_xlabel("step")
@@ -327,22 +327,23 @@ def plot(
     curves.grid(alpha=0.3)
     page.set_axis_off()
     page.set_title("A sample")
+    lines = [line[i : i + 64] for line in text.split("\n") for i in range(0, 128, 64)]
     # A dollar would begin a formula.
-    shown = text.replace("$", r"\$")
-    page.text(0, 1, shown, va="top", family="monospace", fontsize=8)
-    figure.savefig(path, dpi=120)
+    shown = "\n".join(line for line in lines if line).replace("$", r"\$")
+    page.text(0, 0.98, shown, va="top", family="monospace", fontsize=8)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="A transformer on Python's source.")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--dim", type=int, default=96)
-    parser.add_argument("--depth", type=int, default=3)
+    parser.add_argument("--depth", type=int, default=2)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--characters", type=int, default=2_000_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))

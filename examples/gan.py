@@ -190,11 +190,8 @@ def plot(path: pathlib.Path, losses: np.ndarray, images: np.ndarray) -> None:
     curves.set_ylabel("loss")
     curves.legend()
     curves.grid(alpha=0.3)
-    rows = [
-        np.concatenate(list(row[:, 0]), axis=1)
-        for row in images.reshape(5, 10, 1, 8, 8)
-    ]
-    digits.imshow(np.concatenate(rows), cmap="gray_r")
+    padded = np.pad(images.reshape(5, 10, 8, 8), [(0, 0), (0, 0), (1, 1), (1, 1)])
+    digits.imshow(padded.swapaxes(1, 2).reshape(50, 100), cmap="gray_r")
     digits.set_title("Generated digits")
     digits.set_axis_off()
     figure.savefig(path, dpi=120)

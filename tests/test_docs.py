@@ -13,6 +13,7 @@ import contextlib
 import io
 import re
 import sys
+import tomllib
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,6 +168,23 @@ def test_every_name_that_is_mentioned_exists(file):
             assert found is not None, f"there is no `rx.{name}`"
             if not isinstance(found, types.ModuleType | type):
                 break  # an attribute of a value: not ours to look up
+
+
+def test_the_site_shows_the_version_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    site = (ROOT / "mkdocs.yml").read_text()
+    assert f"copyright: {project['name']} {project['version']}," in site
+    has_repository = "repo_url" in site
+    assert has_repository == ("Repository" in project.get("urls", {}))
+
+
+def test_every_page_is_in_the_navigation_and_every_example_is_listed():
+    site = (ROOT / "mkdocs.yml").read_text()
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert site.count(f" {page.relative_to(ROOT / 'docs')}\n") == 1
+    for example in (ROOT / "examples").glob("*.py"):
+        for page in (ROOT / "README.md", ROOT / "docs" / "examples.md"):
+            assert f"examples/{example.name}" in page.read_text()
 
 
 @pytest.mark.parametrize(
