@@ -1,7 +1,7 @@
 """`Optimizer`: any transformation of Optax on a model of refs, in place.
 
 What Optax sees of a model, and why, is said in `_trained.py`. Each array of Optax's state is
-in a ref of its own, and all else of the state stays as it is. So `filter_jit` carries it as
+in a ref of its own, and all else of the state stays unchanged. So `filter_jit` carries it as
 it carries a model, on its fast path.
 """
 
@@ -118,7 +118,7 @@ class Optimizer(Module):
         - `grads`: its gradients, as [`refx_eqx.filter_grad`][] returns them, or any other
             tree aligned with the model (see [`refx_eqx.update_refs`][]). Those of refs that
             `wrt` does not select are not looked at.
-        - `**extra`: what the transformation asks for beside, such as `value=` for
+        - `**extra`: what else the transformation asks for, such as `value=` for
             `optax.contrib.reduce_on_plateau`. What is about parameters in Optax is about the
             model here: `grad=` has the form of `grads`; `value_fn=` and `obj_fn=` are
             functions of a model, and `grad_fn=` returns gradients of one. They are called
@@ -161,7 +161,7 @@ def _gradients_of(trained: Trained, grad_fn: Callable[..., Any]) -> Callable[...
     return gradients
 
 
-# The arguments beside that are about parameters in Optax, and about the model here.
+# The extra arguments that are about parameters in Optax, and about the model here.
 _TRANSLATIONS: dict[str, Callable[[Trained, Any], Any]] = {
     "grad": lambda trained, grad: trained.by_name(grad, "gradients"),
     "value_fn": Trained.of_values,
@@ -171,22 +171,22 @@ _TRANSLATIONS: dict[str, Callable[[Trained, Any], Any]] = {
 
 
 def _taking_extra(tx: Any) -> Any:
-    """The transformation, ignoring the arguments beside that it has no use for: as in
+    """The transformation, ignoring the extra arguments that it has no use for: as in
     `optax.chain`."""
     import optax
 
-    # `optax.MultiSteps` is none, and takes them as it is.
+    # `optax.MultiSteps` is none, and takes them already.
     is_plain = isinstance(tx, optax.GradientTransformation)
     return optax.with_extra_args_support(tx) if is_plain else tx
 
 
 # A slot holds an array. So a number that is written to it, such as a learning rate, becomes
-# one of the same dtype, and the compiled step stays as it is.
+# one of the same dtype, and the compiled step stays valid.
 _SLOT = BoundType(DeclaredRef(Optimizer, "opt_state", 0, jax.Array), NO_NAMES)
 
 
 def _in_slots(opt_state: Any) -> Any:
-    """The state of Optax, with a ref in place of each array."""
+    """The state of Optax, with a ref instead of each array."""
 
     def slot(path: tuple, leaf: Any) -> Any:
         if not is_traced_in_ref(leaf):

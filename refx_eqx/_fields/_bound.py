@@ -87,7 +87,7 @@ class BoundType:
         return reasons[0]
 
     def extra_axes(self, value: Any) -> tuple[int, ...] | None:
-        """The axes that `value` has beside those of this type: of a stack. `None` if it is
+        """The axes that `value` has on top of those of this type: of a stack. `None` if it is
         not of this type whichever axes are taken away."""
         for axes in _candidates(value):
             if self.why_not(value, axes) is None:
@@ -95,7 +95,7 @@ class BoundType:
         return None
 
     def checked(self, ref: Any, value: Any) -> Any:
-        """`value`, as it is to be stored in `ref`: of this type.
+        """`value`, converted for storage in `ref`: of this type.
 
         **Raises:**
 
@@ -188,7 +188,7 @@ class BoundType:
             remedy = "Convert it: `value.astype(ref.dtype)`."
         elif _has_more_axes(value, old) and self.extra_axes(value):
             remedy = (
-                "A write keeps the axes that there are. To map over the ref, give it the axis: "
+                "A write keeps the number of axes. To map over the ref, give it the axis: "
                 f"`module = rx.add_axis(module, size, {collection!r})`."
             )
         elif any(self.names):

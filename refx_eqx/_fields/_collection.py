@@ -49,7 +49,7 @@ class Collection:
 
 
 Param = Annotated[Ref[_T], Collection("params")]
-"""`Param[T]`: a ref to a `T`, of collection `"params"`: what an optimiser trains."""
+"""`Param[T]`: a ref to a `T`, of collection `"params"`: what an optimizer trains."""
 
 BatchStat = Annotated[Ref[_T], Collection("batch_stats")]
 """`BatchStat[T]`: a ref to a `T`, of collection `"batch_stats"`: running statistics."""

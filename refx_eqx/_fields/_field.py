@@ -165,7 +165,7 @@ def field(
     **kwargs: Any,
 ) -> Any:
     """As `equinox.field`, for a field that holds a ref. Works in an
-    [`refx_eqx.Module`][] and in a bare `equinox.Module`.
+    [`refx_eqx.Module`][] and in a plain `equinox.Module`.
 
     !!! Example
 
@@ -189,7 +189,7 @@ def field(
 
     - `collection`: of the ref. If omitted, it is what the annotation of the field says.
     - `converter`: as in `equinox.field`; applied to a value before it is wrapped. A `Ref`
-        that is assigned is shared as it is, and not converted.
+        that is assigned is shared, and not converted.
     - `static`: as in `equinox.field`. A static field cannot hold a ref.
     - `**kwargs`: all other arguments of `equinox.field`.
 

@@ -24,8 +24,8 @@ _INTRODUCTION = """\
 
 What does a ref cost? Every row below is one piece of work, done by every library in one
 process, in turns. A number is the time as a multiple of the time that `jax.jit` takes on a
-flat list of the same arrays, with what comes back bound anew by hand. Less is better, and
-1.00 is a ref for free.
+flat list of the same arrays, with the results rebound by hand. Less is better, and 1.00 is a
+ref for free.
 
 ```bash
 python -m nox -s bench             # all of it, and this page: a quarter of an hour
@@ -38,9 +38,9 @@ calls its own compiled function on them (`tests/benchmarks/_contenders.py`):
 
 | | what one step is |
 | --- | --- |
-| `jax.jit` | arrays in a flat list; those that the function returns are put back by hand |
+| `jax.jit` | arrays in a flat list; those the function returns are put back by hand |
 | `rx.filter_jit` | a `rx.Module` of refs, which the function writes |
-| `eqx.filter_jit` | an `eqx.Module`, returned anew if anything in it changes, and rebound |
+| `eqx.filter_jit` | an `eqx.Module`, a new one returned if anything in it changes, and rebound |
 | `jax.Ref` | a list of dicts of `jax.new_ref(...)`, passed to `jax.jit` and written |
 | `nnx.jit` | an `nnx.Module` of `nnx.Param`, which the function writes |
 | `nnx.jit, tree mode` | the same, with `graph=False` |
@@ -50,8 +50,8 @@ A round runs a block of calls of each, in an order that changes. A number is the
 the ratio to `jax.jit` within a round, over the quieter half of up to 40 rounds. Nothing is
 donated. With 10,000 refs the others take minutes to compile, and are left out. All ran on
 the CPU of a small virtual machine: read the second digit with care, and the third not at
-all. Nothing can be quicker than what it calls, so a number below 1.00 is noise, and says how
-much of it there is.
+all. Nothing can be faster than the call it wraps, so a number below 1.00 is noise, and shows how
+large the noise is.
 
 ![Time of a call by the number of refs](img/benchmarks.svg)
 """
@@ -65,7 +65,7 @@ _NOTES = {
     "so they are nearest to each other where many refs are written.",
     "steps": "Whole steps, on one core. A training step is a gradient and Adam; everything "
     "is written. The models are small, so that the call still counts. A number is the median "
-    "of five starts with 20 rounds each: what is made once more runs some hundredths quicker "
+    "of five starts with 20 rounds each: what is made again runs some hundredths faster "
     f"or slower, by chance, and the column `{AGAIN}` shows by how much.",
     "compilation": "Tracing and compiling a training step of a deep network: processor time "
     "as a multiple of that of the same network in plain Equinox, over a few rounds only.",
@@ -75,7 +75,7 @@ _NOTES = {
     "is a call with next to no computation, as a multiple of that of `jax.jit` on the same "
     "arrays in a flat list.",
     "loops": "Each loop as its users write it; the first column that is 1.00 says against what.",
-    "dispatch": "The part of a computation of one second that is spent inside of the call, "
+    "dispatch": "The part of a computation of one second that is spent inside the call, "
     "before it returns: 0 is an asynchronous call, 1 is one that waits.",
 }
 _TITLES = {
