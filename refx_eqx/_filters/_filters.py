@@ -329,7 +329,7 @@ def path(*patterns: str | Path) -> Filter:
 
     - `*patterns`: the keys on the way to a leaf, joined with dots: attribute names, dict
         keys, positions. `*` stands for one key or a part of one, `**` for any number of
-        keys, none included. Or a tuple of keys, which are taken as they are: for a key with
+        keys, none included. Or a tuple of keys, which are taken literally: for a key with
         a dot, a bracket or a star in it.
 
     **Returns:**
@@ -415,7 +415,7 @@ def leaves_with_paths(tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
 
 
 def as_closed(leaves: list[Any]) -> list[Any]:
-    """The leaves with refs in place of `Value` and `Index` nodes, for a filter to see."""
+    """The leaves with refs instead of `Value` and `Index` nodes, for a filter to see."""
     refs = {
         leaf.index: make_ref(
             leaf.ref_type,
