@@ -45,6 +45,7 @@ from ._fields._config import config as config
 from ._fields._field import field as field
 from ._fields._module import Module as Module
 from ._filters._as_refs import as_refs as as_refs
+from ._filters._check import check as check
 from ._filters._filters import (
     aliases as aliases,
     collection as collection,

@@ -1,6 +1,7 @@
 """Lists, dicts, NumPy arrays and sets in the values of refs, changed where nobody looks."""
 
 import copy
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -157,3 +158,35 @@ def test_refs_in_a_set_or_as_keys_are_refused(holder):
             door({"r": ref, "s": holder(ref)})
     copy = rx.clone({"r": ref, "s": [ref]})  # the remedy
     assert copy["s"][0] is copy["r"] and copy["r"] in set(copy["s"])
+
+
+class Tagged(rx.Ref):
+    unit = "m"
+
+
+class Slotted(rx.Ref):
+    __slots__ = ("tag",)
+
+
+@pytest.mark.parametrize("cls", [Tagged, Slotted])
+def test_an_attribute_of_a_ref_is_never_dropped(cls):
+    ref = cls(jnp.array(1.0), "params")
+    assert type(rx.clone(ref)) is cls
+    ref.tag = "x"
+    doors = (
+        rx.clone,
+        copy.copy,
+        copy.deepcopy,
+        pickle.dumps,
+        rx.filter_jit(lambda r: r[...]),
+    )
+    for door in doors:
+        with pytest.raises(
+            rx.StructureError,
+            match=rf"the attribute `tag` of a {cls.__name__}, an unnamed",
+        ):
+            door(ref)
+    assert ref.tag == "x" and ref[...] == 1.0
+    # The remedies: in the class, or beside it in a tree.
+    assert rx.clone(Tagged(1.0)).unit == "m"
+    assert rx.clone({"ref": cls(1.0), "tag": "x"})["tag"] == "x"

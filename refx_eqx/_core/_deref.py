@@ -19,6 +19,7 @@ from ._errors import describe, StructureError, TraceLevelError
 from ._functions import closed, opened
 from ._nodes import Index, is_node, note_of, Value
 from ._ref import (
+    check_no_attributes,
     check_not_deleted,
     is_lookup,
     is_ref,
@@ -151,6 +152,8 @@ def deref_leaves(
     derefed = []
     for leaf in leaves:
         if isinstance(leaf, Ref):
+            if type(leaf) is not Ref:
+                check_no_attributes(leaf)
             what = leaf._collection, type(leaf), note_of(leaf)
             number = numbers.get(id(leaf))
             if number is None:

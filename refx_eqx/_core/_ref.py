@@ -289,6 +289,8 @@ class Ref(Generic[_T]):
         return _like(self, copy.deepcopy(self.value, memo))
 
     def __reduce__(self):
+        if type(self) is not Ref:
+            check_no_attributes(self)
         state = type(self), self.value, self._collection, self._name, self._declared
         return _unpickle, state
 
@@ -703,8 +705,32 @@ def make_ref(
     return ref
 
 
+def check_no_attributes(ref: Ref) -> None:
+    """A copy of a ref, and the ref inside of a transform, have no attributes of a subclass.
+
+    **Raises:**
+
+    - `StructureError`: if there is one, which would be dropped.
+    """
+    own = dict(getattr(ref, "__dict__", ()))
+    for cls in type(ref).__mro__[: type(ref).__mro__.index(Ref)]:
+        slots = vars(cls).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(ref, name):
+                own[name] = None
+    if own:
+        raise StructureError(
+            f"Cannot carry the attribute `{next(iter(own))}` of a {type(ref).__name__}, "
+            f"{describe(ref._name, ref._collection)}: a subclass of `rx.Ref` may add "
+            "methods, and its type is kept, but nothing else of it. Put what it is into the "
+            "value, or into a module that has the ref; what all have, into the class."
+        )
+
+
 def _like(ref: _R, value: Any) -> _R:
     """A new ref that differs from `ref` by its value alone."""
+    if type(ref) is not Ref:
+        check_no_attributes(ref)
     return make_ref(type(ref), value, ref._collection, ref._name, ref._declared)
 
 

@@ -1,0 +1,83 @@
+"""`check`: whether all arrays of a model are in refs."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from .._core._errors import StructureError
+from .._core._ref import Ref
+from .._fields._instance import check_refs_in_place
+from ._filters import as_closed, as_filter, choose, dotted, leaves_with_paths
+
+
+__tracebackhide__ = True
+
+
+_MOST = 8
+
+
+def check(tree: Any, constants: Any = False) -> None:
+    """That every array of a model is in a ref: for the end of an `__init__`, or a test.
+
+    An array of a field that nobody declared a ref is a constant. It stays as it is when
+    `wrt="params"` is trained, [`refx_eqx.update_refs`][] leaves it, and
+    [`refx_eqx.state_dict`][] does not have it. If it was meant to be a parameter, nothing
+    says so.
+
+    !!! Example
+
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        class Scale(rx.Module):
+            by: rx.Param[jax.Array]
+            offset: jax.Array  # not declared a ref
+
+        scale = Scale(jnp.ones(3), jnp.zeros(3))
+        try:
+            rx.check(scale)
+        except rx.StructureError as e:
+            assert "`offset`, float32[3]" in str(e)
+        rx.check(scale, constants=rx.path("offset"))
+        ```
+
+    **Arguments:**
+
+    - `tree`: a tree of refs, or a derefed one. Nothing is read, so it may be called anywhere.
+    - `constants`: any filter. The arrays that it selects may be in no ref.
+
+    **Returns:**
+
+    Nothing.
+
+    **Raises:**
+
+    - `StructureError`: if there are arrays in no ref. It names them.
+    - `RefTypeError`: if a field that is declared a ref holds an array.
+    """
+    check_refs_in_place(tree, "`rx.check`")
+    pairs, _ = leaves_with_paths(tree)
+    paths, leaves = [path for path, _ in pairs], as_closed([x for _, x in pairs])
+    chosen = choose(paths, leaves, (as_filter(constants),))
+    found = [
+        f"`{dotted(path)}`, {leaf.dtype}{list(leaf.shape)}"
+        for path, leaf, answer in zip(paths, leaves, chosen)
+        if answer != 0 and _is_array(leaf) and not isinstance(leaf, Ref)
+    ]
+    if found:
+        more = [f"{len(found) - _MOST} more"] if len(found) > _MOST else []
+        raise StructureError(
+            f"`rx.check`: {len(found)} of the arrays are in no ref: "
+            f'{"; ".join(found[:_MOST] + more)}. They are trained by no `wrt="params"` and '
+            "are in no state dict. Declare their fields, such as `weight: "
+            "rx.Param[Array]`, or make refs of them with `rx.as_refs`; if they are "
+            "constants, say so: `rx.check(model, constants=rx.path(...))`."
+        )
+
+
+def _is_array(x: Any) -> bool:
+    return eqx.is_array(x) or isinstance(x, np.ndarray | jax.ShapeDtypeStruct)
