@@ -61,7 +61,13 @@ def current_trace() -> Any:
 
 def current_trace_ref() -> TraceRef:
     # No callback, so CPython hands back one weakref object per trace, however many refs.
-    return weakref.ref(core.trace_ctx.trace)
+    trace = core.trace_ctx.trace
+    # JAX 0.12 has none while it asks a primitive for the types of its results.
+    return _nowhere if trace is None else weakref.ref(trace)
+
+
+def _nowhere() -> None:
+    return None
 
 
 def is_evaluating() -> bool:
