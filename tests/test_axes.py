@@ -545,3 +545,12 @@ def test_axes_pickle():
     with pytest.raises(rx.StructureError, match="does not say"):
         again = pickle.loads(pickle.dumps(rx.axes(params=0)))
         rx.filter_vmap(lambda x: x, in_axes=(again,))(jnp.ones(2))
+
+
+def test_a_key_that_matches_nothing():
+    model = {"w": rx.Ref(jnp.ones(3), "params")}
+    total = lambda model: model["w"].value
+    both = rx.axes(params=0, batch_stats=None)
+    assert rx.filter_vmap(total, in_axes=(both,))(model).shape == (3,)
+    with pytest.raises(rx.StructureError, match=r"rx\.axes\(parms=0\) does not say"):
+        rx.filter_vmap(total, in_axes=(rx.axes(parms=0),))(model)

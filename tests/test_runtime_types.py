@@ -775,3 +775,25 @@ def test_the_environment_variable(value, printed):
         text=True,
     )
     assert printed in done.stdout + done.stderr
+
+
+def test_what_was_written_unchecked_is_checked_at_the_next_write():
+    class Linear(rx.Module):
+        weight: rx.Param[Float[Array, "out in"]]
+
+    linear = Linear(jnp.ones((2, 3)))
+    wrong = jnp.ones(5)
+    with rx.config(check_types=False):
+        linear.weight.value = wrong
+    for _ in range(2):
+        with pytest.raises(
+            rx.RefTypeError, match=r"declared .* and cannot hold f32\[5\]"
+        ):
+            linear.weight.value = wrong
+        with pytest.raises(rx.RefTypeError, match=r"cannot hold f32\[5\]"):
+            linear.weight.value += 1.0
+        with pytest.raises(rx.RefTypeError, match=r"cannot hold f32\[5\]"):
+            rx.clone(linear)
+    linear.weight.value = 2 * jnp.ones((2, 3))  # what is right is taken
+    linear.weight.value += 1.0
+    assert rx.clone(linear).weight[0, 0] == 3.0

@@ -65,9 +65,11 @@ class axes:
 
     - `by_collection`: a mapping from collection to axis (an `int`, or `None` to
         broadcast). A key may be any filter, such as `rx.path("**.shared.**")`; paths are
-        those of the tree that these axes are given for. The first that matches decides.
+        those of the tree that these axes are given for. The first that matches decides. One
+        that matches nothing has no effect, so the same axes serve a model with batch
+        statistics and one without.
     - `default`: the axis of all other leaves: an `int`, `None`, or a function of a leaf.
-        If omitted, a leaf that is not named is an error.
+        If omitted, a leaf that is not named is an error, which finds a misspelt key.
     - `**collections`: the axis of each collection.
 
     **Raises:**

@@ -102,12 +102,19 @@ class BoundType:
         - `RefTypeError`: if it is not.
         """
         old = ref._value
-        if isinstance(value, jax.Array) and self.declared.by_shape:
+        if not config.check_types:
+            _unchecked.any = True
+            return value
+        if (
+            isinstance(value, jax.Array)
+            and self.declared.by_shape
+            and not _unchecked.any
+        ):
             # The common case: as what is there, which was checked before.
             known = type(old) is type(value) or isinstance(old, jax.Array)
             if known and old.shape == value.shape and old.dtype == value.dtype:
                 return value
-        return self._checked(ref, value, old) if config.check_types else value
+        return self._checked(ref, value, old)
 
     def check_rebuilt(self, ref: Any) -> None:
         """As `checked`, of the value that is there already, which any transform may have
@@ -120,6 +127,8 @@ class BoundType:
         axes: tuple[int, ...] | None = ()
         if _is_data(old):
             axes = self.extra_axes(old)
+            if axes is None and ref._body is None:
+                axes = ()  # it was written when nobody checked
             if axes is None:
                 if _same_shapes(old, value):
                     return value
@@ -201,6 +210,16 @@ class BoundType:
             f"{describe(name, collection)} is declared {self!r}, and cannot hold "
             f"{got}{why}.{stack} {remedy}"
         )
+
+
+class _Unchecked:
+    """Whether some value was written while types are not checked: then what is there need
+    not be of its type."""
+
+    any = False
+
+
+_unchecked = _Unchecked()
 
 
 _SCALARS = bool, int, float, complex
