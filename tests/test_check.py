@@ -38,7 +38,7 @@ def test_arrays_in_no_ref_are_named():
     rx.check(
         rx.as_refs(model, "params", where=eqx.is_array), constants=rx.path("table")
     )
-    rx.check(Layer(jnp.ones(2), rx.Ref(jnp.zeros(2))))
+    rx.check({"weight": rx.Ref(jnp.zeros(2))})
 
 
 def test_only_the_first_are_named():
@@ -52,7 +52,9 @@ def test_constants_that_there_are_not():
 
 
 def test_a_field_that_lost_its_ref():
-    layer = eqx.tree_at(lambda m: m.weight, Layer(jnp.ones(2), None), jnp.ones(2))
+    layer = eqx.tree_at(
+        lambda m: m.weight, Layer(jnp.ones(2), jnp.ones(2)), jnp.ones(2)
+    )
     with pytest.raises(
         rx.RefTypeError, match=r"`rx\.check`: `Layer\.weight` at \.weight"
     ):

@@ -196,7 +196,7 @@ class _LastRead(threading.local):
     """The last array that was read of a field which is declared a ref, with its place. If a
     value is written to it, nothing can stop that: it is noticed at the next door."""
 
-    array: "tuple[Callable[[], Any], str, Declared] | None" = None
+    array: "tuple[Callable[[], Any], str, DeclaredRef] | None" = None
 
 
 _last_read = _LastRead()
