@@ -5,7 +5,6 @@ from importlib.metadata import version as _version
 from . import nn as nn
 from ._capture import capture as capture
 from ._checkpoint._save import load as load, save as save
-from ._core._call import functionalize as functionalize
 from ._core._dag import Dag as Dag
 from ._core._deref import (
     block_until_ready as block_until_ready,
@@ -104,6 +103,7 @@ from ._transforms import (
     switch as switch,
     while_loop as while_loop,
 )
+from ._transforms._functionalize import functionalize as functionalize
 
 
 __version__ = _version("refx_eqx")

@@ -24,7 +24,7 @@ from ._fields._declared import DeclaredRef
 from ._fields._module import Module
 from ._filters._filters import choose, leaves_with_paths
 from ._filters._update import aligned, check_and_write
-from ._trained import moved, Trained
+from ._trained import Trained, with_update
 
 
 if TYPE_CHECKING:
@@ -363,7 +363,7 @@ def apply_updates(model: Any, updates: Any) -> None:
     failure = "Cannot apply the updates"
     writes: dict[int, tuple[Ref, Any]] = {}
     for ref, update, where in aligned(model, updates, failure, "updates"):
-        writes[id(ref)] = ref, moved(ref, ref.value, update, f"at {where}")
+        writes[id(ref)] = ref, with_update(ref, ref.value, update, f"at {where}")
     leaves, treedef = jtu.tree_flatten_with_path(
         by_name(model), is_leaf=lambda x: x is None
     )

@@ -146,7 +146,7 @@ class Trained:
                 f"structure, {found}, than it was given, {expected}."
             )
         return [
-            (ref, moved(ref, ref.value, updates[name], f"at `{name}`"))
+            (ref, with_update(ref, ref.value, updates[name], f"at `{name}`"))
             for name, ref in self.refs.items()
         ]
 
@@ -190,7 +190,7 @@ def _with_arrays(node: Value, arrays: Any) -> Value:
     return Value(value, node.index, node.collection, node.ref_type, node.note)
 
 
-def moved(ref: Ref, value: Any, update: Any, where: str) -> Any:
+def with_update(ref: Ref, value: Any, update: Any, where: str) -> Any:
     """The value of a ref with an update added, of the dtype that it has: as
     `optax.apply_updates`. What has no update stays.
 

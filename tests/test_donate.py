@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import refx_eqx as rx
-from refx_eqx._engine._program import explain
+from refx_eqx._engine._run_time_errors import explain
 
 
 # With `.lower` and `__wrapped__`, which a `Callable` does not have for type checkers.

@@ -16,11 +16,9 @@ numbers them.
 
 import contextlib
 import copy
-import functools
 from collections.abc import (
     Callable,
     Hashable,
-    Iterable,
     Iterator,
     Mapping,
     Sequence,
@@ -33,7 +31,7 @@ import jax.tree_util as jtu
 from . import _closure, _trace
 from ._changes import place_of, Watch
 from ._closure import Carried
-from ._deref import deref, deref_leaves, make_ref_of, reref
+from ._deref import deref_leaves, make_ref_of
 from ._errors import (
     ConcurrencyError,
     describe,
@@ -44,7 +42,7 @@ from ._errors import (
 )
 from ._functions import tree_of
 from ._identity import Asked, asked_of
-from ._nodes import Index, Value
+from ._nodes import Value
 from ._ref import (
     check_readable,
     check_unleaked,
@@ -66,7 +64,6 @@ from ._structure import (
     split,
     split_value,
     Structure,
-    values_of,
 )
 
 
@@ -475,83 +472,3 @@ def call(
         f"Other threads changed the refs of `{name_of(fn)}` during each of {_MAX_TRIES} "
         "calls. Serialize the calls with a lock."
     )
-
-
-def functionalize(fn: Callable[_P, _T]) -> Callable[_P, tuple[_T, Any]]:
-    """The pure function that the lifted transforms are made of, to use by hand.
-
-    !!! Example
-
-        ```python
-        import jax
-        import refx_eqx as rx
-
-        def step(ref, x):
-            ref.value += x
-            return ref.value * 2
-
-        ref = rx.Ref(1.0, "counts")
-        args = (ref, 2.0)
-        out, updates = jax.jit(rx.functionalize(step))(*rx.deref(args))
-        assert out == 6.0 and ref.value == 1.0  # nothing was written yet
-        rx.update_refs(args, updates)
-        assert ref.value == 3.0
-        ```
-
-    **Arguments:**
-
-    - `fn`: a function that reads and writes the refs in its arguments.
-
-    **Returns:**
-
-    A pure function `(*args, **kwargs) -> (out, updates)`. It takes derefed arguments: deref
-    all of them at once, so that what they share stays shared. `out` is the derefed result.
-    `updates` has the structure of the derefed positional arguments (of `(args, kwargs)` if
-    there are keywords), with the new values of the refs that were written and `None` for all
-    else: what [`refx_eqx.update_refs`][] takes.
-
-    **Raises:**
-
-    - `StructureError`: if the arguments are not derefed, if `fn` changes the structure of
-        an argument, or if it writes a ref that it is not given as an argument.
-    """
-
-    @functools.wraps(fn)
-    def pure(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        inner_args, inner_kwargs = reref((args, kwargs))
-        derefed = Call(fn, inner_args, inner_kwargs)
-        outcome = derefed.run("functionalize", derefed.arrays)
-        result = close_result(
-            outcome, derefed.structure.refs_after(outcome, derefed.arrays)
-        )
-        new = {i: outcome.info.value(i, x) for i, x in outcome.updates.items()}
-        _check_passed(fn, derefed, new)
-        *of_args, of_kwargs = (
-            tree_of(part, [_only_updated(leaf, new) for leaf in leaves])
-            for part, leaves in zip(derefed.parts[:-1], derefed.arrays)
-        )
-        updates = (tuple(of_args), of_kwargs) if kwargs else tuple(of_args)
-        return deref(result), updates
-
-    return pure
-
-
-def _check_passed(fn: Any, derefed: Call, written: Iterable[int]) -> None:
-    """Refuses a write that is not among the updates, which are of the arguments."""
-    passed = values_of(derefed.arrays[:-1])
-    for i in written:
-        if i not in passed:
-            ref = derefed.refs[i]
-            raise StructureError(
-                f"`functionalize`: `{name_of(fn)}` writes "
-                f"{describe(ref._name, ref._collection)}, which it does not get as an "
-                "argument: it closes over it, or is a module that holds it. The updates "
-                "are those of the arguments, so this write would be lost. Pass the ref, or "
-                "the module that holds it, as an argument."
-            )
-
-
-def _only_updated(leaf: Any, new: dict[int, Any]) -> Any:
-    if type(leaf) is Value:
-        return leaf.replaced(new.get(leaf.index))
-    return leaf if type(leaf) is Index else None

@@ -54,17 +54,17 @@ class _Commits:
 
     - `count`: of all writes. A lifted call reads its refs, computes, and writes back: if
         the count has not moved in between, no other thread wrote anything.
-    - `irregular`: of those that may have changed the structure of a ref that was one JAX
+    - `restructured`: of those that may have changed the structure of a ref that was one JAX
         array: the new value is none, or the collection or declared type is another. While it
         has not moved, what a repeated call knows of its refs still holds.
     - `lock`: to be held for the moment of a write.
     """
 
-    __slots__ = ("count", "irregular", "lock")
+    __slots__ = ("count", "lock", "restructured")
 
     def __init__(self):
         self.count = 0
-        self.irregular = 0
+        self.restructured = 0
         self.lock = threading.Lock()
 
     def store(self, updates: Iterable[tuple["Ref", Any]]) -> None:
@@ -74,7 +74,7 @@ class _Commits:
                 type(value) is not _trace.ConcreteArray
                 and type(ref._value) is _trace.ConcreteArray
             ):
-                self.irregular += 1
+                self.restructured += 1
             set_content(ref, value)
             ref._written = True
         # Last: who read half of this began with the old count, and will see the new one.
@@ -271,7 +271,7 @@ class Ref(Generic[_T]):
         if not self._hashed:
             self._hashed = True
             # A plan may be for refs that are in no set and no dict.
-            commits.irregular += 1
+            commits.restructured += 1
         return object.__hash__(outermost(self))
 
     if not TYPE_CHECKING:  # else every attribute is there for a type checker
@@ -679,7 +679,7 @@ def declare(ref: Ref, bound: Any) -> None:
     if bound not in known:
         others = tuple(x for x in known if x.declared is not bound.declared)
         ref._declared = (*others, bound)
-        commits.irregular += 1
+        commits.restructured += 1
 
 
 def make_ref(

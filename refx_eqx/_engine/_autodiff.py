@@ -27,7 +27,7 @@ from .._core._structure import (
     Structure,
 )
 from .._filters._filters import check_can_select, choose, leaves_with_paths
-from ._backward import stripped
+from ._backward import apart_from_channels
 from ._tangents import read_tangents
 
 
@@ -126,7 +126,7 @@ def first_of_pair(part: Carried, leaves: Leaves, name: str) -> tuple[Carried, Le
     return first, leaves[: first.num_leaves]
 
 
-class Side(NamedTuple):
+class TangentSpace(NamedTuple):
     """One side of a derivative: the trees that have one. Hashable.
 
     - `parts`: the structure of each; `treedef`: of their derefed leaves, with `None` for what
@@ -152,13 +152,13 @@ class Side(NamedTuple):
         return jtu.tree_unflatten(self.treedef, filled)
 
 
-def side(parts: Sequence[Carried], leaves: list[Leaves]) -> Side:
+def tangent_space(parts: Sequence[Carried], leaves: list[Leaves]) -> TangentSpace:
     arrays, treedef = jtu.tree_flatten(leaves)
     types = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in arrays]
-    return Side(tuple(parts), treedef, tuple(types))
+    return TangentSpace(tuple(parts), treedef, tuple(types))
 
 
-class Differentiated:
+class DifferentiableCall:
     """A call as a function of the arrays that are differentiated, of the arrays of its
     result that have a derivative. All else is auxiliary.
 
@@ -166,7 +166,7 @@ class Differentiated:
     - `outputs`: the other side, known once it was called.
     """
 
-    outputs: Side
+    outputs: TangentSpace
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ class Differentiated:
         self.has_aux = has_aux
         self.arrays, self._rest = differentiable(derefed, trees, wrt, by_first)
         self._others = derefed.arrays[n:]
-        self.inputs = side(derefed.parts[:n], self.arrays)
+        self.inputs = tangent_space(derefed.parts[:n], self.arrays)
 
     def __call__(self, arrays: list[Leaves]) -> tuple[list[Leaves], Outcome]:
         everything = [*eqx.combine(arrays, self._rest), *self._others]
@@ -192,13 +192,13 @@ class Differentiated:
         if self.has_aux:
             part, leaves = first_of_pair(part, leaves, self.name)
         out = [inexact_part(leaves)]
-        self.outputs = side((part,), out)
+        self.outputs = tangent_space((part,), out)
         return out, outcome
 
 
 def with_linear_map(
     name: str,
-    derive: Callable[[Differentiated], tuple[Any, Outcome]],
+    derive: Callable[[DifferentiableCall], tuple[Any, Outcome]],
     fun: Callable[..., Any],
     primals: tuple,
     has_aux: bool,
@@ -209,11 +209,11 @@ def with_linear_map(
     found: dict[str, Any] = {}
 
     def transform(derefed: Call) -> Outcome:
-        fn = Differentiated(name, derefed, primals, wrt, has_aux)
+        fn = DifferentiableCall(name, derefed, primals, wrt, has_aux)
         found["map"], outcome = derive(fn)
         return outcome
 
-    result = call(fun, primals, {}, stripped(transform))
+    result = call(fun, primals, {}, apart_from_channels(transform))
     if has_aux:
         out, aux = result
         return out, found["map"], aux

@@ -195,7 +195,7 @@ def _is_none(x: Any) -> bool:
 def leaf_axes(spec: Any, tree: Any, what: str) -> list[Any]:
     """The axis of each leaf of `tree`, as `in_axes` gives it: an int, `None`, or a function
     that is still to be called on the arrays of a ref. For a function it may be a `Within`;
-    see `spread`."""
+    see `axes_of_leaves`."""
 
     # Not a tree: `None` is an axis here, and no leaf of the tree that has it.
     found: list[Any] = []
@@ -274,7 +274,7 @@ class Given(NamedTuple):
     is_inside: bool
 
 
-def spread(part: Carried, own: list[Any], leaves: list[Any]) -> list[Given]:
+def axes_of_leaves(part: Carried, own: list[Any], leaves: list[Any]) -> list[Given]:
     """The axis of each leaf, those inside of functions that close over refs included. Such
     a function is one leaf of the tree, whose axis is that of all that is inside of it.
 

@@ -110,7 +110,7 @@ _seed.defvjp(
 )
 
 
-def seeded(
+def with_channels_ended(
     loss: Any, outcome: Outcome, channels: dict[int, Any]
 ) -> tuple[Any, Outcome]:
     """Ends the channels at the loss of a body that ran with them; and its outcome without
@@ -135,7 +135,9 @@ def with_backward_writes(outcome: Outcome, ends: dict[int, Any]) -> Outcome:
     return with_updates(outcome, updates)
 
 
-def stripped(transform: Callable[[Call], Outcome]) -> Callable[[Call], Outcome]:
+def apart_from_channels(
+    transform: Callable[[Call], Outcome],
+) -> Callable[[Call], Outcome]:
     """A transform that differentiates, and does not know of channels."""
 
     def inner(derefed: Call) -> Outcome:
@@ -194,7 +196,7 @@ def _types(arrays: Any) -> Any:
     return jtu.tree_structure(arrays), types
 
 
-def spread(arrays: Any, carriers: Any) -> Any:
+def mapped_with(arrays: Any, carriers: Any) -> Any:
     """The same carriers, mapped under a `vmap` if any of the arrays is.
 
     Under `vmap`, the cotangent of something that is not mapped is a sum along the mapped

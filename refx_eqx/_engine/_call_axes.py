@@ -18,7 +18,16 @@ from .._core._errors import describe, StructureError
 from .._core._nodes import is_node
 from .._core._ref import Ref, Withheld
 from .._core._structure import Leaves, map_values, values_of
-from ._axes import array_axis, axes, axes_text, Given, leaf_axes, RNG, SAME, spread
+from ._axes import (
+    array_axis,
+    axes,
+    axes_of_leaves,
+    axes_text,
+    Given,
+    leaf_axes,
+    RNG,
+    SAME,
+)
 
 
 __tracebackhide__ = True
@@ -155,7 +164,7 @@ def _read_places(
         if first <= i < last:
             where = names[i - first] if names else f"argument {i - first}"
             own = [next(rest) for _ in range(part.treedef.num_leaves)]
-            given = [_of_argument(x) for x in spread(part, own, leaves)]
+            given = [_of_argument(x) for x in axes_of_leaves(part, own, leaves)]
         else:
             where = _FUNCTION
             given = [_of_function(whole, leaf) for leaf in leaves]

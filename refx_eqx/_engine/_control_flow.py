@@ -32,7 +32,7 @@ from ._places import path_in, place_text
 __tracebackhide__ = True
 
 
-class Staged:
+class TracedBody:
     """A body, traced once: from arrays to its outcome.
 
     **Arguments:**
@@ -172,9 +172,9 @@ def stage_loop(
     arrays: list[Leaves],
     carry: int | None,
     sliced: Collection[int],
-    stage: Callable[[list[Leaves]], Staged],
+    stage: Callable[[list[Leaves]], TracedBody],
     name: str,
-) -> tuple[Loop, Staged, Callable[[Outcome], Any]]:
+) -> tuple[Loop, TracedBody, Callable[[Outcome], Any]]:
     """Finds what a loop carries: the arrays of its carry, and the refs written.
 
     A step must leave them with the shapes and dtypes that they had. A weakly typed one, as

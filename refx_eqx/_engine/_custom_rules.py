@@ -2,7 +2,7 @@
 
 JAX calls a rule instead of the function, when it likes: while it differentiates, or later,
 when the function was staged out and the call is long over. So what the rules share is not
-the call itself, which holds the refs and arrays of the caller, but a `Frame`: the structure
+the call itself, which holds the refs and arrays of the caller, but a `CallWithRules`: the structure
 of the call, on which the function and each rule are run with arrays of their own.
 """
 
@@ -38,7 +38,7 @@ class Rules(NamedTuple):
     second: Any = None
 
 
-class Frame:
+class CallWithRules:
     """What the function and its rules are run on. Holds no array and, strongly, no ref.
 
     - `info`: what the function did (or the rule that ran in its place);
@@ -168,7 +168,7 @@ def derivative(x: Any, inexact: bool) -> Any:
     return None if isinstance(x, SymbolicZero) or not inexact else x
 
 
-def pair_of(frame: Frame, result: Any, which: str, second: str) -> tuple:
+def pair_of(frame: CallWithRules, result: Any, which: str, second: str) -> tuple:
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(
             f"`{frame.name}`: {which} of `{frame.fn_name}` must return a pair "

@@ -41,7 +41,8 @@ from .._core._structure import (
     static_keys,
 )
 from ._call_key import Given, mark, Read, read
-from ._program import explain, Program, Variant
+from ._program import Program, Variant
+from ._run_time_errors import explain
 from ._watch import Watch
 
 
@@ -155,7 +156,6 @@ class Plan:
         "derefed",
         "donate",
         "guards",
-        "irregular",
         "last",
         "nodes",
         "order",
@@ -164,6 +164,7 @@ class Plan:
         "own",
         "program",
         "remade",
+        "restructured",
         "run",
         "statics",
         "variant",
@@ -193,7 +194,7 @@ class Plan:
         variant: Variant,
         given: list[Ref],
         outside: list[Any] | None,
-        irregular: int,
+        restructured: int,
     ):
         positions = {id(ref): i for i, ref in reversed(list(enumerate(given)))}
         self.own = [ref for ref in derefed.refs if id(ref) not in positions]
@@ -221,7 +222,7 @@ class Plan:
         self.outside = outside
         self.guards = []
         self.last = None, False
-        self.irregular = irregular
+        self.restructured = restructured
         self.watch = Watch()
         # The plan must keep neither the values of this moment nor given refs alive.
         derefed.forget_values()
@@ -231,7 +232,7 @@ class Plan:
     def fits(self, refs: list[Ref], values: list[Any]) -> bool:
         """Whether these refs, and their values, are such as the plan knows. (For those that
         are not one JAX array, `_flat` sees.)"""
-        irregular = commits.irregular
+        restructured = commits.restructured
         others = set(self.others)
         for i, (ref, value, node) in enumerate(zip(refs, values, self.nodes)):
             if ref._collection != node.collection:
@@ -246,7 +247,7 @@ class Plan:
         # It may matter which refs these are, and that was found out meanwhile.
         if self.program.variant(with_refs(self.derefed, refs))[0] is not self.variant:
             return False
-        self.irregular = irregular
+        self.restructured = restructured
         return True
 
     def call(
@@ -264,7 +265,9 @@ class Plan:
         while True:
             started = commits.count
             values = [ref._value for ref in refs]
-            if self.irregular != commits.irregular and not self.fits(refs, values):
+            if self.restructured != commits.restructured and not self.fits(
+                refs, values
+            ):
                 return NO_PLAN
             flat = values
             if self.others:
@@ -351,7 +354,7 @@ def make_plan(
     fn: Any, program: Program, args: tuple, kwargs: dict, found: Read
 ) -> Plan | None:
     """A plan for this call; `None` if something in it can change unseen."""
-    irregular = commits.irregular
+    restructured = commits.restructured
     _, arrays, refs, held, _ = found
     marked, marked_kwargs = mark(args, kwargs, found)
     derefed = Call(
@@ -365,7 +368,7 @@ def make_plan(
     outside: list[Any] | None = flat[: variant.n_outside]
     if outside == list(range(len(arrays))):
         outside = None
-    plan = Plan(derefed, program, variant, refs, outside, irregular)
+    plan = Plan(derefed, program, variant, refs, outside, restructured)
     if not all(map(plan.watch.tree, (fn, *held))):
         return None
     return plan

@@ -6,53 +6,31 @@ programs too, so that a second call with the same structure does not trace again
 
 import functools
 import itertools
-import logging
-import re
 import sys
-import threading
 import types
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterable
-from operator import gt
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import equinox as eqx
 import jax
-import numpy as np
 from jax.tree_util import tree_leaves as leaves
 
 from .._core import _trace
-from .._core._call import Call, dispatching, Disturbed, running_call
+from .._core._call import Call, dispatching, running_call
 from .._core._closure import origin_of
-from .._core._errors import ConcurrencyError, describe, DonatedError
 from .._core._identity import Answers, answers_for, Asked, joined, Questions
-from .._core._nodes import is_node
 from .._core._ref import commits, Ref
 from .._core._structure import Leaves, Outcome, Structure
+from ._donation import ALONE, apart, Donate, same_buffer_type, Split, what_to_donate
+from ._run_time_errors import explain, has_runtime_check
 
 
 __tracebackhide__ = True
 
 
 _T = TypeVar("_T")
-
-Donate = Literal["all", "all-except-first", "warn", "warn-except-first", "none", "refs"]
-
-
-class Split(NamedTuple):
-    """Which of the flat arrays are donated.
-
-    The first `n_outside` of those that are donated are outside refs. `alone` says for each
-    how often Python counts it if nothing but its ref holds it (see `apart`). `trees` says
-    which of them are in a ref with a pytree: the number of the ref, and their positions.
-    """
-
-    donated: tuple[int, ...]
-    kept: tuple[int, ...]
-    n_outside: int = 0
-    alone: tuple[int, ...] = ()
-    trees: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
 class _Resplit(Exception):
@@ -124,7 +102,7 @@ class _ByRefs(Generic[_T]):
             if what is not traced:
                 self.put(tuple(told.get(number) for number, _ in questions), what)
         self.put(key, traced)
-        commits.irregular += 1  # plans must look again
+        commits.restructured += 1  # plans must look again
 
 
 class Program:
@@ -199,7 +177,7 @@ class Variant:
             (x.num_leaves for x in self.values), initial=self.n_outside
         )
         self._spans = [range(*both) for both in itertools.pairwise(ends)]
-        self._in_donated = _to_donate(structure, program.donate)
+        self._in_donated = what_to_donate(structure, program.donate)
         # What to donate, as far as is known; see `split`. And where it is another: by the
         # types of the arrays, so that calls of two types do not trace in turns.
         self._split: Split | None = None
@@ -211,7 +189,7 @@ class Variant:
             derefed = running_call()
             arrays = derefed.structure.unflatten(*treedef.unflatten(flat))
             outcome = body(derefed, arrays)
-            outcome.info.waits = _has_runtime_check(_trace.staged_equations())
+            outcome.info.waits = has_runtime_check(_trace.staged_equations())
             outcome.info.asked = program.traced(self, derefed)
             return outcome.out, outcome.updates, outcome.info
 
@@ -332,7 +310,7 @@ class Variant:
             if number in kept_refs or not same:
                 continue
             for i, after in zip(self._spans[number], leaves(new)):
-                if eqx.is_array(arrays[i]) and _same_buffer_type(arrays[i], after):
+                if eqx.is_array(arrays[i]) and same_buffer_type(arrays[i], after):
                     donated.add(i)
         ordered = tuple(i for i in every if i in donated)
         trees = {
@@ -348,7 +326,7 @@ class Variant:
             n_outside,
             # What is outside refs the caller donates, who may well hold it.
             (sys.maxsize,) * n_outside
-            + tuple(_ALONE - (k in in_trees) for k in range(n_outside, len(ordered))),
+            + tuple(ALONE - (k in in_trees) for k in range(n_outside, len(ordered))),
             tuple((number, ks) for number, ks in trees.items() if ks),
         )
 
@@ -360,173 +338,12 @@ def _types(arrays: list[Any]) -> tuple:
     return tuple(map(jax.typeof, arrays))
 
 
-def _same_buffer_type(old: Any, new: Any) -> bool:
-    # A constant of the program is a number here, not an array.
-    return old.shape == np.shape(new) and old.dtype == new.dtype
-
-
-def _to_donate(structure: Structure, donate: str) -> tuple[list[int], set[int]]:
-    """The positions of the arrays outside refs that this mode donates, and the numbers of
-    the refs that it keeps though they are written."""
-    first = donate.endswith("-except-first")
-    kept = {x.index for x in structure.statics[0] if is_node(x)} if first else set()
-    if donate in ("none", "refs"):
-        return [], kept
-    outside = [i for i, mine in enumerate(structure.statics) for x in mine if x is None]
-    return [k for k, i in enumerate(outside) if not (first and i == 0)], kept
-
-
-def apart(
-    arrays: list[Any], values: list[Any], split: Split
-) -> tuple[list[Any], list[Any]]:
-    """The arrays that are donated, and those that are not.
-
-    A buffer of a ref that somebody else holds too (a snapshot, a clone, another ref, a
-    variable) is theirs to keep: a copy is donated in its stead. Python counts who holds an
-    object: the ref or the pytree in it, and `arrays`, `values` and the list made here.
-
-    **Arguments:**
-
-    - `arrays`: of the call, flat.
-    - `values`: of its refs.
-    - `split`: which arrays to donate.
-    """
-    donated = [arrays[i] for i in split.donated]
-    kept = [arrays[i] for i in split.kept]
-    if any(map(gt, map(sys.getrefcount, donated), split.alone)):
-        for k, alone in enumerate(split.alone):
-            # Not through a generator or a variable, which are counted.
-            if sys.getrefcount(donated[k]) > alone:
-                donated[k] = _copy(donated[k])
-    for number, positions in split.trees:
-        if sys.getrefcount(values[number]) > _TREE_ALONE:
-            for k in positions:
-                donated[k] = _copy(donated[k])
-    if split.n_outside:
-        # The caller may donate what a ref has too, or one array twice.
-        seen = set(map(id, kept)) | set(map(id, donated[split.n_outside :]))
-        for k, x in enumerate(donated[: split.n_outside]):
-            if id(x) in seen:
-                donated[k] = _copy(x)
-            seen.add(id(x))
-    return donated, kept
-
-
-def _copy(x: Any) -> Any:
-    return x.copy() if isinstance(x, jax.Array) else x  # a number of Python
-
-
-def _count_alone() -> tuple[int, int]:
-    """What `apart` counts for an array that only its ref holds, and for a pytree."""
-    ref = [object()]
-    values, arrays = ref[:], ref[:]
-    donated = [arrays[0]]
-    (of_array,) = map(sys.getrefcount, donated)
-    del arrays, donated
-    return of_array, sys.getrefcount(values[0])
-
-
-_ALONE, _TREE_ALONE = _count_alone()
-
-
-def _has_runtime_check(equations: Iterable[Any]) -> bool:
-    """Whether a program calls back into Python, which may raise: `eqx.error_if` does."""
-    for eqn in equations:
-        if eqn.primitive.name in ("pure_callback", "io_callback"):
-            return True
-        for param in eqn.params.values():
-            for sub in param if isinstance(param, (tuple, list)) else (param,):
-                sub = getattr(sub, "jaxpr", sub)
-                if hasattr(sub, "eqns") and _has_runtime_check(sub.eqns):
-                    return True
-    return False
-
-
-_CHECK_FAILED = "_EquinoxRuntimeError: "
-
-
-def explain(error: Exception, refs: list[Ref], values: list[Any]) -> None:
-    """Raises a better error instead of JAX's, where there is one to be had.
-
-    `values` are those of `refs` that the call read.
-
-    **Raises:**
-
-    - `equinox.EquinoxRuntimeError`: if a run-time check failed.
-    - `Disturbed`: if another thread donated a value after it was read, and has written the
-        new one: the call must run again.
-    - `DonatedError`: if a value was donated, and there is no new one; `ConcurrencyError` if
-        it may have been another thread.
-    """
-    text = str(error)
-    callback = _CALLBACK_FAILED.search(text)
-    if callback and int(callback[1]) in _callback_errors:
-        raise _callback_errors.pop(int(callback[1])) from None
-    if _CHECK_FAILED in text:
-        # As `eqx.filter_jit` does. JAX hands over the message of a callback as text, with
-        # Equinox's advice (to use `filter_jit`) behind it.
-        message = text.split(_CHECK_FAILED, 1)[1].split("\n\n\n-----", 1)[0]
-        raise eqx.EquinoxRuntimeError(message) from None
-    # "Array has been deleted", "buffer that was donated", and on a GPU "Donation requested
-    # for invalid buffer".
-    if "deleted" not in text and "donat" not in text.lower():
-        return
-    for ref, value in zip(refs, values):
-        if any(map(_trace.is_deleted, leaves(value))):
-            if ref._value is not value:
-                raise Disturbed from None
-            gone = f"The buffer of {describe(ref._name, ref._collection)} is gone: "
-            if threading.active_count() > 1:
-                raise ConcurrencyError(
-                    f"{gone}it was donated by a call that has not come back on another "
-                    "thread, or that failed. Guard calls that donate with a lock; if it was "
-                    "one thread, the array was also used elsewhere, and donated or deleted "
-                    "there: give a copy away."
-                ) from error
-            raise DonatedError(
-                f"{gone}its array was used elsewhere too, and donated or deleted there "
-                "(`jax.jit(..., donate_argnums=...)`, `.delete()`), or a call that donated "
-                "it failed. Give a copy away: `jnp.array(ref.value, copy=True)`."
-            ) from error
-
-
-class CallbackFailed(Exception):
-    """What JAX is told of an exception in a callback. JAX hands it over as text, with a
-    number in it by which `explain` finds the exception itself."""
-
-    def __init__(self, error: Exception):
-        number = next(_callback_numbers)
-        _callback_errors[number] = error
-        while len(_callback_errors) > _MAX_CALLBACK_ERRORS:  # never asked for
-            _callback_errors.pop(next(iter(_callback_errors)))
-        super().__init__(f"[callback {number}] {type(error).__name__}: {error}")
-
-
-_CALLBACK_FAILED = re.compile(r"CallbackFailed: \[callback (\d+)\]")
-_MAX_CALLBACK_ERRORS = 100
-_callback_numbers = itertools.count()
-_callback_errors: dict[int, Exception] = {}
-
-
-class _QuietChecks(logging.Filter):
-    """JAX logs the traceback of every callback that raises. A failed `eqx.error_if` comes
-    to the user as an exception, and once is enough."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        kind = record.exc_info[0] if record.exc_info else None
-        quiet = ("_EquinoxRuntimeError", CallbackFailed.__name__)
-        return kind is None or kind.__name__ not in quiet
-
-
-logging.getLogger("jax._src.callback").addFilter(_QuietChecks())
-
-
 # A program lives as long as the function that it was made for. Nothing in it holds that
 # function: a structure holds functions weakly.
 _programs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def anchor(fn: Any) -> Any:
+def function_in(fn: Any) -> Any:
     """The object whose life a program shares: the Python function that is run."""
     seen: set[int] = set()
     while id(fn) not in seen:  # a wrapper may wrap itself
@@ -546,7 +363,7 @@ def anchor(fn: Any) -> Any:
 
 def program_of(fn: Any, key: Hashable, make: Callable[[], Program]) -> Program:
     """The program of `fn` under `key` (the transform and its options); made if need be."""
-    programs = _programs.setdefault(anchor(fn), {})
+    programs = _programs.setdefault(function_in(fn), {})
     try:
         program = programs.get(key)
     except TypeError:  # an option that is not hashable: not kept
@@ -568,7 +385,7 @@ def program_of_all(
     programs: dict[str, Program] = {}
     for fn in fns:
         programs, level = level.setdefault(
-            anchor(fn), ({}, weakref.WeakKeyDictionary())
+            function_in(fn), ({}, weakref.WeakKeyDictionary())
         )
     program = programs.get(name)
     if program is None:

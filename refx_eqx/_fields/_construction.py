@@ -87,7 +87,7 @@ def _logging(log: list[_State]) -> Iterator[list[_State]]:
                 if ref._value is not value:
                     set_content(ref, value)
             commits.count += 1
-            commits.irregular += 1
+            commits.restructured += 1
         raise
     finally:
         _here.logs.pop()

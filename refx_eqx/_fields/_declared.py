@@ -126,7 +126,7 @@ class DeclaredRef:
         keep_state(value)
         if value._collection is None:
             value._collection = self.collection
-            commits.irregular += 1
+            commits.restructured += 1
         elif self.collection is not None and value._collection != self.collection:
             raise CollectionError(
                 f"The field `{where}` is of collection {self.collection!r}, and was given "

@@ -18,7 +18,7 @@ from .._engine._carry import (
     numbers_to_arrays,
     whole_number,
 )
-from .._engine._control_flow import Staged
+from .._engine._control_flow import TracedBody
 from .._engine._places import place_text
 from .._engine._program import Program, program_of
 
@@ -133,7 +133,7 @@ def _run_associative_scan(
         # JAX reverses along `axis` before it counts a negative one from the end.
         axis += leaves[0].ndim
     # With one element the function is not called, and its outcome has the same structure.
-    info = Staged(lambda elems: combine(elems, elems), elems).avals.info
+    info = TracedBody(lambda elems: combine(elems, elems), elems).avals.info
     out = jax.lax.associative_scan(
         lambda a, b: combine(a, b).out, elems, reverse=reverse, axis=axis
     )

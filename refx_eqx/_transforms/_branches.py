@@ -22,7 +22,7 @@ from .._core._structure import (
     values_of,
 )
 from .._engine._carry import as_callable, numbers_to_arrays
-from .._engine._control_flow import runs_in_python, Staged
+from .._engine._control_flow import runs_in_python, TracedBody
 from .._engine._kinds import convert, join_kinds, Kind, kind_of
 from .._engine._places import path_in, place_text, ref_place
 from .._engine._program import program_of_all
@@ -72,8 +72,10 @@ def _run_branches(
         outcome = derefed.run(name, arrays, False, apply)
         return Outcome(*arrays_of(outcome), outcome.info)
 
-    def stage(apply: Callable[..., Any]) -> Staged:
-        return Staged(lambda arrays: derefed.run(name, arrays, False, apply), arrays)
+    def stage(apply: Callable[..., Any]) -> TracedBody:
+        return TracedBody(
+            lambda arrays: derefed.run(name, arrays, False, apply), arrays
+        )
 
     staged = [stage(apply) for apply in which.values()]
     names = list(which)
@@ -107,7 +109,7 @@ def _run_branches(
     ]
     treedef = jtu.tree_structure(found[0])
 
-    def function_of(branch: Staged) -> Callable[..., Any]:
+    def function_of(branch: TracedBody) -> Callable[..., Any]:
         def run(arrays: list[Leaves]) -> Any:
             leaves = jtu.tree_leaves(completed(branch(arrays), arrays))
             leaves = map(jnp.asarray, leaves)

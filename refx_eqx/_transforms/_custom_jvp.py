@@ -17,9 +17,9 @@ from .._core._structure import arrays_of, Leaves, Outcome
 from .._engine._autodiff import arrays_of_result, is_inexact
 from .._engine._backward import with_outer_channels, without_channels
 from .._engine._custom_rules import (
+    CallWithRules,
     Custom,
     derivative,
-    Frame,
     made,
     pair_of,
     Rules,
@@ -121,7 +121,7 @@ class filter_custom_jvp(Custom):
 
         def transform(derefed: Call) -> Outcome:
             plain, channels = without_channels(derefed)
-            frame = Frame("filter_custom_jvp", self.__wrapped__, plain, _REMEDY)
+            frame = CallWithRules("filter_custom_jvp", self.__wrapped__, plain, _REMEDY)
             out, updates = _custom_jvp(frame, n)(plain.arrays)
             assert frame.info is not None
             outcome = Outcome(out, jax.lax.stop_gradient(updates), frame.info)
@@ -130,7 +130,7 @@ class filter_custom_jvp(Custom):
         return call(self._rules(), args, kwargs, transform)
 
 
-def _custom_jvp(frame: Frame, n: int) -> Callable:
+def _custom_jvp(frame: CallWithRules, n: int) -> Callable:
     """A `jax.custom_jvp` of the arrays of a call with `n` positional arguments."""
     parts = frame.structure.parts[:n]
 

@@ -26,12 +26,12 @@ from .._core._structure import (
     values_of,
 )
 from .._engine._autodiff import arrays_of_result, first_of, is_inexact
-from .._engine._backward import spread, without_channels, written_by_rule
+from .._engine._backward import mapped_with, without_channels, written_by_rule
 from .._engine._channel import decode
 from .._engine._custom_rules import (
+    CallWithRules,
     Custom,
     derivative,
-    Frame,
     pair_of,
     placed,
     Rules,
@@ -168,10 +168,10 @@ class filter_custom_vjp(Custom):
 
         def transform(derefed: Call) -> Outcome:
             plain, channels = without_channels(derefed)
-            frame = Frame("filter_custom_vjp", self.__wrapped__, plain, _REMEDY)
+            frame = CallWithRules("filter_custom_vjp", self.__wrapped__, plain, _REMEDY)
             carriers = eqx.filter(plain.arrays, is_inexact)
             if channels:
-                carriers = spread(plain.arrays, carriers)
+                carriers = mapped_with(plain.arrays, carriers)
             flat = _joined(_Parts(frame))
             out, updates, threaded = flat(plain.arrays, carriers, channels)
             assert frame.info is not None
@@ -235,10 +235,10 @@ class _Parts:
     """The three parts of a `jax.custom_vjp`, as functions of the arrays of a call.
 
     The function reads `arrays`; their cotangents go to the `carriers`, which are the inexact
-    ones of them again. See `spread`. The `channels` are what a backward rule writes refs by.
+    ones of them again. See `mapped_with`. The `channels` are what a backward rule writes refs by.
     """
 
-    def __init__(self, frame: Frame):
+    def __init__(self, frame: CallWithRules):
         self.frame = frame
 
     def function(
@@ -387,7 +387,7 @@ def _has_zeros(tree: Any) -> bool:
     return any(isinstance(x, SymbolicZero) for x in jtu.tree_leaves(tree))
 
 
-def _refuse_refs(frame: Frame, residuals: Any) -> None:
+def _refuse_refs(frame: CallWithRules, residuals: Any) -> None:
     for path, leaf in jtu.tree_flatten_with_path(residuals)[0]:
         if isinstance(leaf, Ref):
             raise StructureError(

@@ -19,9 +19,9 @@ from .._engine._autodiff import (
 from .._engine._backward import (
     BackwardWrite,
     new_channels,
-    seeded,
     with_backward_writes,
     with_channels,
+    with_channels_ended,
     with_outer_channels,
     without_channels,
 )
@@ -89,7 +89,7 @@ class _ValueAndGrad(Lifted):
             arrays = [*eqx.combine(diff, rest), *derefed.arrays[1:]]
             outcome = derefed.run(name, with_channels(arrays, channels))
             value = _scalar(outcome, options["has_aux"], name)
-            return seeded(value, outcome, channels)
+            return with_channels_ended(value, outcome, channels)
 
         value_and_grad = jax.value_and_grad(
             differentiated, argnums=(0, 1), has_aux=True, **options["gradkwargs"]

@@ -7,8 +7,13 @@ import jax
 
 from .._core._call import Call, call
 from .._core._structure import Outcome
-from .._engine._autodiff import Differentiated, first_of, nothing_to_differentiate, Side
-from .._engine._backward import stripped
+from .._engine._autodiff import (
+    DifferentiableCall,
+    first_of,
+    nothing_to_differentiate,
+    TangentSpace,
+)
+from .._engine._backward import apart_from_channels
 from .._engine._wrapper import Lifted
 from .._filters._filters import as_option
 
@@ -32,7 +37,9 @@ class _Jacobian(Lifted):
 
         def transform(derefed: Call) -> Outcome:
             wrt = self.options["wrt"]
-            fn = Differentiated(name, derefed, (first,), wrt, has_aux, by_first=True)
+            fn = DifferentiableCall(
+                name, derefed, (first,), wrt, has_aux, by_first=True
+            )
             if not fn.inputs.types:
                 raise nothing_to_differentiate(name, self.__wrapped__, wrt)
             derivative: Callable = fn
@@ -45,11 +52,11 @@ class _Jacobian(Lifted):
             found["matrix"] = _fill(sides, matrix)
             return outcome
 
-        out = call(self.__wrapped__, args, kwargs, stripped(transform))
+        out = call(self.__wrapped__, args, kwargs, apart_from_channels(transform))
         return (found["matrix"], out[1]) if has_aux else found["matrix"]
 
 
-def _fill(sides: list[Side], matrix: Any) -> Any:
+def _fill(sides: list[TangentSpace], matrix: Any) -> Any:
     """The trees of a matrix: of the first side, with such trees of the next instead of its
     arrays."""
     if not sides:

@@ -10,8 +10,10 @@ import jax
 from .._core._call import Call, call
 from .._core._errors import name_of, StructureError
 from .._core._structure import Key, Leaves, Outcome
+from .._engine._donation import apart, Donate, Split
 from .._engine._fast_path import NO_PLAN, Plans
-from .._engine._program import apart, Donate, explain, Program, program_of, Split
+from .._engine._program import Program, program_of
+from .._engine._run_time_errors import explain
 from .._engine._wrapper import Lifted
 
 

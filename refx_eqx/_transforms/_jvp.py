@@ -15,12 +15,12 @@ from .._core._functions import tree_of
 from .._core._structure import Leaves, Outcome
 from .._engine._autodiff import (
     arrays_of_result,
-    Differentiated,
+    DifferentiableCall,
     is_inexact,
-    Side,
+    TangentSpace,
     with_linear_map,
 )
-from .._engine._backward import stripped
+from .._engine._backward import apart_from_channels
 from .._engine._tangents import read_tangents
 
 
@@ -109,8 +109,8 @@ def filter_jvp(
             found["part"], leaves = arrays_of_result(
                 derefed.structure, outcome, everything
             )
-            moved = lambda x: _trace.has_tangent(x) and is_inexact(x)
-            return eqx.filter(leaves, moved), outcome
+            has_derivative = lambda x: _trace.has_tangent(x) and is_inexact(x)
+            return eqx.filter(leaves, has_derivative), outcome
 
         _, found["tangents"], outcome = jax.jvp(
             differentiated,
@@ -120,7 +120,7 @@ def filter_jvp(
         )
         return outcome
 
-    out = call(fn, args, kwargs, stripped(transform))
+    out = call(fn, args, kwargs, apart_from_channels(transform))
     return out, tree_of(found["part"], found["tangents"])
 
 
@@ -148,8 +148,8 @@ class _Pushforward(eqx.Module):
     """What `filter_linearize` returns: from tangents of the primals to those of the result."""
 
     linear: Any
-    inputs: Side = eqx.field(static=True)
-    outputs: Side = eqx.field(static=True)
+    inputs: TangentSpace = eqx.field(static=True)
+    outputs: TangentSpace = eqx.field(static=True)
 
     def __call__(self, /, *tangents: Any) -> Any:
         n = len(self.inputs.parts)
@@ -163,7 +163,7 @@ class _Pushforward(eqx.Module):
         return tree
 
 
-def _pushforward(fn: Differentiated) -> tuple[_Pushforward, Outcome]:
+def _pushforward(fn: DifferentiableCall) -> tuple[_Pushforward, Outcome]:
     _, linear, outcome = jax.linearize(fn, fn.arrays, has_aux=True)
     return _Pushforward(linear, fn.inputs, fn.outputs), outcome
 

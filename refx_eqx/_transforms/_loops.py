@@ -26,7 +26,7 @@ from .._engine._control_flow import (
     PythonLoop,
     runs_in_python,
     stage_loop,
-    Staged,
+    TracedBody,
 )
 from .._engine._program import Program, program_of, program_of_all
 from ._scan import run_scan
@@ -67,8 +67,8 @@ def _run_while(derefed: Call, arrays: list[Leaves]) -> Outcome:
     if runs_in_python(*jtu.tree_leaves(arrays)):
         return _while_in_python(Loop(derefed, arrays, _INIT_VAL, "while_loop"), run)
 
-    def stage(apply: Callable, arrays: list[Leaves]) -> Staged:
-        return Staged(functools.partial(run, apply), arrays)
+    def stage(apply: Callable, arrays: list[Leaves]) -> TracedBody:
+        return TracedBody(functools.partial(run, apply), arrays)
 
     step = functools.partial(stage, _while_step)
     loop, staged, after = stage_loop(derefed, arrays, _INIT_VAL, (), step, "while_loop")
@@ -171,8 +171,8 @@ def _fori_step(i: Any, upper: Any, body_fun: Any, val: Any) -> Any:
 def _run_fori(derefed: Call, arrays: list[Leaves]) -> Outcome:
     """A `fori_loop` whose number of steps is not known."""
 
-    def stage(arrays: list[Leaves]) -> Staged:
-        return Staged(
+    def stage(arrays: list[Leaves]) -> TracedBody:
+        return TracedBody(
             lambda arrays: derefed.run("fori_loop", arrays, transparent=False), arrays
         )
 

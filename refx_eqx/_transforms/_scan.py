@@ -24,7 +24,7 @@ from .._engine._control_flow import (
     PythonLoop,
     runs_in_python,
     stage_loop,
-    Staged,
+    TracedBody,
     with_values,
 )
 from .._engine._kinds import kind_of
@@ -110,9 +110,9 @@ def run_scan(
         stacked = {i: x for i, x in done.updates.items() if i in sliced}
         return Outcome(done.out, {**done.updates, **placed(stacked)}, done.info)
 
-    def stage(arrays: list[Leaves]) -> Staged:
+    def stage(arrays: list[Leaves]) -> TracedBody:
         slices, step = jtu.tree_map(_first, xs)
-        return Staged(body, of_step(arrays, arrays, slices, count), step)
+        return TracedBody(body, of_step(arrays, arrays, slices, count), step)
 
     loop, staged, after = stage_loop(derefed, arrays, carry, sliced, stage, name)
     for i, new in staged.avals.updates.items():

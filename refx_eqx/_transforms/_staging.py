@@ -24,7 +24,7 @@ from .._core._structure import (
     OutcomeInfo,
 )
 from .._engine._autodiff import arrays_of_result, derefed_result
-from .._engine._program import CallbackFailed, explain
+from .._engine._run_time_errors import CallbackFailed, explain
 from .._engine._wrapper import Lifted
 
 

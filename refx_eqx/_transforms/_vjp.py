@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 
 from .._core._structure import Outcome
-from .._engine._autodiff import Differentiated, Side, with_linear_map
+from .._engine._autodiff import DifferentiableCall, TangentSpace, with_linear_map
 
 
 __tracebackhide__ = True
@@ -17,8 +17,8 @@ class _Pullback(eqx.Module):
     """What `filter_vjp` returns: from cotangents of the result to those of the primals."""
 
     linear: Any
-    inputs: Side = eqx.field(static=True)
-    outputs: Side = eqx.field(static=True)
+    inputs: TangentSpace = eqx.field(static=True)
+    outputs: TangentSpace = eqx.field(static=True)
 
     def __call__(self, cotangents: Any, /) -> tuple:
         given = self.outputs.read((cotangents,), "The cotangents")
@@ -26,7 +26,7 @@ class _Pullback(eqx.Module):
         return self.inputs.trees(result)
 
 
-def _pullback(fn: Differentiated) -> tuple[_Pullback, Outcome]:
+def _pullback(fn: DifferentiableCall) -> tuple[_Pullback, Outcome]:
     _, linear, outcome = jax.vjp(fn, fn.arrays, has_aux=True)
     return _Pullback(linear, fn.inputs, fn.outputs), outcome
 

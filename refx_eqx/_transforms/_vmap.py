@@ -16,7 +16,13 @@ from .._core._errors import describe, StructureError
 from .._core._nodes import is_node, Value
 from .._core._ref import Ref
 from .._core._structure import Leaves, Outcome
-from .._engine._axes import array_axis, axes_text, leaf_axes, named_in_axes, spread
+from .._engine._axes import (
+    array_axis,
+    axes_of_leaves,
+    axes_text,
+    leaf_axes,
+    named_in_axes,
+)
 from .._engine._call_axes import Axes, call_axes, check_axis, update_axes
 from .._engine._rng_split import is_key, split_keys
 from .._engine._wrapper import Lifted
@@ -143,7 +149,7 @@ def _result_axes(derefed: Call, outcome: Outcome, out_axes: Any, name: str) -> L
     (part,) = outcome.info.result.parts
     result = close_result(outcome, derefed.refs)
     leaves, _ = flatten(result)
-    given = spread(part, leaf_axes(out_axes, result, "out_axes"), leaves)
+    given = axes_of_leaves(part, leaf_axes(out_axes, result, "out_axes"), leaves)
     values = {x.index: x.value for x in outcome.out if type(x) is Value}
     axes: Leaves = []
     of_refs: dict[int, Any] = {}

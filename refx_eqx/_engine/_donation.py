@@ -1,0 +1,101 @@
+"""Donation: which buffers a call gives away, and never one that somebody else holds."""
+
+import sys
+from operator import gt
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from .._core._nodes import is_node
+from .._core._structure import Structure
+
+
+__tracebackhide__ = True
+
+
+Donate = Literal["all", "all-except-first", "warn", "warn-except-first", "none", "refs"]
+
+
+class Split(NamedTuple):
+    """Which of the flat arrays are donated.
+
+    The first `n_outside` of those that are donated are outside refs. `alone` says for each
+    how often Python counts it if nothing but its ref holds it (see `apart`). `trees` says
+    which of them are in a ref with a pytree: the number of the ref, and their positions.
+    """
+
+    donated: tuple[int, ...]
+    kept: tuple[int, ...]
+    n_outside: int = 0
+    alone: tuple[int, ...] = ()
+    trees: tuple[tuple[int, tuple[int, ...]], ...] = ()
+
+
+def what_to_donate(structure: Structure, donate: str) -> tuple[list[int], set[int]]:
+    """The positions of the arrays outside refs that this mode donates, and the numbers of
+    the refs that it keeps though they are written."""
+    first = donate.endswith("-except-first")
+    kept = {x.index for x in structure.statics[0] if is_node(x)} if first else set()
+    if donate in ("none", "refs"):
+        return [], kept
+    outside = [i for i, mine in enumerate(structure.statics) for x in mine if x is None]
+    return [k for k, i in enumerate(outside) if not (first and i == 0)], kept
+
+
+def same_buffer_type(old: Any, new: Any) -> bool:
+    # A constant of the program is a number here, not an array.
+    return old.shape == np.shape(new) and old.dtype == new.dtype
+
+
+def apart(
+    arrays: list[Any], values: list[Any], split: Split
+) -> tuple[list[Any], list[Any]]:
+    """The arrays that are donated, and those that are not.
+
+    A buffer of a ref that somebody else holds too (a snapshot, a clone, another ref, a
+    variable) is theirs to keep: a copy is donated in its stead. Python counts who holds an
+    object: the ref or the pytree in it, and `arrays`, `values` and the list made here.
+
+    **Arguments:**
+
+    - `arrays`: of the call, flat.
+    - `values`: of its refs.
+    - `split`: which arrays to donate.
+    """
+    donated = [arrays[i] for i in split.donated]
+    kept = [arrays[i] for i in split.kept]
+    if any(map(gt, map(sys.getrefcount, donated), split.alone)):
+        for k, alone in enumerate(split.alone):
+            # Not through a generator or a variable, which are counted.
+            if sys.getrefcount(donated[k]) > alone:
+                donated[k] = _copy(donated[k])
+    for number, positions in split.trees:
+        if sys.getrefcount(values[number]) > _TREE_ALONE:
+            for k in positions:
+                donated[k] = _copy(donated[k])
+    if split.n_outside:
+        # The caller may donate what a ref has too, or one array twice.
+        seen = set(map(id, kept)) | set(map(id, donated[split.n_outside :]))
+        for k, x in enumerate(donated[: split.n_outside]):
+            if id(x) in seen:
+                donated[k] = _copy(x)
+            seen.add(id(x))
+    return donated, kept
+
+
+def _copy(x: Any) -> Any:
+    return x.copy() if isinstance(x, jax.Array) else x  # a number of Python
+
+
+def _count_alone() -> tuple[int, int]:
+    """What `apart` counts for an array that only its ref holds, and for a pytree."""
+    ref = [object()]
+    values, arrays = ref[:], ref[:]
+    donated = [arrays[0]]
+    (of_array,) = map(sys.getrefcount, donated)
+    del arrays, donated
+    return of_array, sys.getrefcount(values[0])
+
+
+ALONE, _TREE_ALONE = _count_alone()

@@ -1,0 +1,117 @@
+"""What a compiled program raises, told as what it means."""
+
+import itertools
+import logging
+import re
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import equinox as eqx
+from jax.tree_util import tree_leaves as leaves
+
+from .._core import _trace
+from .._core._call import Disturbed
+from .._core._errors import ConcurrencyError, describe, DonatedError
+from .._core._ref import Ref
+
+
+__tracebackhide__ = True
+
+
+def has_runtime_check(equations: Iterable[Any]) -> bool:
+    """Whether a program calls back into Python, which may raise: `eqx.error_if` does."""
+    for eqn in equations:
+        if eqn.primitive.name in ("pure_callback", "io_callback"):
+            return True
+        for param in eqn.params.values():
+            for sub in param if isinstance(param, (tuple, list)) else (param,):
+                sub = getattr(sub, "jaxpr", sub)
+                if hasattr(sub, "eqns") and has_runtime_check(sub.eqns):
+                    return True
+    return False
+
+
+_CHECK_FAILED = "_EquinoxRuntimeError: "
+
+
+def explain(error: Exception, refs: list[Ref], values: list[Any]) -> None:
+    """Raises a better error instead of JAX's, where there is one to be had.
+
+    `values` are those of `refs` that the call read.
+
+    **Raises:**
+
+    - `equinox.EquinoxRuntimeError`: if a run-time check failed.
+    - `Disturbed`: if another thread donated a value after it was read, and has written the
+        new one: the call must run again.
+    - `DonatedError`: if a value was donated, and there is no new one; `ConcurrencyError` if
+        it may have been another thread.
+    """
+    text = str(error)
+    callback = _CALLBACK_FAILED.search(text)
+    if callback and int(callback[1]) in _callback_errors:
+        raise _callback_errors.pop(int(callback[1])) from None
+    if _CHECK_FAILED in text:
+        # As `eqx.filter_jit` does. JAX hands over the message of a callback as text, with
+        # Equinox's advice (to use `filter_jit`) behind it.
+        message = text.split(_CHECK_FAILED, 1)[1].split("\n\n\n-----", 1)[0]
+        raise eqx.EquinoxRuntimeError(message) from None
+    # "Array has been deleted", "buffer that was donated", and on a GPU "Donation requested
+    # for invalid buffer".
+    if "deleted" not in text and "donat" not in text.lower():
+        return
+    for ref, value in zip(refs, values):
+        if any(map(_trace.is_deleted, leaves(value))):
+            if ref._value is not value:
+                raise Disturbed from None
+            gone = f"The buffer of {describe(ref._name, ref._collection)} is gone: "
+            if threading.active_count() > 1:
+                raise ConcurrencyError(
+                    f"{gone}it was donated by a call that has not come back on another "
+                    "thread, or that failed. Guard calls that donate with a lock; if it was "
+                    "one thread, the array was also used elsewhere, and donated or deleted "
+                    "there: give a copy away."
+                ) from error
+            raise DonatedError(
+                f"{gone}its array was used elsewhere too, and donated or deleted there "
+                "(`jax.jit(..., donate_argnums=...)`, `.delete()`), or a call that donated "
+                "it failed. Give a copy away: `jnp.array(ref.value, copy=True)`."
+            ) from error
+
+
+class CallbackFailed(Exception):
+    """What JAX is told of an exception in a callback. JAX hands it over as text, with a
+    number in it by which `explain` finds the exception itself."""
+
+    def __init__(self, error: Exception):
+        number = next(_callback_numbers)
+        _callback_errors[number] = error
+        while len(_callback_errors) > _MAX_CALLBACK_ERRORS:  # never asked for
+            _callback_errors.pop(next(iter(_callback_errors)))
+        super().__init__(f"[callback {number}] {type(error).__name__}: {error}")
+
+
+_CALLBACK_FAILED = re.compile(r"CallbackFailed: \[callback (\d+)\]")
+
+
+_MAX_CALLBACK_ERRORS = 100
+
+
+_callback_numbers = itertools.count()
+
+
+_callback_errors: dict[int, Exception] = {}
+
+
+class _QuietChecks(logging.Filter):
+    """JAX logs the traceback of every callback that raises. A failed `eqx.error_if` comes
+    to the user as an exception, and once is enough."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind = record.exc_info[0] if record.exc_info else None
+        quiet = ("_EquinoxRuntimeError", CallbackFailed.__name__)
+        return kind is None or kind.__name__ not in quiet
+
+
+logging.getLogger("jax._src.callback").addFilter(_QuietChecks())
