@@ -16,11 +16,13 @@ from ._core._deref import (
     tree_equal as tree_equal,
 )
 from ._core._errors import (
+    CarryError as CarryError,
     CheckpointError as CheckpointError,
     CollectionError as CollectionError,
     ConcurrencyError as ConcurrencyError,
     DonatedError as DonatedError,
     ImmutableError as ImmutableError,
+    MismatchError as MismatchError,
     RefError as RefError,
     RefTypeError as RefTypeError,
     StructureError as StructureError,

@@ -18,7 +18,7 @@ import jax.extend as jex
 import jax.tree_util as jtu
 from jax.ad_checkpoint import checkpoint_name
 
-from ._core._errors import StructureError
+from ._core._errors import CarryError, StructureError
 from ._core._ref import Ref
 from ._filters._filters import key_text
 from ._transforms._lift import lift
@@ -275,7 +275,7 @@ def _evaluate(
             noted += inner
         else:
             path = next(n for x in _jaxprs_of(eqn) for n in _names(x)).split(":", 3)[-1]
-            raise StructureError(
+            raise CarryError(
                 f"`rx.capture`: `{path}` is called inside of `{kind}`, which cannot bring out "
                 "what it returns there. Leave it out: `rx.capture(fn, where=lambda module: "
                 "...)`."

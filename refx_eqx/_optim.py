@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from ._core._deref import path_text, snapshot
-from ._core._errors import StructureError
+from ._core._errors import MismatchError, StructureError
 from ._core._functions import by_name
 from ._core._ref import declare, Ref
 from ._core._structure import is_traced_in_ref
@@ -211,7 +211,7 @@ def _writes_to_slots(slots: Any, opt_state: Any) -> list[tuple[Ref, Any]]:
     leaves, treedef = jtu.tree_flatten_with_path(slots)
     new_leaves, new_treedef = jtu.tree_flatten(opt_state)
     if new_treedef != treedef:
-        raise StructureError(
+        raise MismatchError(
             "Cannot update the optimizer: its transformation returned a state of another "
             f"structure, {new_treedef}, than it has, {treedef}. `update` must return a "
             "state as `init` does; for another transformation, make another `rx.Optimizer`."
@@ -221,7 +221,7 @@ def _writes_to_slots(slots: Any, opt_state: Any) -> list[tuple[Ref, Any]]:
         if isinstance(slot, Ref):
             writes.append((slot, jnp.asarray(new)))
         elif slot is not new and slot != new:
-            raise StructureError(
+            raise MismatchError(
                 f"Cannot update the optimizer: at {path_text(path)} of its state is "
                 f"{slot!r}, which is no array, and the transformation returned {new!r}. "
                 "Only arrays can change from step to step."

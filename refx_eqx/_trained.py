@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from ._core._deref import deref, reref
-from ._core._errors import describe, StructureError
+from ._core._errors import describe, MismatchError, StructureError
 from ._core._functions import opened
 from ._core._nodes import is_node, Value
 from ._core._ref import Ref
@@ -80,7 +80,7 @@ class Trained:
         if missing or unknown:
             reasons = [f"it has no ref to train at {n!r}" for n in missing]
             reasons += [f"the optimizer has no slot for {n!r}" for n in unknown]
-            raise StructureError(
+            raise MismatchError(
                 "Cannot update the model: the optimizer was made for another: "
                 f"{'; '.join(reasons)}. Pass the model that it was made for; or make an "
                 "optimizer for this one: `rx.Optimizer(model, tx)`."
@@ -106,13 +106,13 @@ class Trained:
             found[name] = arrays
             old, new = _shapes(self.values[name]), _shapes(arrays)
             if old != new:
-                raise StructureError(
+                raise MismatchError(
                     f"{failure}: {self.which(name)}, has the shape {_text(old)}, and the "
                     f"{what} have {_text(new)} there. Reduce what is one for each example "
                     "first, for example with `jnp.mean(..., axis=0)`."
                 )
         if missing:
-            raise StructureError(
+            raise MismatchError(
                 f"{failure}: there is nothing for {'; '.join(missing)}. Differentiate with "
                 "respect to all that is trained: "
                 "`rx.filter_grad(loss, wrt=optimizer.wrt)`."
@@ -141,7 +141,7 @@ class Trained:
         """What is to be written to add `updates`, in the form of `values`."""
         expected, found = map(jtu.tree_structure, (self.values, updates))
         if expected != found:
-            raise StructureError(
+            raise MismatchError(
                 "Cannot update the model: the transformation returned updates of another "
                 f"structure, {found}, than it was given, {expected}."
             )
@@ -212,7 +212,7 @@ def with_update(ref: Ref, value: Any, update: Any, where: str) -> Any:
     try:
         return jtu.tree_map(add, update, value, is_leaf=lambda x: x is None)
     except (ValueError, TypeError) as e:
-        raise StructureError(
+        raise MismatchError(
             f"Cannot update {describe(ref._name, ref._collection)} {where}: it holds "
             f"{eqx.tree_pformat(value)}, and the update is {eqx.tree_pformat(update)}: {e} "
             "An update has the structure and the shape of what it is added to."

@@ -33,6 +33,7 @@ from ._changes import place_of, Watch
 from ._closure import Carried
 from ._deref import deref_leaves, make_ref_of
 from ._errors import (
+    CarryError,
     ConcurrencyError,
     describe,
     name_of,
@@ -288,7 +289,7 @@ def run_body(
 
     lost = watch.lost(result)
     if lost is not None:
-        raise StructureError(
+        raise CarryError(
             f"`{name}` cannot carry back a change of structure: the function changed "
             f"{place_of(lost, trees)} in place (a list appended to, an entry of a dict "
             "replaced, a closure variable rebound, ...). Put what changes into a `rx.Ref`, "
@@ -298,7 +299,7 @@ def run_body(
     for i, ref in inner.items():
         collection, earlier = before[i]
         if ref._collection != collection:
-            raise StructureError(
+            raise CarryError(
                 f"`{name}` cannot carry a change of collection: "
                 f"{describe(ref._name, ref._collection)} had no collection when it came "
                 "in. Give it one where it is made: `rx.Ref(value, collection)`."

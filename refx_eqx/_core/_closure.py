@@ -20,7 +20,7 @@ import equinox as eqx
 import jax.tree_util as jtu
 
 from . import _trace
-from ._errors import StructureError
+from ._errors import CarryError
 from ._identity import Identity
 from ._nodes import is_node
 from ._ref import is_ref, Ref
@@ -198,7 +198,7 @@ def flatten(
 
 def refuse_cycle(tree: Any) -> None:
     if holds_itself(tree):
-        raise StructureError(
+        raise CarryError(
             f"A {type(tree).__name__} holds itself, or something in it does: that is no "
             "pytree, as it has no end. Take the cycle out of what is passed."
         )

@@ -17,7 +17,10 @@ class RefError(Exception):
     Catch one of its subclasses to be specific:
 
     - [`refx_eqx.TraceLevelError`][]: a ref was touched where JAX would go stale;
-    - [`refx_eqx.StructureError`][]: two trees, or a tree before and after, do not fit;
+    - [`refx_eqx.StructureError`][]: a tree of refs that is not of the structure that was
+        asked for; of this,
+    - [`refx_eqx.CarryError`][]: what a function did cannot be carried out of a transform;
+    - [`refx_eqx.MismatchError`][]: two things that belong together do not fit;
     - [`refx_eqx.CollectionError`][]: a ref of one collection where another is declared;
     - [`refx_eqx.RefTypeError`][]: a value that breaks the declared type of a ref;
     - [`refx_eqx.ImmutableError`][]: a write that [`refx_eqx.mutable`][] does not allow;
@@ -64,6 +67,51 @@ class StructureError(RefError, ValueError):
         except rx.StructureError:
             both, rest = rx.partition({"a": ref, "b": ref}, rx.path("a", "b"))
         assert both["a"] is both["b"]
+        ```
+    """
+
+
+class CarryError(StructureError):
+    """What a function did to a tree or a ref cannot be carried out of the transform that runs
+    it: it changed a list in place, or wrote where it may only read. The function is to be
+    written otherwise.
+
+    !!! Example
+
+        ```python
+        import refx_eqx as rx
+
+        @rx.filter_jit
+        def remember(seen, x):
+            seen.append(x)
+
+        try:
+            remember([], 1.0)
+        except rx.CarryError:
+            seen = rx.Ref(0.0)  # what changes is held in a ref
+            rx.filter_jit(lambda seen, x: seen.__setitem__(..., x))(seen, 1.0)
+        assert seen.value == 1.0
+        ```
+    """
+
+
+class MismatchError(StructureError):
+    """Two things that belong together do not fit: a tree and the axes, the gradients or the
+    state that are for it; what a step was given and what it returns; two branches. One of the
+    two is to be corrected.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        model = {"w": rx.Ref(jnp.ones(2), "params")}
+        try:
+            rx.update_refs(model, {"v": jnp.zeros(2)})
+        except rx.MismatchError:
+            rx.update_refs(model, {"w": jnp.zeros(2)})
+        assert model["w"].value[0] == 0.0
         ```
     """
 
@@ -174,7 +222,11 @@ class CheckpointError(RefError, ValueError):
 
 
 # In a traceback an error shows where it is imported from, not where it is written.
-for _error in (RefError, *RefError.__subclasses__()):
+for _error in (
+    RefError,
+    *RefError.__subclasses__(),
+    *StructureError.__subclasses__(),
+):
     _error.__module__ = "refx_eqx"
 
 

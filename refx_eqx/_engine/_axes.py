@@ -13,7 +13,7 @@ import jax.tree_util as jtu
 
 from .._core import _closure
 from .._core._closure import Carried, may_carry
-from .._core._errors import describe, StructureError
+from .._core._errors import describe, MismatchError, StructureError
 from .._core._ref import Ref
 from .._filters._filters import as_filter, as_option, Filter, key_text, Path
 
@@ -223,7 +223,7 @@ def leaf_axes(spec: Any, tree: Any, what: str) -> list[Any]:
     except (_NoAxis, StructureError):
         raise
     except ValueError as e:
-        raise StructureError(
+        raise MismatchError(
             f"`{what}` must be a prefix of the tree that it is for. JAX says: {e}"
         ) from None
     return found

@@ -32,7 +32,7 @@ import jax.tree_util as jtu
 
 from .._core import _trace
 from .._core._call import Call
-from .._core._errors import StructureError
+from .._core._errors import CarryError, MismatchError
 from .._core._ref import Channelled
 from .._core._structure import Leaves, map_values, Outcome, values_of
 from ._channel import decode, encode, has_channel
@@ -41,7 +41,7 @@ from ._channel import decode, encode, has_channel
 __tracebackhide__ = True
 
 
-class BackwardWrite(StructureError):
+class BackwardWrite(CarryError):
     """A backward rule wrote a ref that has no channel."""
 
     def __init__(self, collection: Hashable, message: str):
@@ -169,7 +169,7 @@ def written_by_rule(
             "that is given this ref, or closes over it.",
         )
     if _types(value) != _types(old):
-        raise StructureError(
+        raise MismatchError(
             f"{which} with {eqx.tree_pformat(value)}, where it holds "
             f"{eqx.tree_pformat(old)}. A write in a backward rule keeps the structure, the "
             "shape and the dtype: convert the value, or create the ref with "
@@ -179,7 +179,7 @@ def written_by_rule(
     # What comes along a channel is mapped where the channel is.
     for new_over, old_over in zip(_mapped(channel), _mapped(end)):
         if any(a and not b for a, b in zip(new_over, old_over)):
-            raise StructureError(
+            raise CarryError(
                 f"{which}, which is broadcast by `filter_vmap`, with a value that differs "
                 "along the mapped axis. Either map it, with `in_axes=`; or write one value for "
                 "all, such as `jax.lax.pmax(value, axis_name)`."

@@ -14,7 +14,7 @@ import jax.tree_util as jtu
 from .._core import _closure
 from .._core._call import Call
 from .._core._deref import path_text
-from .._core._errors import describe, StructureError
+from .._core._errors import CarryError, describe, MismatchError
 from .._core._nodes import is_node
 from .._core._ref import Ref, Withheld
 from .._core._structure import Leaves, map_values, values_of
@@ -205,7 +205,7 @@ def _agreed(ref: Ref, value: Any, places: list[_Place], name: str) -> Any:
     first, *others = places
     for other in others:
         if not _is_same_axis(first.axis, other.axis, jtu.tree_leaves(value)):
-            raise StructureError(
+            raise MismatchError(
                 f"`{name}` met {describe(ref._name, ref._collection)} with two axes: "
                 f"{first.axis!r} in {first.where}, {other.axis!r} in {other.where}. One "
                 "ref is one parameter: give it one axis, for example by its collection, "
@@ -270,14 +270,14 @@ def _check_sizes(derefed: Call, axes: Axes, name: str) -> None:
                 continue
             shape = jnp.shape(array)
             if not -len(shape) <= axis < len(shape):
-                raise StructureError(
+                raise MismatchError(
                     f"`{name}` cannot map {which} along axis {axis}: its shape is {shape}. "
                     "Broadcast it: `in_axes=None`, or by collection `in_axes=rx.axes(...)`. "
                     "Or give a ref the axis: `rx.add_axis(module, size, filter)`."
                 )
             first = first or (shape[axis], which)
             if first[0] != shape[axis]:
-                raise StructureError(
+                raise MismatchError(
                     f"`{name}` maps axes of different sizes: {first[0]} of {first[1]}, and "
                     f"{shape[axis]} of {which}, whose shape is {shape}. Broadcast one of "
                     "them: `in_axes=None`, or by collection `in_axes=rx.axes(...)`. Or "
@@ -301,7 +301,7 @@ def update_axes(derefed: Call, axes: Axes, number: int, new: Any, name: str) -> 
     flat = treedef.flatten_up_to(own)
     if len(set(flat)) > 1:
         ref = derefed.refs[number]
-        raise StructureError(
+        raise CarryError(
             f"{describe(ref._name, ref._collection)} holds arrays that `{name}` maps along "
             f"the axes {flat}, and was written with a value of another structure, for which "
             "no axes are given. Keep the structure, or use one axis for all of its arrays."
@@ -331,7 +331,7 @@ def check_axis(ref: Ref, axis: int | None, ndim: int, name: str) -> None:
     `ndim` is the rank of the stack.
     """
     if axis is not None and not -ndim <= axis < ndim:
-        raise StructureError(
+        raise CarryError(
             f"{describe(ref._name, ref._collection)} is mapped by `{name}` along axis "
             f"{axis}, and was written with a value of rank {ndim - 1}: stacked, it has no "
             f"axis {axis}. Keep the rank of the slice, or map the ref along axis 0 or -1."

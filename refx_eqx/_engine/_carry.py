@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._core import _closure
-from .._core._errors import describe, StructureError
+from .._core._errors import describe, MismatchError
 from .._core._ref import Ref
 from .._core._structure import is_traced, static_keys
 from ._places import place_text
@@ -89,7 +89,7 @@ def check_carry(given: CarryBefore, after: Any, name: str) -> None:
     new_leaves, new = _closure.flatten(after)
     old_leaves = given.leaves
     if given.structure != new:
-        raise StructureError(
+        raise MismatchError(
             f"`{name}`: a step must return a carry of the structure that it was given. It "
             f"was given {eqx.tree_pformat(given.tree())} and returned "
             f"{eqx.tree_pformat(after)}. Return the same structure from each step."
@@ -110,7 +110,7 @@ def check_carry(given: CarryBefore, after: Any, name: str) -> None:
             remedy = (
                 "What is not an array cannot change: make it one, `jnp.asarray(...)`."
             )
-        raise StructureError(
+        raise MismatchError(
             f"`{name}`: a step must return the carry that it was given, with other values "
             f"in its arrays at most. At {_path(given.tree(), i)} it was given {_text(a)}, "
             f"and returned {_text(b)}{_whence(b, given)}. {remedy}"

@@ -14,7 +14,7 @@ import jax.tree_util as jtu
 
 from .._core import _trace
 from .._core._call import Call
-from .._core._errors import describe, StructureError
+from .._core._errors import describe, MismatchError
 from .._core._nodes import is_node
 from .._core._structure import (
     arrays_of,
@@ -142,7 +142,7 @@ class Loop:
         for i, new in updates.items():
             same = jtu.tree_structure(new) == jtu.tree_structure(before[i])
             if not same or static_keys(info.written[i]) != static_keys(nodes[i].value):
-                raise StructureError(
+                raise MismatchError(
                     f"`{self.name}` carries {self._describe(i)} from step to step, and a "
                     "step changes the structure of its value, or a static part of it. Give "
                     "the value the same structure before the loop, with arrays for all "
@@ -209,7 +209,7 @@ def stage_loop(
             old, new = kind_of(jax.typeof(x)), kind_of(aval)
             kind = join_kinds([old, new])
             if kind is None:
-                raise StructureError(_changed_kind(*what, old, new, name))
+                raise MismatchError(_changed_kind(*what, old, new, name))
             kinds.append(kind)
             promoted.append(x if kind == old else convert(x, kind))
         if all(x is y for x, y in zip(before, promoted)):
@@ -264,7 +264,7 @@ class PythonLoop:
 
     def _check_result(self, info: OutcomeInfo) -> None:
         if self._steps and info.result.key != self._steps[0][1].info.result.key:
-            raise StructureError(
+            raise MismatchError(
                 f"`{self.loop.name}`: each step must return the same structure, static "
                 "values and refs. What is not an array cannot depend on the step: make it "
                 "one."

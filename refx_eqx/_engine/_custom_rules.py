@@ -16,7 +16,7 @@ import jax.tree_util as jtu
 
 from .._core import _trace
 from .._core._call import Call, run_body
-from .._core._errors import describe, name_of, StructureError
+from .._core._errors import describe, MismatchError, name_of, StructureError
 from .._core._nodes import Index, Value
 from .._core._ref import Ref
 from .._core._structure import Leaves, Outcome, OutcomeInfo
@@ -77,7 +77,7 @@ class CallWithRules:
         if earlier is None:
             return outcome
         if earlier.result.key != self.info.result.key:
-            raise StructureError(
+            raise MismatchError(
                 f"`{self.name}`: {which} of `{self.fn_name}` must return a result of the "
                 "same structure as the function does: of the same static values, and the "
                 "same refs."
@@ -86,7 +86,7 @@ class CallWithRules:
         if before != now:
             differing = before.keys() ^ now.keys()
             named = ", ".join(self.describe(i) for i in sorted(differing))
-            raise StructureError(
+            raise MismatchError(
                 f"`{self.name}`: {which} of `{self.fn_name}` must write the refs that the "
                 f"function writes, and no others. It differs in {named or 'a value'}."
             )

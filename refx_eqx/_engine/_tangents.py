@@ -12,7 +12,7 @@ import equinox as eqx
 import jax.tree_util as jtu
 
 from .._core._closure import Carried
-from .._core._errors import describe, StructureError
+from .._core._errors import describe, MismatchError
 from .._core._functions import leaves_up_to
 from .._core._nodes import Index, is_node, Value
 from .._core._ref import Ref
@@ -55,7 +55,7 @@ def _leaves_up_to(part: Carried, tree: Any, what: str) -> list[Any]:
     try:
         return leaves_up_to(part, tree)
     except (ValueError, TypeError) as e:
-        raise StructureError(
+        raise MismatchError(
             f"{what} must have the structure of `rx.deref` of it, with `None` for what "
             f"has no derivative. JAX says: {e}"
         ) from None
@@ -70,7 +70,7 @@ def _read_leaf(
     if leaf is not None:
         return _one_array(given, what)
     if jtu.tree_leaves(given):
-        raise StructureError(
+        raise MismatchError(
             f"{what} must have `None` where there is nothing to differentiate, and has "
             f"{eqx.tree_pformat(given)} for something that is not differentiated."
         )
@@ -79,7 +79,7 @@ def _read_leaf(
 
 def _one_array(x: Any, what: str) -> Any:
     if x is not None and not eqx.is_array_like(x):
-        raise StructureError(
+        raise MismatchError(
             f"{what} must have an array or `None` at the place of each array, and has {x!r}."
         )
     return x
@@ -94,14 +94,14 @@ def _read_ref(
     which = describe(node.note.name, node.collection)
     treedef = jtu.tree_structure(like)
     if treedef.num_leaves == 0:
-        raise StructureError(
+        raise MismatchError(
             f"{what} must have `None` where there is nothing to differentiate, and has "
             f"{eqx.tree_pformat(value)} for {which}: something that is not differentiated."
         )
     try:
         values = treedef.flatten_up_to(value)
     except (ValueError, TypeError) as e:
-        raise StructureError(
+        raise MismatchError(
             f"{what} must have the structure of the value of {which}, with `None` for what "
             f"is not differentiated. JAX says: {e}"
         ) from None
@@ -109,7 +109,7 @@ def _read_ref(
     values = [_one_array(x, what) for x in values]
     for x, y in zip(earlier, values):
         if x is not None and y is not None and x is not y:
-            raise StructureError(
+            raise MismatchError(
                 f"{what} must have one value for {which}, which is one ref at several "
                 "places. Give it at one of them, and `None` at the others."
             )

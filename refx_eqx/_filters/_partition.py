@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import jax.tree_util as jtu
 
 from .._core._deref import NOTHING
-from .._core._errors import StructureError
+from .._core._errors import MismatchError, StructureError
 from .._core._functions import closed
 from .._core._nodes import is_node
 from .._core._ref import Ref
@@ -126,7 +126,7 @@ def combine(*parts: _T) -> _T:
     (first, treedef), *others = flat
     for i, (_, other) in enumerate(others, start=1):
         if other != treedef:
-            raise StructureError(
+            raise MismatchError(
                 f"Cannot combine: part {i} does not have the structure of part 0: {other} "
                 f"and {treedef}. Combine the parts of one tree."
             )
@@ -137,13 +137,13 @@ def combine(*parts: _T) -> _T:
         here = [(i, pairs[k][1]) for i, (pairs, _) in enumerate(flat)]
         present = [(i, leaf) for i, leaf in here if not _is_missing(leaf)]
         if len(present) > 1:
-            raise StructureError(
+            raise MismatchError(
                 f"Cannot combine: parts {present[0][0]} and {present[1][0]} both have a "
                 f"leaf at `{where}`. Combine parts that `rx.partition` made of one tree."
             )
         if not present:
             if any(leaf is NOTHING for _, leaf in here):
-                raise StructureError(
+                raise MismatchError(
                     f"Cannot combine: no part has a leaf at `{where}`. Pass all the parts "
                     "that `rx.partition` returned, the last one included."
                 )
@@ -154,7 +154,7 @@ def combine(*parts: _T) -> _T:
             key = leaf.index if is_node(leaf) else id(leaf)
             part, earlier = owners.setdefault(key, (i, where))
             if part != i:
-                raise StructureError(
+                raise MismatchError(
                     f"Cannot combine: one ref is in part {part} at `{earlier}` and in part "
                     f"{i} at `{where}`. A tie cannot be torn: make the parts with one call "
                     "of `rx.partition`."
@@ -320,7 +320,7 @@ def merge_partitions(partitions: Any, treedef: Any) -> Any:
     first, *others = partitions
     for other in others:
         if list(other) != list(first):
-            raise StructureError(
+            raise MismatchError(
                 "Cannot merge partitions with different paths. Pass those that one call "
                 "of `rx.tree_partition` returned."
             )
@@ -329,13 +329,13 @@ def merge_partitions(partitions: Any, treedef: Any) -> Any:
         present = [p[path] for p in partitions if p[path] is not NOTHING]
         if len(present) != 1:
             count = "no leaf" if not present else f"{len(present)} leaves"
-            raise StructureError(
+            raise MismatchError(
                 f"Cannot merge partitions: `{dotted(path)}` has {count}, and must have "
                 "one. Pass all the partitions of one tree, each once."
             )
         leaves.append(present[0])
     if treedef.num_leaves != len(leaves):
-        raise StructureError(
+        raise MismatchError(
             f"Cannot merge partitions: {len(leaves)} leaves for a tree of "
             f"{treedef.num_leaves}. Pass the treedef that belongs to them."
         )

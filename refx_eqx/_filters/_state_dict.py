@@ -14,7 +14,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._core import _trace
-from .._core._errors import describe, RefTypeError, StructureError
+from .._core._errors import describe, MismatchError, RefTypeError, StructureError
 from .._core._nodes import is_node
 from .._core._ref import check_value, check_writable, Ref
 from .._fields._instance import check_refs_in_place
@@ -168,7 +168,7 @@ def _new_value(ref: Ref, given: dict[int, list[str]], state: Mapping[str, Any]) 
     for (key, earlier), *others in held.values():
         for other_key, other in others:
             if not _is_same(earlier, other):
-                raise StructureError(
+                raise MismatchError(
                     f"Cannot load the state: {_described(ref)} is one ref at "
                     f"`{_shown(key)}` and `{_shown(other_key)}`, and the state has a "
                     "different value for each. Remove one of the two keys from the state, "
@@ -294,7 +294,7 @@ def _check_complete(
             f"{'s' if len(unexpected) > 1 else ''} {', '.join(unexpected)}."
         )
     if reasons:
-        raise StructureError(
+        raise MismatchError(
             f"Cannot load the state: it does not fit the tree. {' '.join(reasons)} Pass as "
             "`filter` what the state was made of; or pass `strict=False`, which leaves "
             "refs without a value unchanged, and ignores other keys."

@@ -11,7 +11,7 @@ import numpy as np
 
 from .._core import _trace
 from .._core._deref import NOTHING, path_text
-from .._core._errors import CollectionError, describe, StructureError
+from .._core._errors import CollectionError, describe, MismatchError, StructureError
 from .._core._functions import by_name
 from .._core._nodes import Index, is_node, Value
 from .._core._ref import check_value, check_writable, commits, Ref
@@ -84,7 +84,7 @@ def aligned(
     try:
         sources = treedef.flatten_up_to(by_name(source))
     except (ValueError, TypeError) as e:
-        raise StructureError(
+        raise MismatchError(
             f"{failure}: target and {what} do not have the same structure. JAX says: {e} "
             f"Pass as {what} a tree aligned with the target, with `rx.NOTHING` or `None` "
             "where a ref is to stay."
@@ -115,7 +115,7 @@ def aligned(
         where = path_text(path)
         earlier, at = first.setdefault(id(ref), (value, where))
         if earlier is not value:
-            raise StructureError(
+            raise MismatchError(
                 f"{failure}: {describe(ref._name, ref._collection)} is one ref at {at} and "
                 f"{where} of the target, and the {what} has a different value at each. Give "
                 "one of them, and `rx.NOTHING` at the other."
@@ -147,7 +147,7 @@ def _as_arrays(ref: Ref, value: Any, where: str) -> Any:
             return new
         number = np.asarray(new)
         if number.dtype.kind in "iu" and not _is_in_range(number, old.dtype):
-            raise StructureError(
+            raise MismatchError(
                 f"Cannot update refs: {describe(ref._name, ref._collection)} at {where} "
                 f"holds {old.dtype}, which cannot hold {new}. Write an array of a wider "
                 "dtype: `ref.value = jnp.asarray(...)`."
@@ -185,7 +185,7 @@ def check_fits(ref: Ref, value: Any, failure: str, place: str, source: str) -> N
         remedy = "If the change is meant, write it: `ref.value = ...`."
         if len(old_leaves) == 1 and _only_dtypes_differ(old, value):
             remedy += f' Or convert it: `jnp.asarray(value, "{old.dtype}")`.'
-        raise StructureError(
+        raise MismatchError(
             f"{failure}: {describe(ref._name, ref._collection)} at {place} holds "
             f"{eqx.tree_pformat(old)}, and {source} has {eqx.tree_pformat(value)}. {remedy}"
         )

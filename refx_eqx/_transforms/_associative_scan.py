@@ -8,7 +8,7 @@ import jax
 import jax.tree_util as jtu
 
 from .._core._call import Call, call
-from .._core._errors import describe, StructureError
+from .._core._errors import CarryError, describe, StructureError
 from .._core._ref import Ref
 from .._core._structure import is_traced, Leaves, Outcome
 from .._engine._carry import (
@@ -120,7 +120,7 @@ def _run_associative_scan(
         outcome = derefed.run("associative_scan", [fn, a, b, *others], False)
         for i in outcome.updates:
             ref = derefed.refs[i]
-            raise StructureError(
+            raise CarryError(
                 f"`associative_scan`: the function writes "
                 f"{describe(ref._name, ref._collection)}. It may only read, because how "
                 "often it is called, and in what order, is not defined. Use `rx.scan`, or "

@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 
 from .._core._call import Call, call
 from .._core._closure import Carried
-from .._core._errors import describe, StructureError
+from .._core._errors import describe, MismatchError
 from .._core._nodes import is_node, Value
 from .._core._ref import Ref
 from .._core._structure import (
@@ -125,7 +125,7 @@ def _joined(kinds: list[Kind], names: list[str], what: str, name: str) -> Kind:
     kind = join_kinds(kinds)
     if kind is None:
         i = next(i for i, k in enumerate(kinds) if join_kinds([kinds[0], k]) is None)
-        raise StructureError(
+        raise MismatchError(
             f"`{name}`: the branches must agree on the shape and dtype of {what}: it is "
             f"{kinds[0]!r} after {names[0]}, and {kinds[i]!r} after {names[i]}. Make it the "
             "same in each, for example with `x.astype(...)` or `x.reshape(...)`."
@@ -143,7 +143,7 @@ def _check_values(
     ]
     for structure, branch_name in zip(structures, names):
         if structure != structures[0]:
-            raise StructureError(
+            raise MismatchError(
                 f"`{name}`: the value of {describe(ref._name, ref._collection)} has "
                 f"another structure, or other static parts, after {branch_name} than "
                 f"after {names[0]}. Write values of one structure in all branches; what "
@@ -168,7 +168,7 @@ def _check_results(
             "another, which prints the same: it differs in a static field, or in a function "
             "that closes over refs",
         )
-        raise StructureError(
+        raise MismatchError(
             f"`{name}`: the branches must return the same structure. {names[0]} returns "
             f"{one}, and {names[1]} returns {two}."
         )
@@ -194,7 +194,7 @@ def _check_results(
                 "return the same in each."
             )
         one, two = _told_apart(texts, other_text)
-        raise StructureError(
+        raise MismatchError(
             f"`{name}`: the results differ at {place_text(path_in(part, k))}: {names[0]} "
             f"returns {one}, and {names[1]} returns {two}. {remedy}"
         )

@@ -14,7 +14,7 @@ import jax.tree_util as jtu
 from .._core._call import Call, call
 from .._core._closure import Carried
 from .._core._deref import path_text
-from .._core._errors import describe, name_of, StructureError
+from .._core._errors import CarryError, describe, MismatchError, name_of
 from .._core._functions import tree_of
 from .._core._ref import Channelled, Ref
 from .._core._structure import (
@@ -368,7 +368,7 @@ class _Parts:
             flat, treedef = jtu.tree_flatten(leaf)
             for x, y in zip(flat, treedef.flatten_up_to(grad)):
                 if y is not None and jnp.shape(y) != jnp.shape(x):
-                    raise StructureError(
+                    raise MismatchError(
                         f"The backward rule of `{frame.fn_name}` returns "
                         f"{eqx.tree_pformat(y)} as the gradient by "
                         f"{frame.place(0, k, leaf)}, which is {eqx.tree_pformat(x)}. Return "
@@ -390,7 +390,7 @@ def _has_zeros(tree: Any) -> bool:
 def _refuse_refs(frame: CallWithRules, residuals: Any) -> None:
     for path, leaf in jtu.tree_flatten_with_path(residuals)[0]:
         if isinstance(leaf, Ref):
-            raise StructureError(
+            raise CarryError(
                 f"`{frame.name}`: the residuals of `{frame.fn_name}` hold "
                 f"{describe(leaf._name, leaf._collection)} at {path_text(path)}. Residuals "
                 "are values: return its `.value`, or use the ref that the backward rule is "

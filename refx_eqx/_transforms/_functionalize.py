@@ -6,7 +6,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from .._core._call import Call, close_result
 from .._core._deref import deref, reref
-from .._core._errors import describe, name_of, StructureError
+from .._core._errors import CarryError, describe, name_of
 from .._core._functions import tree_of
 from .._core._nodes import Index, Value
 from .._core._structure import values_of
@@ -84,7 +84,7 @@ def _check_passed(fn: Any, derefed: Call, written: Iterable[int]) -> None:
     for i in written:
         if i not in passed:
             ref = derefed.refs[i]
-            raise StructureError(
+            raise CarryError(
                 f"`functionalize`: `{name_of(fn)}` writes "
                 f"{describe(ref._name, ref._collection)}, which it does not get as an "
                 "argument: it closes over it, or is a module that holds it. The updates "

@@ -8,7 +8,7 @@ from typing import Any, overload, ParamSpec, TypeVar
 import jax
 
 from .._core._call import Call, call
-from .._core._errors import name_of, StructureError
+from .._core._errors import MismatchError, name_of
 from .._core._structure import Key, Leaves, Outcome
 from .._engine._donation import apart, Donate, Split
 from .._engine._fast_path import NO_PLAN, Plans
@@ -99,7 +99,7 @@ class Compiled:
 
         def run(derefed: Call) -> Outcome:
             if derefed.structure.key != self._key:
-                raise StructureError(
+                raise MismatchError(
                     f"`{name_of(jit.__wrapped__)}` was compiled for arguments of another "
                     "structure (another sharing of refs, other static values, ...). Call "
                     "the `filter_jit` function itself, which compiles when it must."
@@ -113,7 +113,7 @@ class Compiled:
                     both = apart(flat, derefed.values, self._split)
                     outcome = Outcome(*self.compiled(*both))
                 if not outcome.info.asked.holds_for(derefed.refs):
-                    raise StructureError(
+                    raise MismatchError(
                         f"`{name_of(jit.__wrapped__)}` was compiled for other refs: it "
                         "asks which refs it is given (it looks them up in a set or dict, "
                         "or compares them), and the answer would be another for these. "

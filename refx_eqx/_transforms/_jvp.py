@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 
 from .._core import _trace
 from .._core._call import Call, call
-from .._core._errors import StructureError
+from .._core._errors import MismatchError
 from .._core._functions import tree_of
 from .._core._structure import Leaves, Outcome
 from .._engine._autodiff import (
@@ -81,7 +81,7 @@ def filter_jvp(
                 f"`({what[:-1]},)`."
             )
     if len(primals) != len(tangents):
-        raise StructureError(
+        raise MismatchError(
             f"`filter_jvp` takes one tangent for each primal: it was given {len(primals)} "
             f"primals and {len(tangents)} tangents. Pass `None` for a tangent of zero."
         )
@@ -96,7 +96,7 @@ def filter_jvp(
         tangents_in = treedef.flatten_up_to(given)
         for x, t in zip(flat, tangents_in):
             if t is not None and not is_inexact(x):
-                raise StructureError(
+                raise MismatchError(
                     f"`filter_jvp`: the tangent of {eqx.tree_pformat(x)} must be `None`: "
                     "only floating-point and complex numbers are differentiated."
                 )
@@ -154,7 +154,7 @@ class _Pushforward(eqx.Module):
     def __call__(self, /, *tangents: Any) -> Any:
         n = len(self.inputs.parts)
         if len(tangents) != n:
-            raise StructureError(
+            raise MismatchError(
                 f"The linear function of `filter_linearize` takes {n} tangents, one for "
                 f"each primal, and was given {len(tangents)}. Pass `None` for zero."
             )

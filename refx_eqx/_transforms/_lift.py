@@ -18,7 +18,7 @@ import jax.tree_util as jtu
 from .._core import _closure, _trace
 from .._core._call import Call, call, dispatching, running_call
 from .._core._closure import Carried
-from .._core._errors import describe, RefError, StructureError
+from .._core._errors import describe, MismatchError, RefError, StructureError
 from .._core._ref import Ref
 from .._core._structure import Leaves, Outcome, values_of
 from .._engine._call_axes import check_axis
@@ -113,7 +113,7 @@ class _Transformed:
                 is_of_spec = "prefix" in str(e) or "pytree" in str(e)
                 if self._failed_inside or isinstance(e, RefError) or not is_of_spec:
                     raise
-                raise StructureError(
+                raise MismatchError(
                     f"`{self._name}`: the options do not fit what the transform is given. "
                     "It sees each argument as a tree of its arrays, as `rx.deref` makes "
                     "it, with `None` for what is no array; and what it returns, the "
@@ -224,7 +224,7 @@ class _Call(Lifted):
     def _dispatch(self, derefed: Call, transformed: _Transformed) -> Outcome:
         outcome = transformed(derefed)
         if not isinstance(outcome, Outcome):
-            raise StructureError(
+            raise MismatchError(
                 f"`{self.name}`: the transform must return a function that returns what "
                 "the function it was given returns. For a transform that does not (such "
                 "as one that differentiates), write an adapter on `rx.functionalize`."

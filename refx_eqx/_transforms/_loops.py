@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 
 from .._core import _trace
 from .._core._call import Call, call
-from .._core._errors import describe, name_of, StructureError
+from .._core._errors import CarryError, describe, name_of
 from .._core._structure import Leaves, Outcome
 from .._engine._call_axes import no_axes
 from .._engine._carry import (
@@ -85,7 +85,7 @@ def _run_while(derefed: Call, arrays: list[Leaves]) -> Outcome:
 def _refuse_writes_of_test(derefed: Call, outcome: Outcome) -> None:
     for i in outcome.updates:
         ref = derefed.refs[i]
-        raise StructureError(
+        raise CarryError(
             f"`while_loop`: `cond_fun` writes {describe(ref._name, ref._collection)}. It "
             "may only read, because it runs once more than `body_fun` does. Write the ref "
             "in `body_fun`."

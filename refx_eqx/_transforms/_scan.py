@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._core._call import Call, call
-from .._core._errors import describe, name_of, StructureError
+from .._core._errors import CarryError, describe, name_of
 from .._core._structure import Leaves, Outcome, values_of
 from .._engine._call_axes import Axes, call_axes, placed_update, update_axes
 from .._engine._carry import (
@@ -142,7 +142,7 @@ def _check_all_sliced(
     flat = jtu.tree_structure(new).flatten_up_to(own)
     if None in flat:
         ref = derefed.refs[number]
-        raise StructureError(
+        raise CarryError(
             f"{describe(ref._name, ref._collection)} holds arrays that `{name}` slices, "
             f"and others that it does not (axes {flat}), and a step writes it. Put those "
             "that are not sliced into a ref of their own."

@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 from .._core import _trace
 from .._core._call import Call, call
 from .._core._closure import Carried
-from .._core._errors import describe, name_of, StructureError
+from .._core._errors import CarryError, describe, MismatchError, name_of
 from .._core._functions import tree_of
 from .._core._nodes import is_node
 from .._core._ref import Ref
@@ -134,14 +134,14 @@ class _ClosureConverted(eqx.Module):
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         def transform(derefed: Call) -> Outcome:
             if derefed.structure.key != self.key or _types(derefed) != self.types:
-                raise StructureError(
+                raise MismatchError(
                     f"`{self.name}` was closure-converted for arguments of another "
                     f"structure: it was called with {eqx.tree_pformat((args, kwargs))}. "
                     "Call it with arguments like the example arguments (the same sharing "
                     "of refs, shapes, dtypes and static values), or convert it again."
                 )
             if not self.info.asked.holds_for(derefed.refs):
-                raise StructureError(
+                raise MismatchError(
                     f"`{self.name}` was closure-converted for other refs: it asks which "
                     "refs it is given (it looks them up in a set or dict, or compares "
                     "them), and the answer would be another for these. Convert it again, "
@@ -329,7 +329,7 @@ def filter_pure_callback(
             _refuse_writes(refs.values())
         out_arrays, out_statics = eqx.partition(out, eqx.is_array)
         if not eqx.tree_equal(out_statics, statics):
-            raise StructureError(
+            raise MismatchError(
                 "The callback of `filter_pure_callback` must return what "
                 f"`result_shape_dtypes` says: {eqx.tree_pformat(result_shape_dtypes)}; it "
                 f"returned {eqx.tree_pformat(out)}."
@@ -351,7 +351,7 @@ def filter_pure_callback(
 def _refuse_writes(refs: Iterable[Ref]) -> None:
     for ref in refs:
         if ref._written:
-            raise StructureError(
+            raise CarryError(
                 f"A pure callback cannot write {describe(ref._name, ref._collection)}: "
                 "JAX may call it more than once, or not at all. Return the new value, and "
                 "write it outside of the callback."

@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 from .._core import _trace
 from .._core._call import Call, call, close_result
 from .._core._closure import flatten
-from .._core._errors import describe, StructureError
+from .._core._errors import CarryError, describe, MismatchError
 from .._core._nodes import is_node, Value
 from .._core._ref import Ref
 from .._core._structure import Leaves, Outcome
@@ -162,7 +162,7 @@ def _result_axes(derefed: Call, outcome: Outcome, out_axes: Any, name: str) -> L
             value = values[leaf.index]
             mine = jtu.tree_map(lambda x, axis=axis: array_axis(axis, x), value)
             if of_refs.setdefault(leaf.index, mine) != mine:
-                raise StructureError(
+                raise MismatchError(
                     f"`{name}(..., out_axes=...)` gives "
                     f"{describe(leaf.note.name, leaf.collection)} two axes, "
                     f"{of_refs[leaf.index]} and {mine}: it is one new ref at two places of "
@@ -187,7 +187,7 @@ def _update_axes(
             return axis
         if i in axes.split and is_key(x):
             return FIRST
-        raise StructureError(_written_along(derefed.refs[i], name))
+        raise CarryError(_written_along(derefed.refs[i], name))
 
     found = {}
     for i, new in outcome.updates.items():
