@@ -13,7 +13,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 QUICK = {
     "train_digits.py": ("--epochs", "10"),
     "ema_and_lora.py": ("--steps", "200"),
-    "gan.py": ("--steps", "60", "--batch-size", "32"),
+    "gan.py": ("--steps", "150"),
     "char_transformer.py": (
         *("--steps", "60", "--dim", "32", "--depth", "1", "--context", "48"),
         *("--characters", "100000"),
@@ -89,5 +89,5 @@ def test_gan_trains_two_models_and_draws_what_it_learnt(tmp_path):
     assert "generator: 37,857 numbers" in printed
     (seen,) = re.findall(r"sees (\d+) of the 10 digits", printed)
     (sure,) = re.findall(r"by ([\d.]+)%", printed)
-    assert int(seen) >= 2 and float(sure) > 50
+    assert int(seen) >= 6 and float(sure) > 55  # of an untrained one: 1 digit
     assert (tmp_path / "gan.png").read_bytes().startswith(b"\x89PNG")
