@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float, Int
 
+from .._core._ref import Ref
 from .._fields._collection import Cache
 from .._fields._module import Module
 from .._rng import Rngs, RngStream
@@ -44,7 +45,9 @@ class MultiheadAttention(Module):
         import jax.random as jr
         import refx_eqx as rx
 
-        attention = rx.nn.MultiheadAttention(2, 8, cache_size=16, key=jr.key(0))
+        attention = rx.nn.MultiheadAttention(
+            2, 8, cache_size=16, rolling=True, key=jr.key(0)
+        )
         xs = jr.normal(jr.key(1), (10, 8))
         causal = jnp.tril(jnp.ones((10, 10), bool))
         whole = attention(xs, xs, xs, causal)  # as Equinox's: the cache has no part in it
@@ -190,23 +193,21 @@ class MultiheadAttention(Module):
                 "`rx.nn.MultiheadAttention`: there is one value for each key, and there are "
                 f"{key_.shape[0]} keys and {value.shape[0]} values."
             )
-        heads = (
-            self._heads(self.query_proj, query),
-            self._heads(self.key_proj, key_),
-            self._heads(self.value_proj, value),
-        )
+        q = self._heads(self.query_proj, query)
+        k = self._heads(self.key_proj, key_)
+        v = self._heads(self.value_proj, value)
         if process_heads is not None:
-            heads = _processed(process_heads, heads)
+            q, k, v = _processed(process_heads, (q, k, v))
         if cache:
-            heads, mask = self._extend(*heads, mask)
-        weights = self._drop(_weights(*heads[:2], mask), key, inference)
-        attended = jnp.einsum("hsS,Shd->shd", weights, heads[2])
+            k, v, mask = self._extend(q, k, v, mask)
+        weights = self._drop(_weights(q, k, mask), key, inference)
+        attended = jnp.einsum("hsS,Shd->shd", weights, v)
         return _each(self.output_proj, attended.reshape(query.shape[0], -1))
 
     def reset_cache(self) -> None:
         """Empties the cache, before another sequence."""
-        if self.cache_length is not None:
-            self.cache_length.value = jnp.zeros_like(self.cache_length.value)
+        _, _, length = self._cache
+        length.value = jnp.zeros_like(length.value)
 
     def _heads(self, proj: Any, x: Array) -> Array:
         return _each(proj, x).reshape(x.shape[0], self.num_heads, -1)
@@ -220,14 +221,10 @@ class MultiheadAttention(Module):
 
     def _extend(
         self, query: Array, key: Array, value: Array, mask: Any
-    ) -> tuple[tuple[Array, Array, Array], Array]:
-        """Puts keys and values into the cache. Returns what is to be attended to, and where."""
-        if self.cache_key is None or self.cache_value is None:
-            raise ValueError(
-                "`rx.nn.MultiheadAttention`: `cache=True`, and the layer has no cache. Make "
-                "it with `cache_size=`."
-            )
-        n, size = key.shape[0], self.cache_key.shape[0]
+    ) -> tuple[Array, Array, Array]:
+        """Puts keys and values into the cache. Returns those to attend to, and a mask."""
+        cache_key, cache_value, length = self._cache
+        n, size = key.shape[0], cache_key.shape[0]
         if mask is not None or query.shape[0] != n:
             raise ValueError(
                 "`rx.nn.MultiheadAttention`: with `cache=True` each position brings a query, "
@@ -235,32 +232,42 @@ class MultiheadAttention(Module):
                 f"queries are as many as keys (they are {query.shape[0]} and {n}). Call the "
                 "layer without `cache=True` for anything else."
             )
-        start = self._start(n, size)
-        old = self.cache_key[...], self.cache_value[...]
-        new = key.astype(old[0].dtype), value.astype(old[1].dtype)
-        kept = tuple(_put(x, y, start) for x, y in zip(old, new))
-        self.cache_key.value, self.cache_value.value = kept
-        self.cache_length.value = start + n
+        start = length.value
+        if not self.rolling:
+            start = _checked(start, n, size)
+        key, value = key.astype(cache_key.dtype), value.astype(cache_value.dtype)
+        old = cache_key.value, cache_value.value
+        cache_key.value = _put(old[0], key, start)
+        cache_value.value = _put(old[1], value, start)
+        length.value = start + n
         at = start + jnp.arange(n)
         if self.rolling and n > 1:
             # The last of the new ones may have taken the slots of what the first look at.
-            before = _positions(start, size)
-            held = tuple(jnp.concatenate(pair) for pair in zip(old, new))
-            positions = jnp.concatenate([before, at])
+            key = jnp.concatenate([old[0], key])
+            value = jnp.concatenate([old[1], value])
+            positions = jnp.concatenate([_positions(start, size), at])
         else:
-            held, positions = kept, _positions(start + n, size)
+            key, value = cache_key.value, cache_value.value
+            positions = _positions(start + n, size)
         age = at[:, None] - positions[None, :]
-        seen = (positions[None, :] >= 0) & (age >= 0) & (age < size)
-        return (query, *held), seen
+        return key, value, (positions[None, :] >= 0) & (age >= 0) & (age < size)
 
-    def _start(self, n: int, size: int) -> Array:
-        """The position of the first of `n` new ones."""
-        start = self.cache_length[...]
-        if self.rolling:
-            return start
-        if n > size:
-            raise ValueError(f"{_FULL} (It has {size} places, and {n} are needed.)")
-        return eqx.error_if(start, start + n > size, _FULL)
+    @property
+    def _cache(self) -> tuple[Ref, Ref, Ref]:
+        cache: Any = self.cache_key, self.cache_value, self.cache_length
+        if None in cache:
+            raise ValueError(
+                "`rx.nn.MultiheadAttention`: the layer has no cache. Make "
+                "it with `cache_size=`."
+            )
+        return cache
+
+
+def _checked(start: Array, n: int, size: int) -> Array:
+    """The position of the first of `n` new ones, if there is place for them."""
+    if n > size:
+        raise ValueError(f"{_FULL} (It has {size} places, and {n} are needed.)")
+    return eqx.error_if(start, start + n > size, _FULL)
 
 
 def _put(cache: Array, new: Array, start: Array) -> Array:

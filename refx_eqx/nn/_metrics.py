@@ -14,10 +14,44 @@ __tracebackhide__ = True
 
 
 _T = TypeVar("_T")
-_Metric = Annotated[Ref[_T], Collection("metrics")]
+_MetricRef = Annotated[Ref[_T], Collection("metrics")]
 
 
-class Average(Module):
+class _Metric(Module):
+    """A mean over all values that were added since the last reset."""
+
+    mean: _MetricRef[Float[Array, ""]]
+    count: _MetricRef[Int[Array, ""]]
+
+    def __init__(self) -> None:
+        self.mean = jnp.zeros(())
+        self.count = jnp.array(0)
+
+    def compute(self) -> Array:
+        """The mean: a scalar. NaN if there are no values."""
+        return jnp.where(self.count[...] == 0, jnp.nan, self.mean[...])
+
+    def reset(self) -> None:
+        """Forgets all values."""
+        self.mean.value = jnp.zeros_like(self.mean[...])
+        self.count.value = jnp.zeros_like(self.count[...])
+
+    def _add(self, values: Array, mask: Any) -> None:
+        values = values.astype(self.mean.dtype)
+        mask = jnp.ones(values.shape, bool) if mask is None else jnp.asarray(mask)
+        if mask.shape != values.shape:
+            raise ValueError(
+                f"`rx.nn.{type(self).__name__}`: the mask has shape {mask.shape}, and the "
+                f"values have shape {values.shape}. Give one `bool` for each value."
+            )
+        count = self.count[...] + jnp.sum(mask, dtype=self.count.dtype)
+        # A sum of all values would lose digits as it grows; the mean does not.
+        gain = jnp.sum(jnp.where(mask, values - self.mean[...], 0))
+        mean = self.mean[...] + gain / jnp.maximum(count, 1).astype(gain.dtype)
+        self.mean.value, self.count.value = mean, count
+
+
+class Average(_Metric):
     """The mean of all values since the last reset.
 
     !!! Example
@@ -41,13 +75,6 @@ class Average(Module):
     Its refs, of collection `"metrics"`, are the mean so far and the count of values.
     """
 
-    mean: _Metric[Float[Array, ""]]
-    count: _Metric[Int[Array, ""]]
-
-    def __init__(self) -> None:
-        self.mean = jnp.zeros(())
-        self.count = jnp.array(0)
-
     def update(self, values: Any, *, mask: Any = None) -> None:
         """Takes in more values.
 
@@ -56,33 +83,10 @@ class Average(Module):
         - `values`: a number, or an array of any shape.
         - `mask`: an array of `bool` of that shape: `False` for what does not count.
         """
-        values = jnp.asarray(values).astype(self.mean.dtype)
-        mask = jnp.ones(values.shape, bool) if mask is None else jnp.asarray(mask)
-        if mask.shape != values.shape:
-            raise ValueError(
-                f"`update` of a metric: the mask has shape {mask.shape}, and the values have "
-                f"shape {values.shape}. Give one `bool` for each value."
-            )
-        n = jnp.sum(mask, dtype=self.count.dtype)
-        count = self.count[...] + n
-        # A sum of all values would lose digits as it grows; the mean does not.
-        gain = jnp.sum(jnp.where(mask, values - self.mean[...], 0))
-        self.mean.value = self.mean[...] + gain / jnp.maximum(count, 1).astype(
-            gain.dtype
-        )
-        self.count.value = count
-
-    def compute(self) -> Array:
-        """The mean: a scalar. NaN if there are no values."""
-        return jnp.where(self.count[...] == 0, jnp.nan, self.mean[...])
-
-    def reset(self) -> None:
-        """Forgets all values."""
-        self.mean.value = jnp.zeros_like(self.mean[...])
-        self.count.value = jnp.zeros_like(self.count[...])
+        self._add(jnp.asarray(values), mask)
 
 
-class Accuracy(Average):
+class Accuracy(_Metric):
     """The fraction of right guesses since the last reset.
 
     !!! Example
@@ -129,4 +133,4 @@ class Accuracy(Average):
                 f"have shape {guesses.shape}. Give logits of shape (*labels.shape, "
                 "n_classes), or of the shape of the labels if there is a `threshold`."
             )
-        super().update(guesses == labels.astype(guesses.dtype), mask=mask)
+        self._add(guesses == labels.astype(guesses.dtype), mask)

@@ -54,7 +54,8 @@ def _layer_class(plain: type) -> Any:
         "__qualname__": plain.__qualname__,
         "__doc__": plain.__doc__,
     }
-    cls = _LayerMeta(plain.__name__, (plain,), namespace)
+    meta: Any = _LayerMeta
+    cls = meta(plain.__name__, (plain,), namespace)
     _plain[cls] = plain
     return cls
 
