@@ -187,7 +187,7 @@ def _text(shapes: list[tuple[int, ...]]) -> str:
 
 def _with_arrays(node: Value, arrays: Any) -> Value:
     value = eqx.combine(arrays, node.value)
-    return Value(value, node.index, node.collection, node.ref_type, node.note)
+    return node.with_value(value)
 
 
 def with_update(ref: Ref, value: Any, update: Any, where: str) -> Any:

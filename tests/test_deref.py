@@ -3,6 +3,7 @@
 # What is wrong on purpose here, or made at run time, is wrong to a static checker too.
 # pyright: reportAttributeAccessIssue=false
 
+import inspect
 from typing import Any
 
 import equinox as eqx
@@ -393,3 +394,9 @@ def test_reref_takes_no_other_type_for_a_ref():
             rx.StructureError, match=r"at \[0\] has ref_type=.*no subclass of `rx.Ref`"
         ):
             rx.reref([rx.Value(1.0, 0, None, wrong)])  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("node", [rx.Value, rx.Index])
+def test_the_nodes_take_nothing_private(node):
+    names = set(inspect.signature(node).parameters) - {"value"}
+    assert names == {"index", "collection", "ref_type"}

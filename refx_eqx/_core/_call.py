@@ -43,7 +43,7 @@ from ._errors import (
 )
 from ._functions import tree_of
 from ._identity import Asked, asked_of
-from ._nodes import Value
+from ._nodes import value_node
 from ._ref import (
     check_readable,
     check_unleaked,
@@ -324,10 +324,11 @@ def _withhold(
     for (i, k), reason in withheld.items():
         node = structure.statics[i][k]
         if node.index not in made:
-            node_of_it = Value(
-                reason, node.index, node.collection, node.ref_type, node.note
+            made[node.index] = make_ref_of(
+                value_node(
+                    reason, node.index, node.collection, node.ref_type, node.label
+                )
             )
-            made[node.index] = make_ref_of(node_of_it)
         leaves[i][k] = made[node.index]
     return made
 

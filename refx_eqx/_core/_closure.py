@@ -21,7 +21,7 @@ import jax.tree_util as jtu
 
 from . import _trace
 from ._errors import CarryError
-from ._identity import Identity
+from ._identity import Identity, Ignored
 from ._nodes import is_node
 from ._ref import is_ref, Ref
 
@@ -278,14 +278,14 @@ def head_of(
         for cell in leaf.__closure__ or ()
     )
     contents: list[Any] = [cell.cell_contents for cell in carried]
-    extras: list[Any] = [_Unasked((name, getattr(leaf, name)) for name in _LOOKS)]
+    extras: list[Any] = [Ignored((name, getattr(leaf, name)) for name in _LOOKS)]
     for defaults in (leaf.__defaults__, leaf.__kwdefaults__):
         is_carried = bool(defaults) and reaches(defaults, is_wanted)
         extras.append(None if is_carried else _Same(defaults))
         if is_carried:
             contents.append(defaults)
     extras += ((k, _Same(v)) for k, v in vars(leaf).items() if k != "__wrapped__")
-    origin = _Unasked((weakref.ref(origin_of(leaf)),))
+    origin = Ignored((weakref.ref(origin_of(leaf)),))
     looks = number, leaf.__code__, _Same(leaf.__globals__), kept, tuple(extras), origin
     return _Function(looks), contents
 
@@ -305,18 +305,6 @@ def names_in(head: Any) -> list[str]:
 
 
 _LOOKS = "__annotations__", "__doc__", "__module__", "__name__", "__qualname__"
-
-
-class _Unasked(tuple):
-    """What makes no other function of it, such as its name. Any two are equal."""
-
-    __slots__ = ()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Unasked)
-
-    def __hash__(self) -> int:
-        return 0
 
 
 def _is_filled(cell: types.CellType) -> bool:

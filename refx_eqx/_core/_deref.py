@@ -17,7 +17,7 @@ from . import _trace
 from ._closure import refuse_cycle
 from ._errors import describe, StructureError, TraceLevelError
 from ._functions import closed, opened
-from ._nodes import Index, is_node, note_of, Value
+from ._nodes import Index, index_node, is_node, label_of, Value, value_node
 from ._ref import (
     check_no_attributes,
     check_not_deleted,
@@ -154,13 +154,13 @@ def deref_leaves(
         if isinstance(leaf, Ref):
             if type(leaf) is not Ref:
                 check_no_attributes(leaf)
-            what = leaf._collection, type(leaf), note_of(leaf)
+            what = leaf._collection, type(leaf), label_of(leaf)
             number = numbers.get(id(leaf))
             if number is None:
                 number = numbers[id(leaf)] = len(numbers)
-                leaf = Value(read(leaf), number, *what)
+                leaf = value_node(read(leaf), number, *what)
             else:
-                leaf = Index(number, *what)
+                leaf = index_node(number, *what)
         derefed.append(leaf)
     return derefed
 
@@ -231,7 +231,7 @@ def reref(tree: _T) -> _T:
             if leaf.index in refs:
                 raise StructureError(
                     f"Cannot reref: two values for ref {leaf.index} "
-                    f"({describe(leaf.note.name, leaf.collection)}). Were two trees put "
+                    f"({describe(leaf.label.name, leaf.collection)}). Were two trees put "
                     "together after they were derefed? Deref the whole of them at once: "
                     "`rx.deref((tree1, tree2))`."
                 )
@@ -254,7 +254,7 @@ def reref(tree: _T) -> _T:
 
 def _check_node(tree: Any, node: Value) -> None:
     """What the value of a ref must be, of a node that any code may have made."""
-    which = describe(node.note.name, node.collection)
+    which = describe(node.label.name, node.collection)
     if not (isinstance(node.ref_type, type) and issubclass(node.ref_type, Ref)):
         raise StructureError(
             f"Cannot reref: the Value of {which} at {path_of(tree, lambda x: x is node)} "
@@ -279,13 +279,13 @@ def _check_node(tree: Any, node: Value) -> None:
 def make_ref_of(node: Value) -> Ref:
     """The ref of a `Value`, owned by the running trace. Nothing is checked."""
     return make_ref(
-        node.ref_type, node.value, node.collection, node.note.name, node.note.declared
+        node.ref_type, node.value, node.collection, node.label.name, node.label.declared
     )
 
 
 def _close(node: Value) -> Ref:
     # A list in the value may be another ref's, of which this one is a copy.
-    ref = make_ref_of(node.replaced(owned(node.value)))
+    ref = make_ref_of(node.with_value(owned(node.value)))
     for leaf in jtu.tree_leaves(node.value):
         check_not_deleted(ref, leaf)
     for bound in ref._declared or ():
@@ -295,7 +295,7 @@ def _close(node: Value) -> Ref:
 
 def _resolve(tree: Any, node: Value | Index, refs: dict[int, Ref]) -> Ref:
     ref = refs.get(node.index)
-    which = describe(node.note.name, node.collection)
+    which = describe(node.label.name, node.collection)
     if ref is None:
         where = path_of(tree, lambda x: isinstance(x, Index) and x.index == node.index)
         raise StructureError(

@@ -56,6 +56,22 @@ class Identity:
         return self._id
 
 
+class Ignored(tuple):
+    """A part of a structure that does not count for what it is equal to, such as a name:
+    any two are equal."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Ignored)
+
+    def __ne__(self, other: object) -> bool:
+        return not isinstance(other, Ignored)
+
+    def __hash__(self) -> int:
+        return 0
+
+
 # The question by hash. The others are the `Identity` of what a ref was compared with.
 BY_HASH: Any = "by hash"
 

@@ -5,12 +5,14 @@ an `Index` at every later one.
 """
 
 from collections.abc import Hashable, Iterable
+from operator import itemgetter
 from typing import Any, TYPE_CHECKING
 
 import equinox as eqx
 import jax.tree_util as jtu
 
 from ._errors import check_hashable, describe
+from ._identity import Ignored
 from ._ref import Ref
 
 
@@ -21,31 +23,27 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 
-class Note:
-    """What a ref says of itself, apart from its structure: its name and its declared type.
+class Label(Ignored):
+    """What a ref says of itself beside its structure: `(name, declared types)`.
 
-    It rides along in the treedef of a derefed tree without being part of it: any two notes
+    It rides along in the treedef of a derefed tree without being part of it: any two labels
     are equal. (Treedefs are equal for equal structure, sharing, collections and ref types.)
     """
 
-    __slots__ = ("declared", "name")
+    __slots__ = ()
 
-    def __init__(self, name: str | None, declared: Any):
-        self.name = name
-        self.declared = declared
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Note)
-
-    def __hash__(self) -> int:
-        return 0
+    name: str | None = property(itemgetter(0))  # type: ignore[assignment]
+    declared: Any = property(itemgetter(1))
 
     def __repr__(self) -> str:
-        return f"Note({self.name!r})"
+        return f"Label({self.name!r})"
 
 
-def note_of(ref: Ref) -> Note:
-    return Note(ref._name, ref._declared)
+_NO_LABEL = Label((None, None))
+
+
+def label_of(ref: Ref) -> Label:
+    return Label((ref._name, ref._declared))
 
 
 class Value:
@@ -60,8 +58,6 @@ class Value:
     - `index`: the number of the ref in its tree. Static.
     - `collection`: the collection of the ref. Static.
     - `ref_type`: the class of the ref. Static.
-    - `note`: the name of the ref and its declared type, for messages and checks. No part of
-        the structure.
 
     !!! Example
 
@@ -75,7 +71,7 @@ class Value:
         ```
     """
 
-    __slots__ = ("collection", "index", "note", "ref_type", "value")
+    __slots__ = ("collection", "index", "label", "ref_type", "value")
 
     def __init__(
         self,
@@ -83,18 +79,17 @@ class Value:
         index: int,
         collection: Hashable = None,
         ref_type: type[Ref] = Ref,
-        note: Note = Note(None, None),
     ):
         check_hashable("rx.Value", index=index, collection=collection)
         self.value = value
         self.index = index
         self.collection = collection
         self.ref_type = ref_type
-        self.note = note
+        self.label = _NO_LABEL
 
-    def replaced(self, value: Any) -> "Value":
+    def with_value(self, value: Any) -> "Value":
         """The same node, with another value."""
-        return Value(value, self.index, self.collection, self.ref_type, self.note)
+        return value_node(value, self.index, self.collection, self.ref_type, self.label)
 
     def __repr__(self) -> str:
         return _node_repr(self, f"{eqx.tree_pformat(self.value)}, ")
@@ -115,8 +110,6 @@ class Index:
     - `index`: the number of the ref in its tree. Static.
     - `collection`: the collection of the ref. Static.
     - `ref_type`: the class of the ref. Static.
-    - `note`: the name of the ref and its declared type, for messages and checks. No part of
-        the structure.
 
     **Raises:**
 
@@ -133,26 +126,25 @@ class Index:
         ```
     """
 
-    __slots__ = ("collection", "index", "note", "ref_type")
+    __slots__ = ("collection", "index", "label", "ref_type")
 
     def __init__(
         self,
         index: int,
         collection: Hashable = None,
         ref_type: type[Ref] = Ref,
-        note: Note = Note(None, None),
     ):
         check_hashable("rx.Index", index=index, collection=collection)
         self.index = index
         self.collection = collection
         self.ref_type = ref_type
-        self.note = note
+        self.label = _NO_LABEL
 
     @property
     def value(self) -> Any:
         raise ValueError(
             f"Cannot get value of Index {self.index} "
-            f"({describe(self.note.name, self.collection)}): a shared ref keeps its value "
+            f"({describe(self.label.name, self.collection)}): a shared ref keeps its value "
             "at its first place in the tree. Call `rx.reref` on the whole tree."
         )
 
@@ -182,22 +174,44 @@ def is_node(x: Any) -> "TypeIs[Value | Index]":
     return isinstance(x, (Value, Index))
 
 
+# Past `__init__`: what is in a node already is not checked again, and a label is no argument
+# of the public classes.
+
+
+def value_node(
+    value: Any, index: int, collection: Hashable, ref_type: type[Ref], label: Label
+) -> Value:
+    node = object.__new__(Value)
+    node.value, node.index, node.collection = value, index, collection
+    node.ref_type, node.label = ref_type, label
+    return node
+
+
+def index_node(
+    index: int, collection: Hashable, ref_type: type[Ref], label: Label
+) -> Index:
+    node = object.__new__(Index)
+    node.index, node.collection = index, collection
+    node.ref_type, node.label = ref_type, label
+    return node
+
+
 _VALUE_KEY = jtu.GetAttrKey("value")
 
 
 def _unflatten_value(aux: tuple, children: Iterable[Any]) -> Value:
     (value,) = children
-    return Value(value, *aux)
+    return value_node(value, *aux)
 
 
 jtu.register_pytree_with_keys(
     Value,
-    lambda node: (((_VALUE_KEY, node.value),), (*_structure(node), node.note)),
+    lambda node: (((_VALUE_KEY, node.value),), (*_structure(node), node.label)),
     _unflatten_value,
-    lambda node: ((node.value,), (*_structure(node), node.note)),
+    lambda node: ((node.value,), (*_structure(node), node.label)),
 )
 jtu.register_pytree_with_keys(
     Index,
-    lambda node: ((), (*_structure(node), node.note)),
-    lambda aux, _: Index(*aux),
+    lambda node: ((), (*_structure(node), node.label)),
+    lambda aux, _: index_node(*aux),
 )

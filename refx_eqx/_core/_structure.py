@@ -94,7 +94,7 @@ def join_value(arrays: Any, statics: Any) -> Any:
 def map_values(fn: Callable[[int, Any], Any], leaves: Leaves) -> Leaves:
     """`leaves`, with `fn(i, value)` for the value of ref number `i`."""
     return [
-        leaf.replaced(fn(leaf.index, leaf.value)) if type(leaf) is Value else leaf
+        leaf.with_value(fn(leaf.index, leaf.value)) if type(leaf) is Value else leaf
         for leaf in leaves
     ]
 
@@ -112,8 +112,8 @@ def split(
     for leaf in leaves:
         if type(leaf) is Value:
             of_arrays, of_statics = split_value(leaf.value)
-            arrays.append(leaf.replaced(of_arrays))
-            statics.append(leaf.replaced(of_statics))
+            arrays.append(leaf.with_value(of_arrays))
+            statics.append(leaf.with_value(of_statics))
         elif type(leaf) is Index:
             arrays.append(leaf)
             statics.append(leaf)
@@ -129,7 +129,7 @@ def split(
 def join(arrays: Leaves, statics: Leaves) -> Leaves:
     """The opposite of `split`."""
     return [
-        x.replaced(join_value(x.value, static.value))
+        x.with_value(join_value(x.value, static.value))
         if type(x) is Value
         else (x if static is None else _strongly(static))
         for x, static in zip(arrays, statics)
@@ -216,7 +216,7 @@ class Structure:
             [
                 next(rest)
                 if static is None
-                else static.replaced(values[static.index])
+                else static.with_value(values[static.index])
                 if type(static) is Value
                 else (static if type(static) is Index else None)
                 for static in statics
@@ -238,7 +238,7 @@ class Structure:
                 value = outcome.info.value(i, outcome.updates[i])
             else:
                 value = join_value(before[i], node.value)
-            copies.append(make_ref_of(node.replaced(value)))
+            copies.append(make_ref_of(node.with_value(value)))
         return copies
 
 
@@ -250,7 +250,7 @@ class Key:
     def __init__(self, structure: Structure):
         statics, treedef = jtu.tree_flatten(structure.statics)
         declared = tuple(
-            leaf.note.declared
+            leaf.label.declared
             for leaves in structure.statics
             for leaf in leaves
             if type(leaf) is Value

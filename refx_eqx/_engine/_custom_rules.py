@@ -94,7 +94,7 @@ class CallWithRules:
 
     def describe(self, number: int) -> str:
         node = self.nodes[number]
-        return describe(node.note.name, node.collection)
+        return describe(node.label.name, node.collection)
 
     def refuse_perturbed(
         self, perturbed: list[Leaves], first: int, written: Collection[int]
@@ -181,7 +181,7 @@ def placed(of_result: Leaves, of_out: Leaves) -> Leaves:
     """What the leaves of an outcome have, at the places of the derefed result: `None` for a
     ref of the caller, which is no result of the function but an input."""
     return [
-        result.replaced(made.value if type(made) is Value else None)
+        result.with_value(made.value if type(made) is Value else None)
         if type(result) is Value
         else (result if type(result) is Index else made)
         for result, made in zip(of_result, of_out)
@@ -191,7 +191,7 @@ def placed(of_result: Leaves, of_out: Leaves) -> Leaves:
 def made(out: Leaves, of_result: Leaves) -> Leaves:
     """The opposite of `placed`."""
     return [
-        made.replaced(result.value)
+        made.with_value(result.value)
         if type(made) is Value
         else (made if type(made) is Index else result)
         for made, result in zip(out, of_result)

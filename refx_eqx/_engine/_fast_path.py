@@ -237,7 +237,7 @@ class Plan:
         for i, (ref, value, node) in enumerate(zip(refs, values, self.nodes)):
             if ref._collection != node.collection:
                 return False
-            if ref._declared != node.note.declared:
+            if ref._declared != node.label.declared:
                 return False
             if i not in others and (
                 type(value) is not _trace.ConcreteArray

@@ -91,7 +91,7 @@ def _read_ref(
     value = given.value if isinstance(given, (Value, Ref)) else given
     if value is None or isinstance(value, Index):
         return
-    which = describe(node.note.name, node.collection)
+    which = describe(node.label.name, node.collection)
     treedef = jtu.tree_structure(like)
     if treedef.num_leaves == 0:
         raise MismatchError(

@@ -421,8 +421,8 @@ def as_closed(leaves: list[Any]) -> list[Any]:
             leaf.ref_type,
             leaf.value,
             leaf.collection,
-            leaf.note.name,
-            leaf.note.declared,
+            leaf.label.name,
+            leaf.label.declared,
         )
         for leaf in leaves
         if isinstance(leaf, Value)
@@ -432,7 +432,7 @@ def as_closed(leaves: list[Any]) -> list[Any]:
         if is_node(leaf):
             if leaf.index not in refs:
                 raise StructureError(
-                    f"Index {leaf.index} ({describe(leaf.note.name, leaf.collection)}) has "
+                    f"Index {leaf.index} ({describe(leaf.label.name, leaf.collection)}) has "
                     "no Value in this tree. Pass the whole derefed tree."
                 )
             leaf = refs[leaf.index]

@@ -215,7 +215,7 @@ def _told_apart(texts: list[str], other: str) -> list[str]:
 def _leaf_text(derefed: Call, leaf: Any, name: str) -> str:
     if not is_node(leaf):
         return "an array" if leaf is None else "a static value"
-    which = describe(leaf.note.name, leaf.collection)
+    which = describe(leaf.label.name, leaf.collection)
     if leaf.index >= len(derefed.refs):
         return f"a new ref, {which}"
     ref = derefed.refs[leaf.index]
@@ -235,7 +235,7 @@ def _places(part: Carried, out: Leaves) -> list[str]:
         what = f"the array of the result at {place_text(path_in(part, k))}"
         if type(leaf) is Value:
             what = (
-                f"a new ref of the result, {describe(leaf.note.name, leaf.collection)}"
+                f"a new ref of the result, {describe(leaf.label.name, leaf.collection)}"
             )
         found += [what] * len(jtu.tree_leaves(leaf))
     return found

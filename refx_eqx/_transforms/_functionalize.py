@@ -95,5 +95,5 @@ def _check_passed(fn: Any, derefed: Call, written: Iterable[int]) -> None:
 
 def _only_updated(leaf: Any, new: dict[int, Any]) -> Any:
     if type(leaf) is Value:
-        return leaf.replaced(new.get(leaf.index))
+        return leaf.with_value(new.get(leaf.index))
     return leaf if type(leaf) is Index else None

@@ -164,11 +164,11 @@ def _result_axes(derefed: Call, outcome: Outcome, out_axes: Any, name: str) -> L
             if of_refs.setdefault(leaf.index, mine) != mine:
                 raise MismatchError(
                     f"`{name}(..., out_axes=...)` gives "
-                    f"{describe(leaf.note.name, leaf.collection)} two axes, "
+                    f"{describe(leaf.label.name, leaf.collection)} two axes, "
                     f"{of_refs[leaf.index]} and {mine}: it is one new ref at two places of "
                     "the result. Give both places one axis."
                 )
-    return [x.replaced(of_refs[x.index]) if type(x) is Value else x for x in axes]
+    return [x.with_value(of_refs[x.index]) if type(x) is Value else x for x in axes]
 
 
 # The axis of a key that was broadcast, split along the mapped axis, and written: the first
