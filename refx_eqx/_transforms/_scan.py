@@ -1,5 +1,6 @@
 """`scan`, and the loop that `map` and `fori_loop` are made of too."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -127,9 +128,11 @@ def run_scan(
         return (count, after(outcome)), loop.rest(outcome)
 
     first = count, loop.carried(loop.arrays)
-    (_, final), (ys, stacked) = jax.lax.scan(
-        step, first, xs, length, reverse=reverse, unroll=unroll
-    )
+    # JAX has no scan without steps under `jax.disable_jit` (0.10 to 0.12).
+    with contextlib.nullcontext() if length else jax.disable_jit(False):
+        (_, final), (ys, stacked) = jax.lax.scan(
+            step, first, xs, length, reverse=reverse, unroll=unroll
+        )
     return loop.outcome(final, (ys, placed(stacked)), staged.avals)
 
 
