@@ -1,5 +1,8 @@
 """`rx.nn.MultiheadAttention`: Equinox's, and decoding with a cache."""
 
+# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp

@@ -1,5 +1,8 @@
 """`rx.nn.BatchNorm` computes what Equinox's and flax's do."""
 
+# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp

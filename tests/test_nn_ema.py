@@ -1,5 +1,8 @@
 """`rx.nn.EMA`: a model that follows another."""
 
+# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# pyright: reportAttributeAccessIssue=false
+
 import copy
 import pickle
 

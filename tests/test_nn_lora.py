@@ -1,5 +1,8 @@
 """`rx.nn.LoRA`: a change of low rank, around weights that stay."""
 
+# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# pyright: reportOptionalSubscript=false
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp

@@ -1,5 +1,8 @@
 """`rx.nn.Average` and `rx.nn.Accuracy`."""
 
+# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# pyright: reportCallIssue=false
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr

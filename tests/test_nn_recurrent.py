@@ -1,5 +1,8 @@
 """`rx.nn.GRUCell` and `rx.nn.LSTMCell`: Equinox's cells, and their state."""
 
+# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# pyright: reportPossiblyUnboundVariable=false
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp

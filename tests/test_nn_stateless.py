@@ -1,5 +1,8 @@
 """The layers of Equinox that have no state, made with refs."""
 
+# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# pyright: reportAttributeAccessIssue=false, reportIncompatibleMethodOverride=false, reportIndexIssue=false
+
 import copy
 import pickle
 
