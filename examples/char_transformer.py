@@ -305,9 +305,9 @@ def train(
     losses, validations = [], []
     every = max(1, steps // 20)
     for step in range(1, steps + 1):
-        losses.append(float(train_step(model, optimizer, next(batches))))
+        losses.append(float(train_step(model, optimizer, jnp.asarray(next(batches)))))
         if step % every == 0 or step == steps:
-            validations.append((step, float(evaluate(model, validation))))
+            validations.append((step, float(evaluate(model, jnp.asarray(validation)))))
         report(step, losses[-1], validations[-1][1] if validations else np.nan)
     return losses, validations
 

@@ -13,6 +13,8 @@ What to look at:
 
 import argparse
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -117,15 +119,15 @@ class Discriminator(rx.Module):
 class Player(rx.Module):
     """A model, and the optimizer that trains it."""
 
-    model: Generator | Discriminator
+    model: Any
     optimizer: rx.Optimizer
 
-    def __init__(self, model: Generator | Discriminator):
+    def __init__(self, model: Any):
         self.model = model
         self.optimizer = rx.Optimizer(model, optax.adam(1e-3, b1=0.5))
 
 
-def batched(model: Generator | Discriminator, xs: Array) -> Array:
+def batched(model: Callable[[Array], Array], xs: Array) -> Array:
     return rx.filter_vmap(model, axis_name="batch")(xs)
 
 

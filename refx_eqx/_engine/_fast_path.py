@@ -336,6 +336,9 @@ class Plan:
             flat += values[start:number]
             start = number + 1
             value, treedef = values[number], self.variant.values[number]
+            if treedef == _ONE_ARRAY and type(value) in _one_array:
+                flat.append(value)
+                continue
             its_arrays, found = jtu.tree_flatten(value)
             if found != treedef or not set(map(type, its_arrays)) <= _ONLY_ARRAYS:
                 # Numbers, texts, functions, ...
@@ -343,11 +346,16 @@ class Plan:
                 its_arrays, found = jtu.tree_flatten(of_arrays)
                 if found != treedef or static_keys(statics) != self.statics[number]:
                     return None
+                if of_arrays is value:
+                    _one_array.add(type(value))
             flat += its_arrays
         return flat + values[start:]
 
 
+_ONE_ARRAY = jtu.tree_structure(0)
 _ONLY_ARRAYS = {_trace.ConcreteArray}
+# The types of which a value is one array, or a number. Filled as types are met.
+_one_array = {_trace.ConcreteArray}
 
 
 def make_plan(
