@@ -3,6 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import refx_eqx as rx
@@ -102,11 +103,11 @@ def test_jvp_refuses_what_does_not_fit():
         rx.filter_jvp(lambda w: w.value, (w,), (one, one))
     with pytest.raises(rx.StructureError, match="tangents must have the structure"):
         rx.filter_jvp(lambda t: t["w"].value, ({"w": w},), ({"v": one},))
-    with pytest.raises(rx.StructureError, match=r"i32\[\].* must be `None`"):
+    with pytest.raises(TypeError, match=r"must have `None`.*an unnamed ref .*'counts'"):
         rx.filter_jvp(lambda n: n.value, (n,), (one,))
     with pytest.raises(rx.StructureError, match="one value for .*'params'.*one ref"):
         rx.filter_jvp(lambda t: t[0].value, ([w, w],), ([one, jnp.array(2.0)],))
-    with pytest.raises(rx.StructureError, match="`None` where there is nothing"):
+    with pytest.raises(TypeError, match="`None` where there is nothing"):
         rx.filter_jvp(lambda t: t[0].value, ([w, "text"],), ([one, one],))
 
 
@@ -159,7 +160,7 @@ def test_vjp_aux_wrt_and_results_of_any_type():
     assert jnp.allclose(of_model["decoder"].value, x0) and of_x is None
     with pytest.raises(rx.StructureError, match="cotangents must have the structure"):
         vjp_fn(jnp.ones(2))
-    with pytest.raises(rx.StructureError, match="`None` where there is nothing"):
+    with pytest.raises(TypeError, match="`None` where there is nothing"):
         vjp_fn({**ct, "text": jnp.ones(2)})
 
 
@@ -202,7 +203,7 @@ def test_linearize_aux_and_its_errors():
     assert out == 4.0 and aux is n and f_jvp(jnp.array(1.0), None) == 4.0
     with pytest.raises(rx.StructureError, match="takes 2 tangents.*was given 1"):
         f_jvp(jnp.array(1.0))
-    with pytest.raises(rx.StructureError, match="something that is not differentiated"):
+    with pytest.raises(TypeError, match="`None` where there is nothing"):
         f_jvp(None, jnp.array(1.0))
 
 
@@ -381,3 +382,56 @@ def test_a_failure_writes_nothing():
         with pytest.raises(RuntimeError, match="no"):
             call()
     assert model["count"].value == 0
+
+
+FLOAT0 = np.zeros((), jax.dtypes.float0)
+
+
+@pytest.mark.parametrize("n, tangent", [(3, FLOAT0), (jnp.array(3), FLOAT0), (3, None)])
+def test_where_there_is_nothing_to_differentiate_jax_has_float0(n, tangent):
+    out = rx.filter_jvp(
+        lambda x, n: x * n, (jnp.array(2.0), n), (jnp.array(1.0), tangent)
+    )
+    assert out == (6.0, 3.0)
+
+
+def test_the_tangent_of_a_value_may_have_its_statics():
+    ref = rx.Ref({"x": jnp.array(2.0), "kind": "scale"})
+    tangent = {**ref.value, "x": jnp.array(1.0)}
+    _, out = rx.filter_jvp(lambda ref: ref.value["x"] ** 2, (ref,), (tangent,))
+    assert out == 4.0
+
+
+@pytest.mark.parametrize(
+    "primal, tangent, text",
+    [
+        (jnp.array(3), jnp.array(1), r"`None` where .*weak_i32\[\] for `\[0\]`"),
+        ("a", "a", r"`None` where .*'a' for `\[0\]`"),
+        (jnp.array(3.0), jnp.array(1), r"a floating-point .*weak_i32\[\] for `\[0\]`"),
+        (jnp.array(3.0), "a", r"a floating-point .*'a' for `\[0\]`"),
+    ],
+)
+def test_what_is_no_tangent_is_refused(primal, tangent, text):
+    with pytest.raises(TypeError, match=f"tangents must have {text}"):
+        rx.filter_jvp(lambda x: x, ([primal],), ([tangent],))
+    ref = rx.Ref(primal, "stats")
+    if tangent == "a":
+        return  # what is static stands for itself there
+    text = text.replace(r"`\[0\]`", "an unnamed ref .*'stats'")
+    with pytest.raises(TypeError, match=f"tangents must have {text}"):
+        rx.filter_jvp(lambda ref: ref.value, (ref,), (tangent,))
+
+
+def test_a_backward_rule_returns_no_integers():
+    f = rx.filter_custom_vjp(lambda x: x["w"].value)
+    f.def_fwd(lambda perturbed, x: (x["w"].value, None))
+    f.def_bwd(lambda residuals, grad, perturbed, x: {"w": jnp.array(1)})
+    ref = rx.Ref(jnp.array(2.0), "params")
+    with pytest.raises(TypeError, match=r"gradient .*has weak_i32\[\] for .*'params'"):
+        rx.filter_grad(f)({"w": ref})
+
+
+def test_the_rule_of_a_custom_jvp_is_given_arrays_by_an_eager_jvp_too():
+    f = rx.filter_custom_jvp(lambda x: 2 * x)
+    f.def_jvp(lambda primals, tangents: (2 * primals[0], tangents[0] ** 2))
+    assert jax.jvp(f, (2.0,), (3.0,)) == (4.0, 9.0)

@@ -96,6 +96,7 @@ def test_the_corpus_has_what_is_drawn_seldom():
         "out_axis=",
         "keywords=True",
         "= Ref(tree",
+        ", typed",
     ):
         assert what in of_text, what
 

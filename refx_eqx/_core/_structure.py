@@ -360,8 +360,8 @@ jtu.register_pytree_node(OutcomeInfo, lambda info: ((), info), lambda info, _: i
 def arrays_of(outcome: Outcome) -> tuple[Leaves, dict[int, Any]]:
     """What a body returns and writes, with arrays instead of numbers: those of Python in a
     ref, and the constants of a jaxpr."""
-    return jtu.tree_map(_array_of, (outcome.out, outcome.updates))
+    return jtu.tree_map(array_of, (outcome.out, outcome.updates))
 
 
-def _array_of(x: Any) -> Any:
+def array_of(x: Any) -> Any:
     return x if isinstance(x, jax.Array) else jnp.asarray(x)

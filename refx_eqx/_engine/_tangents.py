@@ -2,13 +2,17 @@
 
 They have the structure of the derefed tree that they are for, with `None` for zero. At the
 place of a ref there may be a `Value`, a ref or its value; of several places of one ref, one
-has it.
+has it. Where there is nothing to differentiate there is `None`, or what JAX has there: an
+array of `float0`.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._core._closure import Carried
@@ -17,6 +21,7 @@ from .._core._functions import leaves_up_to
 from .._core._nodes import Index, is_node, Value
 from .._core._ref import Ref
 from .._core._structure import Leaves, map_values, values_of
+from ._places import path_in, place_text
 
 
 __tracebackhide__ = True
@@ -38,6 +43,7 @@ def read_tangents(
     **Raises:**
 
     - `StructureError`: if a tree is of another structure.
+    - `TypeError`: if there is something that is no tangent.
     """
     likes = values_of(like)
     # Of each ref. `None` is the absence of a node here, so nothing says more than "zero".
@@ -45,7 +51,14 @@ def read_tangents(
     read = []
     for part, mine, tree in zip(parts, like, trees):
         given = _leaves_up_to(part, tree, what)
-        read.append([_read_leaf(a, b, likes, found, what) for a, b in zip(mine, given)])
+        read.append([])
+        for k, (leaf, x) in enumerate(zip(mine, given)):
+            if is_node(leaf):
+                _read_ref(leaf, x, likes[leaf.index], found, what)
+            else:
+                place = functools.partial(_place, part, k)
+                leaf = _tangent(leaf, x, what, place)
+            read[-1].append(leaf)
     return [map_values(lambda i, _: found[i], leaves) for leaves in read]
 
 
@@ -61,28 +74,33 @@ def _leaves_up_to(part: Carried, tree: Any, what: str) -> list[Any]:
         ) from None
 
 
-def _read_leaf(
-    leaf: Any, given: Any, likes: dict[int, Any], found: dict[int, Any], what: str
-) -> Any:
-    if is_node(leaf):
-        _read_ref(leaf, given, likes[leaf.index], found, what)
-        return leaf
-    if leaf is not None:
-        return _one_array(given, what)
-    if jtu.tree_leaves(given):
-        raise MismatchError(
-            f"{what} must have `None` where there is nothing to differentiate, and has "
-            f"{eqx.tree_pformat(given)} for something that is not differentiated."
-        )
-    return None
+def _place(part: Carried, k: int) -> str:
+    return place_text(path_in(part, k))
 
 
-def _one_array(x: Any, what: str) -> Any:
-    if x is not None and not eqx.is_array_like(x):
-        raise MismatchError(
-            f"{what} must have an array or `None` at the place of each array, and has {x!r}."
-        )
-    return x
+def _tangent(leaf: Any, given: Any, what: str, where: Callable[[], str]) -> Any:
+    """`given`, as the tangent of `leaf`: an array, or `None`."""
+    if given is None:
+        return None
+    if leaf is None or not _is_inexact(leaf):
+        if all(map(_is_float0, jtu.tree_leaves(given))):
+            return None
+        wanted = "`None` where there is nothing to differentiate"
+    elif eqx.is_array_like(given) and _is_inexact(given):
+        return given
+    else:
+        wanted = "a floating-point or complex array, or `None`, for each such array"
+    raise TypeError(
+        f"{what} must have {wanted}, and has {eqx.tree_pformat(given)} for {where()}."
+    )
+
+
+def _is_inexact(x: Any) -> bool:
+    return bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact))
+
+
+def _is_float0(x: Any) -> bool:
+    return getattr(x, "dtype", None) == jax.dtypes.float0
 
 
 def _read_ref(
@@ -92,12 +110,8 @@ def _read_ref(
     if value is None or isinstance(value, Index):
         return
     which = describe(node.label.name, node.collection)
-    treedef = jtu.tree_structure(like)
-    if treedef.num_leaves == 0:
-        raise MismatchError(
-            f"{what} must have `None` where there is nothing to differentiate, and has "
-            f"{eqx.tree_pformat(value)} for {which}: something that is not differentiated."
-        )
+    # The statics of the value may stand in the tangent as they are.
+    leaves, treedef = jtu.tree_flatten(like, is_leaf=lambda x: x is None)
     try:
         values = treedef.flatten_up_to(value)
     except (ValueError, TypeError) as e:
@@ -105,8 +119,13 @@ def _read_ref(
             f"{what} must have the structure of the value of {which}, with `None` for what "
             f"is not differentiated. JAX says: {e}"
         ) from None
+    values = [
+        None
+        if leaf is None and not any(map(eqx.is_array_like, jtu.tree_leaves(x)))
+        else _tangent(leaf, x, what, lambda: which)
+        for leaf, x in zip(leaves, values)
+    ]
     earlier = treedef.flatten_up_to(found[node.index])
-    values = [_one_array(x, what) for x in values]
     for x, y in zip(earlier, values):
         if x is not None and y is not None and x is not y:
             raise MismatchError(

@@ -13,7 +13,7 @@ from .._core._call import Call, call
 from .._core._deref import deref
 from .._core._errors import name_of
 from .._core._functions import tree_of
-from .._core._structure import arrays_of, Leaves, Outcome
+from .._core._structure import array_of, arrays_of, Leaves, Outcome
 from .._engine._autodiff import arrays_of_result, is_inexact
 from .._engine._backward import with_outer_channels, without_channels
 from .._engine._custom_rules import (
@@ -139,7 +139,8 @@ def _custom_jvp(frame: CallWithRules, n: int) -> Callable:
         return arrays_of(frame.run_function(arrays))
 
     def rule(primals: tuple, tangents: tuple) -> tuple:
-        (arrays,), (given,) = primals, tangents
+        # An eager `jax.jvp` hands over numbers of Python as they are.
+        (arrays,), (given,) = jtu.tree_map(array_of, primals), tangents
         given = jtu.tree_map(lambda x, t: derivative(t, is_inexact(x)), arrays, given)
         found: dict[str, Any] = {}
 

@@ -56,8 +56,9 @@ def filter_jvp(
     - `fn`: the function to differentiate. Called as `fn(*primals, **kwargs)`.
     - `primals`: its positional arguments.
     - `tangents`: of the structure of `primals`, with `None` for a tangent of zero, and so
-        for all that is not a floating-point or complex number. At the place of a ref, the
-        tangent of its value: by itself, or in a `Value`, as gradients have it. A ref that is at
+        (or `float0`, as JAX has it) for all that is not a floating-point or complex number.
+        At the place of a ref, the tangent of its value: by itself, or in a `Value`, as
+        gradients have it. A ref that is at
         several places has one tangent, at one of them.
     - `**kwargs`: keyword arguments of `fn`, which are not differentiated.
 
@@ -69,9 +70,9 @@ def filter_jvp(
 
     **Raises:**
 
-    - `TypeError`: if the primals or the tangents are no tuple.
-    - `StructureError`: if the tangents are not of the structure of the primals, or if
-        something that cannot be differentiated has one.
+    - `TypeError`: if the primals or the tangents are no tuple, or if something that cannot be
+        differentiated has a tangent.
+    - `StructureError`: if the tangents are not of the structure of the primals.
     """
     for what, given in (("primals", primals), ("tangents", tangents)):
         if not isinstance(given, tuple | list):
@@ -92,14 +93,8 @@ def filter_jvp(
         n = len(args)
         arrays = derefed.arrays[:n]
         given = read_tangents(derefed.parts, arrays, tangents, "The tangents")
-        flat, treedef = jtu.tree_flatten(arrays)
+        treedef = jtu.tree_structure(arrays)
         tangents_in = treedef.flatten_up_to(given)
-        for x, t in zip(flat, tangents_in):
-            if t is not None and not is_inexact(x):
-                raise MismatchError(
-                    f"`filter_jvp`: the tangent of {eqx.tree_pformat(x)} must be `None`: "
-                    "only floating-point and complex numbers are differentiated."
-                )
         has_tangent = treedef.unflatten([t is not None for t in tangents_in])
         primals_in, rest = eqx.partition(arrays, has_tangent)
 

@@ -116,7 +116,7 @@ class _Invalid(Exception):
 class _Session:
     def __init__(self, program: Program):
         self.program = program
-        self.plain, self.lifted = Plain(), Lifted()
+        self.plain, self.lifted = Plain(), Lifted(program.is_typed)
         # The ref for each number in the heap of the plain one, and the other way.
         self.refs: dict[int, rx.Ref] = {}
         self.numbers: dict[int, int] = {}
@@ -141,9 +141,7 @@ class _Session:
         for i, (spec, value) in enumerate(zip(self.program.pool, values)):
             place = self.plain.new(value, spec.collection)
             # A copy: the lifted one may be donated.
-            value = jnp.array(value, copy=True)
-            tree = {"x": value, "kind": "tree"} if spec.dtype == "tree" else value
-            ref = rx.Ref(tree, spec.collection)
+            ref = self.lifted.first(spec, jnp.array(value, copy=True))
             self.know(place, ref, f"pool {i}")
             pool.append((place, ref))
         return pool

@@ -1,5 +1,6 @@
 """The interpretation with the transforms of this library."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+from jaxtyping import Array, Float64, Int32, Key, UInt32
 
 import refx_eqx as rx
 
@@ -25,7 +27,7 @@ from .interpret import (
     test,
     unpack,
 )
-from .program import Apply, Block
+from .program import Apply, Block, RefSpec
 
 
 class Holder(rx.Module):
@@ -44,11 +46,39 @@ class Holder(rx.Module):
     __call__ = method
 
 
-class Lifted(Interpreter):
-    """`traces` counts how often each block was run by Python."""
+KINDS = {"float": Float64, "log": Float64, "int": Int32, "key": Key, "raw": UInt32}
 
-    def __init__(self):
+
+@functools.cache
+def typed_field(kind: str, axes: str) -> type:
+    """A module with one field: a ref that is declared to hold an array with these axes."""
+
+    class Typed(rx.Module):
+        ref: rx.Ref[KINDS[kind][Array, axes]]
+
+    return Typed
+
+
+class Lifted(Interpreter):
+    """- `traces` counts how often each block was run by Python;
+    - `is_typed`: whether refs are those of fields that declare their types."""
+
+    def __init__(self, is_typed: bool = False):
         self.traces: dict[int, int] = {}
+        self.is_typed = is_typed
+
+    def first(self, spec: RefSpec, value: Any) -> rx.Ref:
+        """A ref that there is at first."""
+        if spec.dtype == "tree":
+            value = {"x": value, "kind": "tree"}
+        ref = rx.Ref(value, spec.collection)
+        if not self.is_typed or spec.dtype not in KINDS:
+            return ref
+        # Of a stack, the type of one layer is declared.
+        is_stack = spec.collection == "layers"
+        shape = spec.shape[1:] if is_stack else spec.shape
+        field = typed_field(spec.dtype, " ".join(map(str, shape)))
+        return rx.filter_vmap(field)(ref).ref if is_stack else field(ref).ref
 
     def is_ref(self, x):
         return isinstance(x, rx.Ref)
@@ -82,7 +112,8 @@ class Lifted(Interpreter):
         return eqx.error_if(x, fails, "a check of the program")
 
     def new(self, value, collection):
-        return rx.Ref(value, collection)
+        ref = rx.Ref(value, collection)
+        return typed_field("float", "...")(ref).ref if self.is_typed else ref
 
     def is_same(self, a, b):
         return a is b

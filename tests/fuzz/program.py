@@ -234,7 +234,7 @@ class Program:
     - `places`: a number in the pool for each name. Two of a number are a tie;
     - `again`: other places, for a call with another sharing;
     - `top`: what is called;
-    - `seed`: of the values.
+    - `seed`: of the values. The refs of every other one have declared types.
     """
 
     pool: tuple[RefSpec, ...]
@@ -242,6 +242,10 @@ class Program:
     again: dict[str, int]
     top: Apply
     seed: int
+
+    @property
+    def is_typed(self) -> bool:
+        return self.seed % 2 == 1
 
 
 def has_checks(s: Apply) -> bool:
@@ -267,7 +271,8 @@ def transforms_of(s: Apply) -> list[str]:
 
 def text(program: Program) -> str:
     """The program, in a text like Python."""
-    lines = [f"# values of seed {program.seed}"]
+    typed = ", typed" if program.is_typed else ""
+    lines = [f"# values of seed {program.seed}{typed}"]
     for i, spec in enumerate(program.pool):
         names = [n for n, k in program.places.items() if k == i]
         lines.append(
