@@ -71,6 +71,15 @@ def tests_matrix(session: nox.Session, dependencies: str) -> None:
 
 
 @nox.session
+def interrupts(session: nox.Session) -> None:
+    """An exception at every line of a lifted call, not only at some of them: minutes."""
+    session.install("-e", ".[tests]")
+    every = {"REFX_INTERRUPT_EVERY": "1"}
+    files = ("tests/test_interrupts.py",)
+    session.run("python", "-m", "pytest", *files, *session.posargs, env=every)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Ruff: the format, and the rules."""
     session.install(RUFF)

@@ -14,18 +14,17 @@ once, last. The arguments come first, so the refs of a call are numbered as `rx.
 numbers them.
 """
 
-import contextlib
 import copy
 from collections.abc import (
     Callable,
     Hashable,
-    Iterator,
     Mapping,
     Sequence,
     Set,
 )
 from typing import Any, ParamSpec, TypeVar
 
+import equinox as eqx
 import jax.tree_util as jtu
 
 from . import _closure, _trace
@@ -219,20 +218,14 @@ def _check_no_lost_write(fn: Any, leaves: list[Any]) -> None:
             )
 
 
-@contextlib.contextmanager
-def dispatching(derefed: Call) -> Iterator[None]:
+def dispatching(derefed: Call) -> _trace.pushed:
     """While it lasts, `derefed` is the call that `running_call` finds.
 
     A transform of JAX that caches is given a function that knows nothing of a single call:
     it may be traced now, or was traced for another call of the same structure. Which refs
     and static leaves it runs on, when it is traced, the call says that is running then.
     """
-    calls = _trace.thread.state.calls
-    calls.append(derefed)
-    try:
-        yield
-    finally:
-        calls.pop()
+    return _trace.pushed(_trace.thread.state.calls, derefed)
 
 
 def running_call() -> Call:
@@ -371,7 +364,8 @@ def _deref_result(
             )
         return ref._value
 
-    out, statics = split(deref_leaves(leaves, numbers, read))
+    # Shapes stand for arrays in what a function is given, not in what it returns.
+    out, statics = split(deref_leaves(leaves, numbers, read), eqx.is_array)
     return out, Structure([part], [statics])
 
 
@@ -462,13 +456,18 @@ def call(
     calls from several threads is that of some order of them.
     """
     hook = _trace.debug_hook()
+    state = _trace.thread.state
+    bodies, calls = len(state.bodies), len(state.calls)
     for _ in range(_MAX_TRIES):
-        derefed = Call(fn, args, kwargs, is_dynamic)
         try:
+            derefed = Call(fn, args, kwargs, is_dynamic)
             return derefed.finish(transform(derefed))
         except Disturbed:
             continue
         finally:
+            # First, and without a call: CPython lets no signal in before these two.
+            del state.bodies[bodies:]
+            del state.calls[calls:]
             _trace.restore_debug_hook(hook)
     raise ConcurrencyError(
         f"Other threads changed the refs of `{name_of(fn)}` during each of {_MAX_TRIES} "

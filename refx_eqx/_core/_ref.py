@@ -6,6 +6,7 @@ places, and the two are one parameter.
 
 import contextlib
 import copy
+import itertools
 import threading
 import types
 import weakref
@@ -68,17 +69,38 @@ class _Commits:
         self.lock = threading.Lock()
 
     def store(self, updates: Iterable[tuple["Ref", Any]]) -> None:
-        """Writes values that were checked. The lock must be held."""
+        """Writes values that were checked, all in one step. The lock must be held."""
+        refs, values, channelled, channels = [], [], [], []
         for ref, value in updates:
             if (
                 type(value) is not _trace.ConcreteArray
                 and type(ref._value) is _trace.ConcreteArray
             ):
                 self.restructured += 1
-            set_content(ref, value)
-            ref._written = True
-        # Last: who read half of this began with the old count, and will see the new one.
-        self.count += 1
+            if type(value) is Channelled:
+                channelled.append(ref)
+                channels.append(value.channel)
+                value = value.value
+            refs.append(ref)
+            values.append(value)
+        try:
+            one_step(
+                itertools.chain(
+                    map(set_value, refs, values),
+                    map(_set_channel, channelled, channels),
+                    map(_set_written, refs, itertools.repeat(True)),
+                )
+            )
+        finally:
+            # Last: who read half of this began with the old count, and will see the new
+            # one.
+            self.count += 1
+
+
+# Runs an iterator to its end that is written in C, over setters of slots, which return
+# `None`. CPython handles signals between two steps of its interpreter, and here there is
+# none: a `KeyboardInterrupt` comes before all of the writes, or after them.
+one_step = any
 
 
 commits = _Commits()
@@ -430,16 +452,17 @@ def content(ref: Ref) -> Any:
 
 
 # Past the `__setattr__` of a subclass, which might raise between two refs of one call.
-_set_value = Ref.__dict__["_value"].__set__
+set_value = Ref.__dict__["_value"].__set__
 _set_channel = Ref.__dict__["_channel"].__set__
+_set_written = Ref.__dict__["_written"].__set__
 
 
 def set_content(ref: Ref, x: Any) -> None:
     if type(x) is Channelled:
-        _set_value(ref, x.value)
+        set_value(ref, x.value)
         _set_channel(ref, x.channel)
     else:
-        _set_value(ref, x)
+        set_value(ref, x)
 
 
 def _array_like(ref: Ref) -> Any:

@@ -22,7 +22,6 @@ of the function. A body that read a mutable ref would be silently stale when it 
 after a write. Plain `jax.grad` is refused because no gradient would flow to the ref.
 """
 
-import contextlib
 import contextvars
 import os
 import pathlib
@@ -145,14 +144,31 @@ guards: contextvars.ContextVar[tuple[Any, ...]]
 guards = contextvars.ContextVar("refx_eqx guards", default=())
 
 
-@contextlib.contextmanager
-def running_body(
-    name: str,
-    carried: Iterable[Any],
-    outer_trace: Any,
-    transparent: bool,
-    asked: dict[int, set[Any]],
-) -> Iterator[Body]:
+class pushed:
+    """Puts something on a list of the running thread, for the length of a `with` block.
+
+    A class and not a generator: a signal may come just before the block is entered or after
+    it is left, and a generator that is abandoned then takes off, when it is collected at
+    last, whatever is on the list by then. What such a signal leaves on it, the call that it
+    was in takes off: see `_call.call`.
+    """
+
+    __slots__ = ("_depth", "_list", "item")
+
+    def __init__(self, on: list[Any], item: Any):
+        self._list = on
+        self.item = item
+
+    def __enter__(self) -> Any:
+        self._depth = len(self._list)
+        self._list.append(self.item)
+        return self.item
+
+    def __exit__(self, *_: Any) -> None:
+        del self._list[self._depth :]
+
+
+class running_body(pushed):
     """Marks that the body of the lifted transform `name` runs, until the context ends.
 
     **Arguments:**
@@ -163,25 +179,36 @@ def running_body(
     - `transparent`: whether refs that are not carried may be read from the body.
     - `asked`: where to note what it asks of the identity of the refs.
     """
-    opened = []
-    for trace in _chain(current_trace()):
-        if trace is outer_trace:
-            break
-        opened.append(trace)
-    # Compare refs by identity: a subclass is free to define its own equality.
-    by_id = {id(ref): ref for ref in carried}
-    body = Body(name, by_id, transparent, opened, asked)
-    thread.state.bodies.append(body)
-    hook = debug_hook()
-    try:
-        yield body
-    finally:
-        thread.state.bodies.pop()
+
+    __slots__ = ("_hook",)
+
+    def __init__(
+        self,
+        name: str,
+        carried: Iterable[Any],
+        outer_trace: Any,
+        transparent: bool,
+        asked: dict[int, set[Any]],
+    ):
+        opened = []
+        for trace in _chain(current_trace()):
+            if trace is outer_trace:
+                break
+            opened.append(trace)
+        # Compare refs by identity: a subclass is free to define its own equality.
+        by_id = {id(ref): ref for ref in carried}
+        body = Body(name, by_id, transparent, opened, asked)
+        super().__init__(thread.state.bodies, body)
+        self._hook = debug_hook()
+
+    def __exit__(self, *_: Any) -> None:
+        super().__exit__()
         # Who keeps an inner ref keeps its body: not what that was about.
+        body = self.item
         body.running = False
         body.opened.clear()
         body.carried.clear()
-        restore_debug_hook(hook)
+        restore_debug_hook(self._hook)
 
 
 # What a trace is called in a message. A trace of a kind that is not listed here (JAX adds

@@ -111,7 +111,7 @@ def arrays_of_result(
 ) -> tuple[Carried, Leaves]:
     """As `derefed_result`, with `None` for all that is no array."""
     part, leaves = derefed_result(structure, outcome, arrays)
-    return part, split(leaves)[0]
+    return part, split(leaves, eqx.is_array)[0]
 
 
 def first_of_pair(part: Carried, leaves: Leaves, name: str) -> tuple[Carried, Leaves]:

@@ -32,7 +32,7 @@ from .._core._call import (
     updates_of,
     with_refs,
 )
-from .._core._ref import commits, Ref
+from .._core._ref import commits, one_step, Ref, set_value
 from .._core._structure import (
     is_traced,
     Outcome,
@@ -261,7 +261,8 @@ class Plan:
         if self.outside is not None:
             arrays = [arrays[x] if type(x) is Given else x for x in self.outside]
         running = (self.derefed, refs) if given else self.derefed
-        calls, lock = state.calls, commits.lock
+        calls = state.calls
+        depth = len(calls)
         while True:
             started = commits.count
             values = [ref._value for ref in refs]
@@ -276,9 +277,9 @@ class Plan:
                     return NO_PLAN
             elif arrays or self.donate is not None:
                 flat = arrays + values
-            calls.append(running)
             try:
                 try:
+                    calls.append(running)
                     if self.donate is None:
                         out, updates, info = self.run(flat)
                     else:
@@ -286,7 +287,7 @@ class Plan:
                     if info.waits:
                         jax.block_until_ready((out, updates))
                 finally:
-                    calls.pop()
+                    del calls[depth:]
                 known, in_general = self.last
                 if known is not info:
                     if not info.asked.holds_for(refs):
@@ -307,17 +308,22 @@ class Plan:
                 if in_general:
                     commit(refs, values, started, updates_of(outcome, refs))
                     return result
-                lock.acquire()  # half the time of a `with` statement
-                try:
+                # Not `lock.acquire()`, which a signal may part from its `try`.
+                with commits.lock:
                     if commits.count != started and not all(
                         ref._value is value for ref, value in zip(refs, values)
                     ):
                         continue
-                    for number, value in updates.items():
-                        refs[number]._value = value
-                    commits.count += 1
-                finally:
-                    lock.release()
+                    try:
+                        for number, value in updates.items():
+                            refs[number]._value = value
+                    except BaseException:
+                        # A signal, between two of them: first the others.
+                        get = refs.__getitem__
+                        one_step(map(set_value, map(get, updates), updates.values()))
+                        raise
+                    finally:
+                        commits.count += 1
                 return result
             except Disturbed:
                 continue

@@ -24,7 +24,7 @@ from .._core._identity import Answers, answers_for, Asked, joined, Questions
 from .._core._ref import commits, Ref
 from .._core._structure import Leaves, Outcome, Structure
 from ._donation import ALONE, apart, Donate, same_buffer_type, Split, what_to_donate
-from ._run_time_errors import explain, has_runtime_check
+from ._run_time_errors import explain, has_runtime_check, JIT_ID
 
 
 __tracebackhide__ = True
@@ -186,6 +186,8 @@ class Variant:
         body = program.body
 
         def traced(flat: list[Any]) -> tuple[Leaves, dict[int, Any], Any]:
+            # Where the stack of a failed `eqx.error_if` is cut: see `_run_time_errors.py`.
+            __equinox_jit_id__ = JIT_ID  # noqa: F841
             derefed = running_call()
             arrays = derefed.structure.unflatten(*treedef.unflatten(flat))
             outcome = body(derefed, arrays)

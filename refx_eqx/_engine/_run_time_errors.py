@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import equinox as eqx
+from equinox import _jit as equinox_jit
 from jax.tree_util import tree_leaves as leaves
 
 from .._core import _trace
@@ -53,10 +54,7 @@ def explain(error: Exception, refs: list[Ref], values: list[Any]) -> None:
     if callback and int(callback[1]) in _callback_errors:
         raise _callback_errors.pop(int(callback[1])) from None
     if _CHECK_FAILED in text:
-        # As `eqx.filter_jit` does. JAX hands over the message of a callback as text, with
-        # Equinox's advice (to use `filter_jit`) behind it.
-        message = text.split(_CHECK_FAILED, 1)[1].split("\n\n\n-----", 1)[0]
-        raise eqx.EquinoxRuntimeError(message) from None
+        raise _runtime_error(text) from None
     # "Array has been deleted", "buffer that was donated", and on a GPU "Donation requested
     # for invalid buffer".
     if "deleted" not in text and "donat" not in text.lower():
@@ -78,6 +76,29 @@ def explain(error: Exception, refs: list[Ref], values: list[Any]) -> None:
                 "(`jax.jit(..., donate_argnums=...)`, `.delete()`), or a call that donated "
                 "it failed. Give a copy away: `jnp.array(ref.value, copy=True)`."
             ) from error
+
+
+# Equinox looks for this in the variables of each frame that a check is made in.
+JIT_ID = b"refx_eqx"
+
+
+def _runtime_error(text: str) -> eqx.EquinoxRuntimeError:
+    """As `eqx.filter_jit` raises it, with the stack inside of the program.
+
+    JAX hands over the message of a callback as text, with Equinox's advice (to use
+    `filter_jit`) behind it; Equinox keeps the stack in a global variable.
+    """
+    message = text.split(_CHECK_FAILED, 1)[1].split("\n\n\n-----", 1)[0]
+    info = getattr(equinox_jit, "last_error_info", None)
+    template = getattr(equinox_jit, "_on_error_msg", None)
+    if template is None or info is None or info[0] != message:  # another thread's
+        return eqx.EquinoxRuntimeError(message)
+    # From the inside out: text for each frame, and an id for each program.
+    stack = list(info[1])
+    if JIT_ID in stack:
+        stack = stack[: len(stack) - 1 - stack[::-1].index(JIT_ID)]
+    frames = [x for x in reversed(stack) if isinstance(x, str)]
+    return eqx.EquinoxRuntimeError(template.format(msg=message, stack="".join(frames)))
 
 
 class CallbackFailed(Exception):

@@ -91,9 +91,12 @@ def vmapped(
     # The part of the outcome that is not arrays; filled while the body runs.
     traced: dict[str, Any] = {}
 
+    def apply(fn: Any, *args: Any, **kwargs: Any) -> Any:
+        return _with_axes(fn(*args, **kwargs), out_axes)
+
     def body(arrays: list[Leaves], place: Any) -> tuple[Any, Any]:
         mine = split_keys(axes.split, arrays, place)
-        outcome = derefed.run(name, mine, transparent, withheld=axes.withheld)
+        outcome = derefed.run(name, mine, transparent, apply, axes.withheld)
         made = outcome.out, outcome.updates
         given = (
             _result_axes(derefed, outcome, out_axes, name),
@@ -142,6 +145,25 @@ def _size(arrays: list[Leaves], axes: Axes, axis_size: int | None, name: str) ->
             "Give `axis_size`."
         )
     return axis_size
+
+
+def _with_axes(result: Any, out_axes: Any) -> Any:
+    """A result, with arrays for the numbers that are given an axis. As in Equinox."""
+    leaves, treedef = jtu.tree_flatten(result)
+    if not any(map(_is_number, leaves)):
+        return result
+    axes = leaf_axes(out_axes, result, "out_axes")
+    return treedef.unflatten(
+        [
+            jnp.asarray(x) if _is_number(x) and isinstance(axis, int) else x
+            for x, axis in zip(leaves, axes)
+        ]
+    )
+
+
+def _is_number(leaf: Any) -> bool:
+    """Whether this is array-like, and no array."""
+    return eqx.is_array_like(leaf) and not eqx.is_array(leaf)
 
 
 def _result_axes(derefed: Call, outcome: Outcome, out_axes: Any, name: str) -> Leaves:
