@@ -198,6 +198,12 @@ class Structure:
         structure._key = self.key
         return structure
 
+    def mortal(self) -> list[Any]:
+        """The static leaves that the key does not keep alive. It is met by no call once one
+        of them is gone."""
+        statics = map(_strongly, jtu.tree_leaves(self.statics))
+        return [x for x in statics if x is not None and weakly(x) is not x]
+
     def flatten(self, arrays: list[Leaves]) -> tuple[list[Any], list[Any]]:
         """The arrays outside refs, and the values of the refs, each in order: the form that
         a repeated call makes quickest."""
@@ -314,7 +320,8 @@ _ONE_ARRAY = jtu.tree_structure(0)
 
 
 class OutcomeInfo:
-    """What a body did, apart from arrays. Equal only to itself.
+    """What a body did, apart from arrays. Equal to another that says the same: caches of JAX
+    keep one for each that is not.
 
     - `result`: the structure of the result;
     - `written`: of each ref that was written, the statics of its new value;
@@ -344,6 +351,25 @@ class OutcomeInfo:
         if all(x is None for x in statics) and not part.nodes:
             is_one = part.treedef == _ONE_ARRAY
             self.build = itemgetter(0) if is_one else part.treedef.unflatten
+
+    def __hash__(self) -> int:
+        key = self._key()
+        return object.__hash__(self) if key is None else hash(key[0])
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, OutcomeInfo) or self.asked is not other.asked:
+            return False
+        key = self._key()
+        return key is not None and key == other._key()
+
+    def _key(self) -> Any:
+        """`None` if there is a static value that is not hashable."""
+        try:
+            return self.result.key, self.written_keys(), self.waits
+        except TypeError:
+            return None
 
     def written_keys(self) -> dict[int, Any]:
         """What is static in the new values, to compare."""

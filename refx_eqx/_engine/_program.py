@@ -51,25 +51,42 @@ class ByCall(Generic[_T]):
         """What is kept for this call; made if need be."""
         by_refs = self._kept.get(derefed.key)
         if by_refs is None:
-            by_refs = self._kept[derefed.key] = _ByRefs()
+            by_refs = self._new(derefed)
         key = answers_for(by_refs.questions, derefed.refs)
         found = by_refs.kept.get(key)
         if found is None:
             found = by_refs.put(key, make(derefed))
         return found[0]
 
+    def _new(self, derefed: Call) -> "_ByRefs[_T]":
+        key, mine = derefed.key, weakref.ref(self)
+
+        def forget(_: Any) -> None:
+            alive = mine()
+            if alive is not None:
+                alive._kept.pop(key, None)
+
+        guards = [weakref.ref(x, forget) for x in derefed.structure.mortal()]
+        by_refs = self._kept[key] = _ByRefs(guards)
+        return by_refs
+
     def note(self, derefed: Call, traced: _T) -> Asked:
         """Notes that `traced`, of what is kept, was traced for a call: what the body asked
         of its refs is from now on a part of the key."""
         asked = derefed.identities()
-        self._kept[derefed.key].learn(asked.questions, derefed.refs, traced)
+        by_refs = self._kept.get(derefed.key)
+        if by_refs is not None:  # a static leaf may be gone: then no call has this key
+            by_refs.learn(asked.questions, derefed.refs, traced)
         return asked
 
 
 class _ByRefs(Generic[_T]):
-    """What is kept for one structure: by the answers to some questions."""
+    """What is kept for one structure: by the answers to some questions.
 
-    def __init__(self):
+    `guards` forget it when a static leaf of the structure is gone."""
+
+    def __init__(self, guards: list[weakref.ref]):
+        self._guards = guards
         self.questions: Questions = ()
         # With what forgets it when its refs are gone.
         self.kept: dict[Answers, tuple[_T, list[weakref.ref]]] = {}
@@ -184,6 +201,9 @@ class Variant:
         self._other_splits: dict[tuple, Split] = {}
         self._quiet: list[warnings.catch_warnings] = []
         body = program.body
+        # Not a cycle, which would keep what the function closes over, such as tracers,
+        # until Python looks for cycles. Who calls has both.
+        mine, owner = weakref.ref(self), weakref.ref(program)
 
         def traced(flat: list[Any]) -> tuple[Leaves, dict[int, Any], Any]:
             # Where the stack of a failed `eqx.error_if` is cut: see `_run_time_errors.py`.
@@ -192,13 +212,17 @@ class Variant:
             arrays = derefed.structure.unflatten(*treedef.unflatten(flat))
             outcome = body(derefed, arrays)
             outcome.info.waits = has_runtime_check(_trace.staged_equations())
-            outcome.info.asked = program.traced(self, derefed)
+            variant, its_program = mine(), owner()
+            assert variant is not None and its_program is not None
+            outcome.info.asked = its_program.traced(variant, derefed)
             return outcome.out, outcome.updates, outcome.info
 
         def donating(
             split: Split, donated: list[Any], kept: list[Any]
         ) -> tuple[Leaves, dict[int, Any], Any]:
-            self._be_quiet()
+            variant = mine()
+            assert variant is not None
+            variant._be_quiet()
             flat: list[Any] = [None] * (len(donated) + len(kept))
             for i, x in zip(split.donated, donated):
                 flat[i] = x
@@ -212,7 +236,7 @@ class Variant:
                 jaxpr, out_treedef = derefed.traced
                 out = _trace.eval_jaxpr(jaxpr, flat)
                 outcome = jax.tree.unflatten(out_treedef, out)
-            right = self._split_for(outcome, flat)
+            right = variant._split_for(outcome, flat)
             if right != split:
                 raise _Resplit(right)
             return outcome

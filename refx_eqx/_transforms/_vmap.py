@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 
 from .._core import _trace
 from .._core._call import Call, call, close_result
@@ -162,8 +163,11 @@ def _with_axes(result: Any, out_axes: Any) -> Any:
 
 
 def _is_number(leaf: Any) -> bool:
-    """Whether this is array-like, and no array."""
-    return eqx.is_array_like(leaf) and not eqx.is_array(leaf)
+    """Whether this is array-like, and no array of JAX."""
+    return isinstance(leaf, _NUMBERS)
+
+
+_NUMBERS = bool, int, float, complex, np.ndarray, np.generic
 
 
 def _result_axes(derefed: Call, outcome: Outcome, out_axes: Any, name: str) -> Leaves:
