@@ -21,12 +21,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 
 from . import _closure, _trace
 from ._closure import Carried, static_key, weakly
 from ._deref import make_ref_of, reref_leaves
+from ._errors import describe
 from ._identity import NOTHING_ASKED
 from ._nodes import Index, is_node, Value
+from ._places import place
 from ._ref import (
     Channelled,
     Ref,
@@ -44,6 +47,8 @@ def is_traced(leaf: Any) -> bool:
     """Which leaves outside refs are traced: arrays, as in Equinox."""
     if type(leaf) is _trace.ConcreteArray:
         return True
+    if isinstance(leaf, np.ndarray | np.generic):
+        return eqx.is_array(leaf) and _is_of_numbers(leaf)
     return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
 
 
@@ -52,7 +57,14 @@ def is_traced_in_ref(leaf: Any) -> bool:
     in it, arrays alone: see `split_value`."""
     if type(leaf) is _trace.ConcreteArray:
         return True
+    if isinstance(leaf, np.ndarray | np.generic):
+        return _is_of_numbers(leaf)
     return eqx.is_array_like(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _is_of_numbers(x: Any) -> bool:
+    """Whether JAX has arrays of this dtype: not of objects, texts or dates."""
+    return x.dtype.kind not in "OSUMm"
 
 
 def split_value(value: Any) -> tuple[Any, Any]:
@@ -263,15 +275,10 @@ class Key:
         )
         keys = tuple(map(static_key, statics))
         self._what = tuple(structure.parts), treedef, keys, declared
-        for leaf, key in zip(statics, keys):
-            try:
-                hash(key)
-            except TypeError:
-                raise TypeError(
-                    f"Cannot cache on the static value {leaf!r}: a {type(leaf).__name__} is "
-                    "not hashable. Make it hashable, or put the arrays in it into a pytree."
-                ) from None
-        self._hash = hash(self._what)
+        try:
+            self._hash = hash(self._what)
+        except TypeError:
+            raise _not_hashable(structure) from None
 
     def __hash__(self) -> int:
         return self._hash
@@ -284,6 +291,36 @@ class Key:
             and self._hash == other._hash
             and self._what == other._what
         )
+
+
+def _not_hashable(structure: Structure) -> TypeError:
+    for i, statics in enumerate(structure.statics):
+        for k, static in enumerate(statics):
+            for leaf in jtu.tree_leaves(static):
+                try:
+                    hash(static_key(leaf))
+                except TypeError:
+                    where = place(structure.parts, i, k)
+                    if type(static) is Value:
+                        name, collection = static.label.name, static.collection
+                        where = f"{describe(name, collection)}, in {where}"
+                    return TypeError(
+                        f"Cannot cache on the static value {leaf!r} ({where}): "
+                        f"{_why_not_hashable(leaf)}"
+                    )
+    return TypeError("Cannot cache on a declared type that is not hashable.")
+
+
+def _why_not_hashable(leaf: Any) -> str:
+    if isinstance(leaf, np.ndarray):
+        return (
+            f"JAX has no arrays of {leaf.dtype}. Make a tuple of it, such as "
+            "`tuple(array.tolist())`, or an array of numbers."
+        )
+    remedy = "Make it hashable, or put the arrays in it into a pytree."
+    if isinstance(leaf, set):
+        remedy = "Make it a `frozenset`, or a tuple if there are arrays in it."
+    return f"a {type(leaf).__name__} is not hashable. {remedy}"
 
 
 def static_keys(tree: Any) -> tuple:
@@ -367,7 +404,8 @@ class OutcomeInfo:
     def _key(self) -> Any:
         """`None` if there is a static value that is not hashable."""
         try:
-            return self.result.key, self.written_keys(), self.waits
+            written = self.written_keys()
+            return self.result.key, written, self.in_place, self.waits
         except TypeError:
             return None
 

@@ -7,12 +7,13 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 
 from .._core import _closure
 from .._core._errors import describe, MismatchError
+from .._core._places import place_text
 from .._core._ref import Ref
 from .._core._structure import is_traced, static_keys
-from ._places import place_text
 
 
 __tracebackhide__ = True
@@ -57,6 +58,32 @@ def whole_number(x: Any, name: str, what: str, least: int | None = None) -> int:
             f"`{name}`: {what} must be at least {least}, and it is {number}."
         )
     return number
+
+
+def flag(x: Any, name: str, what: str) -> bool:
+    """`x`, which must be `True` or `False`, and known while tracing.
+
+    **Raises:**
+
+    - `TypeError`: if it is none of the two.
+    """
+    if isinstance(x, bool | np.bool_) or (type(x) is int and x in (0, 1)):
+        return bool(x)
+    raise TypeError(
+        f"`{name}`: {what} must be `True` or `False`, and it is {eqx.tree_pformat(x)}."
+    )
+
+
+def unroll_steps(x: Any, name: str) -> int | bool:
+    """`unroll`, as `jax.lax.scan` takes it.
+
+    **Raises:**
+
+    - `TypeError`, `ValueError`: if it is something else.
+    """
+    if isinstance(x, bool):
+        return x
+    return whole_number(x, name, "`unroll`", 0)
 
 
 def as_callable(fn: Any) -> Any:

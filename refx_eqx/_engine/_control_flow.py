@@ -16,6 +16,7 @@ from .._core import _trace
 from .._core._call import Call
 from .._core._errors import describe, MismatchError
 from .._core._nodes import is_node
+from .._core._places import path_in, place_text
 from .._core._structure import (
     arrays_of,
     Leaves,
@@ -26,7 +27,6 @@ from .._core._structure import (
     values_of,
 )
 from ._kinds import convert, join_kinds, kind_of
-from ._places import path_in, place_text
 
 
 __tracebackhide__ = True

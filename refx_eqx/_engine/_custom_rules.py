@@ -18,9 +18,9 @@ from .._core import _trace
 from .._core._call import Call, run_body
 from .._core._errors import describe, MismatchError, name_of, StructureError
 from .._core._nodes import Index, Value
+from .._core._places import place
 from .._core._ref import Ref
 from .._core._structure import Leaves, Outcome, OutcomeInfo
-from ._places import place
 
 
 __tracebackhide__ = True
@@ -36,6 +36,10 @@ class Rules(NamedTuple):
     fn: Any
     first: Any
     second: Any = None
+
+
+def _function(rules: Rules, *args: Any, **kwargs: Any) -> Any:
+    return rules.fn(*args, **kwargs)
 
 
 class CallWithRules:
@@ -65,15 +69,16 @@ class CallWithRules:
             return run_body(self.structure, body, known, arrays, rule)
 
     def run_function(self, arrays: list[Leaves]) -> Outcome:
-        return self.run_forward(
-            arrays, lambda rules, *a, **k: rules.fn(*a, **k), "the function"
-        )
+        return self.run_forward(arrays, _function, "the function")
 
     def run_forward(self, arrays: list[Leaves], rule: Callable, which: str) -> Outcome:
         """As `run`, for what is to do the same as the function: return a result of the same
         structure, and write the same refs."""
         outcome = self.run(arrays, rule)
         earlier, self.info = self.info, outcome.info
+        if earlier is None and outcome.updates and rule is not _function:
+            # JAX has called the rule alone. Which refs the function writes, it is to tell.
+            earlier = jax.eval_shape(lambda: self.run(arrays, _function)).info
         if earlier is None:
             return outcome
         if earlier.result.key != self.info.result.key:

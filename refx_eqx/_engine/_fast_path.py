@@ -327,6 +327,10 @@ class Plan:
                 return result
             except Disturbed:
                 continue
+            except TypeError:
+                if all(map(is_traced, arrays)):
+                    raise
+                return NO_PLAN  # an array of texts, say: it is told where
             except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as e:
                 try:
                     explain(e, refs, values)

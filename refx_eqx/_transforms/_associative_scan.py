@@ -9,17 +9,18 @@ import jax.tree_util as jtu
 
 from .._core._call import Call, call
 from .._core._errors import CarryError, describe, StructureError
+from .._core._places import place_text
 from .._core._ref import Ref
 from .._core._structure import is_traced, Leaves, Outcome
 from .._engine._carry import (
     as_callable,
     CarryBefore,
     check_carry,
+    flag,
     numbers_to_arrays,
     whole_number,
 )
 from .._engine._control_flow import TracedBody
-from .._engine._places import place_text
 from .._engine._program import Program, program_of
 
 
@@ -92,6 +93,7 @@ def associative_scan(
                 "to go to. Pass the values: `rx.snapshot(elems)`."
             )
 
+    reverse = flag(reverse, "associative_scan", "`reverse`")
     axis = whole_number(axis, "associative_scan", "`axis`")
     arrays = [x for x in jtu.tree_leaves(elems) if is_traced(x)]
     shapes = [x.shape for x in arrays]
@@ -105,7 +107,7 @@ def associative_scan(
         return _run_associative_scan(derefed, arrays, reverse, axis)
 
     def transform(derefed: Call) -> Outcome:
-        key = ("associative_scan", bool(reverse), axis)
+        key = ("associative_scan", reverse, axis)
         return program_of(fn, key, lambda: Program("associative_scan", run))(derefed)
 
     return call(_combine, (fn, elems, elems), {}, transform)

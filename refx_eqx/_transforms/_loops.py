@@ -19,6 +19,7 @@ from .._engine._carry import (
     CarryBefore,
     check_carry,
     numbers_to_arrays,
+    unroll_steps,
     whole_number,
 )
 from .._engine._control_flow import (
@@ -254,6 +255,7 @@ def fori_loop(
             "`fori_loop`: `unroll` needs a number of steps that is known: here `lower` or "
             "`upper` is traced. Leave out `unroll`."
         )
+    steps = 1 if unroll is None else unroll_steps(unroll, "fori_loop")
     lower, upper = _same_dtype(lower, upper)
 
     def run(derefed: Call, arrays: list[Leaves]) -> Outcome:
@@ -266,12 +268,12 @@ def fori_loop(
             _FORI_INIT_VAL,
             length,
             "fori_loop",
-            unroll=1 if unroll is None else unroll,
+            unroll=steps,
             counter=_LOWER,
         )
 
     def transform(derefed: Call) -> Outcome:
-        key = ("fori_loop", length, type(unroll), unroll)
+        key = ("fori_loop", length, type(steps), steps)
         return program_of(body_fun, key, lambda: Program("fori_loop", run))(derefed)
 
     return call(_fori_step, (lower, upper, body_fun, init_val), {}, transform)

@@ -17,7 +17,9 @@ from .._engine._carry import (
     as_callable,
     CarryBefore,
     check_carry,
+    flag,
     numbers_to_arrays,
+    unroll_steps,
     whole_number,
 )
 from .._engine._control_flow import (
@@ -284,6 +286,8 @@ def scan(
     - `TraceLevelError`: if a step touches the whole of a ref of which it has a slice.
     """
     f, init = as_callable(f), numbers_to_arrays(init)
+    reverse = flag(reverse, "scan", "`reverse`")
+    unroll = unroll_steps(unroll, "scan")
 
     def transform(derefed: Call) -> Outcome:
         # The axes that the user gives are those of `xs`; a carry has none.
@@ -302,7 +306,7 @@ def scan(
                 derefed, arrays, axes, _INIT, n, "scan", reverse=reverse, unroll=unroll
             )
 
-        key = ("scan", axes.key, n, bool(reverse), type(unroll), unroll)
+        key = ("scan", axes.key, n, reverse, type(unroll), unroll)
         return program_of(f, key, lambda: Program("scan", run))(derefed)
 
     return call(_step, (f, init, xs), {}, transform)

@@ -1,14 +1,14 @@
 """Where in a call something is; for messages."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax.tree_util as jtu
 
-from .._core import _closure
-from .._core._call import Call
-from .._core._closure import Carried
-from .._core._deref import path_text
-from .._core._nodes import Value
+from . import _closure
+from ._closure import Carried
+from ._deref import path_text
+from ._nodes import Value
 
 
 __tracebackhide__ = True
@@ -18,12 +18,14 @@ def place(parts: Sequence[Carried], i: int, k: int, names: Sequence[str] = ()) -
     """Where in a call leaf number `k` of tree number `i` is, such as "argument 1 at
     `['w']`".
 
-    The last two trees are the keywords and the callable. The first arguments have these
+    The last two trees are the keywords and the callable; of a result there is one tree. The first arguments have these
     names, and those after them are operands.
     """
+    path = path_in(parts[i], k)
+    if len(parts) == 1:
+        return f"the result at {place_text(path)}" if path else "the result"
     if i == len(parts) - 1:
         return "what the function holds"
-    path = path_in(parts[i], k)
     if i == len(parts) - 2:
         # The keywords are a dict: the first key of the path is the name of one.
         which = f"the keyword argument `{path[0].key if path else '?'}`"
@@ -32,10 +34,22 @@ def place(parts: Sequence[Carried], i: int, k: int, names: Sequence[str] = ()) -
         return names[i]
     else:
         which = f"operand {i - len(names)}" if names else f"argument {i}"
-    return f"{which} at `{path_text(path)}`" if path else which
+    where = f"{which} at `{path_text(path)}`" if path else which
+    return (
+        f"what the function in {where} holds" if _is_in_function(parts[i], k) else where
+    )
 
 
-def ref_place(derefed: Call, number: int, names: Sequence[str] = ()) -> str:
+def _is_in_function(part: Carried, k: int) -> bool:
+    if not part.nodes:
+        return False
+    return (
+        next(node for node, (_, i) in zip(part.nodes, _paths(part)) if k < i)
+        is not None
+    )
+
+
+def ref_place(derefed: Any, number: int, names: Sequence[str] = ()) -> str:
     """Where in a call the ref with this number is first."""
     for i, leaves in enumerate(derefed.arrays):
         for k, leaf in enumerate(leaves):
