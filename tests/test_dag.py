@@ -303,3 +303,19 @@ def _weight(args):
 def _residual(y, args):
     model = args.value if isinstance(args, rx.Dag) else None
     return (_plain(args, y) if model is None else apply(model, y)) - y - 1.0
+
+
+@pytest.mark.parametrize("grad", [jax.grad, eqx.filter_grad])
+def test_a_dag_that_is_not_differentiated_is_handed_over_as_it_is(grad):
+    dag = rx.Dag({"w": rx.Ref(jnp.array(2.0), "params")})
+    loss = grad(lambda x, dag: x * dag.value["w"].value)
+    x = jnp.array(1.0)
+    with pytest.raises(rx.TraceLevelError, match="did not go through this transform"):
+        loss(x, dag)
+    with pytest.raises(rx.TraceLevelError, match="did not go through this transform"):
+        grad(lambda x: x * dag.value["w"].value)(x)
+    # The remedy of the message, and what needs none.
+    assert loss(x, jax.tree.map(lambda x: x, dag)) == 2.0
+    assert jax.jit(lambda x, dag: loss(x, dag))(x, dag) == 2.0
+    assert jax.vmap(lambda x: x * dag.value["w"].value)(jnp.ones(2)).tolist() == [2, 2]
+    assert dag.value["w"].value == 2.0

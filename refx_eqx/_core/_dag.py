@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 from . import _trace
 from ._deref import deref, reref
 from ._errors import TraceLevelError
-from ._ref import Ref
+from ._ref import check_readable, is_ref, Ref
 
 
 __tracebackhide__ = True
@@ -64,7 +64,8 @@ class Dag(Generic[_T]):
 
     When `.value` is asked for:
 
-    - `TraceLevelError`: where the `Dag` was unflattened, if the body of an inner transform
+    - `TraceLevelError`: where JAX has handed it over as it is, which it does with what is not
+        differentiated; and where the `Dag` was unflattened, if the body of an inner transform
         has read it already: it would not see what is written from now on. In such a body,
         if what it was given before is gone, and with it what was written.
     - `StructureError`: if the leaves of the derefed tree were replaced by what no ref holds.
@@ -75,11 +76,14 @@ class Dag(Generic[_T]):
     def __init__(self, value: _T):
         self._tree: Any = value
         self._derefed: Any = _MADE
+        self._home = _trace.current_trace_ref()
 
     @property
     def value(self) -> _T:
         """The tree, with refs that may be read and written here."""
         if self._derefed is _MADE:
+            if _trace.current_trace_ref() is not self._home:
+                self._check_reached()
             return self._tree
         if _trace.current_trace_ref() is not self._home:
             return self._copy_here()
@@ -92,6 +96,20 @@ class Dag(Generic[_T]):
         self._tree = reref(self._derefed)
         self._derefed = _MADE
         return self._tree
+
+    def _check_reached(self) -> None:
+        """Says what to do where JAX has handed over the very same `Dag`."""
+        for ref in filter(is_ref, jtu.tree_leaves(self._tree)):
+            try:
+                check_readable(ref)
+            except TraceLevelError:
+                raise TraceLevelError(
+                    "Cannot open a Dag that did not go through this transform: a function "
+                    "is given as it is what it closes over, and by an eager `jax.grad` or "
+                    "`eqx.filter_grad` also each argument that is not differentiated. Hand "
+                    "over `jax.tree.map(lambda x: x, dag)` instead: that is opened where it "
+                    "is asked for."
+                ) from None
 
     def _copy_here(self) -> _T:
         """The tree for a body that closes over the `Dag`: the same refs each time it asks.
