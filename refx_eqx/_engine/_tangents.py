@@ -90,7 +90,8 @@ def _tangent(leaf: Any, given: Any, what: str, where: Callable[[], str]) -> Any:
         return given
     else:
         wanted = "a floating-point or complex array, or `None`, for each such array"
-    raise TypeError(
+    error = TypeError if jtu.all_leaves([given]) else MismatchError
+    raise error(
         f"{what} must have {wanted}, and has {eqx.tree_pformat(given)} for {where()}."
     )
 
