@@ -1,5 +1,8 @@
 """What Equinox's transforms do with what is no array, and with failed checks."""
 
+# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# pyright: reportAttributeAccessIssue=false
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp

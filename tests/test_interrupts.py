@@ -3,6 +3,9 @@
 The suite raises at some of the lines. `nox -s interrupts` raises at each of them.
 """
 
+# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# pyright: reportOptionalOperand=false
+
 import ast
 import os
 import pathlib

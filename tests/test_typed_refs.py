@@ -1,6 +1,9 @@
 """A ref with a declared type, through every transform: written in the forward pass, and by a
 backward rule, whose refs travel with a channel."""
 
+# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# pyright: reportArgumentType=false
+
 import jax
 import jax.numpy as jnp
 import pytest

@@ -1,5 +1,8 @@
 """Arguments that no program can be compiled for, and options that are none."""
 
+# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# pyright: reportAttributeAccessIssue=false
+
 import jax.numpy as jnp
 import numpy as np
 import pytest

@@ -1,5 +1,8 @@
 """The interpretation with the transforms of this library."""
 
+# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# pyright: reportInvalidTypeForm=false
+
 import functools
 from collections.abc import Callable
 from typing import Any
