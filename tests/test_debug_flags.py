@@ -10,6 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src import api
 
 import refx_eqx as rx
 
@@ -120,8 +121,12 @@ def log(ref, x):
 @pytest.fixture(params=["jax_debug_nans", "jax_debug_infs"])
 def flag(request):
     jax.config.update(request.param, True)
+    # What ran before in this thread may have left JAX's hook off for good: a split of a key
+    # of "rbg", outside all transforms, does.
+    api._post_hook_state.set_local(api._nan_check_posthook)
     yield request.param
     jax.config.update(request.param, False)
+    api._post_hook_state.set_local(None)
 
 
 def bad_input(flag: str) -> jax.Array:

@@ -456,7 +456,8 @@ def test_a_program_for_certain_refs_goes_with_them(trace_counter):
 
     def use():
         ref = rx.Ref(jnp.array(1.0))
-        assert [int(step(ref, frozenset([ref]))) for _ in range(3)] == [1] * 3
+        frozen = frozenset([ref])
+        assert [int(step(ref, frozen)) for _ in range(3)] == [1] * 3
         return weakref.ref(ref)
 
     gone = [use() for _ in range(3)]

@@ -79,18 +79,26 @@ class CarryError(StructureError):
     !!! Example
 
         ```python
+        import equinox as eqx
         import refx_eqx as rx
 
-        @rx.filter_jit
-        def remember(seen, x):
-            seen.append(x)
+        class History(eqx.Module):
+            items: list
 
+        @rx.filter_jit
+        def remember(history, x):
+            history.items.append(x)
+
+        @rx.filter_jit
+        def remember_in_ref(seen, x):
+            seen.value = x
+
+        seen = rx.Ref(0.0)
         try:
-            remember([], 1.0)
+            remember(History([1.0]), 2.0)
         except rx.CarryError:
-            seen = rx.Ref(0.0)  # what changes is held in a ref
-            rx.filter_jit(lambda seen, x: seen.__setitem__(..., x))(seen, 1.0)
-        assert seen.value == 1.0
+            remember_in_ref(seen, 2.0)  # what changes is held in a ref
+        assert seen.value == 2.0
         ```
     """
 
