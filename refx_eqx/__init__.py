@@ -76,6 +76,8 @@ from ._optim import (
     param_mask as param_mask,
 )
 from ._rng import Rngs as Rngs
+from ._sharding._rules import axis_rules as axis_rules
+from ._sharding._shard import filter_shard as filter_shard
 from ._transforms import (
     add_axis as add_axis,
     associative_scan as associative_scan,

@@ -21,6 +21,7 @@ from ._core._structure import is_traced_in_ref
 from ._fields._axis_names import NO_NAMES
 from ._fields._bound import BoundType
 from ._fields._declared import DeclaredRef
+from ._fields._following import Following
 from ._fields._module import Module
 from ._filters._filters import choose, leaves_with_paths
 from ._filters._update import aligned, check_and_write
@@ -104,7 +105,7 @@ class Optimizer(Module):
         trained = Trained(model, wrt)
         self.tx = tx
         self.wrt = wrt
-        self.opt_state = _in_slots(tx.init(trained.values))
+        self.opt_state = _in_slots(tx.init(trained.values), trained)
         self._names = tuple(trained.refs)
 
     def update(self, model: Any, grads: Any, /, **extra: Any) -> dict[str, Any]:
@@ -185,8 +186,9 @@ def _taking_extra(tx: Any) -> Any:
 _SLOT = BoundType(DeclaredRef(Optimizer, "opt_state", 0, jax.Array), NO_NAMES)
 
 
-def _in_slots(opt_state: Any) -> Any:
+def _in_slots(opt_state: Any, trained: Trained) -> Any:
     """The state of Optax, with a ref instead of each array."""
+    weights = trained.followed()
 
     def slot(path: tuple, leaf: Any) -> Any:
         if not is_traced_in_ref(leaf):
@@ -195,10 +197,22 @@ def _in_slots(opt_state: Any) -> Any:
         # and a slot is donated.
         ref = Ref(jnp.array(leaf), "opt_state")
         ref._name = f"Optimizer.opt_state{jtu.keystr(path)}"
-        declare(ref, _SLOT)
+        declare(ref, _type_of_slot(path, leaf, weights))
         return ref
 
     return jtu.tree_map_with_path(slot, opt_state)
+
+
+def _type_of_slot(
+    path: tuple, leaf: Any, weights: dict[tuple, tuple[Any, Following]]
+) -> BoundType:
+    """Optax keeps by name what it keeps for each weight. What has the shape of the weight
+    goes where it goes."""
+    for i in reversed(range(len(path))):
+        known = weights.get(path[i:])
+        if known is not None and jnp.shape(known[0]) == jnp.shape(leaf):
+            return known[1]
+    return _SLOT
 
 
 def _writes_to_slots(slots: Any, opt_state: Any) -> list[tuple[Ref, Any]]:

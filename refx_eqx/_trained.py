@@ -30,6 +30,8 @@ from ._core._nodes import is_node, Value
 from ._core._ref import Ref
 from ._core._structure import is_traced_in_ref, split_value
 from ._engine._autodiff import is_inexact
+from ._fields._axes_of_values import declared_axes, stacks_in
+from ._fields._following import Following
 from ._filters._filters import choose, dotted, leaves_with_paths
 from ._filters._state_dict import first_places, places_of
 from ._filters._update import aligned
@@ -71,6 +73,19 @@ class Trained:
         """How messages refer to a ref."""
         ref = self.refs[name]
         return f"`{name}`, {describe(ref._name, ref._collection)}"
+
+    def followed(self) -> dict[tuple, tuple[Any, Following]]:
+        """Each array of each ref, by its place in `values`, with the type of what follows
+        it."""
+        stacks, found = stacks_in(self.model), {}
+        for name, ref in self.refs.items():
+            declared = declared_axes(ref, stacks.get(id(ref), ()))
+            leaves, _ = jtu.tree_flatten_with_path(ref._value)
+            path = tuple(name.split("."))
+            for (keys, x), axes in zip(leaves, declared):
+                following = Following(path, ref._collection, tuple(axes))
+                found[jtu.DictKey(name), *keys] = x, following
+        return found
 
     def check_names(self, names: Iterable[str]) -> None:
         """That the refs have these names: those that the optimizer has slots for."""

@@ -6,7 +6,7 @@ import os
 # Before JAX starts a backend.
 os.environ.setdefault("JAX_CHECK_TRACER_LEAKS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import equinox as eqx
 import jax

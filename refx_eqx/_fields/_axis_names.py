@@ -86,6 +86,24 @@ def names_bound(words: frozenset[str] | None = None) -> AxisNames:
     return AxisNames(*found)
 
 
+def words_of(hint: Any, rank: int) -> tuple[str | None, ...] | None:
+    """The name of each axis of an array of this many, in a type such as
+    `Float[Array, "out in"]`: `None` for one without a name. `None` if the type does not say
+    how many axes there are, or says of another number.
+    """
+    words = getattr(hint, "dim_str", None)
+    if words is None:
+        return None
+    found: list[str | None] = []
+    every = words.split()
+    for word in every:
+        name = word.lstrip("#*_?").partition("=")[0]
+        several = "*" in word or word == "..."
+        times = rank - len(every) + 1 if several else 1
+        found += [name if name.isidentifier() else None] * max(times, 0)
+    return tuple(found) if len(found) == rank else None
+
+
 def union(all_names: list[AxisNames]) -> AxisNames:
     """The names of several, without those that disagree."""
     merged = []

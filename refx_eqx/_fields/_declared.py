@@ -43,6 +43,7 @@ class DeclaredRef:
     - `number`: which of the refs in the annotation of the field, for a container;
     - `hint`: the type of the value;
     - `ref_type`, `collection`: of the ref;
+    - `sharding`: the `PartitionSpec` that `rx.field` gives it, or `None`;
     - `optional`: whether there may be `None` instead.
     """
 
@@ -56,6 +57,7 @@ class DeclaredRef:
         "optional",
         "owner",
         "ref_type",
+        "sharding",
     )
 
     def __init__(
@@ -73,6 +75,7 @@ class DeclaredRef:
         self.hint = hint
         self.ref_type = ref_type
         self.collection = collection
+        self.sharding: Any = None
         self.optional = False
         text = hint_text(hint)
         # Whether all that counts is shape and dtype.

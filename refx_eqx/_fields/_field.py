@@ -14,6 +14,7 @@ from typing import Any
 
 import equinox as eqx
 import jaxtyping
+from jax.sharding import PartitionSpec
 
 from .._core._errors import check_hashable, CollectionError, RefTypeError
 from .._core._ref import declare, Ref
@@ -44,7 +45,13 @@ class RefField(dataclasses.Field):
     # An `rx.Module` checks all its fields together, so that they share axis names.
     of_module = False
 
-    def __init__(self, plain: dataclasses.Field, collection: Any, converter: Any):
+    def __init__(
+        self,
+        plain: dataclasses.Field,
+        collection: Any,
+        converter: Any,
+        sharding: PartitionSpec | None = None,
+    ):
         if isinstance(plain.default, Ref):
             raise TypeError(
                 "The default of a field is a ref, which all instances would share. Give "
@@ -57,6 +64,7 @@ class RefField(dataclasses.Field):
         with_converter = {**plain.metadata, "converter": self._convert}
         self.metadata = types.MappingProxyType(with_converter)
         self._collection = collection
+        self._sharding = sharding
         self._converter: Callable[[Any], Any] | None = converter
         # The fields of one bare `equinox.Module`, in order.
         self._siblings: list[RefField] = [self]
@@ -78,6 +86,12 @@ class RefField(dataclasses.Field):
         declared = read_annotation(annotation, owner, name)
         if declared is None and self._collection is not _UNSET:
             declared = DeclaredRef(owner, name, 0, Any)
+        if self._sharding is not None and declared is None:
+            raise TypeError(
+                f"`rx.field(sharding=...)` of `{owner.__name__}.{name}`: the field holds no "
+                "ref. Annotate it as one, `rx.Param[...]` or `rx.Ref[...]`; the arrays "
+                "outside refs are placed by `rx.axis_rules({rx.path(...): P(...)})`."
+            )
         self.bind(owner, declared)
 
     def bind(self, owner: type, declared: Declared | None) -> None:
@@ -85,6 +99,8 @@ class RefField(dataclasses.Field):
         self._owner_name = owner.__name__
         self.declared = declared
         self.refs = () if declared is None else tuple(declared.refs())
+        for ref in self.refs:
+            ref.sharding = self._sharding
         if self._collection is _UNSET:
             return
         for ref in self.refs:
@@ -162,6 +178,7 @@ def field(
     collection: Hashable = _UNSET,
     converter: Callable[[Any], Any] | None = None,
     static: bool = False,
+    sharding: PartitionSpec | None = None,
     **kwargs: Any,
 ) -> Any:
     """As `equinox.field`, for a field that holds a ref. Works in an
@@ -191,6 +208,9 @@ def field(
     - `converter`: as in `equinox.field`; applied to a value before it is wrapped. A `Ref`
         that is assigned is shared, and not converted.
     - `static`: as in `equinox.field`. A static field cannot hold a ref.
+    - `sharding`: how the value is split over a mesh, whichever rules there are for the names
+        of its axes: a `jax.sharding.PartitionSpec` of mesh axes. See
+        [`refx_eqx.axis_rules`][].
     - `**kwargs`: all other arguments of `equinox.field`.
 
     **Returns:**
@@ -199,20 +219,31 @@ def field(
 
     **Raises:**
 
-    - `ValueError`: if both `collection` and `static=True` are given.
-    - `TypeError`: if `collection` is not hashable, if the default is a ref, or if the field
-        is in a class that is no `equinox.Module`.
+    - `ValueError`: if `static=True` is given, and `collection` or `sharding` too.
+    - `TypeError`: if `collection` is not hashable, if the default is a ref, if the field is
+        in a class that is no `equinox.Module`, or if `sharding` is no `PartitionSpec`, or
+        for a field without refs.
     """
+    if sharding is not None and not isinstance(sharding, PartitionSpec):
+        raise TypeError(
+            f"`rx.field(sharding={sharding!r})`: give a `jax.sharding.PartitionSpec` of mesh "
+            "axes. The mesh itself is no part of a class: it is chosen where the model is "
+            "placed."
+        )
     if static:
-        if collection is not _UNSET:
+        given = {
+            "collection": collection is not _UNSET,
+            "sharding": sharding is not None,
+        }
+        for name in (name for name, is_given in given.items() if is_given):
             raise ValueError(
-                "`rx.field(collection=..., static=True)`: a static field cannot hold a "
+                f"`rx.field({name}=..., static=True)`: a static field cannot hold a "
                 "ref, because it is not part of the pytree. Leave out one of the two."
             )
         return eqx.field(converter=converter, static=True, **kwargs)
     if collection is not _UNSET:
         check_hashable("rx.field", collection=collection)
-    return RefField(eqx.field(**kwargs), collection, converter)
+    return RefField(eqx.field(**kwargs), collection, converter, sharding)
 
 
 _plain_hints: weakref.WeakKeyDictionary[type, dict[str, Any]] = (

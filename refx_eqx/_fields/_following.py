@@ -1,0 +1,86 @@
+"""`Following`: the type of a ref that goes where another one does, as the moments of an
+optimizer go with their weight."""
+
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import jax
+
+from .._core._ref import Ref
+from ._axis_names import NO_NAMES
+from ._bound import BoundType
+from ._declared import DeclaredRef
+
+
+__tracebackhide__ = True
+
+
+_ANY_ARRAY = DeclaredRef(Ref, "value", 0, jax.Array)
+
+
+class DeclaredAxes(NamedTuple):
+    """What one declared type says of the axes of one array.
+
+    - `names`: of each, or `None` for one without a name;
+    - `extra`: the positions of the axes of a stack;
+    - `sharding`: the `PartitionSpec` of the other axes that the field gives, or `None`.
+    """
+
+    names: tuple[str | None, ...]
+    extra: tuple[int, ...]
+    sharding: Any
+
+    def with_rank(self, rank: int) -> "DeclaredAxes":
+        """The same in a stack that was made since, or for a slice of one: the axes of stacks
+        come and go in front."""
+        more = rank - len(self.names)
+        if more == 0:
+            return self
+        names = (None,) * more + self.names[max(-more, 0) :]
+        extra = (*range(more), *(i + more for i in self.extra if i + more >= 0))
+        return DeclaredAxes(names, extra, self.sharding)
+
+
+class Following(BoundType):
+    """Any array, with the axes of the weight that it follows.
+
+    It is a declared type, because that is what a ref keeps through every transform.
+
+    - `path`, `collection`: of the weight, for filters;
+    - `axes`: what the types of the weight say of its axes.
+    """
+
+    __slots__ = ("axes", "collection", "path")
+
+    def __init__(
+        self,
+        path: tuple[str, ...],
+        collection: Hashable,
+        axes: tuple[DeclaredAxes, ...],
+    ):
+        super().__init__(_ANY_ARRAY, NO_NAMES)
+        self.path = path
+        self.collection = collection
+        self.axes = axes
+        self._hash = hash(self._what)
+
+    @property
+    def _what(self) -> tuple:
+        return self.path, self.collection, self.axes
+
+    def __eq__(self, other: Any) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, Following) and self._what == other._what
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> Any:
+        return Following, self._what
+
+
+def followed(ref: Ref) -> Following | None:
+    """What a ref follows, if it follows another."""
+    found = (bound for bound in ref._declared or () if type(bound) is Following)
+    return next(found, None)

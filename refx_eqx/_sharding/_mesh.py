@@ -1,0 +1,86 @@
+"""Meshes: the one that runs, and whether a `PartitionSpec` fits one."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+from .._core import _trace
+from .._core._errors import MismatchError
+
+
+__tracebackhide__ = True
+
+
+def current_mesh() -> Any:
+    """The mesh of `jax.set_mesh`; `None` if there is none. While a transform runs it is an
+    abstract mesh, as JAX has it there."""
+    if _trace.is_evaluating():
+        mesh: Any = jax.sharding.get_mesh()
+    else:
+        mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh
+
+
+def is_explicit(mesh: Any) -> bool:
+    """Whether the types of arrays say how they are split over this mesh."""
+    return AxisType.Explicit in mesh.axis_types
+
+
+def mesh_axes(entry: Any) -> tuple[str, ...]:
+    """The mesh axes that one entry of a `PartitionSpec` names."""
+    if entry is None or isinstance(entry, str):
+        return () if entry is None else (entry,)
+    return tuple(entry) if isinstance(entry, Sequence) else ()  # `P.UNCONSTRAINED`
+
+
+def check_spec(
+    spec: PartitionSpec, shape: tuple[int, ...], mesh: Any, what: str
+) -> None:
+    """That an array of this shape can be split so over a mesh (or any, if it is `None`).
+
+    **Arguments:**
+
+    - `what`: the array, for messages.
+
+    **Raises:**
+
+    - `MismatchError`: if it cannot.
+    """
+    if len(spec) > len(shape):
+        raise MismatchError(
+            f"Cannot split {what}: `{_text(spec)}` is for {len(spec)} axes, and its shape is "
+            f"{shape}. Give a spec of at most {len(shape)} entries."
+        )
+    used: dict[str, int] = {}
+    for i, entry in enumerate(spec):
+        for axis in mesh_axes(entry):
+            if axis in used:
+                raise MismatchError(
+                    f"Cannot split {what}: `{_text(spec)}` has the mesh axis {axis!r} for "
+                    f"axis {used[axis]} and for axis {i}, and a mesh axis can split only "
+                    "one. Give this array a spec of its own, such as "
+                    f"`rx.axis_rules({{rx.path(...): P({axis!r})}}, ...)`."
+                )
+            used[axis] = i
+            if mesh is not None and axis not in mesh.shape:
+                raise MismatchError(
+                    f"Cannot split {what}: `{_text(spec)}` names the mesh axis {axis!r}, and "
+                    f"the mesh has {', '.join(map(repr, mesh.shape))}. Name one of these, "
+                    "or `None`."
+                )
+        if mesh is None:
+            continue
+        n = math.prod(mesh.shape[axis] for axis in mesh_axes(entry))
+        if shape[i] % n:
+            raise MismatchError(
+                f"Cannot split {what}: axis {i} has size {shape[i]}, and `{_text(spec)}` "
+                f"splits it in {n}, which does not divide it. Give that axis `None`, or "
+                "another size."
+            )
+
+
+def _text(spec: PartitionSpec) -> str:
+    return f"P({', '.join(map(repr, spec))})"

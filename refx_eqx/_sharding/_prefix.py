@@ -1,0 +1,91 @@
+"""What a user gives for the shardings of a tree, made one sharding for each leaf."""
+
+from typing import Any
+
+import jax
+import jax.tree_util as jtu
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from .._core._deref import path_text
+from .._core._errors import describe, MismatchError
+from .._core._nodes import is_node
+from ._mesh import check_spec, current_mesh
+from ._rules import axis_rules
+
+
+__tracebackhide__ = True
+
+
+def leaf_shardings(given: Any, tree: Any, derefed: Any, what: str) -> list[Any]:
+    """The sharding of each leaf of a derefed tree; `None` where none is given.
+
+    **Arguments:**
+
+    - `given`: a device, a sharding, a `PartitionSpec`, `axis_rules`, or a tree of these that
+        is a prefix of the derefed one.
+    - `tree`: the same tree with its refs, for filters; or again the derefed one.
+    - `what`: what they are given for, for messages.
+
+    **Raises:**
+
+    - `MismatchError`: if they are for another tree, or if an array cannot be split so.
+    - `ValueError`: if there is no mesh where one is needed.
+    """
+    if isinstance(given, axis_rules):
+        given = given.shardings(tree)
+    given = jtu.tree_map(lambda one: _as_sharding(one, what), given, is_leaf=_is_one)
+    found: list[Any] = []
+    of_refs: dict[int, Any] = {}
+
+    def resolve(sharding: Any, subtree: Any) -> None:
+        for node in jtu.tree_leaves(subtree, is_leaf=is_node):
+            if is_node(node):
+                before = of_refs.setdefault(node.index, sharding)
+                if before != sharding:
+                    which = describe(node.label.name, node.collection)
+                    raise MismatchError(
+                        f"{what}: {which} is one ref at two places, and is given two "
+                        f"shardings: {before} and {sharding}. Give both places the same."
+                    )
+            found.extend([sharding] * len(jtu.tree_leaves(node)))
+
+    try:
+        jtu.tree_map(resolve, given, derefed, is_leaf=_is_one)
+    except MismatchError:
+        raise
+    except ValueError as e:
+        raise MismatchError(
+            f"{what}: the shardings must be a prefix of the derefed tree, `rx.deref(tree)`. "
+            f"JAX says: {e}"
+        ) from None
+    leaves, _ = jtu.tree_flatten_with_path(derefed)
+    for (path, x), sharding in zip(leaves, found):
+        if isinstance(sharding, NamedSharding) and hasattr(x, "shape"):
+            place = f"`{path_text(path)}`"
+            check_spec(sharding.spec, tuple(x.shape), sharding.mesh, place)
+    return found
+
+
+def _is_one(x: Any) -> bool:
+    return x is None or isinstance(x, (Sharding, PartitionSpec, jax.Device))
+
+
+def _as_sharding(one: Any, what: str) -> Sharding | None:
+    if one is None or isinstance(one, Sharding):
+        return one
+    if isinstance(one, jax.Device):
+        return SingleDeviceSharding(one)
+    if isinstance(one, PartitionSpec):
+        mesh = current_mesh()
+        if mesh is None:
+            raise ValueError(
+                f"{what}: `{one}` is for a mesh, and there is none. Give a "
+                "`jax.sharding.NamedSharding(mesh, spec)`, or run this under "
+                "`jax.set_mesh(mesh)`."
+            )
+        return NamedSharding(mesh, one)
+    raise MismatchError(
+        f"{what}: {one!r} is no sharding. Give a device, a `jax.sharding.Sharding`, a "
+        "`PartitionSpec`, an `rx.axis_rules`, or a tree of these that is a prefix of "
+        "`rx.deref(tree)`."
+    )

@@ -1,0 +1,104 @@
+"""`filter_shard`: puts a tree where it is to be, by reference."""
+
+from typing import Any, TypeVar
+
+import jax
+import jax.tree_util as jtu
+from jax.sharding import NamedSharding, Sharding
+
+from .._core import _trace
+from .._core._deref import deref
+from .._core._functions import closed
+from .._core._nodes import Value
+from .._core._ref import check_writable, Ref
+from .._filters._filters import leaves_with_paths
+from .._filters._update import write_all
+from ._mesh import is_explicit
+from ._prefix import leaf_shardings
+
+
+__tracebackhide__ = True
+
+
+_T = TypeVar("_T")
+
+
+def filter_shard(x: _T, device_or_shardings: Any) -> _T:
+    """As `equinox.filter_shard`, by reference: the values of the refs of a tree are put where
+    they are to be, in place. Inside of a transform their shardings are constrained.
+
+    (`equinox.filter_shard` itself sees no arrays in a tree of refs: it does nothing to one.)
+
+    !!! Example
+
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import refx_eqx as rx
+        from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+        mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+        model = {"w": rx.Ref(jnp.ones((2, 3)), "params"), "n": rx.Ref(jnp.array(0), "counts")}
+
+        rx.filter_shard(model, NamedSharding(mesh, P()))  # replicated
+        with jax.set_mesh(mesh):
+            rx.filter_shard(model, rx.axis_rules({rx.collection("params"): P("data")}))
+        assert model["w"].value.sharding == NamedSharding(mesh, P("data"))
+        assert model["n"].value.sharding == NamedSharding(mesh, P())
+        ```
+
+    **Arguments:**
+
+    - `x`: any pytree. Its refs must be writable here. Arrays are moved. A tracer is
+        constrained (`jax.lax.with_sharding_constraint`; on an explicit mesh
+        `jax.sharding.reshard`), and a `jax.ShapeDtypeStruct` gets the sharding. All else, numbers and NumPy arrays among it, stays as it is.
+    - `device_or_shardings`: a device; a `jax.sharding.Sharding`; an
+        [`refx_eqx.axis_rules`][], under `jax.set_mesh`; or a tree of shardings that is a
+        prefix of `rx.deref(x)`, such as `rules.shardings(x, mesh)`, with `None` for what
+        is to stay. A `PartitionSpec` stands for a sharding, under `jax.set_mesh`.
+
+    **Returns:**
+
+    The tree with the same refs. The arrays outside refs are moved, or constrained, in it.
+
+    **Raises:**
+
+    - `StructureError`: if the shardings are no prefix of `rx.deref(x)`, if an array cannot be
+        split so, or if one ref is given two shardings. Nothing has moved then.
+    - `ValueError`: if there is no mesh where one is needed.
+    - `TraceLevelError`, `ImmutableError`: if a ref may not be written here.
+    """
+    pairs, treedef = leaves_with_paths(x)
+    derefed = deref(x)
+    shardings = leaf_shardings(device_or_shardings, x, derefed, "`rx.filter_shard`")
+    leaves, of_derefed = jtu.tree_flatten(derefed)
+    placed = of_derefed.unflatten(map(_placed, leaves, shardings))
+    writes: list[tuple[Ref, Any]] = []
+    outside, is_moved = [], False
+    for (_, leaf), (_, new) in zip(pairs, leaves_with_paths(placed)[0]):
+        if not isinstance(leaf, Ref):
+            outside.append(new)
+            is_moved = is_moved or new is not leaf
+            continue
+        outside.append(leaf)
+        if isinstance(new, Value):
+            check_writable(leaf)
+            writes.append((leaf, new.value))
+    write_all(writes)
+    return closed(jtu.tree_unflatten(treedef, outside)) if is_moved else x
+
+
+def _placed(x: Any, sharding: Sharding | None) -> Any:
+    if sharding is None:
+        return x
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=sharding, weak_type=x.weak_type
+        )
+    if not isinstance(x, jax.Array):
+        return x
+    if _trace.is_evaluating():
+        return jax.device_put(x, sharding)
+    if isinstance(sharding, NamedSharding) and is_explicit(sharding.mesh):
+        return jax.sharding.reshard(x, sharding)
+    return jax.lax.with_sharding_constraint(x, sharding)

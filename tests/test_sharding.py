@@ -1,0 +1,422 @@
+"""Models over a mesh of 8 simulated devices: where arrays are to be, are put, and stay."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jaxtyping import Array, Float
+
+import refx_eqx as rx
+
+
+pytestmark = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices")
+
+
+@pytest.fixture(autouse=True)
+def _settings():
+    # Under leak checks JAX keeps no traces, which makes the many small models slow; and
+    # Optax relies on standard promotion.
+    with jax.numpy_dtype_promotion("standard"), jax.check_tracer_leaks(False):
+        yield
+
+
+@pytest.fixture
+def mesh():
+    return jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+
+class FeedForward(rx.Module):
+    up: rx.Param[Float[Array, "ffn embed"]]
+    down: rx.Param[Float[Array, "embed ffn"]]
+    scale: rx.Param[Float[Array, ""]]
+    mean: rx.BatchStat[Float[Array, "embed"]]
+    activation: Any
+
+    def __init__(self, key):
+        k1, k2 = jr.split(key)
+        self.up = jr.normal(k1, (16, 8)) / 4
+        self.down = jr.normal(k2, (8, 16)) / 4
+        self.scale = jnp.array(1.0)
+        self.mean = jnp.zeros(8)
+        self.activation = jnp.tanh
+
+    def __call__(self, x):
+        self.mean.value = 0.9 * self.mean[...] + 0.1 * x
+        h = self.activation(self.up[...] @ (x - self.mean[...]))
+        return x + self.scale[...] * (self.down[...] @ h)
+
+
+class Deep(rx.Module):
+    layers: rx.Batched[FeedForward, "depth"]
+    last: FeedForward
+
+    def __init__(self, key):
+        self.layers = rx.filter_vmap(FeedForward)(jr.split(key, 2))
+        self.last = FeedForward(key)
+
+
+RULES = rx.axis_rules(ffn="tensor", embed="fsdp")
+
+
+def paths(specs) -> dict[str, Any]:
+    """The specs by place."""
+    is_leaf = lambda x: isinstance(x, P | rx.Value | rx.Index)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(specs, is_leaf=is_leaf)
+    return {
+        jax.tree_util.keystr(path): x.value if isinstance(x, rx.Value) else x
+        for path, x in leaves
+    }
+
+
+def spec_of(ref) -> Any:
+    return ref.value.sharding.spec
+
+
+# What the rules say
+
+
+def test_the_names_of_a_declared_type_are_those_of_the_rules():
+    specs = RULES.specs(FeedForward(jr.key(0)))
+    assert paths(specs) == {
+        ".up": P("tensor", "fsdp"),
+        ".down": P("fsdp", "tensor"),
+        ".scale": P(),
+        ".mean": P("fsdp"),
+    }
+
+
+def test_specs_have_the_form_of_the_derefed_tree():
+    model = FeedForward(jr.key(0))
+    derefed = rx.deref((model, model))
+    specs = RULES.specs((model, model))
+    arrays = eqx.filter(derefed, eqx.is_array)
+    treedef = jax.tree.structure(specs, is_leaf=lambda x: isinstance(x, P))
+    assert treedef == jax.tree.structure(arrays)
+    assert RULES.specs(derefed) == specs
+    abstract = rx.filter_eval_shape(FeedForward, jr.key(0))
+    assert RULES.specs((abstract, abstract)) == specs
+
+
+def test_shardings_are_on_the_mesh_that_is_given_or_set(mesh):
+    model = FeedForward(jr.key(0))
+    shardings = RULES.shardings(model, mesh)
+    assert shardings.up.value == NamedSharding(mesh, P("tensor", "fsdp"))
+    with jax.set_mesh(mesh):
+        assert RULES.shardings(model) == shardings
+    with pytest.raises(ValueError, match="there is no mesh"):
+        RULES.shardings(model)
+    placed = jax.device_put(eqx.filter(rx.deref(model), eqx.is_array), shardings)
+    assert placed.up.value.sharding.spec == P("tensor", "fsdp")
+
+
+def test_a_mesh_axis_may_be_several_and_a_name_may_have_none():
+    rules = rx.axis_rules({"ffn": ("fsdp", "tensor"), "embed": None})
+    specs = rules.specs(FeedForward(jr.key(0)))
+    assert specs.up.value == P(("fsdp", "tensor"))
+    assert specs.down.value == P(None, ("fsdp", "tensor"))
+
+
+def test_a_stack_has_its_axis_in_front_and_batched_names_it():
+    deep = rx.filter_eval_shape(Deep, jr.key(0))
+    specs = RULES.specs(deep)
+    assert specs.layers.up.value == P(None, "tensor", "fsdp")
+    assert specs.layers.scale.value == P()
+    assert specs.last.up.value == P("tensor", "fsdp")
+    by_depth = rx.axis_rules(depth="fsdp", ffn="tensor").specs(deep)
+    assert by_depth.layers.up.value == P("fsdp", "tensor")
+    assert by_depth.layers.scale.value == P("fsdp")
+    assert by_depth.last.up.value == P("tensor")
+    ensemble = rx.filter_eval_shape(rx.filter_vmap(Deep), jr.split(jr.key(0), 3))
+    specs = rx.axis_rules(depth="fsdp", ffn="tensor").specs(ensemble)
+    assert specs.layers.up.value == P(None, "fsdp", "tensor")
+    assert specs.last.up.value == P(None, "tensor")
+
+
+def test_a_stack_that_is_not_stacked_in_front(mesh):
+    up = FeedForward(jr.key(0)).up
+    stack = rx.filter_vmap(lambda: rx.clone(up), axis_size=3, out_axes=1)()
+    assert stack.shape == (16, 3, 8)
+    assert RULES.specs(stack, mesh).value == P("tensor", None, "fsdp")
+
+
+def test_filters_come_first_then_the_field_then_names_then_the_default():
+    class Layer(rx.Module):
+        weight: rx.Param[Float[Array, "out in"]]
+        bias: rx.Param[Float[Array, "out"]] = rx.field(sharding=P("fsdp"))
+        other: rx.Param[Array]
+        plain: Array
+
+        def __init__(self):
+            self.weight, self.bias = jnp.ones((4, 2)), jnp.ones(4)
+            self.other = self.plain = jnp.ones(8)
+
+    rules = rx.axis_rules(out="tensor", default=P("data"))
+    specs = rules.specs(Layer())
+    assert specs.weight.value == P("tensor") and specs.bias.value == P("fsdp")
+    assert specs.other.value == P("data") and specs.plain == P("data")
+    rules = rx.axis_rules({rx.path("**.bias", "plain"): P("seq")}, out="tensor")
+    assert rules.specs(Layer()).bias.value == P("seq")
+    assert rules.specs(Layer()).plain == P("seq")
+    assert rules.specs(Layer()).other.value == P()
+    stack = rx.filter_vmap(Layer, axis_size=3)()
+    assert rx.axis_rules().specs(stack).bias.value == P(None, "fsdp")
+
+
+def test_the_default_may_ask_the_array():
+    model = rx.as_refs(eqx.nn.MLP(8, 8, 16, 1, key=jr.key(0)), "params")
+
+    def largest(x):
+        return P(*("fsdp" if n == max(x.shape) else None for n in x.shape[:1]))
+
+    specs = rx.axis_rules(default=largest).specs(model)
+    assert specs.layers[0].weight.value == P("fsdp")
+    with pytest.raises(TypeError, match="must return a `PartitionSpec`"):
+        rx.axis_rules(default=lambda x: "fsdp").specs(model)
+
+
+def test_a_ref_of_two_fields_has_the_names_of_both():
+    class Embedding(rx.Module):
+        table: rx.Param[Float[Array, "vocab embed"]]
+
+    class Head(rx.Module):
+        weight: rx.Param[Float[Array, "out in"]]
+
+    embedding = Embedding(jnp.ones((8, 4)))
+    model = embedding, Head(embedding.table)
+    assert rx.axis_rules(vocab="tensor").specs(model)[0].table.value == P("tensor")
+    assert rx.axis_rules(out="tensor").specs(model)[0].table.value == P("tensor")
+    rules = rx.axis_rules(vocab="tensor", out="fsdp")
+    with pytest.raises(rx.StructureError, match="call axis 0 'vocab' and 'out'"):
+        rules.specs(model)
+    rules = rx.axis_rules(
+        {rx.path("**.table", "**.weight"): P("tensor")}, vocab="tensor", out="fsdp"
+    )
+    assert rules.specs(model)[0].table.value == P("tensor")
+
+
+def test_values_that_are_containers():
+    class Layer(rx.Module):
+        state: rx.Ref[tuple[Float[Array, "a b"], dict[str, Float[Array, "b"]], int]]
+
+    layer = Layer((jnp.ones((2, 4)), {"x": jnp.ones(4)}, 3))
+    specs = rx.axis_rules(b="tensor").specs(layer)
+    assert specs.state.value == (P(None, "tensor"), {"x": P("tensor")}, P())
+
+
+def test_slots_and_averages_follow_their_weights():
+    def make(key):
+        model = Deep(key)
+        optimizer = rx.Optimizer(model, optax.adam(1e-3, mu_dtype=jnp.bfloat16))
+        return model, optimizer, rx.nn.EMA(model, 0.9)
+
+    model, optimizer, ema = rx.filter_eval_shape(make, jr.key(0))
+    state: Any = RULES.specs(optimizer).opt_state[0]
+    weights = RULES.specs(model)
+    assert state.count.value == P()
+    for moments in (state.mu, state.nu):
+        assert moments["layers.up"].value == weights.layers.up.value
+        assert moments["last.down"].value == weights.last.down.value
+    assert RULES.specs(ema).model.layers.up.value == weights.layers.up.value
+
+
+def test_slots_follow_by_filter_and_by_field_too():
+    class Layer(rx.Module):
+        weight: rx.Param[Array]
+        bias: rx.Param[Array] = rx.field(sharding=P("tensor"))
+
+    layer = Layer(jnp.ones((4, 4)), jnp.ones(4))
+    make = lambda: rx.Optimizer(layer, optax.adam(1e-3))
+    rules = rx.axis_rules({rx.path("weight"): P("fsdp")})
+    for optimizer in (make(), rx.clone(make()), rx.filter_eval_shape(make)):
+        state: Any = rules.specs(optimizer).opt_state[0]
+        assert state.mu["weight"].value == P("fsdp")
+        assert state.mu["bias"].value == P("tensor")
+    by_collection = rx.axis_rules({rx.collection("params"): P("fsdp")})
+    state = by_collection.specs(make()).opt_state[0]
+    assert state.nu["bias"].value == P("fsdp") and state.count.value == P()
+    ensemble = rx.filter_vmap(
+        lambda: rx.Optimizer(layer, optax.adam(1e-3)), axis_size=3
+    )
+    state = rx.axis_rules().specs(ensemble()).opt_state[0]
+    assert state.mu["bias"].value == P(None, "tensor")
+
+
+# What the rules cannot mean
+
+
+def test_a_size_that_is_not_divided(mesh):
+    class Layer(rx.Module):
+        weight: rx.Param[Float[Array, "out in"]]
+
+    model = {"a": Layer(jnp.ones((6, 3)))}
+    rules = rx.axis_rules(out="tensor")
+    message = (
+        r"`a\.weight`, `Layer\.weight` \(collection 'params'\): axis 0 has size 6, and "
+        r"`P\('tensor', None\)` splits it in 4"
+    )
+    with pytest.raises(rx.StructureError, match=message):
+        rules.shardings(model, mesh)
+    rx.axis_rules(out="fsdp").shardings(model, mesh)  # 2 divides 6
+    rx.axis_rules(out=None).shardings(model, mesh)
+
+
+def test_a_mesh_axis_for_two_axes_of_one_array():
+    rules = rx.axis_rules(ffn="tensor", embed="tensor")
+    with pytest.raises(rx.StructureError, match="'tensor' for axis 0 and for axis 1"):
+        rules.specs(FeedForward(jr.key(0)))
+    rules = rx.axis_rules(
+        {rx.path("up", "down"): P("tensor")}, ffn="tensor", embed="tensor"
+    )
+    assert rules.specs(FeedForward(jr.key(0))).up.value == P("tensor")
+
+
+def test_a_mesh_axis_that_there_is_not(mesh):
+    rules = rx.axis_rules(ffn="model")
+    with pytest.raises(rx.StructureError, match="and the mesh has 'fsdp', 'tensor'"):
+        rules.specs(FeedForward(jr.key(0)), mesh)
+
+
+def test_a_name_in_the_rules_that_is_misspelt():
+    rules = rx.axis_rules(fnn="tensor", batch="data")
+    message = "called 'fnn': the types declare 'ffn', 'embed'. Is 'ffn' meant, of `up`"
+    with pytest.raises(rx.StructureError, match=message):
+        rules.specs(FeedForward(jr.key(0)))
+    rx.axis_rules({"ffn": None}, fnn="tensor").specs(FeedForward(jr.key(0)))
+    # A name of the data is the name of no weight.
+    rx.axis_rules(batch="data").specs(FeedForward(jr.key(0)))
+
+
+def test_strict_rules_say_all():
+    model = FeedForward(jr.key(0))
+    strict = rx.axis_rules(ffn="tensor", embed=None, strict=True)
+    assert strict.specs(model).up.value == P("tensor")
+    with pytest.raises(rx.StructureError, match="no rule for its axis 'embed'"):
+        rx.axis_rules(ffn="tensor", strict=True).specs(model)
+    with pytest.raises(rx.StructureError, match="called 'batch': the types declare"):
+        rx.axis_rules(ffn=None, embed=None, batch=None, strict=True).specs(model)
+    bare = {"w": rx.Ref(jnp.ones(2), "params")}
+    with pytest.raises(rx.StructureError, match="`w`, .* no type declares the names"):
+        rx.axis_rules(strict=True).specs(bare)
+    rx.axis_rules({rx.path("w"): P()}, strict=True).specs(bare)
+
+
+def test_a_spec_of_too_many_entries():
+    rules = rx.axis_rules({rx.path("w"): P(None, "tensor")})
+    with pytest.raises(rx.StructureError, match="for 2 axes, and its shape is"):
+        rules.specs({"w": rx.Ref(jnp.ones(4))})
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: rx.axis_rules(["ffn"]), "give a mapping"),  # type: ignore
+        (lambda: rx.axis_rules({"params": P("fsdp")}), "use a filter as the key"),
+        (lambda: rx.axis_rules({rx.path("w"): "fsdp"}), "a `PartitionSpec`, such as"),
+        (lambda: rx.axis_rules(default="fsdp"), "give a `PartitionSpec`, such as"),
+        (lambda: rx.field(sharding="fsdp"), "give a `jax.sharding.PartitionSpec`"),  # type: ignore
+    ],
+)
+def test_what_is_no_rule(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_a_field_without_a_ref_has_no_sharding():
+    # Python 3.11 wraps what `__set_name__` raises.
+    with pytest.raises((TypeError, RuntimeError)) as error:
+
+        class Layer(rx.Module):
+            size: int = rx.field(sharding=P())
+
+    assert "of `Layer.size`: the field holds no ref" in str(
+        error.value.__cause__ or error.value
+    )
+    with pytest.raises(ValueError, match="sharding=..., static=True"):
+        rx.field(sharding=P(), static=True)
+
+
+def test_rules_are_compared_by_value():
+    assert rx.axis_rules(a="x") == rx.axis_rules({"a": "x"})
+    assert hash(rx.axis_rules(a="x")) == hash(rx.axis_rules({"a": "x"}))
+    assert rx.axis_rules(a="x") != rx.axis_rules(a="x", strict=True)
+    assert repr(rx.axis_rules(a="x", strict=True)) == (
+        "rx.axis_rules({'a': 'x'}, strict=True)"
+    )
+
+
+# Placing
+
+
+def test_refs_are_moved_in_place(mesh):
+    model = FeedForward(jr.key(0))
+    before = rx.snapshot(model)
+    assert rx.filter_shard(model, RULES.shardings(model, mesh)) is model
+    assert spec_of(model.up) == P("tensor", "fsdp")
+    assert model.scale.value.sharding == NamedSharding(mesh, P())
+    assert eqx.tree_equal(rx.snapshot(model), before)
+    with jax.set_mesh(mesh):
+        rx.filter_shard(model, rx.axis_rules(ffn="fsdp"))
+        assert spec_of(model.up) == P("fsdp")
+        rx.filter_shard(model.up, P(None, "tensor"))
+    assert spec_of(model.up) == P(None, "tensor")
+    rx.filter_shard(model, jax.devices()[3])
+    assert model.up.value.devices() == {jax.devices()[3]}
+
+
+def test_arrays_outside_refs_are_moved_in_a_new_tree(mesh):
+    tree = {"ref": rx.Ref(jnp.ones(4)), "x": jnp.ones(4), "f": jnp.tanh, "n": 3}
+    moved = rx.filter_shard(
+        tree, {"ref": None, "x": NamedSharding(mesh, P("fsdp")), "f": None, "n": None}
+    )
+    assert moved["ref"] is tree["ref"] and moved["f"] is jnp.tanh and moved["n"] == 3
+    assert moved["x"].sharding.spec == P("fsdp")
+    assert len(tree["ref"].value.devices()) == len(tree["x"].devices()) == 1
+
+
+def test_inside_of_a_transform_refs_are_constrained(mesh):
+    model = FeedForward(jr.key(0))
+
+    @rx.filter_jit
+    def place(model):
+        rx.filter_shard(model, RULES)
+
+    with jax.set_mesh(mesh):
+        place(model)
+    assert model.up.value.sharding.is_equivalent_to(
+        NamedSharding(mesh, P("tensor", "fsdp")), 2
+    )
+
+
+def test_shapes_are_annotated(mesh):
+    model = rx.filter_eval_shape(FeedForward, jr.key(0))
+    rx.filter_shard(model, RULES.shardings(model, mesh))
+    assert model.up.value.sharding == NamedSharding(mesh, P("tensor", "fsdp"))
+
+
+def test_all_is_moved_or_nothing(mesh):
+    model = {"a": rx.Ref(jnp.ones(8)), "b": rx.Ref(jnp.ones(3))}
+    with pytest.raises(rx.StructureError, match=r"axis 0 has size 3"):
+        rx.filter_shard(model, NamedSharding(mesh, P("fsdp")))
+    with rx.mutable(rx.path("a"), model):
+        with pytest.raises(rx.ImmutableError):
+            rx.filter_shard(model, NamedSharding(mesh, P()))
+    assert len(model["a"].value.devices()) == 1
+
+
+def test_what_filter_shard_is_not_given(mesh):
+    replicated, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("fsdp"))
+    ref = rx.Ref(jnp.ones(4), "params")
+    with pytest.raises(rx.StructureError, match="one ref at two places"):
+        rx.filter_shard([ref, ref], [replicated, split])
+    rx.filter_shard([ref, ref], [split, split])
+    with pytest.raises(rx.StructureError, match="a prefix of the derefed tree"):
+        rx.filter_shard([ref, ref], [split])
+    with pytest.raises(rx.StructureError, match="'fsdp' is no sharding"):
+        rx.filter_shard(ref, "fsdp")
+    with pytest.raises(ValueError, match="is for a mesh, and there is none"):
+        rx.filter_shard(ref, P("fsdp"))
