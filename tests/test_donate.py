@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.core import Tracer
 
 import refx_eqx as rx
 from refx_eqx._engine._run_time_errors import explain
@@ -269,6 +270,55 @@ def test_a_failed_check_loses_nothing():
             assert not a.value.is_deleted() and a.value[0] == 1.0
         f(a, jnp.ones(4))
         assert a.value[0] == 2.0
+
+
+class Small:
+    def __init__(self, x):
+        if eqx.is_array(x) and not isinstance(x, Tracer) and x > 2:
+            raise ValueError("too large")
+        self.x = x
+
+
+jax.tree_util.register_pytree_node(
+    Small, lambda small: ((small.x,), None), lambda _, x: Small(*x)
+)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_result_that_cannot_be_made_leaves_the_new_values(compiled):
+    """The old ones are gone."""
+
+    def f(ref):
+        ref.value = ref.value + 1.0
+        return Small(ref.value[0])
+
+    ref = make_ref()
+    f = filter_jit(f, donate="refs")
+    call = f.lower(ref).compile() if compiled else f
+    for i in (1.0, 2.0):
+        call(ref)
+        assert ref.value[0] == i
+    for i in (3.0, 4.0):
+        with pytest.raises(ValueError, match="too large"):
+            call(ref)
+        assert ref.value[0] == i
+
+
+def test_where_a_ref_may_not_be_written_nothing_of_it_is_donated():
+    ref, other = make_ref(), make_ref(collection="other")
+
+    @rx.filter_jit(donate="refs")
+    def f(ref, other):
+        ref.value = ref.value + 1.0
+        other.value = other.value + 1.0
+
+    for _ in range(3):
+        f(ref, other)
+    with rx.mutable("other"), pytest.raises(rx.ImmutableError, match="Cannot write"):
+        f(ref, other)
+    assert ref.value[0] == 3.0 and other.value[0] == 3.0
+    f(ref, other)
+    assert ref.value[0] == 4.0 and other.value[0] == 4.0
 
 
 def test_the_remedy_for_a_donated_value_runs():

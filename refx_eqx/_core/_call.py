@@ -95,6 +95,7 @@ class Call:
         "asked",
         "leaves",
         "refs",
+        "returned",
         "started",
         "structure",
         "trace",
@@ -119,6 +120,8 @@ class Call:
         # What `filter_jit` learned of this call before it compiles.
         self.traced: Any = None
         self._flat: tuple[list[Any], Any] | None = None
+        # What a program returned that may have been given buffers of the refs: see `rescue`.
+        self.returned: list[Any] = []
         # What the body asked of the identity of the refs, by their ids.
         self.asked: dict[int, set[Any]] = {}
         in_body = bool(_trace.thread.state.bodies)
@@ -438,6 +441,27 @@ def commit(
             commits.store(updates)
 
 
+def rescue(refs: list[Ref], values: list[Any], returned: list[Any]) -> bool:
+    """What is done if a call breaks off. Where buffers of its refs were donated, the new
+    values are written, because the old ones are gone. Returns whether that was so.
+
+    **Arguments:**
+
+    - `refs`, `values`: the refs of the call, and what was read from them.
+    - `returned`: what the program returned, if it did.
+    """
+    if not returned or not any(map(_trace.is_deleted, jtu.tree_leaves(values))):
+        return False
+    _, updates, info = returned[-1]
+    with commits.lock:
+        commits.store(
+            (refs[i], info.value(i, x))
+            for i, x in updates.items()
+            if refs[i]._value is values[i]
+        )
+    return True
+
+
 _MAX_TRIES = 1000
 
 
@@ -459,11 +483,16 @@ def call(
     state = _trace.thread.state
     bodies, calls = len(state.bodies), len(state.calls)
     for _ in range(_MAX_TRIES):
+        derefed = None
         try:
             derefed = Call(fn, args, kwargs, is_dynamic)
             return derefed.finish(transform(derefed))
         except Disturbed:
             continue
+        except BaseException:
+            if derefed is not None:
+                rescue(derefed.refs, derefed.values, derefed.returned)
+            raise
         finally:
             # First, and without a call: CPython lets no signal in before these two.
             del state.bodies[bodies:]

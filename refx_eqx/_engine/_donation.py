@@ -1,12 +1,14 @@
 """Donation: which buffers a call gives away, and never one that somebody else holds."""
 
 import sys
+from collections.abc import Callable
 from operator import gt
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
+from .._core import _trace
 from .._core._nodes import is_node
 from .._core._structure import Structure
 
@@ -65,6 +67,9 @@ def apart(
     """
     donated = [arrays[i] for i in split.donated]
     kept = [arrays[i] for i in split.kept]
+    if _trace.guards.get():
+        # It may turn out that a ref may not be written here.
+        return list(map(_copy, donated)), kept
     if any(map(gt, map(sys.getrefcount, donated), split.alone)):
         for k, alone in enumerate(split.alone):
             # Not through a generator or a variable, which are counted.
@@ -82,6 +87,12 @@ def apart(
                 donated[k] = _copy(x)
             seen.add(id(x))
     return donated, kept
+
+
+def call_into(results: list[Any], fn: Callable[..., Any], *args: Any) -> None:
+    """`results.append(fn(*args))` in one step of C: no signal comes between the end of the
+    call, when its buffers are gone, and the moment when what it returned is kept."""
+    results.extend(map(fn, *zip(args)))
 
 
 def _copy(x: Any) -> Any:

@@ -29,6 +29,7 @@ from .._core._call import (
     close_result,
     commit,
     Disturbed,
+    rescue,
     updates_of,
     with_refs,
 )
@@ -277,13 +278,14 @@ class Plan:
                     return NO_PLAN
             elif arrays or self.donate is not None:
                 flat = arrays + values
+            returned: list[Any] = []
             try:
                 try:
                     calls.append(running)
                     if self.donate is None:
                         out, updates, info = self.run(flat)
                     else:
-                        out, updates, info = self.donate(flat, values)
+                        out, updates, info = self.donate(flat, values, returned)
                     if info.waits:
                         jax.block_until_ready((out, updates))
                 finally:
@@ -327,15 +329,18 @@ class Plan:
                 return result
             except Disturbed:
                 continue
-            except TypeError:
-                if all(map(is_traced, arrays)):
+            except BaseException as e:
+                if rescue(refs, values, returned):
                     raise
-                return NO_PLAN  # an array of texts, say: it is told where
-            except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as e:
-                try:
-                    explain(e, refs, values)
-                except Disturbed:
-                    continue
+                if isinstance(e, TypeError) and not all(map(is_traced, arrays)):
+                    return NO_PLAN  # an array of texts, say: it is told where
+                if isinstance(
+                    e, (jax.errors.JaxRuntimeError, ValueError, RuntimeError)
+                ):
+                    try:
+                        explain(e, refs, values)
+                    except Disturbed:
+                        continue
                 raise
 
     def _flat(self, arrays: list[Any], values: list[Any]) -> list[Any] | None:

@@ -23,7 +23,15 @@ from .._core._closure import origin_of
 from .._core._identity import Answers, answers_for, Asked, joined, Questions
 from .._core._ref import commits, Ref
 from .._core._structure import Leaves, Outcome, Structure
-from ._donation import ALONE, apart, Donate, same_buffer_type, Split, what_to_donate
+from ._donation import (
+    ALONE,
+    apart,
+    call_into,
+    Donate,
+    same_buffer_type,
+    Split,
+    what_to_donate,
+)
 from ._run_time_errors import explain, has_runtime_check, JIT_ID
 
 
@@ -164,7 +172,9 @@ class Program:
             with dispatching(derefed):
                 while True:
                     variant, flat = self.variant(derefed)
-                    out, updates, info = variant.dispatch(derefed, flat, derefed.values)
+                    out, updates, info = variant.dispatch(
+                        derefed, flat, derefed.values, derefed.returned
+                    )
                     # Another thread may have traced it in between, for its own refs.
                     if info.asked.holds_for(derefed.refs):
                         break
@@ -250,11 +260,12 @@ class Variant:
         )
 
     def dispatch(
-        self, derefed: Call, arrays: list[Any], values: list[Any]
+        self, derefed: Call, arrays: list[Any], values: list[Any], results: list[Any]
     ) -> tuple[Leaves, dict, Any]:
         """Calls the program; to be called while `derefed` is the running call.
 
-        `arrays` and `values` are those of the call, instead of what `derefed` has.
+        `arrays` and `values` are those of the call, instead of what `derefed` has. What is
+        returned stands in `results` too, if buffers were donated: see `_core/_call.py`.
         """
         if self._donate == "none" or not _trace.is_evaluating():
             return self.plain(arrays)
@@ -266,18 +277,19 @@ class Variant:
         split = self.split(derefed, arrays)
         while True:
             try:
-                return self._donate_once(split, arrays, values)
+                return self._donate_once(split, arrays, values, results)
             except _Resplit as e:
                 split = self._other_splits[_types(arrays)] = e.split
 
     def _donate_once(
-        self, split: Split, arrays: list[Any], values: list[Any]
+        self, split: Split, arrays: list[Any], values: list[Any], results: list[Any]
     ) -> tuple[list, dict, Any]:
         donated, kept = apart(arrays, values, split)
         try:
-            return self._donating(split, donated, kept)
+            call_into(results, self._donating, split, donated, kept)
         finally:
             self._speak()
+        return results[-1]
 
     def _be_quiet(self) -> None:
         """Until `_speak`: no word of an unused donation, where the mode wants none. JAX says

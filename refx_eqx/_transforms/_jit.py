@@ -10,7 +10,7 @@ import jax
 from .._core._call import Call, call
 from .._core._errors import MismatchError, name_of
 from .._core._structure import Key, Leaves, Outcome
-from .._engine._donation import apart, Donate, Split
+from .._engine._donation import apart, call_into, Donate, Split
 from .._engine._fast_path import NO_PLAN, Plans
 from .._engine._program import Program, program_of
 from .._engine._run_time_errors import explain
@@ -111,7 +111,8 @@ class Compiled:
                 else:
                     derefed.arrays = []  # `apart` counts who holds a buffer
                     both = apart(flat, derefed.values, self._split)
-                    outcome = Outcome(*self.compiled(*both))
+                    call_into(derefed.returned, self.compiled, *both)
+                    outcome = Outcome(*derefed.returned[-1])
                 if not outcome.info.asked.holds_for(derefed.refs):
                     raise MismatchError(
                         f"`{name_of(jit.__wrapped__)}` was compiled for other refs: it "
@@ -186,7 +187,8 @@ def filter_jit(fun: Any = None, *, donate: Donate = "none", **jitkwargs: Any) ->
         is not overwritten is never donated, nor is anything in a program with a run-time
         check: it would be lost if the check failed. A buffer of a ref that anything else
         holds (a [`refx_eqx.snapshot`][], a clone, another ref, a variable) is copied first,
-        and stays what it was.
+        and stays what it was. If such a call is interrupted when the program ran, or its
+        result cannot be made, the refs have their new values: the old ones are gone.
     - `**jitkwargs`: passed on to `jax.jit`, such as `compiler_options`.
 
     **Returns:**
