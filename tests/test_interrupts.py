@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import optax
 import pytest
 from injection import Injector
+from jaxtyping import _storage, Array, Float
 
 import refx_eqx as rx
 from refx_eqx._core import _trace
 from refx_eqx._core._ref import commits
+from refx_eqx._fields import _construction
 
 
 EVERY = int(os.environ.get("REFX_INTERRUPT_EVERY", "251"))
@@ -57,6 +59,22 @@ def looped(refs):
 
 def mapped(refs):
     rx.filter_vmap(lambda refs, x: step(refs, ONE), in_axes=(None, 0))(refs, XS)
+
+
+class Typed(rx.Module):
+    a: rx.Param[Float[Array, "*s"]]
+    b: rx.Param[Float[Array, "*s"]]
+    c: rx.Param[Float[Array, ""]] | None = None
+
+
+@rx.filter_jit
+def typed_step(module, x):
+    step([module.a, module.b, module.c], x)
+
+
+def typed(refs):
+    with rx.config(check_types=True), rx.mutable("params"):
+        typed_step(Typed(*refs), ONE)
 
 
 @rx.filter_custom_jvp
@@ -145,6 +163,7 @@ CALLS = {
         refs, {str(i): jnp.array(i + 1.0) for i in range(3)}
     ),
     "Optimizer": optimized,
+    "typed": typed,
 }
 
 
@@ -155,7 +174,9 @@ def values(refs):
 
 def is_clean():
     state = _trace.thread.state
-    clean = not state.bodies and not state.calls and not _trace.guards.get()
+    clean = not state.bodies and not state.calls and not _construction._here.logs
+    clean = clean and not _trace.guards.get() and not rx.config._here.get()
+    clean = clean and not _storage._has_shape_memo()  # of jaxtyping
     return clean and _trace.is_evaluating() and not commits.lock.locked()
 
 
@@ -195,6 +216,23 @@ def test_an_exception_at_a_line_changes_all_or_nothing(name):
         interrupted += 1
         at += EVERY
     assert interrupted > 0 and not wrong
+
+
+def test_an_exception_at_a_line_while_a_module_is_made_leaves_its_refs():
+    def state(refs):
+        return [(r.collection, r.name, bool(r._declared), r.value) for r in refs]
+
+    at, interrupted = 1 + EVERY // 20, 0
+    while True:
+        refs = [rx.Ref(1.0), rx.Ref(2.0)]
+        before = state(refs)
+        injector = Injector(at)
+        if not injector.run(lambda refs=refs: Typed(*refs)):
+            break
+        assert is_clean() and state(refs) == before, (at, injector.where)
+        interrupted += 1
+        at += max(1, EVERY // 10)
+    assert interrupted > 0 and state(refs)[1][:3] == ("params", "Typed.b", True)
 
 
 @pytest.mark.skipif(

@@ -448,11 +448,12 @@ def rescue(refs: list[Ref], values: list[Any], returned: list[Any]) -> bool:
     **Arguments:**
 
     - `refs`, `values`: the refs of the call, and what was read from them.
-    - `returned`: what the program returned, if it did.
+    - `returned`: what the program returned, if it did: leaves, and the treedef.
     """
     if not returned or not any(map(_trace.is_deleted, jtu.tree_leaves(values))):
         return False
-    _, updates, info = returned[-1]
+    flat, treedef = returned[-1]
+    _, updates, info = treedef.unflatten(flat)
     with commits.lock:
         commits.store(
             (refs[i], info.value(i, x))

@@ -532,9 +532,9 @@ def guarded(allows: Callable[[Ref], bool], where: str) -> Iterator[None]:
     - `where`: for messages: where this is, and what to do.
     """
     guard = _Guard(allows, where)
-    _trace.guards.set((*_trace.guards.get(), guard))
     changed = []
     try:
+        _trace.guards.set((*_trace.guards.get(), guard))
         yield
     finally:
         # Not the guards of before: a generator may end in between.

@@ -1,11 +1,13 @@
 """Donation: which buffers a call gives away, and never one that somebody else holds."""
 
+import functools
 import sys
 from collections.abc import Callable
 from operator import gt
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.tree_util as jtu
 import numpy as np
 
 from .._core import _trace
@@ -89,10 +91,33 @@ def apart(
     return donated, kept
 
 
-def call_into(results: list[Any], fn: Callable[..., Any], *args: Any) -> None:
-    """`results.append(fn(*args))` in one step of C: no signal comes between the end of the
-    call, when its buffers are gone, and the moment when what it returned is kept."""
-    results.extend(map(fn, *zip(args)))
+class Packed:
+    """In the result of a program: its treedef, beside a list of its leaves. So no code in
+    Python runs between the end of a donating call, when its buffers are gone, and the moment
+    when what it returned is kept: a signal could come there."""
+
+    __slots__ = ("treedef",)
+
+    def __init__(self, treedef: Any):
+        self.treedef = treedef
+
+
+# What is true of `(treedef, ())`, the arguments: just the treedef. A function in C.
+_first: Any = functools.partial(max, key=bool)
+jtu.register_pytree_node(Packed, lambda packed: ((), packed.treedef), _first)
+
+
+def pack(outcome: Any) -> tuple[list[Any], Packed]:
+    """To be returned by a donating program: `call_into` gets it as `(leaves, treedef)`."""
+    flat, treedef = jtu.tree_flatten(outcome)
+    return flat, Packed(treedef)
+
+
+def call_into(returned: list[Any], program: Callable[..., Any], *args: Any) -> Any:
+    """What a donating program returns. It is kept in `returned`, packed: see `rescue`."""
+    returned.extend(map(program, *zip(args)))
+    flat, treedef = returned[-1]
+    return treedef.unflatten(flat)
 
 
 def _copy(x: Any) -> Any:

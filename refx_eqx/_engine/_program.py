@@ -28,6 +28,8 @@ from ._donation import (
     apart,
     call_into,
     Donate,
+    pack,
+    Packed,
     same_buffer_type,
     Split,
     what_to_donate,
@@ -229,7 +231,7 @@ class Variant:
 
         def donating(
             split: Split, donated: list[Any], kept: list[Any]
-        ) -> tuple[Leaves, dict[int, Any], Any]:
+        ) -> tuple[list[Any], Packed]:
             variant = mine()
             assert variant is not None
             variant._be_quiet()
@@ -249,7 +251,7 @@ class Variant:
             right = variant._split_for(outcome, flat)
             if right != split:
                 raise _Resplit(right)
-            return outcome
+            return pack(outcome)
 
         traced.__name__ = traced.__qualname__ = program.name
         donating.__name__ = donating.__qualname__ = program.name
@@ -260,12 +262,12 @@ class Variant:
         )
 
     def dispatch(
-        self, derefed: Call, arrays: list[Any], values: list[Any], results: list[Any]
+        self, derefed: Call, arrays: list[Any], values: list[Any], returned: list[Any]
     ) -> tuple[Leaves, dict, Any]:
         """Calls the program; to be called while `derefed` is the running call.
 
         `arrays` and `values` are those of the call, instead of what `derefed` has. What is
-        returned stands in `results` too, if buffers were donated: see `_core/_call.py`.
+        returned stands in `returned` too, if buffers were donated: see `call_into`.
         """
         if self._donate == "none" or not _trace.is_evaluating():
             return self.plain(arrays)
@@ -277,19 +279,18 @@ class Variant:
         split = self.split(derefed, arrays)
         while True:
             try:
-                return self._donate_once(split, arrays, values, results)
+                return self._donate_once(split, arrays, values, returned)
             except _Resplit as e:
                 split = self._other_splits[_types(arrays)] = e.split
 
     def _donate_once(
-        self, split: Split, arrays: list[Any], values: list[Any], results: list[Any]
+        self, split: Split, arrays: list[Any], values: list[Any], returned: list[Any]
     ) -> tuple[list, dict, Any]:
         donated, kept = apart(arrays, values, split)
         try:
-            call_into(results, self._donating, split, donated, kept)
+            return call_into(returned, self._donating, split, donated, kept)
         finally:
             self._speak()
-        return results[-1]
 
     def _be_quiet(self) -> None:
         """Until `_speak`: no word of an unused donation, where the mode wants none. JAX says

@@ -56,12 +56,15 @@ def name_scope(names: AxisNames = NO_NAMES, instance: Any = None) -> Iterator[No
     """
     if instance is None:
         instance = types.SimpleNamespace(**dict(names.attributes))
-    memos = _storage.push_shape_memo({"self": instance})
+    memos = ({}, {}, {}, {"self": instance})
     _bind(memos, names)
+    scopes = vars(_storage._shape_storage).setdefault("memo_stack", [])
     try:
+        scopes.append(memos)
         yield
     finally:
-        _storage.pop_shape_memo()
+        # Not the last: a signal may come before there is one.
+        scopes[:] = [scope for scope in scopes if scope is not memos]
 
 
 def _bind(memos: tuple, names: AxisNames) -> None:

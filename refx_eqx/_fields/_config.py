@@ -82,8 +82,8 @@ class Config:
     def __call__(self, *, check_types: bool) -> Iterator[None]:
         """Sets `check_types` in this task for the duration of a `with` block."""
         mine = object(), _checked(check_types)
-        self._here.set((*self._here.get(), mine))
         try:
+            self._here.set((*self._here.get(), mine))
             yield
         finally:
             # Not what was before: a generator may end in between.

@@ -77,8 +77,9 @@ def one_of_several(is_first: bool, is_last: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _logging(log: list[_State]) -> Iterator[list[_State]]:
-    _here.logs.append(_Log(log, _trace.current_trace_ref()))
+    mine = _Log(log, _trace.current_trace_ref())
     try:
+        _here.logs.append(mine)
         yield log
     except BaseException:
         with commits.lock:
@@ -90,4 +91,5 @@ def _logging(log: list[_State]) -> Iterator[list[_State]]:
             commits.restructured += 1
         raise
     finally:
-        _here.logs.pop()
+        # Not the last: a signal may come before there is one.
+        _here.logs[:] = [log for log in _here.logs if log is not mine]

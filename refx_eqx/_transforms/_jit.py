@@ -111,8 +111,9 @@ class Compiled:
                 else:
                     derefed.arrays = []  # `apart` counts who holds a buffer
                     both = apart(flat, derefed.values, self._split)
-                    call_into(derefed.returned, self.compiled, *both)
-                    outcome = Outcome(*derefed.returned[-1])
+                    outcome = Outcome(
+                        *call_into(derefed.returned, self.compiled, *both)
+                    )
                 if not outcome.info.asked.holds_for(derefed.refs):
                     raise MismatchError(
                         f"`{name_of(jit.__wrapped__)}` was compiled for other refs: it "
