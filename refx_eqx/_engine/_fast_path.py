@@ -334,7 +334,7 @@ class Plan:
                     raise
                 if isinstance(e, TypeError) and not all(map(is_traced, arrays)):
                     return NO_PLAN  # an array of texts, say: it is told where
-                if isinstance(e, _OF_A_PROGRAM):
+                if isinstance(e, ValueError | RuntimeError):  # as JAX raises
                     try:
                         explain(e, refs, values)
                     except Disturbed:
@@ -364,9 +364,6 @@ class Plan:
             flat += its_arrays
         return flat + values[start:]
 
-
-# What JAX raises when a program that was compiled fails.
-_OF_A_PROGRAM = jax.errors.JaxRuntimeError, ValueError, RuntimeError
 
 _ONE_ARRAY = jtu.tree_structure(0)
 _ONLY_ARRAYS = {_trace.ConcreteArray}

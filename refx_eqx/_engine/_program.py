@@ -183,7 +183,7 @@ class Program:
             if info.waits and _trace.is_evaluating():
                 # A failed check must leave every ref at its old value.
                 jax.block_until_ready((out, updates))
-        except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as e:
+        except (ValueError, RuntimeError) as e:
             explain(e, derefed.refs, derefed.values)
             raise
         return Outcome(out, updates, info)

@@ -124,7 +124,7 @@ class Compiled:
                     )
                 if outcome.info.waits:
                     jax.block_until_ready((outcome.out, outcome.updates))
-            except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as e:
+            except (ValueError, RuntimeError) as e:
                 explain(e, derefed.refs, derefed.values)
                 raise
             return outcome
