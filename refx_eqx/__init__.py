@@ -52,6 +52,7 @@ from ._filters._filters import (
     collection as collection,
     Filter as Filter,
     filter_spec as filter_spec,
+    FilterLike as FilterLike,
     path as path,
     values as values,
 )

@@ -8,18 +8,26 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jaxtyping import PyTree
 
 from ._core._errors import StructureError
 from ._core._nodes import is_node
 from ._core._ref import Ref
-from ._filters._filters import as_filter, choose, dotted, key_text, leaves_with_paths
+from ._filters._filters import (
+    as_filter,
+    choose,
+    dotted,
+    FilterLike,
+    key_text,
+    leaves_with_paths,
+)
 from ._transforms._jit import filter_jit
 
 
 __tracebackhide__ = True
 
 
-def count(tree: Any, filter: Any = True) -> int:
+def count(tree: PyTree, filter: FilterLike = True) -> int:
     """How many numbers a tree holds: those of a shared ref once.
 
     !!! Example
@@ -54,7 +62,7 @@ def count(tree: Any, filter: Any = True) -> int:
     return sum(row.size for row in _rows(tree, filter) if row.tied_to is None)
 
 
-def tabulate(tree: Any, /, *args: Any, flops: bool = False, **kwargs: Any) -> str:
+def tabulate(tree: PyTree, /, *args: Any, flops: bool = False, **kwargs: Any) -> str:
     """A table of what a tree holds: of each ref its place, collection, shape and size.
 
     !!! Example
@@ -220,7 +228,7 @@ def _flops(model: Any, args: tuple, kwargs: dict[str, Any]) -> float:
     return (costs or {}).get("flops", float("nan"))  # not every backend knows
 
 
-def mermaid(tree: Any) -> str:
+def mermaid(tree: PyTree) -> str:
     """A drawing of a tree of refs, in which a shared ref is one box with several arrows.
 
     !!! Example

@@ -12,6 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jaxtyping import PyTree
 
 from ._core._deref import path_text, snapshot
 from ._core._errors import MismatchError, StructureError
@@ -23,7 +24,7 @@ from ._fields._bound import BoundType
 from ._fields._declared import DeclaredRef
 from ._fields._following import Following
 from ._fields._module import Module
-from ._filters._filters import choose, leaves_with_paths
+from ._filters._filters import choose, FilterLike, leaves_with_paths
 from ._filters._update import aligned, check_and_write
 from ._trained import Trained, with_update
 
@@ -100,7 +101,11 @@ class Optimizer(Module):
     _names: tuple[str, ...] = eqx.field(static=True)
 
     def __init__(
-        self, model: Any, tx: "optax.GradientTransformation", *, wrt: Any = "params"
+        self,
+        model: PyTree,
+        tx: "optax.GradientTransformation",
+        *,
+        wrt: FilterLike = "params",
     ):
         trained = Trained(model, wrt)
         self.tx = tx
@@ -108,7 +113,7 @@ class Optimizer(Module):
         self.opt_state = _in_slots(tx.init(trained.values), trained)
         self._names = tuple(trained.refs)
 
-    def update(self, model: Any, grads: Any, /, **extra: Any) -> dict[str, Any]:
+    def update(self, model: PyTree, grads: PyTree, /, **extra: Any) -> dict[str, Any]:
         """Makes one step: writes the model and the state of the optimizer.
 
         All is computed and checked first: if anything fails, nothing has changed.
@@ -243,7 +248,9 @@ def _writes_to_slots(slots: Any, opt_state: Any) -> list[tuple[Ref, Any]]:
     return writes
 
 
-def param_mask(model: Any, filter: Any, *, wrt: Any = "params") -> dict[str, bool]:
+def param_mask(
+    model: PyTree, filter: FilterLike, *, wrt: FilterLike = "params"
+) -> dict[str, bool]:
     """A filter as a mask for Optax, in an [`refx_eqx.Optimizer`][].
 
     !!! Example
@@ -280,7 +287,7 @@ def param_mask(model: Any, filter: Any, *, wrt: Any = "params") -> dict[str, boo
 
 
 def param_labels(
-    model: Any, filters: Mapping[Hashable, Any], *, wrt: Any = "params"
+    model: PyTree, filters: Mapping[Hashable, FilterLike], *, wrt: FilterLike = "params"
 ) -> dict[str, Hashable]:
     """Filters as labels for `optax.partition`, in an [`refx_eqx.Optimizer`][].
 
@@ -337,7 +344,7 @@ def param_labels(
     return labels
 
 
-def apply_updates(model: Any, updates: Any) -> None:
+def apply_updates(model: PyTree, updates: PyTree) -> None:
     """As `optax.apply_updates`, in place: adds updates to the refs of a model. For those who
     keep the state of the optimizer by hand.
 

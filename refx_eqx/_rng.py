@@ -114,7 +114,7 @@ class Rngs(Module):
 
     streams: dict[str, RngStream]
 
-    def __init__(self, default: Any = None, /, **streams: Any):
+    def __init__(self, default: int | Array | None = None, /, **streams: int | Array):
         if default is not None:
             if DEFAULT in streams:
                 raise TypeError(

@@ -619,7 +619,7 @@ def test_custom_vjp_refuses():
         half(x)
     f = make_vjp()
     with pytest.raises(TypeError, match="`filter_custom_vjp` differentiates the first"):
-        f(x=x)
+        f(x=x)  # pyright: ignore[reportCallIssue]
 
     def by_w(xw, state):
         return f(xw[0], state, w=xw[1])

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import typing
 
 import pytest
 
@@ -247,6 +248,21 @@ def test_a_class_has_a_docstring_with_its_arguments(name):
     if "__init__" in vars(cls) and not dataclasses.is_dataclass(cls):
         for parameter in list(inspect.signature(cls).parameters):
             assert f"`{parameter}`" in text or f"`**{parameter}`" in text, parameter
+
+
+@pytest.mark.parametrize("name", FUNCTIONS + CLASSES)
+def test_a_signature_shows_types_and_nothing_private(name):
+    public = getattr(rx, name)
+    if inspect.isclass(public) and public.__init__ is object.__init__:
+        return
+    for function in [*typing.get_overloads(public), public]:
+        signature = inspect.signature(function)
+        # A name that begins with an underscore, and is no module on the way to another.
+        assert not re.search(r"(?<!\w)_\w+(?![\w.])| object at ", str(signature))
+        # A field is annotated by its class: whatever it is there.
+        assert signature.return_annotation is not typing.Any or name == "field"
+        for parameter in signature.parameters.values():
+            assert parameter.annotation is not parameter.empty, parameter
 
 
 def test_every_error_has_a_docstring_of_its_own():

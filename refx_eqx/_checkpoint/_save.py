@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.tree_util as jtu
 import numpy as np
+from jaxtyping import PyTree
 
 from .._core._errors import CheckpointError, RefError, StructureError
 from .._core._ref import Ref
@@ -27,6 +28,7 @@ from .._filters._filters import (
     aliases,
     as_filter,
     dotted,
+    FilterLike,
     key_text,
     leaves_with_paths,
     selected_refs,
@@ -46,7 +48,7 @@ _OURS = "refx_eqx"
 Rename = Mapping[str, str | None] | Callable[[str], str | None]
 
 
-def save(path: str | os.PathLike, tree: Any, filter: Any = True) -> None:
+def save(path: str | os.PathLike, tree: PyTree, filter: FilterLike = True) -> None:
     """Saves the values of the refs of a tree to a file, by name.
 
     The file is in the safetensors format, which many tools read. It is written next to
@@ -114,8 +116,8 @@ def save(path: str | os.PathLike, tree: Any, filter: Any = True) -> None:
 
 def load(
     path: str | os.PathLike,
-    tree: Any,
-    filter: Any = True,
+    tree: PyTree,
+    filter: FilterLike = True,
     *,
     strict: bool = True,
     rename: Rename | None = None,

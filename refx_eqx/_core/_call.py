@@ -70,10 +70,10 @@ from ._structure import (
 __tracebackhide__ = True
 
 
-_P = ParamSpec("_P")
+P = ParamSpec("P")
 
 
-_T = TypeVar("_T")
+T = TypeVar("T")
 
 
 def _apply(fn: Any, /, *args: Any, **kwargs: Any) -> Any:

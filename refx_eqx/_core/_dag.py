@@ -15,13 +15,13 @@ from ._ref import check_readable, is_ref, Ref
 __tracebackhide__ = True
 
 
-_T = TypeVar("_T")
+T = TypeVar("T")
 
 # What a `Dag` holds instead of a derefed tree once its refs are made.
 _MADE: Any = object()
 
 
-class Dag(Generic[_T]):
+class Dag(Generic[T]):
     """A pytree node that derefs a tree of refs when it is flattened. With it any
     third-party transform carries refs, by value.
 
@@ -73,13 +73,13 @@ class Dag(Generic[_T]):
 
     __slots__ = ("_copy", "_derefed", "_home", "_tree")
 
-    def __init__(self, value: _T):
+    def __init__(self, value: T):
         self._tree: Any = value
         self._derefed: Any = _MADE
         self._home = _trace.current_trace_ref()
 
     @property
-    def value(self) -> _T:
+    def value(self) -> T:
         """The tree, with refs that may be read and written here."""
         if self._derefed is _MADE:
             if _trace.current_trace_ref() is not self._home:
@@ -111,7 +111,7 @@ class Dag(Generic[_T]):
                     "is asked for."
                 ) from None
 
-    def _copy_here(self) -> _T:
+    def _copy_here(self) -> T:
         """The tree for a body that closes over the `Dag`: the same refs each time it asks.
 
         They are held weakly. What the body writes to them is its own, and may not stay

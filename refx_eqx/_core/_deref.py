@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 import jax.tree_util as jtu
+from jaxtyping import Array, ArrayLike, PyTree
 
 from . import _trace
 from ._closure import refuse_cycle
@@ -34,7 +35,7 @@ from ._referenced import snapshot_of
 __tracebackhide__ = True
 
 
-_T = TypeVar("_T")
+T = TypeVar("T")
 
 
 class _Nothing:
@@ -75,7 +76,7 @@ def path_of(tree: Any, found: Callable[[Any], bool]) -> str:
     return next((path_text(path) for path, leaf in leaves if found(leaf)), "unknown")
 
 
-def deref(tree: _T) -> _T:
+def deref(tree: T) -> T:
     """Opens every ref of a tree: the first place of each becomes a `Value`, every later
     one an `Index`. The result is a pure pytree, for any JAX transform to carry.
 
@@ -181,7 +182,7 @@ def reref_leaves(leaves: list[Any], refs: dict[int, Ref]) -> list[Any]:
     return with_refs
 
 
-def reref(tree: _T) -> _T:
+def reref(tree: T) -> T:
     """The inverse of `deref`: makes a new ref for each `Value`, and puts the
     same one wherever an `Index` refers to it.
 
@@ -313,7 +314,7 @@ def _resolve(tree: Any, node: Value | Index, refs: dict[int, Ref]) -> Ref:
     return ref
 
 
-def clone(tree: _T) -> _T:
+def clone(tree: T) -> T:
     """A copy of a tree with new refs, of the same sharing, values and names.
 
     !!! Example
@@ -339,7 +340,7 @@ def clone(tree: _T) -> _T:
     return reref(deref(tree))
 
 
-def snapshot(tree: Any) -> Any:
+def snapshot(tree: PyTree) -> PyTree:
     """Replaces every ref with its current value, giving a plain tree for code that does not
     know about refs.
 
@@ -367,8 +368,11 @@ def snapshot(tree: Any) -> Any:
 
 
 def tree_equal(
-    *trees: Any, typematch: bool = False, rtol: Any = 0.0, atol: Any = 0.0
-) -> Any:
+    *trees: PyTree,
+    typematch: bool = False,
+    rtol: ArrayLike = 0.0,
+    atol: ArrayLike = 0.0,
+) -> bool | Array:
     """As `equinox.tree_equal`, by value: refs are equal if what they hold is, and if they
     are shared at the same places.
 
@@ -404,7 +408,7 @@ def _derefed(tree: Any) -> Any:
     return tree if any(map(is_node, leaves)) else deref(tree)
 
 
-def block_until_ready(tree: _T) -> _T:
+def block_until_ready(tree: T) -> T:
     """As `jax.block_until_ready`, which does not look into refs: waits until the arrays of
     a tree are computed, in refs and outside of them.
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 __tracebackhide__ = True
 
 
-_T = TypeVar("_T")
+T = TypeVar("T")
 _R = TypeVar("_R", bound="Ref")
 
 
@@ -106,7 +106,7 @@ one_step = any
 commits = _Commits()
 
 
-class Ref(Generic[_T]):
+class Ref(Generic[T]):
     """A shared, mutable, typed cell: a leaf of a pytree, held by identity.
 
     The same `Ref` at two places of a tree is one thing: what is written through one place
@@ -187,7 +187,7 @@ class Ref(Generic[_T]):
     # `IN_PLACE` if only something in its value was changed, by a transform inside of the body.
     _written: "bool | str"
 
-    def __init__(self, value: _T, collection: Hashable = None):
+    def __init__(self, value: T, collection: Hashable = None):
         check_hashable("rx.Ref", collection=collection)
         self._collection = collection
         self._name = None
@@ -204,10 +204,10 @@ class Ref(Generic[_T]):
         def __get__(self, instance: Any, owner: Any = None, /) -> Self: ...
         # `None` is for `Param[...] | None`: pyright asks `__set__` of each member of the
         # union to take the whole value. And mypy takes `Self` for the class of the field.
-        def __set__(self, instance: Any, value: "_T | Ref[_T] | None", /) -> None: ...
+        def __set__(self, instance: Any, value: "T | Ref[T] | None", /) -> None: ...
 
     @property
-    def value(self) -> _T:
+    def value(self) -> T:
         """The present value."""
         if not _trace.is_at_home(self._trace):
             check_readable(self)
@@ -219,14 +219,14 @@ class Ref(Generic[_T]):
         return value  # pyright: ignore[reportReturnType] (it is narrowed, to no end)
 
     @value.setter
-    def value(self, value: _T) -> None:
+    def value(self, value: T) -> None:
         check_writable(self)
         value = check_value(self, value)
         with commits.lock:
             commits.store(((self, value),))
 
     @overload
-    def __getitem__(self, index: types.EllipsisType) -> _T: ...
+    def __getitem__(self, index: types.EllipsisType) -> T: ...
     @overload
     def __getitem__(self: "Ref[Array]", index: Any) -> Array: ...
     @overload
@@ -236,7 +236,7 @@ class Ref(Generic[_T]):
         return self.value if index is Ellipsis else self.value[index]  # type: ignore
 
     @overload
-    def __setitem__(self, index: types.EllipsisType, value: _T) -> None: ...
+    def __setitem__(self, index: types.EllipsisType, value: T) -> None: ...
     @overload
     def __setitem__(
         self, index: "ArrayLike | slice | tuple[Any, ...] | None", value: Any
@@ -266,7 +266,7 @@ class Ref(Generic[_T]):
         return jnp.shape(_array_like(self))
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         """The dtype of the value, which must be array-like."""
         return jnp.result_type(_array_like(self))
 

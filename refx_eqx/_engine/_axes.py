@@ -5,7 +5,7 @@ import inspect
 import itertools
 import keyword
 import operator
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -14,21 +14,13 @@ import jax.tree_util as jtu
 from .._core import _closure
 from .._core._closure import Carried, may_carry
 from .._core._errors import describe, MismatchError, StructureError
+from .._core._identity import UNSET
 from .._core._ref import Ref
-from .._filters._filters import as_filter, as_option, Filter, key_text, Path
+from .._filters._filters import as_filter, as_option, Filter, FilterLike, key_text, Path
 
 
 __tracebackhide__ = True
 
-
-class _Unset:
-    """The default of `rx.axes` that was not given. One object, also where it is pickled."""
-
-    def __reduce__(self) -> str:
-        return "_UNSET"
-
-
-_UNSET: Any = _Unset()
 
 RNG = "rng"
 """The collection of what randomness is drawn from. See `_rng_split.py`."""
@@ -86,9 +78,9 @@ class axes:
 
     def __init__(
         self,
-        by_collection: Mapping[Hashable, int | None] | None = None,
+        by_collection: Mapping[FilterLike, int | None] | None = None,
         *,
-        default: Any = _UNSET,
+        default: int | Callable[[Any], int | None] | None = UNSET,
         **collections: int | None,
     ):
         if by_collection is not None and not isinstance(by_collection, Mapping):
@@ -100,27 +92,27 @@ class axes:
         merged = {as_option(given): axis for given, axis in merged.items()}
         for given, axis in merged.items():
             merged[given] = _as_axis(axis, f"rx.axes({{{given!r}: {axis!r}}})")
-        if default is not _UNSET and not callable(default):
+        if default is not UNSET and not callable(default):
             default = _as_axis(default, f"rx.axes(default={default!r})")
         object.__setattr__(self, "by_collection", merged)
         object.__setattr__(self, "default", default)
 
     def named(self, path: Path, leaf: Any) -> Any:
-        """The axis of a leaf that is named, or `_UNSET`."""
+        """The axis of a leaf that is named, or `UNSET`."""
         for given, axis in self.by_collection.items():
             # A predicate on a leaf is for refs here: arrays have the default.
             if isinstance(given, Filter) or isinstance(leaf, Ref):
                 if as_filter(given).matches(path, leaf):
                     is_rng = isinstance(leaf, Ref) and leaf.collection == RNG
                     return SAME if is_rng and axis is None else axis
-        return _UNSET
+        return UNSET
 
     def of(self, path: Path, leaf: Any) -> Any:
         """The axis of one leaf of a tree."""
         axis = self.named(path, leaf)
-        if axis is not _UNSET:
+        if axis is not UNSET:
             return axis
-        if self.default is not _UNSET:
+        if self.default is not UNSET:
             return _ask(self.default, leaf) if callable(self.default) else self.default
         if isinstance(leaf, Ref):
             what = describe(leaf._name, leaf._collection)
@@ -138,7 +130,7 @@ class axes:
 
     def __repr__(self) -> str:
         given = [f"{k}={v!r}" for k, v in self.by_collection.items()]
-        if self.default is not _UNSET:
+        if self.default is not UNSET:
             given.append(f"default={self.default!r}")
         return f"rx.axes({', '.join(given)})"
 
@@ -172,9 +164,9 @@ class Within(NamedTuple):
 
     def of(self, leaf: Any) -> Any:
         axis = self.axes.named(self.path, leaf)
-        if axis is _UNSET:
+        if axis is UNSET:
             axis = self.axes.default
-        return None if axis is _UNSET else axis
+        return None if axis is UNSET else axis
 
 
 def _as_axis(axis: Any, what: str) -> int | None:

@@ -8,7 +8,7 @@ of the call, on which the function and each rule are run with arrays of their ow
 
 import weakref
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import equinox as eqx
 import jax
@@ -24,6 +24,10 @@ from .._core._structure import Leaves, Outcome, OutcomeInfo
 
 
 __tracebackhide__ = True
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 SymbolicZero = jax.custom_derivatives.SymbolicZero
@@ -131,10 +135,10 @@ def _has_ended(ref: Ref) -> bool:
     return ref._body is not None and not ref._body.running
 
 
-class Custom:
+class Custom(Generic[P, T]):
     """What the two have in common: a function with rules, which is a pytree of these."""
 
-    def __init__(self, fn: Any):
+    def __init__(self, fn: Callable[P, T]):
         self.__wrapped__ = fn
         self._first: Any = None
         self._second: Any = None

@@ -40,7 +40,7 @@ from ._run_time_errors import explain, has_runtime_check, JIT_ID
 __tracebackhide__ = True
 
 
-_T = TypeVar("_T")
+T = TypeVar("T")
 
 
 class _Resplit(Exception):
@@ -50,14 +50,14 @@ class _Resplit(Exception):
         self.split = split
 
 
-class ByCall(Generic[_T]):
+class ByCall(Generic[T]):
     """What is kept for the structure of a call; and for its very refs, as far as it was
     asked which ones they are (see `_identity.py`)."""
 
     def __init__(self):
-        self._kept: dict[Hashable, _ByRefs[_T]] = {}
+        self._kept: dict[Hashable, _ByRefs[T]] = {}
 
-    def get(self, derefed: Call, make: Callable[[Call], _T]) -> _T:
+    def get(self, derefed: Call, make: Callable[[Call], T]) -> T:
         """What is kept for this call; made if need be."""
         by_refs = self._kept.get(derefed.key)
         if by_refs is None:
@@ -68,7 +68,7 @@ class ByCall(Generic[_T]):
             found = by_refs.put(key, make(derefed))
         return found[0]
 
-    def _new(self, derefed: Call) -> "_ByRefs[_T]":
+    def _new(self, derefed: Call) -> "_ByRefs[T]":
         key, mine = derefed.key, weakref.ref(self)
 
         def forget(_: Any) -> None:
@@ -80,7 +80,7 @@ class ByCall(Generic[_T]):
         by_refs = self._kept[key] = _ByRefs(guards)
         return by_refs
 
-    def note(self, derefed: Call, traced: _T) -> Asked:
+    def note(self, derefed: Call, traced: T) -> Asked:
         """Notes that `traced`, of what is kept, was traced for a call: what the body asked
         of its refs is from now on a part of the key."""
         asked = derefed.identities()
@@ -90,7 +90,7 @@ class ByCall(Generic[_T]):
         return asked
 
 
-class _ByRefs(Generic[_T]):
+class _ByRefs(Generic[T]):
     """What is kept for one structure: by the answers to some questions.
 
     `guards` forget it when a static leaf of the structure is gone."""
@@ -99,9 +99,9 @@ class _ByRefs(Generic[_T]):
         self._guards = guards
         self.questions: Questions = ()
         # With what forgets it when its refs are gone.
-        self.kept: dict[Answers, tuple[_T, list[weakref.ref]]] = {}
+        self.kept: dict[Answers, tuple[T, list[weakref.ref]]] = {}
 
-    def put(self, key: Answers, what: _T) -> tuple[_T, list[weakref.ref]]:
+    def put(self, key: Answers, what: T) -> tuple[T, list[weakref.ref]]:
         mine = weakref.ref(self)
 
         def forget(_: Any) -> None:
@@ -113,7 +113,7 @@ class _ByRefs(Generic[_T]):
         entry = self.kept[key] = what, refs
         return entry
 
-    def learn(self, asked: Questions, refs: list[Ref], traced: _T) -> None:
+    def learn(self, asked: Questions, refs: list[Ref], traced: T) -> None:
         """`traced` was traced for these refs, and asked that."""
         before = [number for number, _ in self.questions]
         questions = joined(self.questions, asked)

@@ -12,7 +12,7 @@ from . import _ref_type as _ref_type  # `Ref[T]` means something from here on
 __tracebackhide__ = True
 
 
-_T = TypeVar("_T")
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +48,13 @@ class Collection:
         check_hashable("rx.Collection", name=self.name)
 
 
-Param = Annotated[Ref[_T], Collection("params")]
+Param = Annotated[Ref[T], Collection("params")]
 """`Param[T]`: a ref to a `T`, of collection `"params"`: what an optimizer trains."""
 
-BatchStat = Annotated[Ref[_T], Collection("batch_stats")]
+BatchStat = Annotated[Ref[T], Collection("batch_stats")]
 """`BatchStat[T]`: a ref to a `T`, of collection `"batch_stats"`: running statistics."""
 
-Cache = Annotated[Ref[_T], Collection("cache")]
+Cache = Annotated[Ref[T], Collection("cache")]
 """`Cache[T]`: a ref to a `T`, of collection `"cache"`: keys and values while decoding."""
 
 

@@ -17,6 +17,7 @@ import jaxtyping
 from jax.sharding import PartitionSpec
 
 from .._core._errors import check_hashable, CollectionError, RefTypeError
+from .._core._identity import UNSET
 from .._core._ref import declare, Ref
 from ._annotation import resolve_annotation
 from ._axis_names import name_scope
@@ -27,9 +28,6 @@ from ._declared import Declared, DeclaredRef, read_annotation
 
 
 __tracebackhide__ = True
-
-
-_UNSET: Any = object()
 
 
 class RefField(dataclasses.Field):
@@ -84,7 +82,7 @@ class RefField(dataclasses.Field):
             )
         annotation = inspect.get_annotations(owner).get(name, Any)
         declared = read_annotation(annotation, owner, name)
-        if declared is None and self._collection is not _UNSET:
+        if declared is None and self._collection is not UNSET:
             declared = DeclaredRef(owner, name, 0, Any)
         if self._sharding is not None and declared is None:
             raise TypeError(
@@ -101,7 +99,7 @@ class RefField(dataclasses.Field):
         self.refs = () if declared is None else tuple(declared.refs())
         for ref in self.refs:
             ref.sharding = self._sharding
-        if self._collection is _UNSET:
+        if self._collection is UNSET:
             return
         for ref in self.refs:
             if ref.collection not in (None, self._collection):
@@ -175,7 +173,7 @@ class RefField(dataclasses.Field):
 
 def field(
     *,
-    collection: Hashable = _UNSET,
+    collection: Hashable = UNSET,
     converter: Callable[[Any], Any] | None = None,
     static: bool = False,
     sharding: PartitionSpec | None = None,
@@ -232,7 +230,7 @@ def field(
         )
     if static:
         given = {
-            "collection": collection is not _UNSET,
+            "collection": collection is not UNSET,
             "sharding": sharding is not None,
         }
         for name in (name for name, is_given in given.items() if is_given):
@@ -241,7 +239,7 @@ def field(
                 "ref, because it is not part of the pytree. Leave out one of the two."
             )
         return eqx.field(converter=converter, static=True, **kwargs)
-    if collection is not _UNSET:
+    if collection is not UNSET:
         check_hashable("rx.field", collection=collection)
     return RefField(eqx.field(**kwargs), collection, converter, sharding)
 
@@ -294,7 +292,7 @@ def declare_ref_fields(cls: type) -> None:
             plain = eqx.field()
         else:
             plain = eqx.field(default=default)
-        made = RefField(plain, _UNSET, plain.metadata.get("converter"))
+        made = RefField(plain, UNSET, plain.metadata.get("converter"))
         made.of_module = True
         made.bind(cls, declared)
         setattr(cls, name, made)

@@ -10,20 +10,20 @@ from .._core._deref import path_text
 from .._core._errors import CollectionError, StructureError
 from .._core._ref import Ref
 from .._core._referenced import as_referenced, is_referenced, refs_in_zone, zone
-from ._filters import as_filter, Filter, key_text
+from ._filters import as_filter, Filter, FilterLike, key_text
 
 
 __tracebackhide__ = True
 
 
-_T = TypeVar("_T")
+T = TypeVar("T")
 
 
 def as_refs(
-    tree: _T,
-    collection: Hashable | Mapping[Hashable, Any] = None,
+    tree: T,
+    collection: Hashable | Mapping[Hashable, FilterLike] = None,
     where: Callable[[Any], bool] = eqx.is_array,
-) -> _T:
+) -> T:
     """Turns the arrays of a plain tree into refs: the opposite of `snapshot`.
 
     !!! Example

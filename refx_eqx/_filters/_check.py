@@ -5,11 +5,19 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from .._core._errors import StructureError
 from .._core._ref import Ref
 from .._fields._instance import check_refs_in_place
-from ._filters import as_closed, as_filter, choose, dotted, leaves_with_paths
+from ._filters import (
+    as_closed,
+    as_filter,
+    choose,
+    dotted,
+    FilterLike,
+    leaves_with_paths,
+)
 
 
 __tracebackhide__ = True
@@ -18,7 +26,7 @@ __tracebackhide__ = True
 _MOST = 8
 
 
-def check(tree: Any, constants: Any = False) -> None:
+def check(tree: PyTree, constants: FilterLike = False) -> None:
     """That every array of a model is in a ref: for the end of an `__init__`, or a test.
 
     An array of a field that nobody declared a ref is a constant. It stays as it is when

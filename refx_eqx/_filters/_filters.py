@@ -18,10 +18,11 @@ import dataclasses
 import fnmatch
 import functools
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax.tree_util as jtu
+from jaxtyping import PyTree
 
 from .._core._closure import is_table, reachable
 from .._core._errors import describe, StructureError
@@ -74,6 +75,12 @@ class Filter:
 
     def __invert__(self) -> "Filter":
         return _Not(self)
+
+
+FilterLike: TypeAlias = Filter | Hashable | Callable[[Any], bool] | PyTree
+"""What may stand where a filter is asked for: a [`refx_eqx.Filter`][], the name of a
+collection, a subclass of [`refx_eqx.Ref`][], a function of a leaf, `True`, `False`, a ref,
+or a tree or set of refs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,7 +319,7 @@ def collection(*names: Hashable) -> Filter:
     return _Collections(names)
 
 
-def path(*patterns: str | Path) -> Filter:
+def path(*patterns: str | tuple[str, ...]) -> Filter:
     """The leaves at places that match any of these patterns.
 
     !!! Example
@@ -564,7 +571,7 @@ def selected_refs(tree: Any, filter: Any) -> list[Ref]:
     return list(found.values())
 
 
-def values(tree: Any, filter: Any = True) -> list[Any]:
+def values(tree: PyTree, filter: FilterLike = True) -> list[Any]:
     """The values of the refs of a tree, each once: for counts, norms and sizes.
 
     !!! Example
@@ -600,7 +607,7 @@ def values(tree: Any, filter: Any = True) -> list[Any]:
     return [ref.value for ref in selected_refs(tree, filter)]
 
 
-def filter_spec(tree: Any, filter: Any) -> Any:
+def filter_spec(tree: PyTree, filter: FilterLike) -> PyTree[bool]:
     """A filter as an Equinox filter spec for the derefed tree.
 
     !!! Example
@@ -640,7 +647,7 @@ def filter_spec(tree: Any, filter: Any) -> Any:
     return jtu.tree_unflatten(treedef, [answer == 0 for answer in chosen])
 
 
-def aliases(tree: Any) -> dict[Ref[Any], tuple[str, ...]]:
+def aliases(tree: PyTree) -> dict[Ref[Any], tuple[str, ...]]:
     """Each ref of a tree, with all the places where it is.
 
     !!! Example

@@ -4,16 +4,18 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from jaxtyping import PyTree
+
 from .._core import _trace
 from .._core._ref import guarded, Ref
-from ._filters import as_filter, selected_refs
+from ._filters import as_filter, FilterLike, selected_refs
 
 
 __tracebackhide__ = True
 
 
 @contextlib.contextmanager
-def mutable(filter: Any, tree: Any = None) -> Iterator[None]:
+def mutable(filter: FilterLike, tree: PyTree = None) -> Iterator[None]:
     """Inside the `with` block, only refs selected by `filter` may be written.
 
     The limit holds for this thread and this `asyncio` task. It may be nested; then all of

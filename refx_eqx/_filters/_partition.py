@@ -5,10 +5,11 @@ where a part has no leaf. `tree_partition`, `get_partition` and `merge_partition
 mappings from path to leaf, as the ancestor of this library did.
 """
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax.tree_util as jtu
+from jaxtyping import PyTree
 
 from .._core._deref import NOTHING
 from .._core._errors import MismatchError, StructureError
@@ -20,6 +21,7 @@ from ._filters import (
     check_can_select,
     choose,
     dotted,
+    FilterLike,
     key_text,
     leaves_with_paths,
     Path,
@@ -29,7 +31,7 @@ from ._filters import (
 __tracebackhide__ = True
 
 
-_T = TypeVar("_T")
+T = TypeVar("T")
 
 
 def _chosen(tree: Any, filters: tuple) -> tuple[list[Path], list[Any], Any, list[int]]:
@@ -46,7 +48,7 @@ def _split(leaves: list[Any], chosen: list[int], n: int) -> list[list[Any]]:
     ]
 
 
-def partition(tree: _T, *filters: Any) -> tuple[_T, ...]:
+def partition(tree: T, *filters: FilterLike) -> tuple[T, ...]:
     """Takes a tree apart, keeping its shape.
 
     !!! Example
@@ -91,7 +93,7 @@ def _is_place(x: Any) -> bool:
     return _is_missing(x) or is_node(x)
 
 
-def combine(*parts: _T) -> _T:
+def combine(*parts: T) -> T:
     """Puts together what `partition` took apart.
 
     Parts that `equinox.partition` made of a tree of refs, with `None` for what is
@@ -182,7 +184,7 @@ class Partition(Mapping[Path, Any]):
 
     __slots__ = ("_leaves",)
 
-    def __init__(self, leaves: Mapping[Path, Any]):
+    def __init__(self, leaves: Mapping[tuple[str, ...], Any]):
         self._leaves = dict(leaves)
 
     def __getitem__(self, path: Path) -> Any:
@@ -206,7 +208,9 @@ jtu.register_pytree_with_keys(
 )
 
 
-def tree_partition(tree: Any, *filters: Any) -> tuple[tuple[Partition, ...], Hashable]:
+def tree_partition(
+    tree: PyTree, *filters: FilterLike
+) -> tuple[tuple[Partition, ...], Hashable]:
     """Takes a tree apart into flat mappings from path to leaf.
 
     !!! Example
@@ -252,7 +256,7 @@ def tree_partition(tree: Any, *filters: Any) -> tuple[tuple[Partition, ...], Has
     return tuple(Partition(dict(zip(paths, part))) for part in parts), treedef
 
 
-def get_partition(tree: Any, filter: Any) -> Partition:
+def get_partition(tree: PyTree, filter: FilterLike) -> Partition:
     """The first mapping of `tree_partition`: what `filter` selects.
 
     !!! Example
@@ -283,7 +287,9 @@ def get_partition(tree: Any, filter: Any) -> Partition:
     return part
 
 
-def merge_partitions(partitions: Any, treedef: Any) -> Any:
+def merge_partitions(
+    partitions: Sequence[Mapping[tuple[str, ...], Any]], treedef: Any
+) -> PyTree:
     """Puts together what `tree_partition` took apart.
 
     !!! Example

@@ -12,20 +12,21 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
+from jaxtyping import PyTree
 
 from .._core import _trace
 from .._core._errors import describe, MismatchError, RefTypeError, StructureError
 from .._core._nodes import is_node
 from .._core._ref import check_value, check_writable, Ref
 from .._fields._instance import check_refs_in_place
-from ._filters import choose, dotted, key_text, leaves_with_paths
+from ._filters import choose, dotted, FilterLike, key_text, leaves_with_paths
 from ._update import check_fits, sharding_of, write_all
 
 
 __tracebackhide__ = True
 
 
-def state_dict(tree: Any, filter: Any = True) -> dict[str, Any]:
+def state_dict(tree: PyTree, filter: FilterLike = True) -> dict[str, Any]:
     """The values of the refs of a tree, each by the first place of its ref.
 
     What is not in a ref is not in the dict: turn the arrays of a plain tree into refs
@@ -89,7 +90,11 @@ def state_dict(tree: Any, filter: Any = True) -> dict[str, Any]:
 
 
 def load_state_dict(
-    tree: Any, state: Mapping[str, Any], filter: Any = True, *, strict: bool = True
+    tree: PyTree,
+    state: Mapping[str, Any],
+    filter: FilterLike = True,
+    *,
+    strict: bool = True,
 ) -> None:
     """Writes the values of a state dict into the refs of a tree.
 

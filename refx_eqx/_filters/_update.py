@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jaxtyping import PyTree
 
 from .._core import _trace
 from .._core._deref import NOTHING, path_text
@@ -25,7 +26,7 @@ def _is_place(x: Any) -> bool:
     return x is None or x is NOTHING or isinstance(x, (Ref, Value, Index))
 
 
-def update_refs(target: Any, source: Any) -> None:
+def update_refs(target: PyTree, source: PyTree) -> None:
     """Writes the values of `source` into the aligned refs of `target`.
 
     All is validated first: on any mismatch nothing is written. The values are those that the

@@ -1,7 +1,7 @@
 """`add_axis`: refs that have an axis to map over."""
 
 import operator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,16 @@ from .._core._ref import make_ref, Ref
 from .._core._structure import is_traced_in_ref
 from .._engine._axes import RNG
 from .._engine._rng_split import fold_in, is_key
-from .._filters._filters import selected_refs
+from .._filters._filters import FilterLike, selected_refs
 
 
 __tracebackhide__ = True
 
 
-def add_axis(tree: Any, size: int, filter: Any = True, *, axis: int = 0) -> Any:
+T = TypeVar("T")
+
+
+def add_axis(tree: T, size: int, filter: FilterLike = True, *, axis: int = 0) -> T:
     """A tree of which some refs have one more axis, for
     [`refx_eqx.filter_vmap`][], [`refx_eqx.scan`][] or [`refx_eqx.map`][] to map over.
 

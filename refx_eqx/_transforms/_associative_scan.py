@@ -27,7 +27,7 @@ from .._engine._program import Program, program_of
 __tracebackhide__ = True
 
 
-_T = TypeVar("_T")
+T = TypeVar("T")
 
 
 def _combine(fn: Any, a: Any, b: Any) -> Any:
@@ -39,11 +39,11 @@ def _combine(fn: Any, a: Any, b: Any) -> Any:
 
 
 def associative_scan(
-    fn: Callable[[_T, _T], _T],
-    elems: _T,
+    fn: Callable[[T, T], T],
+    elems: T,
     reverse: bool = False,
     axis: int = 0,
-) -> _T:
+) -> T:
     """As `jax.lax.associative_scan`. `fn` may read refs.
 
     How often `fn` is called, and in what order, is not defined; so it may write none.

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jaxtyping import ArrayLike, PyTree
 
 from .._core._call import Call, call
 from .._core._closure import Carried
@@ -31,7 +32,7 @@ from .._engine._program import program_of_all
 __tracebackhide__ = True
 
 
-_T = TypeVar("_T")
+T = TypeVar("T")
 
 
 def _true_branch(_: None, pred: Any, true_fun: Any, false_fun: Any, *operands) -> Any:
@@ -253,11 +254,11 @@ def _run_cond(derefed: Call, arrays: list[Leaves]) -> Outcome:
 
 
 def cond(
-    pred: Any,
-    true_fun: Callable[..., _T],
-    false_fun: Callable[..., _T],
-    *operands: Any,
-) -> _T:
+    pred: ArrayLike,
+    true_fun: Callable[..., T],
+    false_fun: Callable[..., T],
+    *operands: PyTree,
+) -> T:
     """As `jax.lax.cond`, by reference.
 
     The branches may read and write refs: those in the operands, in the modules whose
@@ -324,7 +325,9 @@ def _run_switch(derefed: Call, arrays: list[Leaves], n: int) -> Outcome:
     return _run_branches(derefed, arrays, "switch", which, position, choose)
 
 
-def switch(index: Any, branches: Sequence[Callable[..., _T]], *operands: Any) -> _T:
+def switch(
+    index: ArrayLike, branches: Sequence[Callable[..., T]], *operands: PyTree
+) -> T:
     """As `jax.lax.switch`, by reference. See [`refx_eqx.cond`][].
 
     !!! Example

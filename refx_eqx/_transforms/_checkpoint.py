@@ -16,8 +16,8 @@ from .._engine._wrapper import Lifted
 __tracebackhide__ = True
 
 
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class _Checkpoint(Lifted):
@@ -51,25 +51,25 @@ class _Checkpoint(Lifted):
 
 @overload
 def filter_checkpoint(
-    *, prevent_cse: bool = ..., policy: Callable[..., bool] | None = ...
-) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]: ...
+    fun: Callable[P, T],
+    *,
+    prevent_cse: bool = True,
+    policy: Callable[..., bool] | None = None,
+) -> Callable[P, T]: ...
 
 
 @overload
 def filter_checkpoint(
-    fun: Callable[_P, _T],
-    *,
-    prevent_cse: bool = ...,
-    policy: Callable[..., bool] | None = ...,
-) -> Callable[_P, _T]: ...
+    *, prevent_cse: bool = True, policy: Callable[..., bool] | None = None
+) -> Callable[[Callable[P, T]], Callable[P, T]]: ...
 
 
 def filter_checkpoint(
-    fun: Any = None,
+    fun: Callable[..., Any] | None = None,
     *,
     prevent_cse: bool = True,
     policy: Callable[..., bool] | None = None,
-) -> Any:
+) -> Callable[..., Any]:
     """As `equinox.filter_checkpoint`, by reference: intermediate values are recomputed in
     the backward pass instead of being stored.
 

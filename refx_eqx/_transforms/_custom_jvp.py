@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import equinox as eqx
 import jax
@@ -31,10 +31,14 @@ from .._engine._tangents import read_tangents
 __tracebackhide__ = True
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
 _REMEDY = "Pass it by position: the rule has a tangent for each positional argument."
 
 
-class filter_custom_jvp(Custom):
+class filter_custom_jvp(Custom[P, T]):
     """As `equinox.filter_custom_jvp`, by reference.
 
     What is written to a ref, by the function or by the rule that runs in its place, is
@@ -112,7 +116,7 @@ class filter_custom_jvp(Custom):
 
         self.def_jvp(rule)
 
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> T:
         if self._first is None:
             raise RuntimeError(
                 f"`def_jvp` was not yet called for `{name_of(self.__wrapped__)}`."

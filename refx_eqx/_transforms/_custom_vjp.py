@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Set
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import equinox as eqx
 import jax
@@ -43,10 +43,14 @@ from .._engine._tangents import read_tangents
 __tracebackhide__ = True
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
 _REMEDY = "Pass it in the first argument, packed into a tuple with what is there now."
 
 
-class filter_custom_vjp(Custom):
+class filter_custom_vjp(Custom[P, T]):
     """As `equinox.filter_custom_vjp`, by reference. The backward rule too may write a ref.
 
     !!! Example
@@ -158,7 +162,7 @@ class filter_custom_vjp(Custom):
         self.def_fwd(fwd)
         self.def_bwd(bwd)
 
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> T:
         if self._first is None or self._second is None:
             raise RuntimeError(
                 "`def_fwd` or `def_bwd` was not yet called for "

@@ -12,10 +12,10 @@ from .._core._structure import Leaves, Outcome
 __tracebackhide__ = True
 
 
-_T = TypeVar("_T")
+T = TypeVar("T")
 
 
-def filter_eval_shape(fun: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
+def filter_eval_shape(fun: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """As `equinox.filter_eval_shape`: what a call would return, without computing it.
 
     Nothing is written. The refs of the result are new ones, which hold

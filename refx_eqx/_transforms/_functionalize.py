@@ -4,6 +4,8 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
+from jaxtyping import PyTree
+
 from .._core._call import Call, close_result
 from .._core._deref import deref, reref
 from .._core._errors import CarryError, describe, name_of
@@ -15,11 +17,11 @@ from .._core._structure import values_of
 __tracebackhide__ = True
 
 
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-def functionalize(fn: Callable[_P, _T]) -> Callable[_P, tuple[_T, Any]]:
+def functionalize(fn: Callable[P, T]) -> Callable[P, tuple[T, PyTree]]:
     """The pure function that the lifted transforms are made of, to use by hand.
 
     !!! Example

@@ -26,16 +26,16 @@ from .._engine._backward import (
     without_channels,
 )
 from .._engine._wrapper import Lifted
-from .._filters._filters import as_option
+from .._filters._filters import as_option, FilterLike
 
 
 __tracebackhide__ = True
 
 
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
-_Tree = TypeVar("_Tree", bound=Any)
-_Aux = TypeVar("_Aux")
+P = ParamSpec("P")
+T = TypeVar("T")
+Tree = TypeVar("Tree", bound=Any)
+Aux = TypeVar("Aux")
 
 
 class _ValueAndGrad(Lifted):
@@ -134,26 +134,30 @@ def _scalar(outcome: Outcome, has_aux: bool, name: str) -> Any:
 
 @overload
 def filter_value_and_grad(
-    *, wrt: Any = None, has_aux: bool = False, **gradkwargs: Any
-) -> Callable[
-    [Callable[Concatenate[_Tree, _P], _T]],
-    Callable[Concatenate[_Tree, _P], tuple[_T, _Tree]],
-]: ...
+    fun: Callable[Concatenate[Tree, P], T],
+    *,
+    wrt: FilterLike | None = None,
+    has_aux: bool = False,
+    **gradkwargs: Any,
+) -> Callable[Concatenate[Tree, P], tuple[T, Tree]]: ...
 
 
 @overload
 def filter_value_and_grad(
-    fun: Callable[Concatenate[_Tree, _P], _T],
-    *,
-    wrt: Any = None,
-    has_aux: bool = False,
-    **gradkwargs: Any,
-) -> Callable[Concatenate[_Tree, _P], tuple[_T, _Tree]]: ...
+    *, wrt: FilterLike | None = None, has_aux: bool = False, **gradkwargs: Any
+) -> Callable[
+    [Callable[Concatenate[Tree, P], T]],
+    Callable[Concatenate[Tree, P], tuple[T, Tree]],
+]: ...
 
 
 def filter_value_and_grad(
-    fun: Any = None, *, wrt: Any = None, has_aux: bool = False, **gradkwargs: Any
-) -> Any:
+    fun: Callable[..., Any] | None = None,
+    *,
+    wrt: FilterLike | None = None,
+    has_aux: bool = False,
+    **gradkwargs: Any,
+) -> Callable[..., Any]:
     """As `equinox.filter_value_and_grad`, by reference.
 
     Differentiates the floating-point and complex arrays of the first argument, both inside
@@ -202,44 +206,48 @@ def filter_value_and_grad(
 
 @overload
 def filter_grad(
-    *, wrt: Any = None, has_aux: Literal[False] = False, **gradkwargs: Any
-) -> Callable[
-    [Callable[Concatenate[_Tree, _P], Any]], Callable[Concatenate[_Tree, _P], _Tree]
-]: ...
-
-
-@overload
-def filter_grad(
-    *, wrt: Any = None, has_aux: Literal[True], **gradkwargs: Any
-) -> Callable[
-    [Callable[Concatenate[_Tree, _P], tuple[Any, _Aux]]],
-    Callable[Concatenate[_Tree, _P], tuple[_Tree, _Aux]],
-]: ...
-
-
-@overload
-def filter_grad(
-    fun: Callable[Concatenate[_Tree, _P], Any],
+    fun: Callable[Concatenate[Tree, P], Any],
     *,
-    wrt: Any = None,
+    wrt: FilterLike | None = None,
     has_aux: Literal[False] = False,
     **gradkwargs: Any,
-) -> Callable[Concatenate[_Tree, _P], _Tree]: ...
+) -> Callable[Concatenate[Tree, P], Tree]: ...
 
 
 @overload
 def filter_grad(
-    fun: Callable[Concatenate[_Tree, _P], tuple[Any, _Aux]],
+    fun: Callable[Concatenate[Tree, P], tuple[Any, Aux]],
     *,
-    wrt: Any = None,
+    wrt: FilterLike | None = None,
     has_aux: Literal[True],
     **gradkwargs: Any,
-) -> Callable[Concatenate[_Tree, _P], tuple[_Tree, _Aux]]: ...
+) -> Callable[Concatenate[Tree, P], tuple[Tree, Aux]]: ...
+
+
+@overload
+def filter_grad(
+    *, wrt: FilterLike | None = None, has_aux: Literal[False] = False, **gradkwargs: Any
+) -> Callable[
+    [Callable[Concatenate[Tree, P], Any]], Callable[Concatenate[Tree, P], Tree]
+]: ...
+
+
+@overload
+def filter_grad(
+    *, wrt: FilterLike | None = None, has_aux: Literal[True], **gradkwargs: Any
+) -> Callable[
+    [Callable[Concatenate[Tree, P], tuple[Any, Aux]]],
+    Callable[Concatenate[Tree, P], tuple[Tree, Aux]],
+]: ...
 
 
 def filter_grad(
-    fun: Any = None, *, wrt: Any = None, has_aux: bool = False, **gradkwargs: Any
-) -> Any:
+    fun: Callable[..., Any] | None = None,
+    *,
+    wrt: FilterLike | None = None,
+    has_aux: bool = False,
+    **gradkwargs: Any,
+) -> Callable[..., Any]:
     """As `equinox.filter_grad`, by reference.
 
     !!! Example

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
+from jaxtyping import PyTree
 
 from .._core._call import Call, call
 from .._core._structure import Outcome
@@ -15,7 +16,7 @@ from .._engine._autodiff import (
 )
 from .._engine._backward import apart_from_channels
 from .._engine._wrapper import Lifted
-from .._filters._filters import as_option
+from .._filters._filters import as_option, FilterLike
 
 
 __tracebackhide__ = True
@@ -86,9 +87,9 @@ def filter_jacfwd(
     fun: Callable[..., Any],
     has_aux: bool = False,
     *,
-    wrt: Any = None,
+    wrt: FilterLike | None = None,
     holomorphic: bool = False,
-) -> Any:
+) -> Callable[..., PyTree]:
     """As `equinox.filter_jacfwd`, by reference: the Jacobian, by forward-mode
     differentiation of all directions at once.
 
@@ -140,9 +141,9 @@ def filter_jacrev(
     fun: Callable[..., Any],
     has_aux: bool = False,
     *,
-    wrt: Any = None,
+    wrt: FilterLike | None = None,
     holomorphic: bool = False,
-) -> Any:
+) -> Callable[..., PyTree]:
     """As `equinox.filter_jacrev`, by reference: the Jacobian, by reverse-mode
     differentiation. The function runs once.
 
@@ -166,9 +167,9 @@ def filter_hessian(
     fun: Callable[..., Any],
     has_aux: bool = False,
     *,
-    wrt: Any = None,
+    wrt: FilterLike | None = None,
     holomorphic: bool = False,
-) -> Any:
+) -> Callable[..., PyTree]:
     """As `equinox.filter_hessian`, by reference: the matrix of second derivatives. The
     function runs once.
 

@@ -20,8 +20,8 @@ from .._engine._wrapper import Lifted
 __tracebackhide__ = True
 
 
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def _run(derefed: Call, arrays: list[Leaves]) -> Outcome:
@@ -137,17 +137,19 @@ class Compiled:
 
 @overload
 def filter_jit(
-    *, donate: Donate = "none", **jitkwargs: Any
-) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]: ...
+    fun: Callable[P, T], *, donate: Donate = "none", **jitkwargs: Any
+) -> Callable[P, T]: ...
 
 
 @overload
 def filter_jit(
-    fun: Callable[_P, _T], *, donate: Donate = "none", **jitkwargs: Any
-) -> Callable[_P, _T]: ...
+    *, donate: Donate = "none", **jitkwargs: Any
+) -> Callable[[Callable[P, T]], Callable[P, T]]: ...
 
 
-def filter_jit(fun: Any = None, *, donate: Donate = "none", **jitkwargs: Any) -> Any:
+def filter_jit(
+    fun: Callable[..., Any] | None = None, *, donate: Donate = "none", **jitkwargs: Any
+) -> Callable[..., Any]:
     """As `equinox.filter_jit`, by reference: what the function writes to a ref is written
     to the caller's ref.
 

@@ -1,12 +1,13 @@
 """`filter_jvp` and `filter_linearize`: tangents, from the arguments to the result."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, overload, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jaxtyping import PyTree
 
 from .._core import _trace
 from .._core._call import Call, call
@@ -22,14 +23,24 @@ from .._engine._autodiff import (
 )
 from .._engine._backward import apart_from_channels
 from .._engine._tangents import read_tangents
+from .._filters._filters import FilterLike
 
 
 __tracebackhide__ = True
 
 
+Aux = TypeVar("Aux")
+
+
+T = TypeVar("T")
+
+
 def filter_jvp(
-    fn: Callable[..., Any], primals: Sequence, tangents: Sequence, **kwargs: Any
-) -> tuple[Any, Any]:
+    fn: Callable[..., T],
+    primals: Sequence[PyTree],
+    tangents: Sequence[PyTree],
+    **kwargs: Any,
+) -> tuple[T, T]:
     """As `equinox.filter_jvp`, by reference. The function runs once: what it writes to a
     ref is written to the caller's ref, the value without its tangent.
 
@@ -163,9 +174,30 @@ def _pushforward(fn: DifferentiableCall) -> tuple[_Pushforward, Outcome]:
     return _Pushforward(linear, fn.inputs, fn.outputs), outcome
 
 
+@overload
 def filter_linearize(
-    fun: Callable[..., Any], *primals: Any, has_aux: bool = False, wrt: Any = None
-) -> Any:
+    fun: Callable[..., T],
+    *primals: PyTree,
+    has_aux: Literal[False] = False,
+    wrt: FilterLike | None = None,
+) -> tuple[T, Callable[..., T]]: ...
+
+
+@overload
+def filter_linearize(
+    fun: Callable[..., tuple[T, Aux]],
+    *primals: PyTree,
+    has_aux: Literal[True],
+    wrt: FilterLike | None = None,
+) -> tuple[T, Callable[..., T], Aux]: ...
+
+
+def filter_linearize(
+    fun: Callable[..., Any],
+    *primals: PyTree,
+    has_aux: bool = False,
+    wrt: FilterLike | None = None,
+) -> tuple[Any, ...]:
     """As `jax.linearize`, for any pytrees and by reference. The function runs once, and what
     it writes to a ref is written to the caller's ref, once: at this call.
 

@@ -29,16 +29,16 @@ from .._engine._wrapper import Lifted
 __tracebackhide__ = True
 
 
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-class _LiftedTransform(Protocol):
+class LiftedTransform(Protocol):
     """A lifted transform keeps the signature of the function that it is given."""
 
     def __call__(
-        self, fn: Callable[_P, _T], /, *args: Any, **kwargs: Any
-    ) -> Callable[_P, _T]: ...
+        self, fn: Callable[P, T], /, *args: Any, **kwargs: Any
+    ) -> Callable[P, T]: ...
 
 
 _UNKNOWN = object()  # the axis of an array that is mapped, if it cannot be told
@@ -349,7 +349,7 @@ def _check_liftable(transform: Any) -> None:
         )
 
 
-def lift(transform: Callable[..., Any]) -> _LiftedTransform:
+def lift(transform: Callable[..., Any]) -> LiftedTransform:
     """Makes a transform reference-aware, whoever wrote it.
 
     !!! Example

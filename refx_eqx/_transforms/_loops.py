@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jaxtyping import ArrayLike
 
 from .._core import _trace
 from .._core._call import Call, call
@@ -36,7 +37,7 @@ from ._scan import run_scan
 __tracebackhide__ = True
 
 
-_T = TypeVar("_T")
+T = TypeVar("T")
 
 
 def _while_test(_: None, cond_fun: Any, body_fun: Any, val: Any) -> Any:
@@ -111,8 +112,8 @@ def _while_unchanged(_: None, cond_fun: Any, body_fun: Any, val: Any) -> Any:
 
 
 def while_loop(
-    cond_fun: Callable[[_T], Any], body_fun: Callable[[_T], _T], init_val: _T
-) -> _T:
+    cond_fun: Callable[[T], ArrayLike], body_fun: Callable[[T], T], init_val: T
+) -> T:
     """As `jax.lax.while_loop`, by reference.
 
     Every ref (in the carry, in the module whose method a function is, in what the functions
@@ -194,13 +195,13 @@ def _run_fori(derefed: Call, arrays: list[Leaves]) -> Outcome:
 
 
 def fori_loop(
-    lower: Any,
-    upper: Any,
-    body_fun: Callable[[Any, _T], _T],
-    init_val: _T,
+    lower: ArrayLike,
+    upper: ArrayLike,
+    body_fun: Callable[[Any, T], T],
+    init_val: T,
     *,
     unroll: int | bool | None = None,
-) -> _T:
+) -> T:
     """As `jax.lax.fori_loop`, by reference.
 
     Every ref (in the carry, in the module whose method `body_fun` is, in what it closes

@@ -1,11 +1,12 @@
 """`map`."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jaxtyping import PyTree
 
 from .._core._call import Call, call
 from .._core._structure import Leaves, Outcome
@@ -18,6 +19,9 @@ from ._vmap import vmapped
 
 
 __tracebackhide__ = True
+
+
+Y = TypeVar("Y")
 
 
 def _map_step(f: Any, xs: Any) -> Any:
@@ -88,12 +92,12 @@ def _map_in_batches(
 
 
 def map(
-    f: Callable[[Any], Any],
-    xs: Any,
+    f: Callable[[Any], Y],
+    xs: PyTree,
     *,
     batch_size: int | None = None,
-    in_axes: Any = eqx.if_array(0),
-) -> Any:
+    in_axes: PyTree = eqx.if_array(0),
+) -> Y:
     """As `jax.lax.map`, by reference: [`refx_eqx.scan`][] without a carry.
 
     !!! Example

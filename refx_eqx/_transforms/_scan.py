@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jaxtyping import PyTree
 
 from .._core._call import Call, call
 from .._core._errors import CarryError, describe, name_of
@@ -38,7 +39,8 @@ from .._engine._rng_split import split_keys
 __tracebackhide__ = True
 
 
-_Carry = TypeVar("_Carry")
+Carry = TypeVar("Carry")
+Y = TypeVar("Y")
 
 
 def _step(f: Any, carry: Any, x: Any) -> tuple[Any, Any]:
@@ -183,15 +185,15 @@ def n_steps(arrays: list[Leaves], axes: Axes, length: int | None, name: str) -> 
 
 
 def scan(
-    f: Callable[[_Carry, Any], tuple[_Carry, Any]],
-    init: _Carry,
-    xs: Any = None,
+    f: Callable[[Carry, Any], tuple[Carry, Y]],
+    init: Carry,
+    xs: PyTree = None,
     length: int | None = None,
     reverse: bool = False,
     unroll: int | bool = 1,
     *,
-    in_axes: Any = eqx.if_array(0),
-) -> tuple[_Carry, Any]:
+    in_axes: PyTree = eqx.if_array(0),
+) -> tuple[Carry, Y]:
     """As `jax.lax.scan`, by reference.
 
     A ref in `xs` is sliced, as an array is: a step sees its own slice, and what it writes

@@ -1,12 +1,13 @@
 """`filter_make_jaxpr`, `filter_closure_convert` and `filter_pure_callback`."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import equinox as eqx
 import jax
 import jax.extend.core
 import jax.tree_util as jtu
+from jaxtyping import PyTree
 
 from .._core import _trace
 from .._core._call import Call, call
@@ -29,6 +30,10 @@ from .._engine._wrapper import Lifted
 
 
 __tracebackhide__ = True
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class _MakeJaxpr(Lifted):
@@ -63,7 +68,9 @@ def _statics(outcome: Outcome) -> Any:
     return tree_of(part, [None if is_node(x) else x for x in statics])
 
 
-def filter_make_jaxpr(fun: Callable[..., Any]) -> Callable[..., tuple[Any, Any, Any]]:
+def filter_make_jaxpr(
+    fun: Callable[..., Any],
+) -> Callable[..., tuple[jax.extend.core.ClosedJaxpr, PyTree, PyTree]]:
     """As `equinox.filter_make_jaxpr`, by reference: the program that a function is.
 
     Nothing is computed, and nothing is written.
@@ -111,7 +118,7 @@ def filter_make_jaxpr(fun: Callable[..., Any]) -> Callable[..., tuple[Any, Any, 
     return _MakeJaxpr(fun)
 
 
-class _ClosureConverted(eqx.Module):
+class ClosureConverted(eqx.Module, Generic[P, T]):
     """What `filter_closure_convert` returns. A pytree: of the arrays and the refs that the
     function held, and of the tracers that it closed over."""
 
@@ -131,7 +138,7 @@ class _ClosureConverted(eqx.Module):
         """What a call returns: derefed, with a `jax.ShapeDtypeStruct` for each array."""
         return tree_of(self.out_part, list(self.out_leaves))
 
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> T:
         def transform(derefed: Call) -> Outcome:
             if derefed.structure.key != self.key or _types(derefed) != self.types:
                 raise MismatchError(
@@ -175,7 +182,9 @@ def _types(derefed: Call) -> tuple[jax.ShapeDtypeStruct, ...]:
     )
 
 
-def filter_closure_convert(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def filter_closure_convert(
+    fn: Callable[P, T], *args: Any, **kwargs: Any
+) -> ClosureConverted[P, T]:
     """As `equinox.filter_closure_convert`, by reference: a function that closes over nothing,
     but has what `fn` closed over among its leaves.
 
@@ -235,7 +244,7 @@ def filter_closure_convert(fn: Callable[..., Any], *args: Any, **kwargs: Any) ->
     part, leaves = derefed_result(derefed.structure, outcome, arrays)
     both = zip(derefed.leaves[-1], derefed.structure.statics[-1])
     held = [x for x, static in both if static is None or is_node(static)]
-    return _ClosureConverted(
+    return ClosureConverted(
         held,
         list(jaxpr.consts),
         _Jaxpr(jaxpr.jaxpr),
@@ -252,12 +261,12 @@ def filter_closure_convert(fn: Callable[..., Any], *args: Any, **kwargs: Any) ->
 def filter_pure_callback(
     callback: Callable[..., Any],
     *args: Any,
-    result_shape_dtypes: Any,
-    sharding: Any = None,
+    result_shape_dtypes: PyTree,
+    sharding: jax.sharding.Sharding | None = None,
     vmap_method: str | None = None,
     vectorized: bool | None = None,
     **kwargs: Any,
-) -> Any:
+) -> PyTree:
     """As `equinox.filter_pure_callback`, for arguments that hold refs: calls a Python
     function from inside of a compiled program.
 
@@ -336,7 +345,11 @@ def filter_pure_callback(
             )
         return out_arrays
 
-    options = dict(sharding=sharding, vmap_method=vmap_method, vectorized=vectorized)
+    options: dict[str, Any] = {
+        "sharding": sharding,
+        "vmap_method": vmap_method,
+        "vectorized": vectorized,
+    }
     given = {key: x for key, x in options.items() if x is not None}
     try:
         arrays = jax.pure_callback(run, types, derefed.arrays, **given)

@@ -1,16 +1,24 @@
 """`filter_vjp`: cotangents, from the result to the arguments."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload, TypeVar
 
 import equinox as eqx
 import jax
+from jaxtyping import PyTree
 
 from .._core._structure import Outcome
 from .._engine._autodiff import DifferentiableCall, TangentSpace, with_linear_map
+from .._filters._filters import FilterLike
 
 
 __tracebackhide__ = True
+
+
+T = TypeVar("T")
+
+
+Aux = TypeVar("Aux")
 
 
 class _Pullback(eqx.Module):
@@ -31,9 +39,30 @@ def _pullback(fn: DifferentiableCall) -> tuple[_Pullback, Outcome]:
     return _Pullback(linear, fn.inputs, fn.outputs), outcome
 
 
+@overload
 def filter_vjp(
-    fun: Callable[..., Any], *primals: Any, has_aux: bool = False, wrt: Any = None
-) -> Any:
+    fun: Callable[..., T],
+    *primals: PyTree,
+    has_aux: Literal[False] = False,
+    wrt: FilterLike | None = None,
+) -> tuple[T, Callable[[PyTree], tuple[PyTree, ...]]]: ...
+
+
+@overload
+def filter_vjp(
+    fun: Callable[..., tuple[T, Aux]],
+    *primals: PyTree,
+    has_aux: Literal[True],
+    wrt: FilterLike | None = None,
+) -> tuple[T, Callable[[PyTree], tuple[PyTree, ...]], Aux]: ...
+
+
+def filter_vjp(
+    fun: Callable[..., Any],
+    *primals: PyTree,
+    has_aux: bool = False,
+    wrt: FilterLike | None = None,
+) -> tuple[Any, ...]:
     """As `equinox.filter_vjp`, by reference. The function runs once, and what it writes to a
     ref is written to the caller's ref, once: at this call. The function that is returned
     may be called later, and often; it reads and writes no ref.

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jaxtyping import PyTree
 
 from .._core import _trace
 from .._core._call import Call, call, close_result
@@ -32,8 +33,8 @@ from .._engine._wrapper import Lifted
 __tracebackhide__ = True
 
 
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class _Vmap(Lifted):
@@ -234,36 +235,36 @@ def _written_along(ref: Ref, name: str) -> str:
 
 @overload
 def filter_vmap(
+    fun: Callable[P, T],
     *,
-    in_axes: Any = ...,
-    out_axes: Any = ...,
-    axis_name: Hashable = ...,
-    axis_size: int | None = ...,
+    in_axes: PyTree = eqx.if_array(0),
+    out_axes: PyTree = eqx.if_array(0),
+    axis_name: Hashable = None,
+    axis_size: int | None = None,
     **vmapkwargs: Any,
-) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]: ...
+) -> Callable[P, T]: ...
 
 
 @overload
 def filter_vmap(
-    fun: Callable[_P, _T],
     *,
-    in_axes: Any = ...,
-    out_axes: Any = ...,
-    axis_name: Hashable = ...,
-    axis_size: int | None = ...,
-    **vmapkwargs: Any,
-) -> Callable[_P, _T]: ...
-
-
-def filter_vmap(
-    fun: Any = None,
-    *,
-    in_axes: Any = eqx.if_array(0),
-    out_axes: Any = eqx.if_array(0),
+    in_axes: PyTree = eqx.if_array(0),
+    out_axes: PyTree = eqx.if_array(0),
     axis_name: Hashable = None,
     axis_size: int | None = None,
     **vmapkwargs: Any,
-) -> Any:
+) -> Callable[[Callable[P, T]], Callable[P, T]]: ...
+
+
+def filter_vmap(
+    fun: Callable[..., Any] | None = None,
+    *,
+    in_axes: PyTree = eqx.if_array(0),
+    out_axes: PyTree = eqx.if_array(0),
+    axis_name: Hashable = None,
+    axis_size: int | None = None,
+    **vmapkwargs: Any,
+) -> Callable[..., Any]:
     """As `equinox.filter_vmap`, by reference.
 
     A mapped ref is written slice by slice, and comes out on the axis on which it came in. A

@@ -13,7 +13,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Bool, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from .._core._ref import Ref
 from .._fields._collection import Cache
@@ -121,12 +122,12 @@ class MultiheadAttention(Module):
         use_output_bias: bool = False,
         dropout_p: float = 0.0,
         inference: bool = False,
-        dtype: Any = None,
+        dtype: DTypeLike | None = None,
         *,
         cache_size: int | None = None,
         rolling: bool = False,
         rngs: Rngs | RngStream | None = None,
-        key: Any,
+        key: PRNGKeyArray,
     ):
         plain = eqx.nn.MultiheadAttention(
             num_heads,
@@ -164,7 +165,7 @@ class MultiheadAttention(Module):
         value: Float[Array, "kv_seq v_size"],
         mask: Bool[Array, "..."] | None = None,
         *,
-        key: Any = None,
+        key: PRNGKeyArray | None = None,
         inference: bool | None = None,
         process_heads: Callable | None = None,
         cache: bool = False,

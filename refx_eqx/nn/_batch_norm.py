@@ -7,7 +7,8 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .._fields._collection import BatchStat, Param
 from .._fields._module import Module
@@ -103,7 +104,7 @@ class BatchNorm(Module):
         channelwise_affine: bool = True,
         momentum: float = 0.99,
         inference: bool = False,
-        dtype: Any = None,
+        dtype: DTypeLike | None = None,
         mode: Literal["ema", "batch"] = "batch",
     ):
         if mode not in ("ema", "batch"):
@@ -130,7 +131,11 @@ class BatchNorm(Module):
         self.mode = mode
 
     def __call__(
-        self, x: Array, *, key: Any = None, inference: bool | None = None
+        self,
+        x: Array,
+        *,
+        key: PRNGKeyArray | None = None,
+        inference: bool | None = None,
     ) -> Array:
         """**Arguments:**
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array
+from jaxtyping import Array, PRNGKeyArray
 
 from .._fields._module import Module
 from .._rng import Rngs, RngStream
@@ -77,7 +77,11 @@ class Dropout(Module):
         self.stream = rngs.dropout if isinstance(rngs, Rngs) else rngs
 
     def __call__(
-        self, x: Array, *, key: Any = None, inference: bool | None = None
+        self,
+        x: Array,
+        *,
+        key: PRNGKeyArray | None = None,
+        inference: bool | None = None,
     ) -> Array:
         """**Arguments:**
 

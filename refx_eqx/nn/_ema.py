@@ -5,12 +5,13 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jaxtyping import ArrayLike, PyTree
 
 from .._core._errors import StructureError
 from .._core._ref import make_ref, Ref
 from .._engine._autodiff import is_inexact
 from .._fields._module import Module
-from .._filters._filters import selected_refs
+from .._filters._filters import FilterLike, selected_refs
 from .._filters._update import check_and_write
 
 
@@ -69,7 +70,7 @@ class EMA(Module):
     # The places of the averages among the leaves of the model.
     _places: tuple[int, ...] = eqx.field(static=True)
 
-    def __init__(self, model: Any, decay: Any, wrt: Any = "params"):
+    def __init__(self, model: PyTree, decay: ArrayLike, wrt: FilterLike = "params"):
         selected = selected_refs(model, wrt)
         if not selected:
             raise StructureError(
@@ -87,7 +88,7 @@ class EMA(Module):
         places = {id(x): i for i, x in enumerate(jtu.tree_leaves(model))}
         self._places = tuple(places[i] for i in averages)
 
-    def update(self, model: Any) -> None:
+    def update(self, model: PyTree) -> None:
         """Moves the averages to the values of the model, by one step.
 
         **Arguments:**
@@ -100,7 +101,7 @@ class EMA(Module):
             updates.append((average, value))
         check_and_write(updates)
 
-    def swap(self, model: Any) -> None:
+    def swap(self, model: PyTree) -> None:
         """Exchanges the averages and the values of the model, in place.
 
         **Arguments:**

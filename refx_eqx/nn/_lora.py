@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._core._ref import Ref
 from .._fields._collection import Collection
@@ -18,8 +18,8 @@ from ._weights import weight_of, with_weight
 __tracebackhide__ = True
 
 
-_T = TypeVar("_T")
-_Lora = Annotated[Ref[_T], Collection("lora")]
+T = TypeVar("T")
+_Lora = Annotated[Ref[T], Collection("lora")]
 
 
 class LoRA(Module):
@@ -73,12 +73,12 @@ class LoRA(Module):
 
     def __init__(
         self,
-        layer: Any,
+        layer: eqx.Module,
         rank: int,
         alpha: float | None = None,
         weight_name: str = "weight",
         *,
-        key: Any,
+        key: PRNGKeyArray,
     ):
         weight = weight_of(layer, weight_name)
         if weight.ndim != 2:
@@ -98,7 +98,7 @@ class LoRA(Module):
         self.scale = 1.0 if alpha is None else alpha / rank
         self.weight_name = weight_name
 
-    def __call__(self, x: Array, *, key: Any = None) -> Array:
+    def __call__(self, x: Array, *, key: PRNGKeyArray | None = None) -> Array:
         """**Arguments:**
 
         - `x`: the input of the layer, of shape `(..., in)`.
@@ -117,7 +117,7 @@ class LoRA(Module):
         return self.layer(x) + self.scale * (low @ self.b[...].T)
 
 
-def merge_lora(tree: Any) -> Any:
+def merge_lora(tree: PyTree) -> PyTree:
     """The tree with a plain layer for each [`refx_eqx.nn.LoRA`][]: its weight is changed.
 
     !!! Example

@@ -3,7 +3,7 @@
 from typing import Annotated, Any, TypeVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from .._core._ref import Ref
 from .._fields._collection import Collection
@@ -13,8 +13,8 @@ from .._fields._module import Module
 __tracebackhide__ = True
 
 
-_T = TypeVar("_T")
-_MetricRef = Annotated[Ref[_T], Collection("metrics")]
+T = TypeVar("T")
+_MetricRef = Annotated[Ref[T], Collection("metrics")]
 
 
 class _Metric(Module):
@@ -75,7 +75,7 @@ class Average(_Metric):
     Its refs, of collection `"metrics"`, are the mean so far and the count of values.
     """
 
-    def update(self, values: Any, *, mask: Any = None) -> None:
+    def update(self, values: ArrayLike, *, mask: ArrayLike | None = None) -> None:
         """Takes in more values.
 
         **Arguments:**
@@ -113,7 +113,9 @@ class Accuracy(_Metric):
         super().__init__()
         self.threshold = threshold
 
-    def update(self, logits: Any, labels: Any, *, mask: Any = None) -> None:
+    def update(
+        self, logits: ArrayLike, labels: ArrayLike, *, mask: ArrayLike | None = None
+    ) -> None:
         """Takes in more guesses.
 
         **Arguments:**

@@ -1,11 +1,10 @@
 """`GRUCell` and `LSTMCell`, which keep their state between calls."""
 
-from typing import Any
-
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._fields._collection import Cache
 from .._fields._module import Module
@@ -64,15 +63,15 @@ class GRUCell(Module):
         input_size: int,
         hidden_size: int,
         use_bias: bool = True,
-        dtype: Any = None,
+        dtype: DTypeLike | None = None,
         *,
-        key: Any,
+        key: PRNGKeyArray,
     ):
         cell = eqx.nn.GRUCell(input_size, hidden_size, use_bias, dtype, key=key)
         self.cell = with_params(cell)
         self.hidden = jnp.zeros(hidden_size, cell.weight_hh.dtype)
 
-    def __call__(self, input: Array, *, key: Any = None) -> Array:
+    def __call__(self, input: Array, *, key: PRNGKeyArray | None = None) -> Array:
         """**Arguments:**
 
         - `input`: of shape `(input_size,)`.
@@ -129,16 +128,16 @@ class LSTMCell(Module):
         input_size: int,
         hidden_size: int,
         use_bias: bool = True,
-        dtype: Any = None,
+        dtype: DTypeLike | None = None,
         *,
-        key: Any,
+        key: PRNGKeyArray,
     ):
         cell = eqx.nn.LSTMCell(input_size, hidden_size, use_bias, dtype, key=key)
         self.cell = with_params(cell)
         zeros = jnp.zeros(hidden_size, cell.weight_hh.dtype)
         self.hidden = (zeros, zeros)
 
-    def __call__(self, input: Array, *, key: Any = None) -> Array:
+    def __call__(self, input: Array, *, key: PRNGKeyArray | None = None) -> Array:
         """**Arguments:**
 
         - `input`: of shape `(input_size,)`.

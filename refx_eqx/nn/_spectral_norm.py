@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._fields._collection import BatchStat
 from .._fields._module import Module
@@ -65,13 +65,13 @@ class SpectralNorm(Module):
 
     def __init__(
         self,
-        layer: Any,
+        layer: eqx.Module,
         weight_name: str = "weight",
         num_power_iterations: int = 1,
         eps: float = 1e-12,
         inference: bool = False,
         *,
-        key: Any,
+        key: PRNGKeyArray,
     ):
         weight = weight_of(layer, weight_name)
         if weight.ndim < 2:
@@ -92,7 +92,11 @@ class SpectralNorm(Module):
         self.u, self.v = self._iterate(matrix, u, v, 15)
 
     def __call__(
-        self, x: Array, *, key: Any = None, inference: bool | None = None
+        self,
+        x: Array,
+        *,
+        key: PRNGKeyArray | None = None,
+        inference: bool | None = None,
     ) -> Array:
         """**Arguments:**
 

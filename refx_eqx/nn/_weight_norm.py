@@ -4,7 +4,7 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._fields._collection import Param
 from .._fields._module import Module
@@ -50,13 +50,15 @@ class WeightNorm(Module):
     weight_name: str = eqx.field(static=True)
     axis: int | None = eqx.field(static=True)
 
-    def __init__(self, layer: Any, weight_name: str = "weight", axis: int | None = 0):
+    def __init__(
+        self, layer: eqx.Module, weight_name: str = "weight", axis: int | None = 0
+    ):
         self.layer = with_params(layer)
         self.weight_name = weight_name
         self.axis = axis
         self.g = self._length(weight_of(layer, weight_name))
 
-    def __call__(self, x: Array, *, key: Any = None) -> Array:
+    def __call__(self, x: Array, *, key: PRNGKeyArray | None = None) -> Array:
         """**Arguments:**
 
         - `x`: the input of the layer.

@@ -114,6 +114,38 @@ def lift(model: Linear, x: Array) -> None:
     assert_type(rx.lift(jax.checkpoint)(loss, policy=None)(model, x), Array)
 
 
+def step(carry: Array, x: Array) -> tuple[Array, dict[str, Array]]:
+    return carry + x, {"x": x}
+
+
+def control_flow(x: Array) -> None:
+    assert_type(rx.scan(step, x, x), tuple[Array, dict[str, Array]])
+    assert_type(rx.map(lambda x: {"x": step(x, x)[0]}, x), dict[str, Array])
+    assert_type(rx.cond(True, step, step, x, x), tuple[Array, dict[str, Array]])
+    assert_type(rx.switch(0, [step, step], x, x), tuple[Array, dict[str, Array]])
+    assert_type(rx.while_loop(lambda x: x < 3, lambda x: x + 1, x), Array)
+    assert_type(rx.fori_loop(0, 3, lambda i, x: step(x, x)[0], x), Array)
+
+
+@rx.filter_custom_jvp
+def with_rule(model: Linear, *, scale: float = 1.0) -> Array:
+    return model.weight[...] * scale
+
+
+def derivatives(model: Linear, x: Array) -> None:
+    assert_type(rx.filter_jvp(loss, (model, x), (None, x)), tuple[Array, Array])
+    out, pullback = rx.filter_vjp(loss, model, x)
+    assert_type(out, Array)
+    pullback(x)
+    _, pushforward, aux = rx.filter_linearize(loss_and_aux, model, x, has_aux=True)
+    assert_type(pushforward(None, x), Array)
+    assert_type(aux, dict[str, int])
+    assert_type(with_rule(model, scale=2.0), Array)
+    assert_type(rx.filter_grad(with_rule)(model, scale=2.0), Linear)
+    converted = rx.filter_closure_convert(loss, model, jax.eval_shape(abs, x))
+    assert_type(converted(model, x), Array)
+
+
 def functionalize(model: Linear, x: Array) -> None:
     _out, updates = rx.functionalize(loss)(rx.deref(model), x)
     rx.update_refs((model, x), updates)
