@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 import jax
 import jax.tree_util as jtu
 from jax.sharding import NamedSharding, Sharding
+from jaxtyping import PyTree
 
 from .._core import _trace
 from .._core._deref import deref
@@ -20,10 +21,10 @@ from ._prefix import leaf_shardings
 __tracebackhide__ = True
 
 
-_T = TypeVar("_T")
+T = TypeVar("T")
 
 
-def filter_shard(x: _T, device_or_shardings: Any) -> _T:
+def filter_shard(x: T, device_or_shardings: PyTree) -> T:
     """As `equinox.filter_shard`, by reference: the values of the refs of a tree are put where
     they are to be, in place. Inside of a transform their shardings are constrained.
 
