@@ -450,20 +450,62 @@ def test_copies_are_other_refs():
     assert pickle.loads(pickle.dumps({ref: 1, "other": ref}))
 
 
-def test_a_program_for_certain_refs_goes_with_them(trace_counter):
-    which = trace_counter(lambda ref, frozen: int(ref in frozen))
+def in_a_cell():
+    frozen = frozenset()
+
+    def is_frozen(ref):
+        return ref in frozen
+
+    def freeze(refs):
+        nonlocal frozen
+        frozen = refs
+        return is_frozen
+
+    return freeze
+
+
+FRESH = {
+    "itself": lambda frozen: frozen,
+    "in a tuple": lambda frozen: ("frozen", [frozen]),
+    "in a partial": lambda frozen: functools.partial(is_free, frozen),
+    "with others": lambda frozen: frozen | {"frozen", 0.5, len},
+    "in a cell": in_a_cell(),
+}
+
+
+@pytest.mark.parametrize("place", FRESH)
+def test_a_program_for_certain_refs_goes_with_them(place, trace_counter):
+    which = trace_counter(lambda ref, _: ref.value + 1.0)
     step = rx.filter_jit(which)
 
     def use():
         ref = rx.Ref(jnp.array(1.0))
-        frozen = frozenset([ref])
-        assert [int(step(ref, frozen)) for _ in range(3)] == [1] * 3
+        for _ in range(4):
+            assert step(ref, FRESH[place](frozenset([ref]))) == 2.0
         return weakref.ref(ref)
 
     gone = [use() for _ in range(3)]
+    FRESH[place](frozenset())  # the one that a cell still has
     gc.collect()
     assert [ref() for ref in gone] == [None] * 3
     assert which.counter.count == 3
+    assert step._program._variants._kept == {}
+
+
+def test_the_members_of_a_fresh_frozenset_are_told_apart(trace_counter):
+    def f(refs, frozen):
+        return [int(ref in frozen) for ref in refs]
+
+    which = trace_counter(f)
+    step = rx.filter_jit(which)
+    a, b = refs = rx.Ref(jnp.array(1.0)), rx.Ref(jnp.array(2.0))
+    assert len({a, b}) == 2  # who was never hashed is in no set
+    for _ in range(3):
+        assert step(refs, frozenset([a])) == [1, 0]
+        assert step(refs, frozenset([b])) == [0, 1]
+        assert step(refs, frozenset([a, b])) == [1, 1]
+        assert step(refs, frozenset()) == [0, 0]
+    assert which.counter.count == 4
 
 
 def test_the_programs_of_refs_that_are_gone_are_not_kept():
@@ -476,7 +518,7 @@ def test_the_programs_of_refs_that_are_gone_are_not_kept():
     plain.refs = []
     gc.collect()
     (by_refs,) = step._program._variants._kept.values()
-    assert len(by_refs.kept) == 0
+    assert [entry for entry in by_refs.kept.items() if entry[0] != (None,)] == []
 
 
 def test_an_optimiser_state_by_ref_is_found_inside():

@@ -493,26 +493,60 @@ def static_key(leaf: Any) -> Any:
     function closes over is a part of its key: a cell that is bound to something else makes
     another function of it.
     """
-    held = weakly(leaf)
     if isinstance(leaf, types.FunctionType):
-        return held, _closure_key(leaf) if leaf.__closure__ else None
+        return Identity(leaf), _closure_key(leaf) if leaf.__closure__ else None
     if isinstance(leaf, float | complex):
         return type(leaf), repr(leaf)
     if isinstance(leaf, set | frozenset) and _has_ref(leaf):
         return type(leaf), _Items(map(_object_key, leaf))
-    return type(leaf), held
+    return type(leaf), Identity(leaf) if _is_own(leaf) else leaf
 
 
-def weakly(leaf: Any) -> Any:
-    """`leaf`, or a weak reference to it if it is equal to nothing but itself, or a set of
-    refs: a cache must not keep a function or a ref alive."""
-    is_own = type(leaf).__eq__ is object.__eq__ and not isinstance(leaf, weakref.ref)
-    if is_own or (isinstance(leaf, set | frozenset) and _has_ref(leaf)):
-        try:
-            return weakref.ref(leaf)
-        except TypeError:
-            pass
-    return leaf
+def identities_in(key: Any) -> Iterator[Identity]:
+    """The objects that a key has by identity."""
+    if isinstance(key, Identity):
+        yield key
+    elif isinstance(key, tuple | frozenset):
+        for part in key:
+            yield from identities_in(part)
+
+
+def weakly(leaf: Any) -> "Identity | Members | None":
+    """What a cache has of a static leaf, to keep no function and no ref alive; `None` if it
+    has the leaf itself."""
+    if type(leaf) is frozenset and _has_ref(leaf):
+        return Members(leaf)
+    if _is_own(leaf) or (isinstance(leaf, set | frozenset) and _has_ref(leaf)):
+        identity = Identity(leaf)
+        return identity if identity.mortal() else None
+    return None
+
+
+def _is_own(leaf: Any) -> bool:
+    """Whether it is equal to nothing but itself, or a ref, which is held by identity."""
+    if isinstance(leaf, Ref):
+        return True
+    return type(leaf).__eq__ is object.__eq__ and not isinstance(leaf, weakref.ref)
+
+
+class Members:
+    """A frozenset of refs, held weakly by its members: the set itself may be made for one
+    call, and gone after it."""
+
+    __slots__ = ("_kept", "_weak")
+
+    def __init__(self, items: frozenset):
+        both = [(x, weakly(x)) for x in items]
+        self._kept = [x for x, weak in both if weak is None]
+        self._weak = [weak for _, weak in both if weak is not None]
+
+    def recall(self) -> frozenset | None:
+        """The set again; `None` if a member is gone."""
+        alive = [weak.recall() for weak in self._weak]
+        if any(x is None for x in alive):
+            return None
+        members: list[Any] = [*self._kept, *alive]
+        return frozenset(members)
 
 
 def _closure_key(fn: types.FunctionType) -> tuple:
@@ -578,7 +612,7 @@ def _content_key(cell: types.CellType) -> Any:
     we do not notice a list that is appended to. But refs are taken into a set and out of
     it (layers that are frozen, and thawed one by one), so that is noticed."""
     content = cell.cell_contents if _is_filled(cell) else _EMPTY
-    if type(content) is set and _has_ref(content):
+    if type(content) in (set, frozenset) and _has_ref(content):
         return _Items(map(_object_key, content))
     if type(content) is dict and _has_ref(content):
         items = content.items()

@@ -43,6 +43,10 @@ class Identity:
         except TypeError:
             self.recall = lambda: obj
 
+    def mortal(self) -> list[Any]:
+        """The object, if it is held weakly."""
+        return [self.recall()] if isinstance(self.recall, weakref.ref) else []
+
     def __eq__(self, other: Any) -> bool:
         if self is other:
             return True

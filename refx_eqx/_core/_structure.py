@@ -12,8 +12,7 @@ A result is derefed in the same way, under the numbering of its call: a ref of t
 `Index`, whose `Value` the call has, and a new ref has the next number.
 """
 
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from operator import itemgetter
 from typing import Any
 
@@ -24,10 +23,10 @@ import jax.tree_util as jtu
 import numpy as np
 
 from . import _closure, _trace
-from ._closure import Carried, static_key, weakly
+from ._closure import Carried, identities_in, Members, static_key, weakly
 from ._deref import make_ref_of, reref_leaves
 from ._errors import describe
-from ._identity import NOTHING_ASKED
+from ._identity import Identity, NOTHING_ASKED
 from ._nodes import Index, is_node, Value
 from ._places import place
 from ._ref import (
@@ -148,22 +147,16 @@ def join(arrays: Leaves, statics: Leaves) -> Leaves:
     ]
 
 
-class _Weak:
-    """A static leaf of a structure that keeps none alive."""
-
-    __slots__ = ("recall",)
-
-    def __init__(self, recall: weakref.ref):
-        self.recall = recall
-
-
 def _weakly(leaf: Any) -> Any:
-    held = weakly(leaf)
-    return leaf if held is leaf else _Weak(held)
+    return leaf if _is_weak(leaf) else weakly(leaf) or leaf
 
 
 def _strongly(static: Any) -> Any:
-    return static.recall() if type(static) is _Weak else static
+    return static.recall() if _is_weak(static) else static
+
+
+def _is_weak(static: Any) -> bool:
+    return isinstance(static, Identity | Members)
 
 
 class Structure:
@@ -211,10 +204,9 @@ class Structure:
         return structure
 
     def mortal(self) -> list[Any]:
-        """The static leaves that the key does not keep alive. It is met by no call once one
-        of them is gone."""
-        statics = map(_strongly, jtu.tree_leaves(self.statics))
-        return [x for x in statics if x is not None and weakly(x) is not x]
+        """What the key has and does not keep alive: functions, refs in a frozenset or in a
+        cell. It is met by no call once one of them is gone."""
+        return list(self.key.mortal())
 
     def flatten(self, arrays: list[Leaves]) -> tuple[list[Any], list[Any]]:
         """The arrays outside refs, and the values of the refs, each in order: the form that
@@ -279,6 +271,10 @@ class Key:
             self._hash = hash(self._what)
         except TypeError:
             raise _not_hashable(structure) from None
+
+    def mortal(self) -> Iterator[Any]:
+        keys = self._what[2]
+        return (x for identity in identities_in(keys) for x in identity.mortal())
 
     def __hash__(self) -> int:
         return self._hash

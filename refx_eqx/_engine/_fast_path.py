@@ -122,7 +122,8 @@ class Plans:
             self._noted[note] = False
             return NO_PLAN
         plan.remade = remade
-        self._keep(key, plan, [*held, *refs])
+        mortal = plan.derefed.structure.mortal()
+        self._keep(key, plan, [*held, *refs, *mortal])
         return plan.call(arrays, refs, state)
 
     def _know(self, module: Any) -> None:

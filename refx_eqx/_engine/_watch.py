@@ -179,5 +179,5 @@ _IMMUTABLE = (eqx.Module, Ref, tuple, type(None), jtu.Partial, Lifted)
 _IMMUTABLE += (jax.Array, np.ndarray, types.FunctionType)
 
 # What is hashed by its value, and cannot change it.
-_OF_ONE_HASH = (bool, int, float, complex, str, bytes, type, type(None))
+_OF_ONE_HASH = (bool, int, float, complex, str, bytes, type, type(None), frozenset)
 _OF_ONE_HASH += (enum.Enum, np.dtype, np.generic, np.ndarray, jax.Array, Ref)
