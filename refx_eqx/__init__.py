@@ -12,7 +12,6 @@ from ._core._deref import (
     deref as deref,
     NOTHING as NOTHING,
     reref as reref,
-    snapshot as snapshot,
     tree_equal as tree_equal,
 )
 from ._core._errors import (
@@ -45,16 +44,13 @@ from ._fields._collection import (
 from ._fields._config import config as config
 from ._fields._field import field as field
 from ._fields._module import Module as Module
-from ._filters._as_refs import as_refs as as_refs
+from ._filters._as_refs import as_refs as as_refs, snapshot as snapshot
 from ._filters._check import check as check
 from ._filters._filters import (
-    aliases as aliases,
     collection as collection,
     Filter as Filter,
-    filter_spec as filter_spec,
     FilterLike as FilterLike,
     path as path,
-    values as values,
 )
 from ._filters._mutable import mutable as mutable
 from ._filters._partition import (
@@ -64,6 +60,11 @@ from ._filters._partition import (
     Partition as Partition,
     partition as partition,
     tree_partition as tree_partition,
+)
+from ._filters._select import (
+    aliases as aliases,
+    filter_spec as filter_spec,
+    values as values,
 )
 from ._filters._state_dict import (
     load_state_dict as load_state_dict,

@@ -20,8 +20,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ._core._errors import CarryError, StructureError
 from ._core._ref import Ref
-from ._filters._filters import key_text
 from ._transforms._lift import lift
+from ._trees._paths import key_text
 
 
 __tracebackhide__ = True

@@ -13,15 +13,10 @@ from jaxtyping import PyTree
 from ._core._errors import StructureError
 from ._core._nodes import is_node
 from ._core._ref import Ref
-from ._filters._filters import (
-    as_filter,
-    choose,
-    dotted,
-    FilterLike,
-    key_text,
-    leaves_with_paths,
-)
+from ._filters._filters import as_filter, FilterLike
+from ._filters._select import choose, leaves_with_paths
 from ._transforms._jit import filter_jit
+from ._trees._paths import dotted, key_text
 
 
 __tracebackhide__ = True

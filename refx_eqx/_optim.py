@@ -14,9 +14,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from ._core._deref import path_text, snapshot
 from ._core._errors import MismatchError, StructureError
-from ._core._functions import by_name
 from ._core._ref import declare, Ref
 from ._core._structure import is_traced_in_ref
 from ._fields._axis_names import NO_NAMES
@@ -24,9 +22,13 @@ from ._fields._bound import BoundType
 from ._fields._declared import DeclaredRef
 from ._fields._following import Following
 from ._fields._module import Module
-from ._filters._filters import choose, FilterLike, leaves_with_paths
+from ._filters._as_refs import snapshot
+from ._filters._filters import FilterLike
+from ._filters._select import choose, leaves_with_paths
 from ._filters._update import aligned, check_and_write
 from ._trained import Trained, with_update
+from ._trees._closure import by_name
+from ._trees._paths import path_text
 
 
 if TYPE_CHECKING:

@@ -25,16 +25,17 @@ import jax.tree_util as jtu
 
 from ._core._deref import deref, reref
 from ._core._errors import describe, MismatchError, StructureError
-from ._core._functions import opened
 from ._core._nodes import is_node, Value
 from ._core._ref import Ref
 from ._core._structure import is_traced_in_ref, split_value
 from ._engine._autodiff import is_inexact
 from ._fields._axes_of_values import declared_axes, stacks_in
 from ._fields._following import Following
-from ._filters._filters import choose, dotted, leaves_with_paths
+from ._filters._select import choose, leaves_with_paths
 from ._filters._state_dict import first_places, places_of
 from ._filters._update import aligned
+from ._trees._closure import opened
+from ._trees._paths import dotted
 
 
 __tracebackhide__ = True

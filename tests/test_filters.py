@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import refx_eqx as rx
-from refx_eqx._filters import _filters
+from refx_eqx._filters import _filters, _select
 
 
 class Lora(rx.Ref):
@@ -382,7 +382,7 @@ def nested(depth):
 
 def test_a_deep_tree_is_walked_once(monkeypatch):
     texts, steps = [], []
-    key_text, step = _filters.key_text, _filters._Walk._step
+    key_text, step = _select.key_text, _filters._Walk._step
 
     def counted_text(key):
         texts.append(key)
@@ -392,7 +392,7 @@ def test_a_deep_tree_is_walked_once(monkeypatch):
         steps.append(key)
         return step(walk, reached, key)
 
-    monkeypatch.setattr(_filters, "key_text", counted_text)
+    monkeypatch.setattr(_select, "key_text", counted_text)
     monkeypatch.setattr(_filters._Walk, "_step", counted_step)
     spec = rx.filter_spec(nested(200), rx.path("**.next.w"))
     assert sum(jax.tree.leaves(spec)) == 199

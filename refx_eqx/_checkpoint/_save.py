@@ -24,16 +24,10 @@ from jaxtyping import PyTree
 
 from .._core._errors import CheckpointError, RefError, StructureError
 from .._core._ref import Ref
-from .._filters._filters import (
-    aliases,
-    as_filter,
-    dotted,
-    FilterLike,
-    key_text,
-    leaves_with_paths,
-    selected_refs,
-)
+from .._filters._filters import as_filter, FilterLike
+from .._filters._select import aliases, leaves_with_paths, selected_refs
 from .._filters._state_dict import load_state_dict, state_dict
+from .._trees._paths import dotted, key_text
 from . import _file
 from ._file import Stored, TensorFile
 from ._values import decoded, encoded, Note

@@ -27,10 +27,20 @@ from typing import Any, ParamSpec, TypeVar
 import equinox as eqx
 import jax.tree_util as jtu
 
-from . import _closure, _trace
-from ._changes import place_of, Watch
-from ._closure import Carried
+from .._trees._carried import Carried
+from .._trees._changes import place_of, Watch
+from .._trees._containers import containers
+from . import _trace
+from ._access import (
+    check_readable,
+    check_unleaked,
+    check_value,
+    check_writable,
+    Withheld,
+)
+from ._dag import Dag
 from ._deref import deref_leaves, make_ref_of
+from ._derefed import tree_of
 from ._errors import (
     CarryError,
     ConcurrencyError,
@@ -40,22 +50,11 @@ from ._errors import (
     StructureError,
     TraceLevelError,
 )
-from ._functions import tree_of
 from ._identity import Asked, asked_of
 from ._nodes import value_node
-from ._ref import (
-    check_readable,
-    check_unleaked,
-    check_value,
-    check_writable,
-    commits,
-    containers,
-    content,
-    IN_PLACE,
-    Ref,
-    Withheld,
-)
+from ._ref import commits, content, IN_PLACE, Ref
 from ._structure import (
+    flatten,
     is_traced,
     is_traced_in_ref,
     Leaves,
@@ -112,7 +111,7 @@ class Call:
     ):
         parts, self.leaves = [], []
         for tree in (*args, kwargs, fn):
-            leaves, part = _closure.flatten(tree)
+            leaves, part = flatten(tree)
             self.leaves.append(leaves)
             parts.append(part)
             _check_no_lost_write(fn, leaves)
@@ -278,7 +277,7 @@ def run_body(
     numbers = {id(ref): i for i, ref in both}
     trees = structure.trees(leaves)
     before = {i: (ref._collection, _Before(ref)) for i, ref in inner.items()}
-    watch = Watch(trees)
+    watch = Watch(trees, _OPAQUE)
     *args, kwargs, fn = trees
 
     result = apply(fn, *args, **kwargs)
@@ -329,6 +328,10 @@ def _withhold(
     return made
 
 
+# A `Dag` is passed by value.
+_OPAQUE = (Ref, Dag, eqx.nn.State)
+
+
 class _Before:
     """What a ref held when a body began: to notice what was not assigned."""
 
@@ -337,7 +340,7 @@ class _Before:
     def __init__(self, ref: Ref):
         self._channel = ref._channel
         value = ref._value
-        self._watch = None if is_traced_in_ref(value) else Watch([value])
+        self._watch = None if is_traced_in_ref(value) else Watch([value], _OPAQUE)
 
     def changed_in_place(self) -> bool:
         return self._watch is not None and self._watch.changed()
@@ -352,11 +355,17 @@ class _Before:
         return True
 
 
+def is_ref_or_tracer(leaf: Any) -> bool:
+    """What makes a node of a function that is returned: an array of the trace must come
+    out as the other results do, and not stay behind in a cell."""
+    return isinstance(leaf, Ref) or _trace.is_tracer(leaf)
+
+
 def _deref_result(
     result: Any, numbers: dict[int, int], name: str
 ) -> tuple[Leaves, Structure]:
     """`numbers` are those of the inner refs in the call, by `id`."""
-    leaves, part = _closure.flatten(result, _closure.is_ref_or_tracer)
+    leaves, part = flatten(result, is_ref_or_tracer)
 
     def read(ref: Ref) -> Any:
         if ref._trace() is not _trace.current_trace():

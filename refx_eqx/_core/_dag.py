@@ -7,9 +7,10 @@ import equinox as eqx
 import jax.tree_util as jtu
 
 from . import _trace
+from ._access import check_readable
 from ._deref import deref, reref
 from ._errors import TraceLevelError
-from ._ref import check_readable, is_ref, Ref
+from ._ref import is_ref, Ref
 
 
 __tracebackhide__ = True

@@ -14,22 +14,22 @@ import jax
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, PyTree
 
+from .._trees import _closure
+from .._trees._cells import holds_itself, is_lookup, shared_in
+from .._trees._closure import opened
+from .._trees._containers import owned
+from .._trees._functions import FirstPlaceGone
+from .._trees._paths import path_text
 from . import _trace
-from ._closure import refuse_cycle
-from ._errors import describe, StructureError, TraceLevelError
-from ._functions import closed, opened
+from ._access import check_not_deleted
+from ._errors import CarryError, describe, StructureError, TraceLevelError
 from ._nodes import Index, index_node, is_node, label_of, Value, value_node
 from ._ref import (
     check_no_attributes,
-    check_not_deleted,
-    is_lookup,
     is_ref,
     make_ref,
-    owned,
     Ref,
-    ref_to_look_up,
 )
-from ._referenced import snapshot_of
 
 
 __tracebackhide__ = True
@@ -65,15 +65,36 @@ jtu.register_pytree_node(
 )
 
 
-def path_text(path: tuple) -> str:
-    """A key path as the user would write it: `.layers[0].weight`."""
-    return jtu.keystr(path) or "the root of the tree"
-
-
 def path_of(tree: Any, found: Callable[[Any], bool]) -> str:
     """Where the first leaf of `tree` is that `found` holds for; for messages."""
     leaves, _ = jtu.tree_flatten_with_path(tree, is_leaf=_is_whole)
     return next((path_text(path) for path, leaf in leaves if found(leaf)), "unknown")
+
+
+def refuse_cycle(tree: Any) -> None:
+    """JAX is not asked to flatten a tree that has no end."""
+    if holds_itself(tree):
+        raise CarryError(
+            f"A {type(tree).__name__} holds itself, or something in it does: that is no "
+            "pytree, as it has no end. Take the cycle out of what is passed."
+        )
+
+
+def closed(tree: Any) -> Any:
+    """The tree with functions again instead of the nodes that hold their refs.
+
+    **Raises:**
+
+    - `StructureError`: if the first place of a function is not in the tree.
+    """
+    try:
+        return _closure.closed(tree)
+    except FirstPlaceGone:
+        raise StructureError(
+            "Cannot reref: a function that was at two places of a tree is here at the "
+            "later one alone. A part of a derefed tree was taken out of it; call "
+            "`rx.reref` on the whole tree, or `rx.combine` the parts first."
+        ) from None
 
 
 def deref(tree: T) -> T:
@@ -117,7 +138,7 @@ def deref(tree: T) -> T:
     refuse_cycle(tree)
     leaves, treedef = jtu.tree_flatten(opened(tree), is_leaf=_is_whole)
     for leaf in leaves:
-        looked_up = ref_to_look_up(leaf)
+        looked_up = shared_in(leaf)
         if looked_up is not None:
             raise StructureError(
                 f"Cannot deref a {type(leaf).__name__} of refs, such as "
@@ -338,33 +359,6 @@ def clone(tree: T) -> T:
     The same tree with new refs, owned by the running trace.
     """
     return reref(deref(tree))
-
-
-def snapshot(tree: PyTree) -> PyTree:
-    """Replaces every ref with its current value, giving a plain tree for code that does not
-    know about refs.
-
-    !!! Example
-
-        ```python
-        import jax.numpy as jnp
-        import refx_eqx as rx
-
-        ref = rx.Ref(jnp.ones(2))
-        plain = rx.snapshot({"a": ref, "b": ref})
-        ref.value = jnp.zeros(2)
-        assert plain["a"] is plain["b"] and plain["a"][0] == 1
-        ```
-
-    **Arguments:**
-
-    - `tree`: any pytree. Its refs must be readable here.
-
-    **Returns:**
-
-    The same tree without refs. What was shared now is the same array object twice.
-    """
-    return snapshot_of(tree)
 
 
 def tree_equal(

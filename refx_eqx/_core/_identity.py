@@ -21,59 +21,14 @@ hash was asked for outside; and else "some other ref": one program is right for 
 How the refs of one body are among themselves is a part of the structure, and no question.
 """
 
-import weakref
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
 from typing import Any, NamedTuple
 
+from .._trees._equality import Identity
 from ._errors import describe, TraceLevelError
 
 
 __tracebackhide__ = True
-
-
-class Identity:
-    """Stands for an object; equal for the same object. Holds it weakly if it can."""
-
-    __slots__ = ("_id", "recall")
-
-    def __init__(self, obj: Any):
-        self._id = id(obj)
-        try:
-            self.recall: Callable[[], Any] = weakref.ref(obj)
-        except TypeError:
-            self.recall = lambda: obj
-
-    def mortal(self) -> list[Any]:
-        """The object, if it is held weakly."""
-        return [self.recall()] if isinstance(self.recall, weakref.ref) else []
-
-    def __eq__(self, other: Any) -> bool:
-        if self is other:
-            return True
-        # What a dead object was is equal to nothing: its id may be another's by now.
-        mine = self.recall()
-        return (
-            isinstance(other, Identity) and mine is not None and mine is other.recall()
-        )
-
-    def __hash__(self) -> int:
-        return self._id
-
-
-class Ignored(tuple):
-    """A part of a structure that does not count for what it is equal to, such as a name:
-    any two are equal."""
-
-    __slots__ = ()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Ignored)
-
-    def __ne__(self, other: object) -> bool:
-        return not isinstance(other, Ignored)
-
-    def __hash__(self) -> int:
-        return 0
 
 
 class _Unset:

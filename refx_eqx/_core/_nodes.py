@@ -11,8 +11,8 @@ from typing import Any, TYPE_CHECKING
 import equinox as eqx
 import jax.tree_util as jtu
 
+from .._trees._equality import Ignored
 from ._errors import check_hashable, describe
-from ._identity import Ignored
 from ._ref import Ref
 
 

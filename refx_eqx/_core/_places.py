@@ -5,9 +5,8 @@ from typing import Any
 
 import jax.tree_util as jtu
 
-from . import _closure
-from ._closure import Carried
-from ._deref import path_text
+from .._trees._carried import Carried, counts
+from .._trees._paths import path_text
 from ._nodes import Value
 
 
@@ -68,9 +67,7 @@ def _paths(part: Carried) -> Iterator[tuple[tuple, int]]:
     """The path of each leaf of the tree itself, with the number of the leaf after it."""
     numbered = jtu.tree_unflatten(part.treedef, range(part.treedef.num_leaves))
     after = 0
-    for (path, _), n in zip(
-        jtu.tree_flatten_with_path(numbered)[0], _closure.counts(part)
-    ):
+    for (path, _), n in zip(jtu.tree_flatten_with_path(numbered)[0], counts(part)):
         after += n
         yield path, after
 

@@ -1,17 +1,15 @@
-"""`Ref`: a shared, mutable cell, and what is asked before it is read or written.
+"""`Ref`: a shared, mutable cell.
 
 A `Ref` is a *leaf*: JAX never looks inside it. So a tree of refs may hold one ref at two
 places, and the two are one parameter.
 """
 
-import contextlib
 import copy
 import itertools
 import threading
 import types
 import weakref
-from collections import defaultdict, OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable
 from typing import Any, Generic, overload, Self, TYPE_CHECKING, TypeVar
 
 import equinox as eqx
@@ -20,15 +18,17 @@ import jax.tree_util as jtu
 import numpy as np
 from jax import Array
 
+from .._trees._containers import owned
+from .._trees._equality import Shared
 from . import _trace
-from ._errors import (
-    check_hashable,
-    describe,
-    DonatedError,
-    ImmutableError,
-    StructureError,
-    TraceLevelError,
+from ._access import (
+    check_readable,
+    check_unleaked,
+    check_value,
+    check_writable,
+    Withheld,
 )
+from ._errors import check_hashable, describe, StructureError, TraceLevelError
 from ._identity import is_same, outermost
 from ._misuse import missing_attribute, misuse, refuse_to_be_a_value
 from ._trace import Body
@@ -106,7 +106,7 @@ one_step = any
 commits = _Commits()
 
 
-class Ref(Generic[T]):
+class Ref(Shared, Generic[T]):
     """A shared, mutable, typed cell: a leaf of a pytree, held by identity.
 
     The same `Ref` at two places of a tree is one thing: what is written through one place
@@ -421,31 +421,6 @@ jtu.register_pytree_node(
 )
 
 
-class Withheld:
-    """Instead of the value of a ref that the function of a transform reaches, and that it
-    may not touch: `reason` says why. It is carried, and stays withheld, like any value.
-
-    It is also the owner of the ref: no trace, so that the common check already fails.
-    """
-
-    __slots__ = ("reason",)
-
-    def __init__(self, reason: str):
-        self.reason = reason
-
-    def __call__(self) -> None:
-        return None
-
-    def __repr__(self) -> str:
-        return "withheld"
-
-    def __eq__(self, other: Any) -> bool:
-        return isinstance(other, Withheld) and self.reason == other.reason
-
-    def __hash__(self) -> int:
-        return hash(self.reason)
-
-
 def content(ref: Ref) -> Any:
     """What a transform carries of a ref: its value, with the channel if there is one."""
     return ref._value if ref._channel is None else Channelled(ref._value, ref._channel)
@@ -473,226 +448,6 @@ def _array_like(ref: Ref) -> Any:
             "has no shape and no dtype."
         )
     return value
-
-
-def check_readable(ref: Ref) -> None:
-    owner = ref._trace
-    if type(owner) is Withheld:
-        reason = owner.reason
-    else:
-        reason = _trace.why_not_readable(ref, owner)
-    if reason is not None:
-        which = describe(ref._name, ref._collection)
-        raise TraceLevelError(
-            f"Cannot read ref from different trace level: {which}: {reason}"
-        )
-
-
-def check_unleaked(ref: Ref, value: Any) -> None:
-    """Notices what a function left in a list or a dict of the value, where it may read the
-    ref and not write it."""
-    if _trace.is_tracer(value):
-        return
-    for leaf in jtu.tree_leaves(value):
-        reason = _trace.why_not_alive(leaf)
-        if reason is not None:
-            which = describe(ref._name, ref._collection)
-            raise TraceLevelError(
-                f"Cannot read ref from different trace level: {which}: a list or a dict in "
-                f"its value was changed in place, where it may only be read: {reason} And "
-                "write a new value now: `ref.value = ...`."
-            )
-
-
-def check_writable(ref: Ref) -> None:
-    """The two questions before a write: the trace rule, and `mutable`."""
-    owner = ref._trace
-    if not _trace.is_at_home(owner):
-        if type(owner) is Withheld:
-            reason = owner.reason
-        else:
-            reason = _trace.why_not_writable(ref, owner)
-        if reason is not None:
-            which = describe(ref._name, ref._collection)
-            raise TraceLevelError(
-                f"Cannot mutate ref from different trace level: {which}: {reason}"
-            )
-    for guard in _trace.guards.get():
-        if not guard.allows(ref):
-            which = describe(ref._name, ref._collection)
-            raise ImmutableError(f"Cannot write {which}: this code runs {guard.where}")
-
-
-@contextlib.contextmanager
-def guarded(allows: Callable[[Ref], bool], where: str) -> Iterator[None]:
-    """While it lasts, only refs that `allows` selects may be written.
-
-    **Arguments:**
-
-    - `where`: for messages: where this is, and what to do.
-    """
-    guard = _Guard(allows, where)
-    changed = []
-    try:
-        _trace.guards.set((*_trace.guards.get(), guard))
-        yield
-    finally:
-        # Not the guards of before: a generator may end in between.
-        _trace.guards.set(tuple(g for g in _trace.guards.get() if g is not guard))
-        changed = guard.restored()
-    for ref in changed:
-        which = describe(ref._name, ref._collection)
-        raise ImmutableError(
-            f"Cannot write {which}: a list, a dict or a NumPy array in its value was "
-            f"changed in place, and is as it was again: this code ran {where}"
-        )
-
-
-class _Guard:
-    """What may be written while it lasts; and what was read that may not, and could be
-    changed in place, which nobody sees before the end."""
-
-    __slots__ = ("_home", "_read", "allows", "where")
-
-    def __init__(self, allows: Callable[[Ref], bool], where: str):
-        self.allows = allows
-        self.where = where
-        self._home = _trace.current_trace_ref()
-        # By the id of the ref: it, its value, and a copy of that.
-        self._read: dict[int, tuple[Ref, Any, Any]] = {}
-
-    def read(self, ref: Ref, value: Any) -> None:
-        # What a body does to an inner ref is checked when it is written back.
-        if id(ref) in self._read or ref._trace() is not self._home():
-            return
-        if containers(value) and not self.allows(ref):
-            self._read[id(ref)] = ref, value, _copied(value)
-
-    def restored(self) -> list[Ref]:
-        """Gives the refs that were changed in place the values of before."""
-        changed = []
-        for ref, value, before in self._read.values():
-            if ref._value is value and not _is_same_value(value, before):
-                changed.append(ref)
-                with commits.lock:
-                    commits.store(((ref, before),))
-        return changed
-
-
-def _is_same_value(a: Any, b: Any) -> bool:
-    a_leaves, a_def = jtu.tree_flatten(a)
-    b_leaves, b_def = jtu.tree_flatten(b)
-    return a_def == b_def and all(map(_is_same_leaf, a_leaves, b_leaves))
-
-
-def _is_same_leaf(a: Any, b: Any) -> bool:
-    both = type(a) is type(b) is np.ndarray
-    return a is b or (both and a.dtype == b.dtype and a.tobytes() == b.tobytes())
-
-
-def check_value(ref: Ref, value: Any) -> Any:
-    """What a value must be to go into `ref`: no ref inside, alive here, of its type.
-
-    Returns what to store: a Python scalar becomes an array, if an array is declared.
-    """
-    if type(value) is _trace.ConcreteArray:
-        check_not_deleted(ref, value)
-    else:
-        leaves = jtu.tree_leaves(value, is_leaf=is_lookup)
-        if any(map(_is_writeable, leaves)):
-            value = _copied(value)
-        for leaf in leaves:
-            inside = leaf if isinstance(leaf, Ref) else ref_to_look_up(leaf)
-            if inside is not None:
-                raise StructureError(
-                    "The value of a ref cannot hold a ref: "
-                    f"{describe(ref._name, ref._collection)} was given one that holds "
-                    f"{describe(inside._name, inside._collection)}. Put the two refs side "
-                    "by side in a tuple or a module."
-                )
-            reason = _trace.why_not_alive(leaf)
-            if reason is not None:
-                raise TraceLevelError(
-                    "Cannot mutate ref from different trace level: "
-                    f"{describe(ref._name, ref._collection)}: {reason}"
-                )
-            check_not_deleted(ref, leaf)
-    for bound in ref._declared or ():
-        value = bound.checked(ref, value)
-    return value
-
-
-_CONTAINERS = frozenset((list, dict, OrderedDict, defaultdict))
-
-
-def _may_change(x: Any) -> bool:
-    return type(x) in _CONTAINERS or _is_writeable(x)
-
-
-def containers(value: Any) -> dict[int, Any]:
-    """What in a value may be changed in place, by its `id`."""
-    if type(value) is _trace.ConcreteArray or _trace.is_tracer(value):
-        return {}
-    found: dict[int, Any] = {}
-
-    def visit(x: Any) -> bool:
-        if _may_change(x):
-            found[id(x)] = x
-        return False
-
-    jtu.tree_leaves(value, is_leaf=visit)
-    return found
-
-
-def owned(value: Any) -> Any:
-    """The value with lists, dicts and NumPy arrays of its own; itself if it has none."""
-    return _copied(value) if containers(value) else value
-
-
-def _copied(value: Any) -> Any:
-    return jtu.tree_map(_copied_container, value, is_leaf=_may_change)
-
-
-def _copied_container(x: Any) -> Any:
-    if type(x) is list:
-        return list(map(_copied, x))
-    if type(x) in _CONTAINERS:
-        # Not by JAX, which puts the keys in order.
-        new = copy.copy(x)
-        new.update((key, _copied(item)) for key, item in x.items())
-        return new
-    return _own(x)
-
-
-def check_not_deleted(ref: Ref, leaf: Any) -> None:
-    if _trace.is_deleted(leaf):
-        raise DonatedError(
-            f"Cannot put a deleted array into {describe(ref._name, ref._collection)}: its "
-            f"buffer ({leaf.dtype}{list(leaf.shape)}) was donated to a call, or deleted, "
-            "and its numbers are gone. Give that call a copy: `jnp.array(x, copy=True)`."
-        )
-
-
-def ref_to_look_up(x: Any) -> Ref | None:
-    """A ref in a set, or among the keys of a dict: these are not in the tree that the set
-    or the dict is in."""
-    if isinstance(x, set | frozenset | dict):
-        # A hash of none is asked for.
-        return next((item for item in x if isinstance(item, Ref)), None)
-    return None
-
-
-def is_lookup(x: Any) -> bool:
-    return ref_to_look_up(x) is not None
-
-
-def _is_writeable(leaf: Any) -> bool:
-    return type(leaf) is np.ndarray and leaf.flags.writeable
-
-
-def _own(leaf: Any) -> Any:
-    """A NumPy array that its giver cannot change: a change there would be no write."""
-    return leaf.copy() if _is_writeable(leaf) else leaf
 
 
 def declare(ref: Ref, bound: Any) -> None:

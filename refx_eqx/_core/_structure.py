@@ -3,7 +3,7 @@
     (*args, kwargs, fn)  -- deref -->  Value, Index, arrays, statics  -- split -->  arrays | statics
 
 Every tree of a call is flattened once, functions that close over refs included (see
-`_closure.py`); its leaves are derefed, as `deref` does it, under one numbering. What is then
+`_trees/`); its leaves are derefed, as `deref` does it, under one numbering. What is then
 handed to JAX is `arrays`: for each tree the list of its leaves, with `None` for what is static.
 Gradients, tangents, axes and shardings are lists of the same form, and `tree_of` makes the
 derefed tree of one of them again. All the rest is a `Structure`: the key of every cache.
@@ -22,17 +22,17 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from . import _closure, _trace
-from ._closure import Carried, identities_in, Members, static_key, weakly
-from ._deref import make_ref_of, reref_leaves
+from .._trees import _carried
+from .._trees._carried import Carried
+from .._trees._equality import Identity
+from .._trees._keys import identities_in, Members, static_key, static_keys, weakly
+from . import _trace
+from ._deref import make_ref_of, refuse_cycle, reref_leaves
 from ._errors import describe
-from ._identity import Identity, NOTHING_ASKED
+from ._identity import NOTHING_ASKED
 from ._nodes import Index, is_node, Value
 from ._places import place
-from ._ref import (
-    Channelled,
-    Ref,
-)
+from ._ref import Channelled, is_ref, Ref
 
 
 __tracebackhide__ = True
@@ -159,6 +159,23 @@ def _is_weak(static: Any) -> bool:
     return isinstance(static, Identity | Members)
 
 
+def flatten(
+    tree: Any, is_wanted: Callable[[Any], bool] = is_ref
+) -> tuple[list[Any], Carried]:
+    """The leaves of a tree, those inside of functions that carry refs included.
+
+    **Arguments:**
+
+    - `is_wanted`: which leaves make a node of the function that they are in.
+
+    **Raises:**
+
+    - `StructureError`: if a list or a dict holds itself.
+    """
+    refuse_cycle(tree)
+    return _carried.flatten(tree, is_wanted)
+
+
 class Structure:
     """All of a call, or of a result, that is not an array.
 
@@ -191,7 +208,7 @@ class Structure:
 
     def trees(self, leaves: list[Leaves]) -> list[Any]:
         """The trees again, of their leaves."""
-        return list(map(_closure.unflatten, self.parts, leaves))
+        return list(map(_carried.unflatten, self.parts, leaves))
 
     def weakened(self) -> "Structure":
         """The same structure, which keeps no static leaf alive."""
@@ -317,12 +334,6 @@ def _why_not_hashable(leaf: Any) -> str:
     if isinstance(leaf, set):
         remedy = "Make it a `frozenset`, or a tuple if there are arrays in it."
     return f"a {type(leaf).__name__} is not hashable. {remedy}"
-
-
-def static_keys(tree: Any) -> tuple:
-    """What static trees are equal by."""
-    leaves, treedef = jtu.tree_flatten(tree)
-    return treedef, *map(static_key, leaves)
 
 
 class Outcome:

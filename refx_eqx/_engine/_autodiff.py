@@ -13,20 +13,20 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._core import _closure
 from .._core._call import Call, call, close_result
-from .._core._closure import Carried
 from .._core._deref import deref_leaves
+from .._core._derefed import tree_of
 from .._core._errors import name_of, StructureError
-from .._core._functions import tree_of
 from .._core._structure import (
+    flatten,
     is_traced_in_ref,
     Leaves,
     Outcome,
     split,
     Structure,
 )
-from .._filters._filters import check_can_select, choose, leaves_with_paths
+from .._filters._select import check_can_select, choose, leaves_with_paths
+from .._trees._carried import Carried
 from ._backward import apart_from_channels
 from ._tangents import read_tangents
 
@@ -102,7 +102,7 @@ def derefed_result(
     """The result of a body that was run on `arrays`, as `rx.deref` has it: its structure, and
     its leaves. A ref of the caller that is returned has the value it ends with."""
     result = close_result(outcome, structure.refs_after(outcome, arrays))
-    leaves, part = _closure.flatten(result)
+    leaves, part = flatten(result)
     return part, deref_leaves(leaves, {}, lambda ref: ref._value)
 
 

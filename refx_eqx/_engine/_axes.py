@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax.tree_util as jtu
 
-from .._core import _closure
-from .._core._closure import Carried, may_carry
 from .._core._errors import describe, MismatchError, StructureError
 from .._core._identity import UNSET
 from .._core._ref import Ref
-from .._filters._filters import as_filter, as_option, Filter, FilterLike, key_text, Path
+from .._filters._filters import as_filter, as_option, Filter, FilterLike, Path
+from .._trees._carried import Carried, counts
+from .._trees._cells import may_carry
+from .._trees._paths import key_text
 
 
 __tracebackhide__ = True
@@ -279,7 +280,7 @@ def axes_of_leaves(part: Carried, own: list[Any], leaves: list[Any]) -> list[Giv
         return [Given(axis, False) for axis in own]
     rest = iter(leaves)
     given = []
-    for node, n, axis in zip(part.nodes, _closure.counts(part), own):
+    for node, n, axis in zip(part.nodes, counts(part), own):
         for leaf in itertools.islice(rest, n):
             inner = axis.of(leaf) if isinstance(axis, Within) else axis
             given.append(Given(inner, node is not None))

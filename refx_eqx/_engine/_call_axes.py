@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._core import _closure
+from .._core._access import Withheld
 from .._core._call import Call
-from .._core._deref import path_text
 from .._core._errors import CarryError, describe, MismatchError
 from .._core._nodes import is_node
-from .._core._ref import Ref, Withheld
+from .._core._ref import Ref
 from .._core._structure import Leaves, map_values, values_of
+from .._trees._carried import outside as outside_functions
+from .._trees._paths import path_text
 from ._axes import (
     array_axis,
     axes,
@@ -239,7 +240,7 @@ def _why_withheld(
     derefed: Call, place: _Place, args: tuple, axis: int | None, name: str
 ) -> Withheld:
     part = derefed.parts[place.tree]
-    numbered = _closure.outside(part, list(range(part.num_leaves)))
+    numbered = outside_functions(part, list(range(part.num_leaves)))
     where = place.where
     if place.leaf in numbered:
         tree = args[place.tree - (len(derefed.parts) - 2 - len(args))]

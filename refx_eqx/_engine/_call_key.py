@@ -25,8 +25,9 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._core import _trace
-from .._core._closure import holds_itself, static_key
 from .._core._ref import Ref
+from .._trees._cells import holds_itself
+from .._trees._keys import static_key
 
 
 __tracebackhide__ = True

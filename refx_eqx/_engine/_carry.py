@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from .._core import _closure
+from .._core._deref import refuse_cycle
 from .._core._errors import describe, MismatchError
 from .._core._places import place_text
 from .._core._ref import Ref
-from .._core._structure import is_traced, static_keys
+from .._core._structure import flatten, is_traced
+from .._trees._carried import unflatten
+from .._trees._keys import static_keys
 
 
 __tracebackhide__ = True
@@ -29,7 +31,7 @@ def numbers_to_arrays(tree: Any) -> Any:
     def convert_leaf(x: Any) -> Any:
         return jnp.asarray(x) if isinstance(x, bool | int | float | complex) else x
 
-    _closure.refuse_cycle(tree)
+    refuse_cycle(tree)
     # The very same tree, where it has none: what a function returns is what it was given.
     leaves = jtu.tree_leaves(tree, is_leaf=is_module)
     if not any(isinstance(x, bool | int | float | complex) for x in leaves):
@@ -100,10 +102,10 @@ class CarryBefore:
     __slots__ = ("leaves", "structure")
 
     def __init__(self, carry: Any):
-        self.leaves, self.structure = _closure.flatten(carry)
+        self.leaves, self.structure = flatten(carry)
 
     def tree(self) -> Any:
-        return _closure.unflatten(self.structure, self.leaves)
+        return unflatten(self.structure, self.leaves)
 
 
 def check_carry(given: CarryBefore, after: Any, name: str) -> None:
@@ -113,7 +115,7 @@ def check_carry(given: CarryBefore, after: Any, name: str) -> None:
 
     - `StructureError`: if the structure differs, a static leaf, or which ref is where.
     """
-    new_leaves, new = _closure.flatten(after)
+    new_leaves, new = flatten(after)
     old_leaves = given.leaves
     if given.structure != new:
         raise MismatchError(

@@ -23,9 +23,9 @@ from .._core._structure import (
     map_values,
     Outcome,
     OutcomeInfo,
-    static_keys,
     values_of,
 )
+from .._trees._keys import static_keys
 from ._kinds import convert, join_kinds, kind_of
 
 

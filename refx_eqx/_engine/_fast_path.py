@@ -34,13 +34,8 @@ from .._core._call import (
     with_refs,
 )
 from .._core._ref import commits, one_step, Ref, set_value
-from .._core._structure import (
-    is_traced,
-    Outcome,
-    OutcomeInfo,
-    split_value,
-    static_keys,
-)
+from .._core._structure import is_traced, Outcome, OutcomeInfo, split_value
+from .._trees._keys import static_keys
 from ._call_key import Given, mark, Read, read
 from ._program import Program, Variant
 from ._run_time_errors import explain

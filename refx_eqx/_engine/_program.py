@@ -19,10 +19,10 @@ from jax.tree_util import tree_leaves as leaves
 
 from .._core import _trace
 from .._core._call import Call, dispatching, running_call
-from .._core._closure import origin_of
 from .._core._identity import Answers, answers_for, Asked, joined, Questions
 from .._core._ref import commits, Ref
 from .._core._structure import Leaves, Outcome, Structure
+from .._trees._functions import origin_of
 from ._donation import (
     ALONE,
     apart,

@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._core._closure import Carried
+from .._core._derefed import leaves_up_to
 from .._core._errors import describe, MismatchError
-from .._core._functions import leaves_up_to
 from .._core._nodes import Index, is_node, Value
 from .._core._places import path_in, place_text
 from .._core._ref import Ref
 from .._core._structure import Leaves, map_values, values_of
+from .._trees._carried import Carried
 
 
 __tracebackhide__ = True

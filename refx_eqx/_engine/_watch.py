@@ -28,8 +28,10 @@ import jax
 import jax.tree_util as jtu
 import numpy as np
 
-from .._core import _closure
+from .._core._deref import refuse_cycle
 from .._core._ref import Ref
+from .._trees._cells import inside, is_lookup, may_carry, reaches
+from .._trees._keys import same_content, watched_cells
 from ._wrapper import Lifted
 
 
@@ -75,7 +77,7 @@ class Watch:
                 self._lists.append((x, tuple(x)))
             elif kind is dict:
                 self._dicts.append((x, tuple(x), tuple(x.values())))
-                return _closure.is_table(x)
+                return is_lookup(x)
             elif not _is_immutable(kind):
                 parts = _flatten_one_level(x)
                 if parts is not None:
@@ -87,22 +89,22 @@ class Watch:
             return False
 
         try:
-            _closure.refuse_cycle(tree)
+            refuse_cycle(tree)
             leaves = jtu.tree_leaves(tree, is_leaf=visit)
         except Exception:  # what a function closes over need be no pytree
             return False
         for leaf in leaves:
             if id(leaf) in self._seen:
                 continue
-            if _closure.may_carry(leaf):
+            if may_carry(leaf):
                 self._seen.add(id(leaf))
                 if type(leaf) is types.FunctionType:
-                    cells = _closure.watched_cells(leaf)
+                    cells = watched_cells(leaf)
                     given = leaf.__defaults__, leaf.__kwdefaults__
                     self._functions.append((weakref.ref(leaf), given, cells))
-                for inside in _closure.inside(leaf):
+                for held in inside(leaf):
                     # What has no refs in it is itself, in the structure of a call too.
-                    if not self.tree(inside) and _closure.reaches(inside):
+                    if not self.tree(held) and reaches(held):
                         found = False
             else:
                 self._leaf(leaf)
@@ -154,7 +156,7 @@ class Watch:
                 if recall is not None:
                     then = recall()
                 if content is None or content is not then:
-                    if fn is None or not _closure.same_content(cells[i], key):
+                    if fn is None or not same_content(cells[i], key):
                         return False
         return True
 

@@ -17,8 +17,9 @@ import jax
 import jax.tree_util as jtu
 import jaxtyping
 
+from .._core._access import Withheld
 from .._core._errors import CollectionError, describe, RefTypeError
-from .._core._ref import commits, Ref, Withheld
+from .._core._ref import commits, Ref
 from ._annotation import resolve_annotation
 from ._axis_names import AxisNames, names_bound
 from ._bound import BoundType, is_placeholder

@@ -5,12 +5,19 @@ from typing import Any, TypeVar
 
 import equinox as eqx
 import jax.tree_util as jtu
+from jaxtyping import PyTree
 
-from .._core._deref import path_text
 from .._core._errors import CollectionError, StructureError
 from .._core._ref import Ref
-from .._core._referenced import as_referenced, is_referenced, refs_in_zone, zone
-from ._filters import as_filter, Filter, FilterLike, key_text
+from .._fields._referenced import (
+    as_referenced,
+    is_referenced,
+    refs_in_zone,
+    snapshot_of,
+    zone,
+)
+from .._trees._paths import key_text, path_text
+from ._filters import as_filter, Filter, FilterLike
 
 
 __tracebackhide__ = True
@@ -136,3 +143,30 @@ class _Conversion:
 
 def _is_module(x: Any) -> bool:
     return isinstance(x, eqx.Module)
+
+
+def snapshot(tree: PyTree) -> PyTree:
+    """Replaces every ref with its current value, giving a plain tree for code that does not
+    know about refs.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        ref = rx.Ref(jnp.ones(2))
+        plain = rx.snapshot({"a": ref, "b": ref})
+        ref.value = jnp.zeros(2)
+        assert plain["a"] is plain["b"] and plain["a"][0] == 1
+        ```
+
+    **Arguments:**
+
+    - `tree`: any pytree. Its refs must be readable here.
+
+    **Returns:**
+
+    The same tree without refs. What was shared now is the same array object twice.
+    """
+    return snapshot_of(tree)

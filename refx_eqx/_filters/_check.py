@@ -10,14 +10,9 @@ from jaxtyping import PyTree
 from .._core._errors import StructureError
 from .._core._ref import Ref
 from .._fields._instance import check_refs_in_place
-from ._filters import (
-    as_closed,
-    as_filter,
-    choose,
-    dotted,
-    FilterLike,
-    leaves_with_paths,
-)
+from .._trees._paths import dotted
+from ._filters import as_filter, FilterLike
+from ._select import as_closed, choose, leaves_with_paths
 
 
 __tracebackhide__ = True

@@ -21,30 +21,17 @@ from collections.abc import Callable, Hashable
 from typing import Any, TypeAlias
 
 import equinox as eqx
-import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .._core._closure import is_table, reachable
-from .._core._errors import describe, StructureError
-from .._core._functions import opened
-from .._core._identity import Identity
-from .._core._nodes import is_node, Value
-from .._core._ref import guarded, make_ref, Ref
-from .._fields._instance import check_refs_in_place
+from .._core._errors import describe
+from .._core._ref import Ref
+from .._trees._cells import is_lookup, reachable
+from .._trees._equality import Identity
+from .._trees._paths import n_common, Path
+from ._guard import only_answering
 
 
 __tracebackhide__ = True
-
-
-Path = tuple[str, ...]
-"""The keys on the way to a leaf, as text: `("layers", "0", "weight")`."""
-
-
-_ONLY_ANSWERS = "in a filter, which only answers which refs are meant. Write the ref before, or after."
-
-
-def _nothing(ref: Any) -> bool:
-    return False
 
 
 class Filter:
@@ -54,11 +41,19 @@ class Filter:
     spec: `eqx.partition(model, rx.collection("params"))`.
     """
 
+    # Whether it asks what a ref is: its collection, its class.
+    _asks_refs = False
+    # Whether it is made of names alone: if it selects nothing, that is likely to be a typing
+    # error. What a predicate, a type, `~` and `False` select depends on the tree.
+    _is_by_name = False
+    # What else may be wrong if it selects nothing.
+    _hint = ""
+
     def matches(self, path: Path | None, leaf: Any) -> bool:
         raise NotImplementedError(f"{type(self).__name__} must say what it matches.")
 
     def __call__(self, leaf: Any) -> bool:
-        with guarded(_nothing, _ONLY_ANSWERS):
+        with only_answering():
             return self.matches(None, leaf)
 
     def __and__(self, other: Any) -> "Filter":
@@ -87,6 +82,19 @@ or a tree or set of refs."""
 class _Collections(Filter):
     names: tuple[Hashable, ...]
 
+    _asks_refs = True
+
+    @property
+    def _is_by_name(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return bool(self.names)
+
+    @property
+    def _hint(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        if len(self.names) == 1 and isinstance(self.names[0], tuple):
+            # A tuple of names is a name itself.
+            return f" (for several collections, write `rx.collection{self.names[0]!r}`)"
+        return ""
+
     def matches(self, path: Path | None, leaf: Any) -> bool:
         return isinstance(leaf, Ref) and leaf.collection in self.names
 
@@ -102,6 +110,10 @@ class _Paths(Filter):
     def __post_init__(self) -> None:
         walks = tuple(_Walk(p) for p in self.patterns if isinstance(p, str))
         object.__setattr__(self, "_walks", walks)
+
+    @property
+    def _is_by_name(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return bool(self.patterns)
 
     def matches(self, path: Path | None, leaf: Any) -> bool:
         if path is None:
@@ -159,17 +171,11 @@ class _Walk:
         return frozenset(reached)
 
 
-def n_common(a: tuple, b: tuple) -> int:
-    """How many first items of two tuples are the same; or fewer. In few steps of Python."""
-    n, step = min(len(a), len(b)), 1
-    while a[:n] != b[:n]:
-        n, step = max(0, n - step), 2 * step
-    return n
-
-
 @dataclasses.dataclass(frozen=True)
 class _OfType(Filter):
     ref_type: type[Ref]
+
+    _asks_refs = True
 
     def matches(self, path: Path | None, leaf: Any) -> bool:
         return isinstance(leaf, self.ref_type)
@@ -184,6 +190,11 @@ class _Refs(Filter):
 
     refs: tuple[Identity, ...]
     text: str = dataclasses.field(compare=False)
+
+    _is_by_name = True
+    _hint = (
+        " (a copy has other refs, and a derefed tree has none: select from the tree)"
+    )
 
     def matches(self, path: Path | None, leaf: Any) -> bool:
         if not isinstance(leaf, Ref):
@@ -204,7 +215,7 @@ class _Refs(Filter):
 
 def _refs_in(tree: Any) -> list[Ref]:
     """The refs in a ref, a tree or a set of refs."""
-    if isinstance(tree, set | frozenset) or is_table(tree):
+    if is_lookup(tree):
         return [x for x in tree if isinstance(x, Ref)]
     return [x for x in reachable(tree) if isinstance(x, Ref)]
 
@@ -242,9 +253,19 @@ class _Constant(Filter):
 
 
 @dataclasses.dataclass(frozen=True)
-class _All(Filter):
+class _Joined(Filter):
     filters: tuple[Filter, ...]
 
+    @property
+    def _asks_refs(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return any(f._asks_refs for f in self.filters)
+
+    @property
+    def _is_by_name(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return all(f._is_by_name for f in self.filters)
+
+
+class _All(_Joined):
     def matches(self, path: Path | None, leaf: Any) -> bool:
         return all(f.matches(path, leaf) for f in self.filters)
 
@@ -252,10 +273,7 @@ class _All(Filter):
         return f"({' & '.join(map(repr, self.filters))})"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Any(Filter):
-    filters: tuple[Filter, ...]
-
+class _Any(_Joined):
     def matches(self, path: Path | None, leaf: Any) -> bool:
         return any(f.matches(path, leaf) for f in self.filters)
 
@@ -266,6 +284,10 @@ class _Any(Filter):
 @dataclasses.dataclass(frozen=True)
 class _Not(Filter):
     filter: Filter
+
+    @property
+    def _asks_refs(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.filter._asks_refs
 
     def matches(self, path: Path | None, leaf: Any) -> bool:
         return not self.filter.matches(path, leaf)
@@ -396,282 +418,3 @@ def as_option(filter: Any) -> Any:
     """A filter as an option that is kept: a tree of refs is not held, only known again."""
     found = as_filter(filter)
     return found if isinstance(found, _Refs) else filter
-
-
-def key_text(key: Any) -> str:
-    for attribute in ("name", "key", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
-
-
-def dotted(path: Path) -> str:
-    return ".".join(path) or "the root of the tree"
-
-
-def leaves_with_paths(tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
-    """The leaves of a tree, of refs or derefed, each with its path; and the treedef. A
-    function that holds refs is a node, so `closed` is to be called on what is made of it."""
-    leaves, treedef = jtu.tree_flatten_with_path(opened(tree), is_leaf=is_node)
-    pairs, before, path = [], (), ()
-    for keys, leaf in leaves:
-        n = n_common(before, keys)
-        before, path = keys, (*path[:n], *map(key_text, keys[n:]))
-        pairs.append((path, leaf))
-    return pairs, treedef
-
-
-def as_closed(leaves: list[Any]) -> list[Any]:
-    """The leaves with refs instead of `Value` and `Index` nodes, for a filter to see."""
-    refs = {
-        leaf.index: make_ref(
-            leaf.ref_type,
-            leaf.value,
-            leaf.collection,
-            leaf.label.name,
-            leaf.label.declared,
-        )
-        for leaf in leaves
-        if isinstance(leaf, Value)
-    }
-    closed = []
-    for leaf in leaves:
-        if is_node(leaf):
-            if leaf.index not in refs:
-                raise StructureError(
-                    f"Index {leaf.index} ({describe(leaf.label.name, leaf.collection)}) has "
-                    "no Value in this tree. Pass the whole derefed tree."
-                )
-            leaf = refs[leaf.index]
-        closed.append(leaf)
-    return closed
-
-
-def check_can_select(tree: Any, *filters: Any) -> None:
-    """That a filter which asks what a ref is finds refs wherever the modules of the tree
-    declare them.
-
-    **Raises:**
-
-    - `RefTypeError`: if a field that is declared a ref holds an array.
-    """
-    asking = [f for f in map(as_filter, filters) if _asks_refs(f)]
-    if asking:
-        check_refs_in_place(tree, f"Cannot select by {asking[0]!r}")
-
-
-def _asks_refs(filter: Filter) -> bool:
-    if isinstance(filter, _All | _Any):
-        return any(map(_asks_refs, filter.filters))
-    if isinstance(filter, _Not):
-        return _asks_refs(filter.filter)
-    return isinstance(filter, _Collections | _OfType)
-
-
-def choose(paths: list[Path], leaves: list[Any], filters: tuple[Any, ...]) -> list[int]:
-    """For each leaf, which of the filters is the first to select it; `len(filters)` if
-    none does.
-
-    **Raises:**
-
-    - `StructureError`: if the answer differs between two places of one ref, or if a filter
-        names what there is not.
-    """
-    resolved = [as_filter(f) for f in filters]
-    with guarded(_nothing, _ONLY_ANSWERS):
-        answers = [_first(resolved, path, leaf) for path, leaf in zip(paths, leaves)]
-    for i, f in enumerate(resolved):
-        if leaves and i not in answers and _is_by_name(f):
-            # It may be that those before it took all.
-            if not any(map(f.matches, paths, leaves)):
-                raise _selects_nothing(f, paths, leaves)
-    _check_ties(resolved, paths, leaves, answers)
-    return answers
-
-
-def _first(filters: list[Filter], path: Path, leaf: Any) -> int:
-    return next(
-        (i for i, f in enumerate(filters) if f.matches(path, leaf)), len(filters)
-    )
-
-
-def _check_ties(
-    filters: list[Filter], paths: list[Path], leaves: list[Any], answers: list[int]
-) -> None:
-    first: dict[int, tuple[int, Path]] = {}
-    for path, leaf, answer in zip(paths, leaves, answers):
-        if isinstance(leaf, Ref):
-            earlier, earlier_path = first.setdefault(id(leaf), (answer, path))
-            if earlier != answer:
-                raise StructureError(
-                    f"A filter must select a ref at all of its places or at none: "
-                    f"{describe(leaf._name, leaf._collection)} is one ref at "
-                    f"`{dotted(earlier_path)}` and `{dotted(path)}`, and "
-                    f"{', '.join(map(repr, filters))} would tear it apart. Select "
-                    f"both, for example with `rx.path({_pattern(earlier_path)}, "
-                    f"{_pattern(path)})`, or neither."
-                )
-
-
-def _pattern(path: Path) -> str:
-    """How to give this place to `rx.path`."""
-    special = any(set(key) & set(".*?[") for key in path)
-    return repr(path) if special else f'"{dotted(path)}"'
-
-
-def _selects_nothing(
-    filter: Filter, paths: list[Path], leaves: list[Any]
-) -> StructureError:
-    refs = [leaf for leaf in leaves if isinstance(leaf, Ref)]
-    collections = list(dict.fromkeys(ref._collection for ref in refs))
-    places = [f"`{dotted(path)}`" for path in paths]
-    if len(places) > 8:
-        places = [*places[:8], f"{len(places) - 8} more"]
-    return StructureError(
-        f"{filter!r} selects nothing in this tree, which has "
-        + (
-            f"refs of the collections {', '.join(map(repr, collections))}"
-            if refs
-            else "no refs"
-        )
-        + f", and leaves at {', '.join(places)}. Correct the name"
-        + _hint(filter)
-        + ". If there may be none, say so: `rx.collection('lora') | False`."
-    )
-
-
-def _is_by_name(filter: Filter) -> bool:
-    """Whether a filter is made of names alone: if it selects nothing, that is likely to be
-    a typing error. A predicate, a type, `~` and `False` may select nothing: what they
-    select depends on the tree."""
-    if isinstance(filter, _All | _Any):
-        return all(map(_is_by_name, filter.filters))
-    if isinstance(filter, _Collections):
-        return bool(filter.names)
-    return isinstance(filter, _Paths | _Refs) and filter != _Paths(())
-
-
-def _hint(filter: Filter) -> str:
-    """A tuple of names is a name itself."""
-    names = filter.names if isinstance(filter, _Collections) else ()
-    if len(names) == 1 and isinstance(names[0], tuple):
-        return f" (for several collections, write `rx.collection{names[0]!r}`)"
-    if isinstance(filter, _Refs):
-        return " (a copy has other refs, and a derefed tree has none: select from the tree)"
-    return ""
-
-
-def selected_refs(tree: Any, filter: Any) -> list[Ref]:
-    """The refs of a tree that a filter selects, each once, in order."""
-    check_can_select(tree, filter)
-    pairs, _ = leaves_with_paths(tree)
-    paths, leaves = [p for p, _ in pairs], [x for _, x in pairs]
-    chosen = choose(paths, leaves, (filter,))
-    found = {id(x): x for x, c in zip(leaves, chosen) if c == 0 and isinstance(x, Ref)}
-    return list(found.values())
-
-
-def values(tree: PyTree, filter: FilterLike = True) -> list[Any]:
-    """The values of the refs of a tree, each once: for counts, norms and sizes.
-
-    !!! Example
-
-        ```python
-        import jax
-        import jax.numpy as jnp
-        import refx_eqx as rx
-
-        tied = rx.Ref(jnp.ones((2, 3)), "params")
-        model = {"in": tied, "out": tied, "steps": rx.Ref(jnp.array(0), "counts")}
-        n_params = sum(x.size for x in jax.tree.leaves(rx.values(model, "params")))
-        assert n_params == 6
-        ```
-
-    **Arguments:**
-
-    - `tree`: a tree of refs. Those that are selected must be readable here.
-    - `filter`: any filter.
-
-    **Returns:**
-
-    A list with the value of each ref that is selected, in the order of the tree. A shared
-    ref is in it once. For the tree with values instead of refs, see
-    [`refx_eqx.snapshot`][]; for values by path, [`refx_eqx.state_dict`][].
-
-    **Raises:**
-
-    - `StructureError`: if the filter selects a ref at one of its places and not at another,
-        or names what there is not.
-    - `TraceLevelError`: if a ref may not be read here.
-    """
-    return [ref.value for ref in selected_refs(tree, filter)]
-
-
-def filter_spec(tree: PyTree, filter: FilterLike) -> PyTree[bool]:
-    """A filter as an Equinox filter spec for the derefed tree.
-
-    !!! Example
-
-        ```python
-        import equinox as eqx
-        import refx_eqx as rx
-
-        tree = {"w": rx.Ref(1.0, "params"), "n": rx.Ref(0, "counts")}
-        opened = rx.deref(tree)
-        params, rest = eqx.partition(opened, rx.filter_spec(tree, "params"))
-        assert params["w"].value == 1.0 and params["n"].value is None
-        again = rx.reref(eqx.combine(params, rest))
-        assert again["n"].value == 0
-        ```
-
-    **Arguments:**
-
-    - `tree`: a tree of refs, or a derefed one.
-    - `filter`: any filter.
-
-    **Returns:**
-
-    A pytree of bools, one for each ref and each other leaf of `tree`: a prefix of
-    `rx.deref(tree)`, for `equinox.partition`, `equinox.filter`, `optax.masked` and others.
-
-    **Raises:**
-
-    - `StructureError`: if the filter selects a ref at one of its places and not at another.
-    - `RefTypeError`: if a field that is declared a ref holds an array, where a filter asks
-        what is a ref (a collection, a class).
-    """
-    check_can_select(tree, filter)
-    pairs, treedef = leaves_with_paths(tree)
-    closed = as_closed([leaf for _, leaf in pairs])
-    chosen = choose([path for path, _ in pairs], closed, (filter,))
-    return jtu.tree_unflatten(treedef, [answer == 0 for answer in chosen])
-
-
-def aliases(tree: PyTree) -> dict[Ref[Any], tuple[str, ...]]:
-    """Each ref of a tree, with all the places where it is.
-
-    !!! Example
-
-        ```python
-        import refx_eqx as rx
-
-        ref = rx.Ref(1.0)
-        tree = {"a": ref, "b": [ref, 2.0]}
-        assert rx.aliases(tree) == {ref: ("a", "b.0")}
-        ```
-
-    **Arguments:**
-
-    - `tree`: a tree of refs. Nothing is read, so it may be called anywhere.
-
-    **Returns:**
-
-    A dict from each ref to its paths, in the notation of [`refx_eqx.path`][]. In order of
-    the first place.
-    """
-    places: dict[Ref, tuple[str, ...]] = {}
-    pairs, _ = leaves_with_paths(tree)
-    for path, leaf in pairs:
-        if isinstance(leaf, Ref):
-            places[leaf] = (*places.get(leaf, ()), ".".join(path))
-    return places

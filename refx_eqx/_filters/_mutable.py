@@ -7,8 +7,10 @@ from typing import Any
 from jaxtyping import PyTree
 
 from .._core import _trace
-from .._core._ref import guarded, Ref
-from ._filters import as_filter, FilterLike, selected_refs
+from .._core._ref import Ref
+from ._filters import as_filter, FilterLike
+from ._guard import guarded
+from ._select import selected_refs
 
 
 __tracebackhide__ = True

@@ -11,21 +11,13 @@ from typing import Any, TypeVar
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .._core._deref import NOTHING
+from .._core._deref import closed, NOTHING
 from .._core._errors import MismatchError, StructureError
-from .._core._functions import closed
 from .._core._nodes import is_node
 from .._core._ref import Ref
-from ._filters import (
-    as_closed,
-    check_can_select,
-    choose,
-    dotted,
-    FilterLike,
-    key_text,
-    leaves_with_paths,
-    Path,
-)
+from .._trees._paths import dotted, key_text
+from ._filters import FilterLike, Path
+from ._select import as_closed, check_can_select, choose, leaves_with_paths
 
 
 __tracebackhide__ = True

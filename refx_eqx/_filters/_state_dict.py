@@ -15,11 +15,14 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._core import _trace
+from .._core._access import check_value, check_writable
 from .._core._errors import describe, MismatchError, RefTypeError, StructureError
 from .._core._nodes import is_node
-from .._core._ref import check_value, check_writable, Ref
+from .._core._ref import Ref
 from .._fields._instance import check_refs_in_place
-from ._filters import choose, dotted, FilterLike, key_text, leaves_with_paths
+from .._trees._paths import dotted, key_text
+from ._filters import FilterLike
+from ._select import choose, leaves_with_paths
 from ._update import check_fits, sharding_of, write_all
 
 

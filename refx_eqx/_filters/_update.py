@@ -11,12 +11,14 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._core import _trace
-from .._core._deref import NOTHING, path_text
+from .._core._access import check_value, check_writable
+from .._core._deref import NOTHING
 from .._core._errors import CollectionError, describe, MismatchError, StructureError
-from .._core._functions import by_name
 from .._core._nodes import Index, is_node, Value
-from .._core._ref import check_value, check_writable, commits, Ref
+from .._core._ref import commits, Ref
 from .._fields._instance import check_refs_in_place
+from .._trees._closure import by_name
+from .._trees._paths import path_text
 
 
 __tracebackhide__ = True

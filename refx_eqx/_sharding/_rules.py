@@ -15,14 +15,9 @@ from .._core._ref import make_ref, Ref
 from .._core._structure import is_traced, is_traced_in_ref
 from .._fields._axes_of_values import declared_axes, stacks_in
 from .._fields._following import DeclaredAxes, followed
-from .._filters._filters import (
-    as_closed,
-    as_filter,
-    as_option,
-    dotted,
-    leaves_with_paths,
-    Path,
-)
+from .._filters._filters import as_filter, as_option
+from .._filters._select import as_closed, leaves_with_paths
+from .._trees._paths import dotted, Path
 from ._mesh import check_spec, current_mesh, mesh_axes
 
 

@@ -8,11 +8,11 @@ from jax.sharding import NamedSharding, Sharding
 from jaxtyping import PyTree
 
 from .._core import _trace
-from .._core._deref import deref
-from .._core._functions import closed
+from .._core._access import check_writable
+from .._core._deref import closed, deref
 from .._core._nodes import Value
-from .._core._ref import check_writable, Ref
-from .._filters._filters import leaves_with_paths
+from .._core._ref import Ref
+from .._filters._select import leaves_with_paths
 from .._filters._update import write_all
 from ._mesh import is_explicit
 from ._prefix import leaf_shardings

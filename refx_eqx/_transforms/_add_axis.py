@@ -12,7 +12,8 @@ from .._core._ref import make_ref, Ref
 from .._core._structure import is_traced_in_ref
 from .._engine._axes import RNG
 from .._engine._rng_split import fold_in, is_key
-from .._filters._filters import FilterLike, selected_refs
+from .._filters._filters import FilterLike
+from .._filters._select import selected_refs
 
 
 __tracebackhide__ = True

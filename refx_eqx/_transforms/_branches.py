@@ -10,23 +10,17 @@ import jax.tree_util as jtu
 from jaxtyping import ArrayLike, PyTree
 
 from .._core._call import Call, call
-from .._core._closure import Carried
 from .._core._errors import describe, MismatchError
 from .._core._nodes import is_node, Value
 from .._core._places import path_in, place_text, ref_place
 from .._core._ref import Ref
-from .._core._structure import (
-    arrays_of,
-    Leaves,
-    Outcome,
-    static_keys,
-    Structure,
-    values_of,
-)
+from .._core._structure import arrays_of, Leaves, Outcome, Structure, values_of
 from .._engine._carry import as_callable, numbers_to_arrays
 from .._engine._control_flow import runs_in_python, TracedBody
 from .._engine._kinds import convert, join_kinds, Kind, kind_of
 from .._engine._program import program_of_all
+from .._trees._carried import Carried
+from .._trees._keys import static_keys
 
 
 __tracebackhide__ = True

@@ -12,10 +12,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._core._call import Call, call
-from .._core._closure import Carried
-from .._core._deref import path_text
+from .._core._derefed import tree_of
 from .._core._errors import CarryError, describe, MismatchError, name_of
-from .._core._functions import tree_of
 from .._core._ref import Channelled, Ref
 from .._core._structure import (
     arrays_of,
@@ -38,6 +36,8 @@ from .._engine._custom_rules import (
     SymbolicZero,
 )
 from .._engine._tangents import read_tangents
+from .._trees._carried import Carried
+from .._trees._paths import path_text
 
 
 __tracebackhide__ = True

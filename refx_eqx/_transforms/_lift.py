@@ -15,15 +15,15 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._core import _closure, _trace
+from .._core import _trace
 from .._core._call import Call, call, dispatching, running_call
-from .._core._closure import Carried
 from .._core._errors import describe, MismatchError, RefError, StructureError
 from .._core._ref import Ref
 from .._core._structure import Leaves, Outcome, values_of
 from .._engine._call_axes import check_axis
 from .._engine._program import ByCall
 from .._engine._wrapper import Lifted
+from .._trees._carried import Carried, grouped, ungrouped
 
 
 __tracebackhide__ = True
@@ -126,12 +126,12 @@ class _Transformed:
 def _tree(part: Carried, leaves: Leaves) -> Any:
     """A tree of a call as the transform sees it. For a function that closes over refs it has
     the list of what is inside."""
-    return jtu.tree_unflatten(part.treedef, _closure.grouped(part, leaves))
+    return jtu.tree_unflatten(part.treedef, grouped(part, leaves))
 
 
 def _read(part: Carried, tree: Any) -> Leaves:
     """The opposite of `_tree`."""
-    return _closure.ungrouped(part, part.treedef.flatten_up_to(tree))
+    return ungrouped(part, part.treedef.flatten_up_to(tree))
 
 
 # By name: what to use where lifting is not enough.

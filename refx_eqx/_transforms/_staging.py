@@ -11,9 +11,8 @@ from jaxtyping import PyTree
 
 from .._core import _trace
 from .._core._call import Call, call
-from .._core._closure import Carried
+from .._core._derefed import tree_of
 from .._core._errors import CarryError, describe, MismatchError, name_of
-from .._core._functions import tree_of
 from .._core._nodes import is_node
 from .._core._ref import Ref
 from .._core._structure import (
@@ -27,6 +26,7 @@ from .._core._structure import (
 from .._engine._autodiff import arrays_of_result, derefed_result
 from .._engine._run_time_errors import CallbackFailed, explain
 from .._engine._wrapper import Lifted
+from .._trees._carried import Carried
 
 
 __tracebackhide__ = True

@@ -13,11 +13,10 @@ from jaxtyping import PyTree
 
 from .._core import _trace
 from .._core._call import Call, call, close_result
-from .._core._closure import flatten
 from .._core._errors import CarryError, describe, MismatchError
 from .._core._nodes import is_node, Value
 from .._core._ref import Ref
-from .._core._structure import Leaves, Outcome
+from .._core._structure import flatten, Leaves, Outcome
 from .._engine._axes import (
     array_axis,
     axes_of_leaves,

@@ -11,7 +11,8 @@ from .._core._errors import StructureError
 from .._core._ref import make_ref, Ref
 from .._engine._autodiff import is_inexact
 from .._fields._module import Module
-from .._filters._filters import FilterLike, selected_refs
+from .._filters._filters import FilterLike
+from .._filters._select import selected_refs
 from .._filters._update import check_and_write
 
 

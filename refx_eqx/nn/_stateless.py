@@ -13,7 +13,7 @@ from typing import Any, TYPE_CHECKING
 import equinox as eqx
 import jax.tree_util as jtu
 
-from .._core._referenced import is_referenced
+from .._fields._referenced import is_referenced
 from .._filters._as_refs import as_refs
 
 

@@ -21,9 +21,11 @@ from typing import Any
 import equinox as eqx
 import jax.tree_util as jtu
 
-from ._closure import may_carry, reaches
-from ._functions import closed, opened
-from ._ref import owned, Ref
+from .._core._deref import closed
+from .._core._ref import Ref
+from .._trees._cells import may_carry, reaches
+from .._trees._closure import opened
+from .._trees._containers import owned
 
 
 __tracebackhide__ = True

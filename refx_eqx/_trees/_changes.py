@@ -9,9 +9,7 @@ seen by the caller, as in JAX:
    variable. A change of it would be lost, so it is refused.
 3. What is returned is carried by the result, however it was changed.
 
-Only what could have changed is looked at again. In particular an `equinox.nn.State` is not:
-a function that was given one consumes it, and it may not be flattened then. Nor is a `Dag`,
-which is passed by value.
+Only what could have changed is looked at again.
 """
 
 import functools
@@ -23,10 +21,9 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax.tree_util as jtu
 
-from . import _closure
-from ._dag import Dag
-from ._deref import path_text
-from ._ref import Ref
+from ._cells import carried_cells, may_carry, reachable
+from ._equality import Shared
+from ._paths import path_text
 
 
 __tracebackhide__ = True
@@ -43,17 +40,22 @@ class _Node(NamedTuple):
 
 
 class Watch:
-    """What can be changed in place in some trees, in its current state."""
+    """What can be changed in place in some trees, in its current state.
 
-    __slots__ = ("_nodes",)
+    What is `opaque` is not looked into: leaves, and nodes that are passed by value. In
+    particular an `equinox.nn.State`, which a function consumes: it may not be flattened then.
+    """
 
-    def __init__(self, trees: list[Any]):
+    __slots__ = ("_nodes", "_opaque")
+
+    def __init__(self, trees: list[Any], opaque: tuple[type, ...]):
         self._nodes: list[_Node] = []
+        self._opaque = opaque
         seen: set[int] = set()
         todo = [(tree, part, True) for part, tree in enumerate(trees)]
         while todo:
             obj, part, is_copy = todo.pop()
-            opened = _open(obj)
+            opened = self._open(obj)
             if opened is None or id(obj) in seen:
                 continue
             children, rest = opened
@@ -64,30 +66,39 @@ class Watch:
             todo.extend((child, part, is_copy) for child in children)
 
     def changed(self) -> bool:
-        return any(map(_differs, self._nodes))
+        return any(map(self._differs, self._nodes))
 
     def lost(self, result: Any) -> _Node | None:
         """Something whose change would be lost, of a function that returns `result`."""
-        found = [node for node in self._nodes if _differs(node) and _matters(node)]
+        found = [x for x in self._nodes if self._differs(x) and self._matters(x)]
         if found:
             returned = _containers(result)
             found = [node for node in found if id(node.obj) not in returned]
         return found[0] if found else None
 
+    def _open(self, obj: Any) -> tuple[list[Any], Any] | None:
+        """What is in `obj`, and what else it has; `None` if nothing in it can change."""
+        if obj is None or isinstance(obj, self._opaque):
+            return None
+        if may_carry(obj):
+            return _open_callable(obj)
+        children, rest = jtu.tree_flatten(obj, is_leaf=lambda x: x is not obj)
+        if len(children) == 1 and children[0] is obj:
+            return None
+        return children, rest
+
+    def _differs(self, node: _Node) -> bool:
+        children, rest = self._open(node.obj) or ([], None)
+        same = len(children) == len(node.children) and rest == node.rest
+        return not (same and all(map(is_, children, node.children)))
+
+    def _matters(self, node: _Node) -> bool:
+        """Whether a change of `node` is more than one of a copy."""
+        now, _ = self._open(node.obj) or ([], None)
+        return not node.is_copy or _refs(node.children) != _refs(now)
+
 
 _COPIES = (list, dict, OrderedDict, defaultdict)
-
-
-def _open(obj: Any) -> tuple[list[Any], Any] | None:
-    """What is in `obj`, and what else it has; `None` if nothing in it can change."""
-    if obj is None or isinstance(obj, (Ref, Dag, eqx.nn.State)):
-        return None
-    if _closure.may_carry(obj):
-        return _open_callable(obj)
-    children, rest = jtu.tree_flatten(obj, is_leaf=lambda x: x is not obj)
-    if len(children) == 1 and children[0] is obj:
-        return None
-    return children, rest
 
 
 def _open_callable(fn: Any) -> tuple[list[Any], Any] | None:
@@ -96,26 +107,14 @@ def _open_callable(fn: Any) -> tuple[list[Any], Any] | None:
     if type(fn) is functools.partial:
         return [fn.func, *fn.args, *fn.keywords.values()], tuple(fn.keywords)
     # The cells that were made for it; all others are the user's own.
-    cells = _closure.carried_cells(fn)
+    cells = carried_cells(fn)
     return [cell.cell_contents for cell in cells] + [fn.__kwdefaults__], None
-
-
-def _differs(node: _Node) -> bool:
-    children, rest = _open(node.obj) or ([], None)
-    same = len(children) == len(node.children) and rest == node.rest
-    return not (same and all(map(is_, children, node.children)))
-
-
-def _matters(node: _Node) -> bool:
-    """Whether a change of `node` is more than one of a copy."""
-    now, _ = _open(node.obj) or ([], None)
-    return not node.is_copy or _refs(node.children) != _refs(now)
 
 
 def _refs(trees: list[Any]) -> list[int]:
     """The refs in some trees, as often as they are in them."""
-    leaves = _closure.reachable(trees)
-    return sorted(id(leaf) for leaf in leaves if isinstance(leaf, Ref))
+    leaves = reachable(trees)
+    return sorted(id(leaf) for leaf in leaves if isinstance(leaf, Shared))
 
 
 def _containers(tree: Any) -> set[int]:

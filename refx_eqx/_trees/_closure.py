@@ -7,19 +7,17 @@ in it. `closed` makes functions of them again.
 
     {"f": lambda x: w[...] * x}   -- opened -->  {"f": Closure(w=w)}  -- deref -->  {"f": Closure(w=Value(...))}
 
-What is carried with a function `_closure.py` says, for these nodes as for a call.
+What is carried with a function `_functions.py` says.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import equinox as eqx
 import jax.tree_util as jtu
 
-from ._closure import Carried, counts, head_of, may_carry, names_in, reaches, rebuilt
-from ._errors import StructureError
-from ._nodes import is_node
-from ._ref import is_lookup
+from ._cells import is_lookup, may_carry, reaches
+from ._functions import head_of, names_in, rebuilt
 
 
 __tracebackhide__ = True
@@ -85,29 +83,22 @@ def closed(tree: Any) -> Any:
 
     **Raises:**
 
-    - `StructureError`: if the first place of a function is not in the tree.
+    - `FirstPlaceGone`: if the first place of a function is not in the tree.
     """
     return _closed(tree, {})
 
 
 def _closed(tree: Any, made: dict[int, Any]) -> Any:
-    leaves, treedef = jtu.tree_flatten(tree, is_leaf=_is_closure)
-    if not any(map(_is_closure, leaves)):
+    leaves, treedef = jtu.tree_flatten(tree, is_leaf=is_closure)
+    if not any(map(is_closure, leaves)):
         return tree
     return jtu.tree_unflatten(treedef, [_closed_leaf(x, made) for x in leaves])
 
 
 def _closed_leaf(leaf: Any, made: dict[int, Any]) -> Any:
-    if not _is_closure(leaf):
+    if not is_closure(leaf):
         return leaf
-    try:
-        return rebuilt(leaf.head, lambda: _closed(leaf.contents, made), made)
-    except KeyError:
-        raise StructureError(
-            "Cannot reref: a function that was at two places of a tree is here at the "
-            "later one alone. A part of a derefed tree was taken out of it; call "
-            "`rx.reref` on the whole tree, or `rx.combine` the parts first."
-        ) from None
+    return rebuilt(leaf.head, lambda: _closed(leaf.contents, made), made)
 
 
 class _Names(tuple):
@@ -119,11 +110,11 @@ class _Names(tuple):
 def by_name(tree: Any) -> Any:
     """`opened`, to be aligned with another tree: two functions are of one structure when
     they carry trees of the same names. `closed` does not take it."""
-    return jtu.tree_map(_by_name, opened(tree), is_leaf=_is_closure)
+    return jtu.tree_map(_by_name, opened(tree), is_leaf=is_closure)
 
 
 def _by_name(x: Any) -> Any:
-    if not _is_closure(x):
+    if not is_closure(x):
         return x
     return Closure(_Names(_names_in(x.head)), [by_name(y) for y in x.contents])
 
@@ -132,68 +123,5 @@ def _names_in(head: Any) -> Iterable[str]:
     return head if type(head) is _Names else names_in(head)
 
 
-def _is_closure(x: Any) -> bool:
+def is_closure(x: Any) -> bool:
     return type(x) is Closure
-
-
-def tree_of(part: Carried, leaves: list[Any], of_all: bool = False) -> Any:
-    """The derefed tree that has these leaves.
-
-    In a call more functions are nodes than in a derefed tree: a partial is, whatever is bound
-    in it, and in a result what holds an array of the trace. `None` is here for each that
-    holds no refs, or also a node if `of_all`.
-    """
-    if not part.nodes:
-        return jtu.tree_unflatten(part.treedef, leaves)
-    return _tree(part, iter(leaves), of_all, set())
-
-
-def _tree(part: Carried, leaves: Iterator[Any], of_all: bool, met: set[int]) -> Any:
-    nodes = part.nodes or (None,) * part.treedef.num_leaves
-    outer = [
-        next(leaves) if node is None else _closure(node, leaves, of_all, met)
-        for node in nodes
-    ]
-    return jtu.tree_unflatten(part.treedef, outer)
-
-
-def _closure(
-    node: Any, leaves: Iterator[Any], of_all: bool, met: set[int]
-) -> Closure | None:
-    """`met` are the functions that were made a node of, to know their later places."""
-    if isinstance(node, int):
-        return Closure(node, []) if int(node) in met else None
-    head = type(node)(node[:-1])
-    number = head[0] if head else -1
-    # Before what is in it, where a recursive function is met again.
-    met.add(number)
-    closure = Closure(head, _tree(node[-1], leaves, of_all, met))
-    if of_all or _has_refs(closure):
-        return closure
-    met.discard(number)
-    return None
-
-
-def _has_refs(closure: Closure) -> bool:
-    return any(map(is_node, jtu.tree_leaves(closure.contents, is_leaf=is_node)))
-
-
-def leaves_up_to(part: Carried, tree: Any) -> list[Any]:
-    """The opposite of `tree_of`, for a tree of which `part` is a prefix. What is in a
-    function has `None` where the tree has no node for it.
-
-    **Raises:**
-
-    - `ValueError`, `TypeError`: JAX's, if it is of another structure.
-    """
-    found = []
-    outer = part.treedef.flatten_up_to(tree)
-    nodes = part.nodes or (None,) * len(outer)
-    for node, leaf, n in zip(nodes, outer, counts(part)):
-        if node is None:
-            found.append(leaf)
-        elif n and _is_closure(leaf):
-            found += leaves_up_to(node[-1], leaf.contents)
-        else:
-            found += [None] * n
-    return found

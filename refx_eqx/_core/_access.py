@@ -1,0 +1,134 @@
+"""What is asked before a ref is read or written, and of a value before it is stored."""
+
+from typing import Any
+
+import jax.tree_util as jtu
+
+from .._trees._cells import is_lookup, shared_in
+from .._trees._containers import copied, is_writeable
+from .._trees._equality import Shared
+from . import _trace
+from ._errors import (
+    describe,
+    DonatedError,
+    ImmutableError,
+    StructureError,
+    TraceLevelError,
+)
+
+
+__tracebackhide__ = True
+
+
+class Withheld:
+    """Instead of the value of a ref that the function of a transform reaches, and that it
+    may not touch: `reason` says why. It is carried, and stays withheld, like any value.
+
+    It is also the owner of the ref: no trace, so that the common check already fails.
+    """
+
+    __slots__ = ("reason",)
+
+    def __init__(self, reason: str):
+        self.reason = reason
+
+    def __call__(self) -> None:
+        return None
+
+    def __repr__(self) -> str:
+        return "withheld"
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, Withheld) and self.reason == other.reason
+
+    def __hash__(self) -> int:
+        return hash(self.reason)
+
+
+def check_readable(ref: Any) -> None:
+    owner = ref._trace
+    if type(owner) is Withheld:
+        reason = owner.reason
+    else:
+        reason = _trace.why_not_readable(ref, owner)
+    if reason is not None:
+        which = describe(ref._name, ref._collection)
+        raise TraceLevelError(
+            f"Cannot read ref from different trace level: {which}: {reason}"
+        )
+
+
+def check_unleaked(ref: Any, value: Any) -> None:
+    """Notices what a function left in a list or a dict of the value, where it may read the
+    ref and not write it."""
+    if _trace.is_tracer(value):
+        return
+    for leaf in jtu.tree_leaves(value):
+        reason = _trace.why_not_alive(leaf)
+        if reason is not None:
+            which = describe(ref._name, ref._collection)
+            raise TraceLevelError(
+                f"Cannot read ref from different trace level: {which}: a list or a dict in "
+                f"its value was changed in place, where it may only be read: {reason} And "
+                "write a new value now: `ref.value = ...`."
+            )
+
+
+def check_writable(ref: Any) -> None:
+    """The two questions before a write: the trace rule, and `mutable`."""
+    owner = ref._trace
+    if not _trace.is_at_home(owner):
+        if type(owner) is Withheld:
+            reason = owner.reason
+        else:
+            reason = _trace.why_not_writable(ref, owner)
+        if reason is not None:
+            which = describe(ref._name, ref._collection)
+            raise TraceLevelError(
+                f"Cannot mutate ref from different trace level: {which}: {reason}"
+            )
+    for guard in _trace.guards.get():
+        if not guard.allows(ref):
+            which = describe(ref._name, ref._collection)
+            raise ImmutableError(f"Cannot write {which}: this code runs {guard.where}")
+
+
+def check_value(ref: Any, value: Any) -> Any:
+    """What a value must be to go into `ref`: no ref inside, alive here, of its type.
+
+    Returns what to store: a Python scalar becomes an array, if an array is declared.
+    """
+    if type(value) is _trace.ConcreteArray:
+        check_not_deleted(ref, value)
+    else:
+        leaves = jtu.tree_leaves(value, is_leaf=is_lookup)
+        if any(map(is_writeable, leaves)):
+            value = copied(value)
+        for leaf in leaves:
+            inside: Any = leaf if isinstance(leaf, Shared) else shared_in(leaf)
+            if inside is not None:
+                raise StructureError(
+                    "The value of a ref cannot hold a ref: "
+                    f"{describe(ref._name, ref._collection)} was given one that holds "
+                    f"{describe(inside._name, inside._collection)}. Put the two refs side "
+                    "by side in a tuple or a module."
+                )
+            reason = _trace.why_not_alive(leaf)
+            if reason is not None:
+                raise TraceLevelError(
+                    "Cannot mutate ref from different trace level: "
+                    f"{describe(ref._name, ref._collection)}: {reason}"
+                )
+            check_not_deleted(ref, leaf)
+    for bound in ref._declared or ():
+        value = bound.checked(ref, value)
+    return value
+
+
+def check_not_deleted(ref: Any, leaf: Any) -> None:
+    if _trace.is_deleted(leaf):
+        raise DonatedError(
+            f"Cannot put a deleted array into {describe(ref._name, ref._collection)}: its "
+            f"buffer ({leaf.dtype}{list(leaf.shape)}) was donated to a call, or deleted, "
+            "and its numbers are gone. Give that call a copy: `jnp.array(x, copy=True)`."
+        )

@@ -1,0 +1,257 @@
+"""What a filter selects in a tree."""
+
+from typing import Any
+
+import jax.tree_util as jtu
+from jaxtyping import PyTree
+
+from .._core._errors import describe, StructureError
+from .._core._nodes import is_node, Value
+from .._core._ref import make_ref, Ref
+from .._fields._instance import check_refs_in_place
+from .._trees._closure import opened
+from .._trees._paths import dotted, key_text, n_common, Path
+from ._filters import as_filter, Filter, FilterLike
+from ._guard import only_answering
+
+
+__tracebackhide__ = True
+
+
+def leaves_with_paths(tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
+    """The leaves of a tree, of refs or derefed, each with its path; and the treedef. A
+    function that holds refs is a node, so `closed` is to be called on what is made of it."""
+    leaves, treedef = jtu.tree_flatten_with_path(opened(tree), is_leaf=is_node)
+    pairs, before, path = [], (), ()
+    for keys, leaf in leaves:
+        n = n_common(before, keys)
+        before, path = keys, (*path[:n], *map(key_text, keys[n:]))
+        pairs.append((path, leaf))
+    return pairs, treedef
+
+
+def as_closed(leaves: list[Any]) -> list[Any]:
+    """The leaves with refs instead of `Value` and `Index` nodes, for a filter to see."""
+    refs = {
+        leaf.index: make_ref(
+            leaf.ref_type,
+            leaf.value,
+            leaf.collection,
+            leaf.label.name,
+            leaf.label.declared,
+        )
+        for leaf in leaves
+        if isinstance(leaf, Value)
+    }
+    closed = []
+    for leaf in leaves:
+        if is_node(leaf):
+            if leaf.index not in refs:
+                raise StructureError(
+                    f"Index {leaf.index} ({describe(leaf.label.name, leaf.collection)}) has "
+                    "no Value in this tree. Pass the whole derefed tree."
+                )
+            leaf = refs[leaf.index]
+        closed.append(leaf)
+    return closed
+
+
+def check_can_select(tree: Any, *filters: Any) -> None:
+    """That a filter which asks what a ref is finds refs wherever the modules of the tree
+    declare them.
+
+    **Raises:**
+
+    - `RefTypeError`: if a field that is declared a ref holds an array.
+    """
+    asking = [f for f in map(as_filter, filters) if f._asks_refs]
+    if asking:
+        check_refs_in_place(tree, f"Cannot select by {asking[0]!r}")
+
+
+def choose(paths: list[Path], leaves: list[Any], filters: tuple[Any, ...]) -> list[int]:
+    """For each leaf, which of the filters is the first to select it; `len(filters)` if
+    none does.
+
+    **Raises:**
+
+    - `StructureError`: if the answer differs between two places of one ref, or if a filter
+        names what there is not.
+    """
+    resolved = [as_filter(f) for f in filters]
+    with only_answering():
+        answers = [_first(resolved, path, leaf) for path, leaf in zip(paths, leaves)]
+    for i, f in enumerate(resolved):
+        if leaves and i not in answers and f._is_by_name:
+            # It may be that those before it took all.
+            if not any(map(f.matches, paths, leaves)):
+                raise _selects_nothing(f, paths, leaves)
+    _check_ties(resolved, paths, leaves, answers)
+    return answers
+
+
+def _first(filters: list[Filter], path: Path, leaf: Any) -> int:
+    return next(
+        (i for i, f in enumerate(filters) if f.matches(path, leaf)), len(filters)
+    )
+
+
+def _check_ties(
+    filters: list[Filter], paths: list[Path], leaves: list[Any], answers: list[int]
+) -> None:
+    first: dict[int, tuple[int, Path]] = {}
+    for path, leaf, answer in zip(paths, leaves, answers):
+        if isinstance(leaf, Ref):
+            earlier, earlier_path = first.setdefault(id(leaf), (answer, path))
+            if earlier != answer:
+                raise StructureError(
+                    f"A filter must select a ref at all of its places or at none: "
+                    f"{describe(leaf._name, leaf._collection)} is one ref at "
+                    f"`{dotted(earlier_path)}` and `{dotted(path)}`, and "
+                    f"{', '.join(map(repr, filters))} would tear it apart. Select "
+                    f"both, for example with `rx.path({_pattern(earlier_path)}, "
+                    f"{_pattern(path)})`, or neither."
+                )
+
+
+def _pattern(path: Path) -> str:
+    """How to give this place to `rx.path`."""
+    special = any(set(key) & set(".*?[") for key in path)
+    return repr(path) if special else f'"{dotted(path)}"'
+
+
+def _selects_nothing(
+    filter: Filter, paths: list[Path], leaves: list[Any]
+) -> StructureError:
+    refs = [leaf for leaf in leaves if isinstance(leaf, Ref)]
+    collections = list(dict.fromkeys(ref._collection for ref in refs))
+    places = [f"`{dotted(path)}`" for path in paths]
+    if len(places) > 8:
+        places = [*places[:8], f"{len(places) - 8} more"]
+    return StructureError(
+        f"{filter!r} selects nothing in this tree, which has "
+        + (
+            f"refs of the collections {', '.join(map(repr, collections))}"
+            if refs
+            else "no refs"
+        )
+        + f", and leaves at {', '.join(places)}. Correct the name"
+        + filter._hint
+        + ". If there may be none, say so: `rx.collection('lora') | False`."
+    )
+
+
+def selected_refs(tree: Any, filter: Any) -> list[Ref]:
+    """The refs of a tree that a filter selects, each once, in order."""
+    check_can_select(tree, filter)
+    pairs, _ = leaves_with_paths(tree)
+    paths, leaves = [p for p, _ in pairs], [x for _, x in pairs]
+    chosen = choose(paths, leaves, (filter,))
+    found = {id(x): x for x, c in zip(leaves, chosen) if c == 0 and isinstance(x, Ref)}
+    return list(found.values())
+
+
+def values(tree: PyTree, filter: FilterLike = True) -> list[Any]:
+    """The values of the refs of a tree, each once: for counts, norms and sizes.
+
+    !!! Example
+
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import refx_eqx as rx
+
+        tied = rx.Ref(jnp.ones((2, 3)), "params")
+        model = {"in": tied, "out": tied, "steps": rx.Ref(jnp.array(0), "counts")}
+        n_params = sum(x.size for x in jax.tree.leaves(rx.values(model, "params")))
+        assert n_params == 6
+        ```
+
+    **Arguments:**
+
+    - `tree`: a tree of refs. Those that are selected must be readable here.
+    - `filter`: any filter.
+
+    **Returns:**
+
+    A list with the value of each ref that is selected, in the order of the tree. A shared
+    ref is in it once. For the tree with values instead of refs, see
+    [`refx_eqx.snapshot`][]; for values by path, [`refx_eqx.state_dict`][].
+
+    **Raises:**
+
+    - `StructureError`: if the filter selects a ref at one of its places and not at another,
+        or names what there is not.
+    - `TraceLevelError`: if a ref may not be read here.
+    """
+    return [ref.value for ref in selected_refs(tree, filter)]
+
+
+def filter_spec(tree: PyTree, filter: FilterLike) -> PyTree[bool]:
+    """A filter as an Equinox filter spec for the derefed tree.
+
+    !!! Example
+
+        ```python
+        import equinox as eqx
+        import refx_eqx as rx
+
+        tree = {"w": rx.Ref(1.0, "params"), "n": rx.Ref(0, "counts")}
+        opened = rx.deref(tree)
+        params, rest = eqx.partition(opened, rx.filter_spec(tree, "params"))
+        assert params["w"].value == 1.0 and params["n"].value is None
+        again = rx.reref(eqx.combine(params, rest))
+        assert again["n"].value == 0
+        ```
+
+    **Arguments:**
+
+    - `tree`: a tree of refs, or a derefed one.
+    - `filter`: any filter.
+
+    **Returns:**
+
+    A pytree of bools, one for each ref and each other leaf of `tree`: a prefix of
+    `rx.deref(tree)`, for `equinox.partition`, `equinox.filter`, `optax.masked` and others.
+
+    **Raises:**
+
+    - `StructureError`: if the filter selects a ref at one of its places and not at another.
+    - `RefTypeError`: if a field that is declared a ref holds an array, where a filter asks
+        what is a ref (a collection, a class).
+    """
+    check_can_select(tree, filter)
+    pairs, treedef = leaves_with_paths(tree)
+    closed = as_closed([leaf for _, leaf in pairs])
+    chosen = choose([path for path, _ in pairs], closed, (filter,))
+    return jtu.tree_unflatten(treedef, [answer == 0 for answer in chosen])
+
+
+def aliases(tree: PyTree) -> dict[Ref[Any], tuple[str, ...]]:
+    """Each ref of a tree, with all the places where it is.
+
+    !!! Example
+
+        ```python
+        import refx_eqx as rx
+
+        ref = rx.Ref(1.0)
+        tree = {"a": ref, "b": [ref, 2.0]}
+        assert rx.aliases(tree) == {ref: ("a", "b.0")}
+        ```
+
+    **Arguments:**
+
+    - `tree`: a tree of refs. Nothing is read, so it may be called anywhere.
+
+    **Returns:**
+
+    A dict from each ref to its paths, in the notation of [`refx_eqx.path`][]. In order of
+    the first place.
+    """
+    places: dict[Ref, tuple[str, ...]] = {}
+    pairs, _ = leaves_with_paths(tree)
+    for path, leaf in pairs:
+        if isinstance(leaf, Ref):
+            places[leaf] = (*places.get(leaf, ()), ".".join(path))
+    return places

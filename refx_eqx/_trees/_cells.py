@@ -1,0 +1,195 @@
+"""What the functions in a tree hold: in their closure cells, as defaults, in partials.
+
+JAX treats a function as an opaque leaf, and Python lets one hold anything, which need be no
+pytree at all.
+"""
+
+import dis
+import functools
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax.tree_util as jtu
+
+from ._equality import Shared
+
+
+__tracebackhide__ = True
+
+
+def is_shared(leaf: Any) -> bool:
+    return isinstance(leaf, Shared)
+
+
+def shared_in(x: Any) -> Any:
+    """A shared leaf in a set, or among the keys of a dict; `None` if there is none. These
+    are not in the tree that the set or the dict is in."""
+    # By type first: this is asked of each dict in a tree. And no hash is asked for.
+    if isinstance(x, set | frozenset | dict) and any(
+        issubclass(kind, Shared) for kind in set(map(type, x))
+    ):
+        return next(item for item in x if isinstance(item, Shared))
+    return None
+
+
+def is_lookup(x: Any) -> bool:
+    """Whether `x` is to look up shared leaves in. Such a dict is no tree to JAX, which sorts
+    the keys; so it is a leaf, like a set."""
+    return shared_in(x) is not None
+
+
+def may_carry(leaf: Any) -> bool:
+    kind = type(leaf)
+    if kind not in _CALLABLES:
+        return False
+    return kind is not types.FunctionType or bool(
+        leaf.__closure__ or leaf.__defaults__ or leaf.__kwdefaults__
+    )
+
+
+_CALLABLES = frozenset((types.FunctionType, types.MethodType, functools.partial))
+
+
+def is_filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def carried_cells(
+    fn: types.FunctionType, is_wanted: Callable[[Any], bool] = is_shared
+) -> list[types.CellType]:
+    """The cells of a function whose content is carried with it."""
+    return [
+        cell
+        for cell in fn.__closure__ or ()
+        if is_filled(cell) and reaches(cell.cell_contents, is_wanted)
+    ]
+
+
+def inside(obj: Any) -> Iterator[Any]:
+    """The trees that a callable leaf holds."""
+    if type(obj) is types.FunctionType:
+        for cell in obj.__closure__ or ():
+            if is_filled(cell):
+                yield cell.cell_contents
+        yield from filter(None, (obj.__defaults__, obj.__kwdefaults__))
+    elif type(obj) is types.MethodType:
+        yield obj.__func__
+        yield obj.__self__
+    elif type(obj) is functools.partial:
+        yield (obj.func, obj.args, obj.keywords)
+
+
+def reaches(tree: Any, is_wanted: Callable[[Any], bool] = is_shared) -> bool:
+    """Whether there is such a leaf in a tree, or in a function in it."""
+    return any(map(is_wanted, reachable(tree)))
+
+
+def reachable(tree: Any) -> Iterator[Any]:
+    """The leaves of a tree, and of what the functions in it hold."""
+    seen: set[int] = set()
+    todo = [tree]
+    while todo:
+        for leaf in _leaves(todo.pop()):
+            yield leaf
+            if may_carry(leaf) and id(leaf) not in seen:
+                seen.add(id(leaf))
+                todo.extend(inside(leaf))
+
+
+def _leaves(tree: Any) -> list[Any]:
+    """The leaves of what a function holds; none if JAX cannot tell them.
+
+    What is in a cell need be no pytree: a dict with keys of two types is not one, nor a
+    list that holds itself. JAX never asks, so the function must work here as well.
+    """
+    if holds_itself(tree):
+        return []
+    try:
+        return jtu.tree_leaves(tree, is_leaf=_is_whole)
+    except (ValueError, TypeError):
+        return []
+
+
+def holds_itself(tree: Any) -> bool:
+    """Whether a list or a dict is inside of itself, by lists, dicts and tuples alone.
+
+    To be asked before JAX is: its `RecursionError` (jaxlib 0.10 to 0.12) leaves the count
+    of the interpreter wrong, so that everything after it fails, up to the exit.
+    """
+    if type(tree) not in _CONTAINERS:
+        return False
+    # A container is left when it is met the second time on the stack.
+    todo, entered, left = [tree], set(), set()
+    while todo:
+        obj = todo[-1]
+        if id(obj) in entered:
+            todo.pop()
+            entered.discard(id(obj))
+            left.add(id(obj))
+            continue
+        entered.add(id(obj))
+        for x in obj.values() if type(obj) is dict else obj:
+            if type(x) in _CONTAINERS and id(x) not in left:
+                if id(x) in entered:
+                    return True
+                todo.append(x)
+    return False
+
+
+_CONTAINERS = (list, dict, tuple)
+
+
+def _is_whole(x: Any) -> bool:
+    # A state that was consumed does not let itself be flattened, and holds no refs.
+    return isinstance(x, eqx.nn.State) or is_lookup(x)
+
+
+def reachable_functions(fn: types.FunctionType) -> list[types.FunctionType]:
+    """`fn` and the functions that are in its cells, and in theirs."""
+    functions, seen = [fn], {id(fn)}
+    for function in functions:
+        for cell in function.__closure__ or ():
+            content = cell.cell_contents if is_filled(cell) else None
+            if isinstance(content, types.FunctionType) and id(content) not in seen:
+                seen.add(id(content))
+                functions.append(content)
+    return functions
+
+
+def rebound_cells(functions: list[types.FunctionType]) -> set[int]:
+    """The cells that these functions rebind themselves (`nonlocal count; count += 1`).
+
+    They are no input of a function but a side effect, which JAX runs once a trace.
+    """
+    return {
+        id(cell)
+        for function in functions
+        if function.__closure__
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__)
+        if name in _rebound_names(function.__code__)
+    }
+
+
+_rebound: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _rebound_names(code: types.CodeType) -> frozenset[str]:
+    names = _rebound.get(code)
+    if names is None:
+        found = {
+            instruction.argval
+            for instruction in dis.get_instructions(code)
+            if instruction.opname in ("STORE_DEREF", "DELETE_DEREF")
+        }
+        for constant in code.co_consts:
+            if isinstance(constant, types.CodeType):
+                found |= _rebound_names(constant)
+        names = _rebound[code] = frozenset(found & set(code.co_freevars))
+    return names

@@ -1,0 +1,57 @@
+"""What things are equal by, in a tree and in the key of a cache."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+
+class Shared:
+    """A leaf that is one thing wherever it is in a tree. There is one class of them: `Ref`,
+    of which this room knows no more."""
+
+    __slots__ = ()
+
+
+class Identity:
+    """Stands for an object; equal for the same object. Holds it weakly if it can."""
+
+    __slots__ = ("_id", "recall")
+
+    def __init__(self, obj: Any):
+        self._id = id(obj)
+        try:
+            self.recall: Callable[[], Any] = weakref.ref(obj)
+        except TypeError:
+            self.recall = lambda: obj
+
+    def mortal(self) -> list[Any]:
+        """The object, if it is held weakly."""
+        return [self.recall()] if isinstance(self.recall, weakref.ref) else []
+
+    def __eq__(self, other: Any) -> bool:
+        if self is other:
+            return True
+        # What a dead object was is equal to nothing: its id may be another's by now.
+        mine = self.recall()
+        return (
+            isinstance(other, Identity) and mine is not None and mine is other.recall()
+        )
+
+    def __hash__(self) -> int:
+        return self._id
+
+
+class Ignored(tuple):
+    """A part of a structure that does not count for what it is equal to, such as a name:
+    any two are equal."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Ignored)
+
+    def __ne__(self, other: object) -> bool:
+        return not isinstance(other, Ignored)
+
+    def __hash__(self) -> int:
+        return 0

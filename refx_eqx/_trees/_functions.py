@@ -1,0 +1,205 @@
+"""A function, taken apart into what it is and what it carries; and made again of the two.
+
+For us a function that closes over refs is a node: its children are the contents of those of
+its closure cells in which a ref can be reached, followed through nested functions, bound
+methods and `functools.partial`, and its default arguments if there is one in them. Rebuilding
+the node makes a new function, of the same code, with new cells. Cells without refs stay the
+very same objects, so `nonlocal` works on them.
+"""
+
+import functools
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from ._cells import (
+    carried_cells,
+    is_shared,
+    reachable_functions,
+    reaches,
+    rebound_cells,
+)
+from ._equality import Ignored
+from ._keys import content_key
+
+
+__tracebackhide__ = True
+
+
+class _Same:
+    """Holds an object; equal when it is the same object."""
+
+    __slots__ = ("obj",)
+
+    def __init__(self, obj: Any):
+        self.obj = obj
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, _Same) and self.obj is other.obj
+
+    def __hash__(self) -> int:
+        return id(self.obj)
+
+
+class _Kept:
+    """A cell that is kept unchanged; equal when it is the same cell, of the same content."""
+
+    __slots__ = ("cell", "key")
+
+    def __init__(self, cell: types.CellType, is_rebound: bool):
+        self.cell = cell
+        self.key = None if is_rebound else content_key(cell)
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, _Kept) and (
+            self.cell is other.cell and self.key == other.key
+        )
+
+    def __hash__(self) -> int:
+        return hash((id(self.cell), self.key))
+
+
+class FirstPlaceGone(LookupError):
+    """A function was at two places of a tree, and only the later one is left."""
+
+
+class _Function(tuple):
+    """A function: `(number, code, globals, cells, extras, origin)`, and `carried` last.
+
+    `cells` has the cell that is kept, or `None` for one whose content is carried. `extras`
+    are its looks, defaults and attributes; the defaults are `None` if they are carried,
+    behind the contents of the cells. `origin` is the function itself, weakly.
+    """
+
+    __slots__ = ()
+
+
+class _Method(tuple):
+    """A bound method of an object that is a pytree: `(carried,)` of `[function, object]`."""
+
+    __slots__ = ()
+
+
+class _Partial(tuple):
+    """A `functools.partial`: `(carried,)` of `[function, args, keywords]`."""
+
+    __slots__ = ()
+
+
+class Again(int):
+    """A later place of the function with this number. A recursive function has one."""
+
+    __slots__ = ()
+
+
+def head_of(
+    leaf: Any, numbers: dict[int, int], is_wanted: Callable[[Any], bool] = is_shared
+) -> tuple[Any, list[Any]]:
+    """A function, taken apart: what it is without the trees that it carries, and these
+    trees. A function that was met before carries none.
+
+    **Arguments:**
+
+    - `numbers`: of the functions that were met, by their ids. This one is added.
+    """
+    if type(leaf) is types.MethodType:
+        return _Method(), [leaf.__func__, leaf.__self__]
+    if type(leaf) is functools.partial:
+        return _Partial(), [leaf.func, leaf.args, leaf.keywords]
+    number = numbers.get(id(leaf))
+    if number is not None:
+        return Again(number), []
+    number = numbers[id(leaf)] = len(numbers)
+    rebound = rebound_cells(reachable_functions(leaf))
+    carried = carried_cells(leaf, is_wanted)
+    # By identity: cells are equal when their contents are.
+    ids = set(map(id, carried))
+    kept = tuple(
+        None if id(cell) in ids else _Kept(cell, id(cell) in rebound)
+        for cell in leaf.__closure__ or ()
+    )
+    contents: list[Any] = [cell.cell_contents for cell in carried]
+    extras: list[Any] = [Ignored((name, getattr(leaf, name)) for name in _LOOKS)]
+    for defaults in (leaf.__defaults__, leaf.__kwdefaults__):
+        is_carried = bool(defaults) and reaches(defaults, is_wanted)
+        extras.append(None if is_carried else _Same(defaults))
+        if is_carried:
+            contents.append(defaults)
+    extras += ((k, _Same(v)) for k, v in vars(leaf).items() if k != "__wrapped__")
+    origin = Ignored((weakref.ref(origin_of(leaf)),))
+    looks = number, leaf.__code__, _Same(leaf.__globals__), kept, tuple(extras), origin
+    return _Function(looks), contents
+
+
+def names_in(head: Any) -> list[str]:
+    """What the trees that a function carries are called in it."""
+    if type(head) is _Method:
+        return ["__func__", "__self__"]
+    if type(head) is _Partial:
+        return ["func", "args", "keywords"]
+    if type(head) is Again:
+        return []
+    _, code, _, kept, (_, defaults, kwdefaults, *_), _ = head
+    names = [name for name, keep in zip(code.co_freevars, kept) if keep is None]
+    names += ["__defaults__"] if defaults is None else []
+    return names + (["__kwdefaults__"] if kwdefaults is None else [])
+
+
+_LOOKS = "__annotations__", "__doc__", "__module__", "__name__", "__qualname__"
+
+
+def rebuilt(head: Any, contents: Callable[[], Any], made: dict[int, Any]) -> Any:
+    """The opposite of `head_of`.
+
+    **Arguments:**
+
+    - `contents`: gives the trees that the function carries. Called when it is there: a
+        recursive function is in one of them.
+    - `made`: the functions that were made, by their numbers. This one is added.
+    """
+    if isinstance(head, Again):
+        if int(head) not in made:
+            raise FirstPlaceGone
+        return made[int(head)]
+    if isinstance(head, _Method):
+        return types.MethodType(*contents())
+    if isinstance(head, _Partial):
+        func, args, keywords = contents()
+        return functools.partial(func, *args, **keywords)
+    number, code, globals_, kept, extras, (origin,), *_ = head
+    looks, defaults, kwdefaults, *own = extras
+    cells = tuple(types.CellType() if keep is None else keep.cell for keep in kept)
+    fn = types.FunctionType(code, globals_.obj, closure=cells)
+    for name, value in looks:
+        setattr(fn, name, value)
+    for name, held in own:
+        setattr(fn, name, held.obj)
+    _origins[fn] = origin
+    made[number] = fn
+    rest = iter(contents())
+    for cell, keep in zip(cells, kept):
+        if keep is None:
+            cell.cell_contents = next(rest)
+    fn.__defaults__ = next(rest) if defaults is None else defaults.obj
+    fn.__kwdefaults__ = next(rest) if kwdefaults is None else kwdefaults.obj
+    return fn
+
+
+# For each function that was rebuilt, the one that it stands for.
+_origins: weakref.WeakKeyDictionary[types.FunctionType, weakref.ref] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def origin_of(fn: types.FunctionType) -> types.FunctionType:
+    """The function that `fn` was rebuilt from, by however many transforms; or `fn`.
+
+    A body is rebuilt at each call. What is compiled for it is kept by its origin.
+    """
+    origin = _origins.get(fn, gone)()
+    return fn if origin is None else origin
+
+
+def gone() -> None:
+    return None
