@@ -1,6 +1,6 @@
 """The one entry point: `python -m nox -s demo`, `-s tests`, and what `-l` lists.
 
-Each session makes an environment of its own, so nox is all that has to be installed.
+Each session creates its own environment, so nox is all that has to be installed.
 """
 
 import pathlib
@@ -103,7 +103,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """What a call costs, beside `jax.jit`, Equinox and flax.nnx on the same work."""
+    """What a call costs, compared with `jax.jit`, Equinox and flax.nnx on the same work."""
     session.install("-e", ".[examples,tests]")
     session.run("python", "-m", "tests.benchmarks", *session.posargs)
 

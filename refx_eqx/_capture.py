@@ -276,7 +276,7 @@ def _evaluate(
         else:
             path = next(n for x in _jaxprs_of(eqn) for n in _names(x)).split(":", 3)[-1]
             raise CarryError(
-                f"`rx.capture`: `{path}` is called inside of `{kind}`, which cannot bring out "
+                f"`rx.capture`: `{path}` is called inside `{kind}`, which cannot bring out "
                 "what it returns there. Leave it out: `rx.capture(fn, where=lambda module: "
                 "...)`."
             )

@@ -333,14 +333,14 @@ def param_labels(
     answers = {id(leaf): answer for leaf, answer in zip(leaves, chosen)}
     names = [*filters, None]
     labels = {name: names[answers[id(ref)]] for name, ref in trained.refs.items()}
-    unlabelled = [
+    unlabeled = [
         trained.which(name)
         for name, ref in trained.refs.items()
         if answers[id(ref)] == len(filters)
     ]
-    if unlabelled:
+    if unlabeled:
         raise StructureError(
-            f"`rx.param_labels`: no filter selects {'; '.join(unlabelled)}. Add a label for "
+            f"`rx.param_labels`: no filter selects {'; '.join(unlabeled)}. Add a label for "
             "the rest, with the filter `True`, as the last."
         )
     return labels

@@ -1,4 +1,4 @@
-"""The behaviour of refx, from which this library descends, under the names of this one.
+"""The behavior of refx, from which this library descends, under the names of this one.
 
 First what its guide and its README show, then one test for each thing that it got wrong.
 """

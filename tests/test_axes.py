@@ -31,7 +31,7 @@ class Layer(rx.Module):
 
 
 class Deep(rx.Module):
-    """Uses its own layers, in each of the ways of doing so, and its own scale beside."""
+    """Uses its own layers, in each of the ways of doing so, and its own scale too."""
 
     layers: Layer
     scale: rx.Param[jax.Array]

@@ -122,7 +122,7 @@ def test_the_gradient_of_the_model_is_as_before():
 
 
 @pytest.mark.parametrize("vmap", [jax.vmap, rx.filter_vmap, eqx.filter_vmap])
-def test_a_layer_under_a_vmap_of_anybody_has_outputs_with_the_mapped_axis(vmap):
+def test_a_layer_under_any_vmap_has_outputs_with_the_mapped_axis(vmap):
     layer = eqx.nn.Linear(3, 2, key=jr.key(0))
     xs = jnp.ones((4, 3))
     out, seen = rx.capture(lambda layers, xs: vmap(layers[0])(xs))([layer], xs)
@@ -187,7 +187,7 @@ def test_where_an_output_cannot_be_brought_out_the_place_is_named(kind):
         return called(x)
 
     text = (
-        f"`rx.capture`: `0` is called inside of `{kind}`, which cannot bring out what it "
+        f"`rx.capture`: `0` is called inside `{kind}`, which cannot bring out what it "
         "returns there. Leave it out: `rx.capture(fn, where=lambda module: ...)`."
     )
     with pytest.raises(rx.StructureError, match=re.escape(text)):

@@ -42,7 +42,7 @@ def count(run) -> int:
     return counter.total()
 
 
-# Made once: under leak checks, JAX 0.10 compiles anew for each array.
+# Made once: under leak checks, JAX 0.10 compiles again for each array.
 ONES, ZEROS, X = jnp.ones(1), jnp.zeros(1), jnp.float32(1.0)
 
 

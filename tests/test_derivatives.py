@@ -321,7 +321,7 @@ def test_a_function_that_closes_over_refs_in_the_first_argument():
 
 
 def test_nesting():
-    """These transforms around and inside of each other, each once on either side."""
+    """These transforms around and inside each other, each once on either side."""
 
     def swapped(g):
         return lambda x, m: g(m, x)

@@ -29,6 +29,13 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SOURCES = sorted((ROOT / "refx_eqx").rglob("*.py"))
 
+WRITTEN = [
+    *PAGES,
+    *SOURCES,
+    *sorted((ROOT / "examples").glob("*.py")),
+    *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "noxfile.py")),
+]
+
 FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>[^\n]*)\n(?P<text>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
@@ -168,6 +175,44 @@ def test_every_name_that_is_mentioned_exists(file):
             assert found is not None, f"there is no `rx.{name}`"
             if not isinstance(found, types.ModuleType | type):
                 break  # an attribute of a value: not ours to look up
+
+
+# A reader searches for "optimizer". What other libraries call their own is theirs.
+STEMS = (
+    "analy author categor character custom discret emphas final general initial linear "
+    "local material maxim memor minim normal optim organ parallel priorit quant random "
+    "recogn regular serial special stabil standard summar synchron token util vector "
+    "visual"
+)
+BRITISH = re.compile(
+    rf"\b(?:de|re|un)?(?:{'|'.join(STEMS.split())})is(?:e[drs]?|ers|ing|ations?)\b"
+    r"|\b(?:mis)?spelt\b|\b(?:learnt|whilst|amongst|artefacts?|licence|grey|centre)\b"
+    r"|(?:behavi|neighb|col|fav|hon)our|(?:label|model|cancel|travel|channel)l(?:ed|ing)\b",
+    re.IGNORECASE,
+)
+NOT_OURS = re.compile("(?:de)?serialise_leaves|whilst typechecking|optx.minimise")
+
+
+@pytest.mark.parametrize("file", WRITTEN, ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_spelling_is_american(file):
+    assert BRITISH.findall(NOT_OURS.sub("", file.read_text())) == []
+
+
+def test_british_spelling_is_found():
+    for word in ("optimiser", "Initialised", "behaviour", "deserialising", "labelled"):
+        assert BRITISH.search(f"a {word}.")
+    for word in ("raise", "noise", "precise", "optimistix", "otherwise", "normalizing"):
+        assert not BRITISH.search(f"a {word}.")
+
+
+PATH = re.compile(r"`((?:\w+/)+\w+\.(?:py|md|json)|_\w+\.py)`")
+
+
+@pytest.mark.parametrize("file", WRITTEN, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_file_that_is_named_is_there(file):
+    for path in PATH.findall(file.read_text()):
+        folders = (ROOT, ROOT / "refx_eqx", file.parent)
+        assert any((folder / path).exists() for folder in folders), path
 
 
 def test_the_site_shows_the_version_of_the_package():

@@ -131,7 +131,7 @@ def of_a_ref_shared_with_another_module(linear, value):
     Linear(linear.weight).weight.value = value
 
 
-def optimiser_step(linear, value):
+def optimizer_step(linear, value):
     # An update of another shape or dtype, as a wrong `optax` chain would make.
     params = rx.deref(linear.weight)
     new = optax.apply_updates(params, jax.tree.map(jnp.zeros_like, params))
@@ -279,7 +279,7 @@ def test_a_part_of_a_value_keeps_its_shape():
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize(
     "door",
-    [optimiser_step, loaded_state, loaded_state_of_numpy],
+    [optimizer_step, loaded_state, loaded_state_of_numpy],
     ids=lambda door: door.__name__,
 )
 def test_an_update_that_does_not_fit_raises(door, wrong):

@@ -242,10 +242,10 @@ def test_a_tie_by_assignment_in_place_of_nn_shared():
     model = Autoencoder(jr.key(0))
     assert model.decoder is model.encoder
     assert rx.aliases(model) == {model.encoder: ("encoder", "decoder")}
-    optimiser = optax.sgd(0.1)
-    opt_state = optimiser.init(eqx.filter(rx.deref(model), eqx.is_array))
+    optimizer = optax.sgd(0.1)
+    opt_state = optimizer.init(eqx.filter(rx.deref(model), eqx.is_array))
     grads = rx.filter_grad(lambda m, x: jnp.sum(m(x)))(model, jnp.ones(3))
-    updates, _ = optimiser.update(grads, opt_state)
+    updates, _ = optimizer.update(grads, opt_state)
     new = eqx.apply_updates(rx.deref(model), updates)
     before = model.encoder.value
     rx.update_refs(model, new)

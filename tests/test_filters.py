@@ -154,9 +154,9 @@ def test_a_spec_goes_to_optax():
     tree = {"w": rx.Ref(jnp.ones(2), "params"), "n": rx.Ref(jnp.zeros(2), "counts")}
     opened: Any = rx.deref(tree)
     spec = rx.filter_spec(tree, "params")
-    optimiser = optax.masked(optax.sgd(0.5), spec)
+    optimizer = optax.masked(optax.sgd(0.5), spec)
     grads: Any = jax.tree.map(jnp.ones_like, opened)
-    updates: Any = optimiser.update(grads, optimiser.init(opened))[0]
+    updates: Any = optimizer.update(grads, optimizer.init(opened))[0]
     assert updates["w"].value.tolist() == [-0.5, -0.5]
     assert updates["n"].value.tolist() == [1.0, 1.0]
 

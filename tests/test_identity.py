@@ -1,4 +1,4 @@
-"""A ref inside of a transform is equal to the ref outside that it stands for."""
+"""A ref inside a transform is equal to the ref outside that it stands for."""
 
 import copy
 import functools
@@ -521,7 +521,7 @@ def test_the_programs_of_refs_that_are_gone_are_not_kept():
     assert [entry for entry in by_refs.kept.items() if entry[0] != (None,)] == []
 
 
-def test_an_optimiser_state_by_ref_is_found_inside():
+def test_an_optimizer_state_by_ref_is_found_inside():
     net = make_net()
     momentum = {layer.weight: rx.Ref(jnp.array(0.0), "momentum") for layer in net}
 

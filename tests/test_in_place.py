@@ -1,4 +1,4 @@
-"""Lists, dicts, NumPy arrays and sets in the values of refs, changed where nobody looks."""
+"""Lists, dicts, NumPy arrays and sets in the values of refs, changed unseen."""
 
 import copy
 import pickle
@@ -187,6 +187,6 @@ def test_an_attribute_of_a_ref_is_never_dropped(cls):
         ):
             door(ref)
     assert ref.tag == "x" and ref[...] == 1.0
-    # The remedies: in the class, or beside it in a tree.
+    # The remedies: in the class, or next to it in a tree.
     assert rx.clone(Tagged(1.0)).unit == "m"
     assert rx.clone({"ref": cls(1.0), "tag": "x"})["tag"] == "x"

@@ -244,7 +244,7 @@ class Write:
 
 @dataclasses.dataclass(frozen=True)
 class Swap:
-    """Two refs swap their values, which are not computed anew."""
+    """Two refs swap their values, which are not computed again."""
 
     a: int
     b: int

@@ -55,7 +55,7 @@ def test_a_call_reads_and_writes_refs():
     assert linear.uses.value == 2
 
 
-# Inside of `__init__`
+# Inside `__init__`
 
 
 def test_inside_init_the_attribute_is_the_ref():

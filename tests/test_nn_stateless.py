@@ -163,7 +163,7 @@ def test_going_between_the_modes_traces_each_once(trace_counter):
         for _ in range(3):
             jitted(model, x)
             jitted(evaluated, x)
-            jitted(rx.nn.inference_mode(model), x)  # made anew each time
+            jitted(rx.nn.inference_mode(model), x)  # a new one each time
             jitted(rx.nn.inference_mode(evaluated, value=False), x)
     assert apply.counter.count == 2
     assert model[0].count.value == evaluated[0].count.value == 6

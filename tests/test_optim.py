@@ -28,7 +28,7 @@ def _settings():
 
 
 class Tied(rx.Module):
-    """One weight at two places, another beside it, a scalar, and what is not trained."""
+    """One weight at two places, another one, a scalar, and what is not trained."""
 
     first: rx.Param[Float[Array, "n n"]]
     bias: rx.Param[Float[Array, "n"]]

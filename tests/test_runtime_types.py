@@ -129,7 +129,7 @@ def test_the_axis_names_of_a_call_are_shared():
         f(a, jnp.ones(3))
 
 
-# typeguard takes a string inside of an annotation for the name of a type.
+# typeguard takes a string inside an annotation for the name of a type.
 Row = Float[Array, "n"]
 ParamRow = rx.Param[Row]
 

@@ -227,7 +227,7 @@ def test_values_go_to_the_devices_of_those_that_they_replace(path):
     assert tree["array"].value.tolist() == [0, 1, 2, 3]
 
 
-def test_the_state_of_an_optimiser(path):
+def test_the_state_of_an_optimizer(path):
     def make_all(seed):
         model = {"w": rx.Ref(jr.normal(jr.key(seed), (3,)), "params")}
         tx = optax.adam(optax.cosine_decay_schedule(0.1, 10))

@@ -23,7 +23,7 @@ path, last, fatal, call = pathlib.Path(path), int(last), int(fatal), int(call)
 
 
 def stop_at(point, call):
-    # Says so and waits, in place of the nth call of a function: for a signal to come.
+    # Says so and waits, instead of the nth call of a function: for a signal to come.
     module, name = point.split(":")
     module = importlib.import_module(module)
     function, calls = getattr(module, name), []

@@ -281,7 +281,7 @@ def test_a_mesh_axis_that_there_is_not(mesh):
         rules.specs(FeedForward(jr.key(0)), mesh)
 
 
-def test_a_name_in_the_rules_that_is_misspelt():
+def test_a_name_in_the_rules_that_is_misspelled():
     rules = rx.axis_rules(fnn="tensor", batch="data")
     message = "called 'fnn': the types declare 'ffn', 'embed'. Is 'ffn' meant, of `up`"
     with pytest.raises(rx.StructureError, match=message):

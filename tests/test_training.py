@@ -44,7 +44,7 @@ def _promotion():
 
 TOKENS = jnp.array([1, 4, 2, 0, 3])
 NEXT = jnp.array([4, 2, 0, 3, 1])
-OPTIMISER = optax.adamw(1e-1, weight_decay=1e-2)
+OPTIMIZER = optax.adamw(1e-1, weight_decay=1e-2)
 
 
 def _cross_entropy(logits):
@@ -63,13 +63,13 @@ def _loss(model):
 
 def _train_by_reference(donate, n_steps):
     model = Tied(5, 3, key=jr.key(0))
-    state = rx.Ref(OPTIMISER.init(_params(model)), "optimiser")
+    state = rx.Ref(OPTIMIZER.init(_params(model)), "optimizer")
 
     @rx.filter_jit(donate=donate)
     def step(model, state):
         loss, grads = rx.filter_value_and_grad(_loss, wrt="params")(model)
         params = _params(model)
-        updates, state.value = OPTIMISER.update(grads, state.value, params)
+        updates, state.value = OPTIMIZER.update(grads, state.value, params)
         rx.update_refs(model, optax.apply_updates(params, updates))
         return loss
 
@@ -79,7 +79,7 @@ def _train_by_reference(donate, n_steps):
 def _train_by_hand(n_steps):
     model = Tied(5, 3, key=jr.key(0))
     params = {"tied": model.embedding.value, "hidden": model.hidden.value}
-    state = OPTIMISER.init(params)
+    state = OPTIMIZER.init(params)
 
     def loss(params):
         def logits(token):
@@ -90,7 +90,7 @@ def _train_by_hand(n_steps):
     @jax.jit
     def step(params, state):
         value, grads = jax.value_and_grad(loss)(params)
-        updates, state = OPTIMISER.update(grads, state, params)
+        updates, state = OPTIMIZER.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 
     losses = []
@@ -112,9 +112,9 @@ def test_training_a_tied_model_equals_training_by_hand(donate):
     assert model.seen.value == 3
 
 
-def test_a_tied_weight_has_one_optimiser_slot():
+def test_a_tied_weight_has_one_optimizer_slot():
     model = Tied(5, 3, key=jr.key(0))
-    state: Any = OPTIMISER.init(_params(model))
+    state: Any = OPTIMIZER.init(_params(model))
     adam = state[0]
     assert [x.shape for x in jax.tree.leaves(adam.mu)] == [(5, 3), (3, 3)]
     assert [x.shape for x in jax.tree.leaves(adam.nu)] == [(5, 3), (3, 3)]

@@ -25,7 +25,7 @@ class Linear(rx.Module):
 
 
 class Norm(rx.Module):
-    """Batch normalisation without variance, over one or several mapped axes."""
+    """Batch normalization without variance, over one or several mapped axes."""
 
     mean: rx.BatchStat[jax.Array]
     axis: object = eqx.field(static=True)

@@ -233,7 +233,7 @@ def dispatching(derefed: Call) -> _trace.pushed:
 def running_call() -> Call:
     call = _trace.thread.state.calls[-1]
     if type(call) is tuple:
-        # Of a plan, which knows all of a call but the refs that it is given.
+        # A plan: it knows all of a call but the refs that it is given.
         call = with_refs(*call)
     return call
 

@@ -159,7 +159,7 @@ def _unflatten(_: None, children: Any) -> Dag:
     dag = object.__new__(Dag)
     (dag._derefed,) = children
     dag._home = _trace.current_trace_ref()
-    # Of the last inner transform that asked: its trace, and the tree that it was given.
+    # For the last inner transform that asked: its trace, and the tree it was given.
     dag._copy = None  # pyright: ignore[reportAttributeAccessIssue] (a generic slot)
     return dag
 

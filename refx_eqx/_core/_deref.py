@@ -207,7 +207,7 @@ def reref(tree: T) -> T:
     """The inverse of `deref`: makes a new ref for each `Value`, and puts the
     same one wherever an `Index` refers to it.
 
-    The new refs are owned by the trace that is running, so inside of a transformed
+    The new refs are owned by the trace that is running, so inside a transformed
     function they may be read and written.
 
     !!! Example
@@ -391,7 +391,7 @@ def tree_equal(
     **Returns:**
 
     Whether all are equal: in structure, sharing, collections, ref types and values. A `bool`;
-    inside of a transform it may be a traced scalar, as in Equinox.
+    inside a transform it may be a traced scalar, as in Equinox.
     """
     derefed = [_derefed(tree) for tree in trees]
     return eqx.tree_equal(*derefed, typematch=typematch, rtol=rtol, atol=atol)

@@ -1,4 +1,4 @@
-"""Which ref is which: a ref inside of a transform is equal to the one that it stands for.
+"""Which ref is which: a ref inside a transform is equal to the one that it stands for.
 
 The body of a lifted transform runs on inner refs. An inner ref has the hash of the ref
 outside that it stands for, and is equal to it while the body runs: so sets, dicts and

@@ -24,7 +24,7 @@ __tracebackhide__ = True
 
 
 class Label(Ignored):
-    """What a ref says of itself beside its structure: `(name, declared types)`.
+    """What a ref says of itself that is no part of its structure: `(name, declared types)`.
 
     It rides along in the treedef of a derefed tree without being part of it: any two labels
     are equal. (Treedefs are equal for equal structure, sharing, collections and ref types.)

@@ -70,15 +70,15 @@ class _Commits:
 
     def store(self, updates: Iterable[tuple["Ref", Any]]) -> None:
         """Writes values that were checked, all in one step. The lock must be held."""
-        refs, values, channelled, channels = [], [], [], []
+        refs, values, channeled, channels = [], [], [], []
         for ref, value in updates:
             if (
                 type(value) is not _trace.ConcreteArray
                 and type(ref._value) is _trace.ConcreteArray
             ):
                 self.restructured += 1
-            if type(value) is Channelled:
-                channelled.append(ref)
+            if type(value) is Channeled:
+                channeled.append(ref)
                 channels.append(value.channel)
                 value = value.value
             refs.append(ref)
@@ -87,7 +87,7 @@ class _Commits:
             one_step(
                 itertools.chain(
                     map(set_value, refs, values),
-                    map(_set_channel, channelled, channels),
+                    map(_set_channel, channeled, channels),
                     map(_set_written, refs, itertools.repeat(True)),
                 )
             )
@@ -171,10 +171,10 @@ class Ref(Shared, Generic[T]):
     _value: Any
     _collection: Hashable
     _name: str | None
-    # What a backward rule writes the ref by, if it may. See `_transforms/_backward.py`.
+    # What a backward rule writes the ref by, if it may. See `_engine/_backward.py`.
     _channel: Any
-    # Of an inner ref: the body that it was made for, and the ref that it stands for there.
-    # That is `None` if it is not known (in a rule that JAX runs after the call).
+    # For an inner ref: the body that it was made for, and the ref that it stands for there
+    # (`None` if that is not known: in a rule that JAX runs after the call).
     _body: Body | None
     _outer: "Ref | None"
     # Whether this very ref was hashed, and so may be in a set or a dict.
@@ -184,7 +184,7 @@ class Ref(Shared, Generic[T]):
     _trace: Any
     # Whether it was assigned since it was made: so a body is seen to write it, even if what
     # it writes is what was there. (What a plan writes it does not say: none runs in a body.)
-    # `IN_PLACE` if only something in its value was changed, by a transform inside of the body.
+    # `IN_PLACE` if only something in its value was changed, by a transform inside the body.
     _written: "bool | str"
 
     def __init__(self, value: T, collection: Hashable = None):
@@ -404,7 +404,7 @@ def is_ref(x: Any) -> "TypeIs[Ref]":
     return isinstance(x, Ref)
 
 
-class Channelled:
+class Channeled:
     """The value of a ref together with its channel, as a transform carries them."""
 
     __slots__ = ("channel", "value")
@@ -415,15 +415,15 @@ class Channelled:
 
 
 jtu.register_pytree_node(
-    Channelled,
+    Channeled,
     lambda x: ((x.value, x.channel), None),
-    lambda _, children: Channelled(*children),
+    lambda _, children: Channeled(*children),
 )
 
 
 def content(ref: Ref) -> Any:
     """What a transform carries of a ref: its value, with the channel if there is one."""
-    return ref._value if ref._channel is None else Channelled(ref._value, ref._channel)
+    return ref._value if ref._channel is None else Channeled(ref._value, ref._channel)
 
 
 # Past the `__setattr__` of a subclass, which might raise between two refs of one call.
@@ -433,7 +433,7 @@ _set_written = Ref.__dict__["_written"].__set__
 
 
 def set_content(ref: Ref, x: Any) -> None:
-    if type(x) is Channelled:
+    if type(x) is Channeled:
         set_value(ref, x.value)
         _set_channel(ref, x.channel)
     else:
@@ -484,7 +484,7 @@ def make_ref(
 
 
 def check_no_attributes(ref: Ref) -> None:
-    """A copy of a ref, and the ref inside of a transform, have no attributes of a subclass.
+    """A copy of a ref, and the ref inside a transform, have no attributes of a subclass.
 
     **Raises:**
 

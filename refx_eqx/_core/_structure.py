@@ -32,7 +32,7 @@ from ._errors import describe
 from ._identity import NOTHING_ASKED
 from ._nodes import Index, is_node, Value
 from ._places import place
-from ._ref import Channelled, is_ref, Ref
+from ._ref import Channeled, is_ref, Ref
 
 
 __tracebackhide__ = True
@@ -75,9 +75,9 @@ def split_value(value: Any) -> tuple[Any, Any]:
     """
     if is_traced_in_ref(value):
         return value, None
-    if type(value) is Channelled:
+    if type(value) is Channeled:
         arrays, statics = split_value(value.value)
-        return Channelled(arrays, value.channel), statics
+        return Channeled(arrays, value.channel), statics
     arrays, statics = eqx.partition(value, _spec_of(value))
     return arrays, statics if jtu.tree_leaves(statics) else None
 
@@ -97,8 +97,8 @@ def join_value(arrays: Any, statics: Any) -> Any:
     """The opposite of `split_value`."""
     if statics is None:
         return arrays
-    if type(arrays) is Channelled:
-        return Channelled(join_value(arrays.value, statics), arrays.channel)
+    if type(arrays) is Channeled:
+        return Channeled(join_value(arrays.value, statics), arrays.channel)
     return eqx.combine(arrays, statics)
 
 
@@ -162,7 +162,7 @@ def _is_weak(static: Any) -> bool:
 def flatten(
     tree: Any, is_wanted: Callable[[Any], bool] = is_ref
 ) -> tuple[list[Any], Carried]:
-    """The leaves of a tree, those inside of functions that carry refs included.
+    """The leaves of a tree, those inside functions that carry refs included.
 
     **Arguments:**
 

@@ -3,7 +3,7 @@
 This is the only file that touches the internals of JAX.
 
 JAX runs a Python function under a *trace*: the bottom one evaluates, a `jit`, `scan` or
-`cond` stages a program, a `vmap` batches, a `grad` linearises. Each trace knows the one
+`cond` stages a program, a `vmap` batches, a `grad` linearizes. Each trace knows the one
 it was opened in, so the traces that are running form a chain, innermost first:
 
     DynamicJaxprTrace (scan)  ->  LinearizeTrace (grad)  ->  EvalTrace
@@ -355,7 +355,7 @@ def is_inner(owner: TraceRef) -> bool:
 def why_not_alive(value: Any) -> str | None:
     """The reason why the array `value` may not be kept here; or `None`.
 
-    A tracer is alive in the trace that made it and in those opened inside of it.
+    A tracer is alive in the trace that made it and in those opened inside it.
     """
     if not isinstance(value, core.Tracer):
         return None

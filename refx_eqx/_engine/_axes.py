@@ -62,7 +62,7 @@ class axes:
         that matches nothing has no effect, so the same axes serve a model with batch
         statistics and one without.
     - `default`: the axis of all other leaves: an `int`, `None`, or a function of a leaf.
-        If omitted, a leaf that is not named is an error, which finds a misspelt key.
+        If omitted, a leaf that is not named is an error, which finds a misspelled key.
     - `**collections`: the axis of each collection.
 
     **Raises:**
@@ -158,7 +158,7 @@ SAME = _Same()
 
 
 class Within(NamedTuple):
-    """`rx.axes` at the place of a function: they are asked of what is inside of it."""
+    """`rx.axes` at the place of a function: they are asked of what is inside it."""
 
     axes: axes
     path: Path
@@ -261,20 +261,20 @@ def array_axis(axis: Any, array: Any) -> int | None:
 
 
 class Given(NamedTuple):
-    """The axis of one leaf, and whether the leaf is inside of a function."""
+    """The axis of one leaf, and whether the leaf is inside a function."""
 
     axis: Any
     is_inside: bool
 
 
 def axes_of_leaves(part: Carried, own: list[Any], leaves: list[Any]) -> list[Given]:
-    """The axis of each leaf, those inside of functions that close over refs included. Such
-    a function is one leaf of the tree, whose axis is that of all that is inside of it.
+    """The axis of each leaf, those inside functions that close over refs included. Such
+    a function is one leaf of the tree, whose axis is that of all that is inside it.
 
     **Arguments:**
 
     - `own`: what `leaf_axes` has found.
-    - `leaves`: all leaves of the part, those inside of functions included.
+    - `leaves`: all leaves of the part, those inside functions included.
     """
     if not part.nodes:
         return [Given(axis, False) for axis in own]

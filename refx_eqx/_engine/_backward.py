@@ -5,7 +5,7 @@ it is cotangents. So a ref that a backward rule writes travels as one:
 
 - `filter_grad` gives the ref a *channel*: an input of zeros, which is differentiated too.
   The inner ref has it in a slot next to its value, and every lifted transform on the way
-  (jit, scan, cond, vmap, checkpoint) carries the two together, as a `Channelled`.
+  (jit, scan, cond, vmap, checkpoint) carries the two together, as a `Channeled`.
 - A `filter_custom_vjp` function takes the channel of each ref that it carries, and returns
   it: the channel becomes a thread through the calls, in their order.
 - The backward pass follows the thread in reverse. It starts (`seed`) with the value that
@@ -33,7 +33,7 @@ import jax.tree_util as jtu
 from .._core import _trace
 from .._core._call import Call
 from .._core._errors import CarryError, MismatchError
-from .._core._ref import Channelled
+from .._core._ref import Channeled
 from .._core._structure import Leaves, map_values, Outcome, values_of
 from ._channel import decode, encode, has_channel
 
@@ -54,7 +54,7 @@ def without_channels(derefed: Call) -> tuple[Call, dict[int, Any]]:
     channels = {
         i: value.channel
         for i, value in values_of(derefed.arrays).items()
-        if type(value) is Channelled
+        if type(value) is Channeled
     }
     if not channels:
         return derefed, {}
@@ -65,14 +65,14 @@ def without_channels(derefed: Call) -> tuple[Call, dict[int, Any]]:
 
 
 def _without_channel(_: int, value: Any) -> Any:
-    return value.value if type(value) is Channelled else value
+    return value.value if type(value) is Channeled else value
 
 
 def with_channels(arrays: list[Leaves], channels: dict[int, Any]) -> list[Leaves]:
     """The arrays of a call, with a channel for each of these refs."""
 
     def with_channel(i: int, value: Any) -> Any:
-        return Channelled(value, channels[i]) if i in channels else value
+        return Channeled(value, channels[i]) if i in channels else value
 
     return [map_values(with_channel, leaves) for leaves in arrays]
 
@@ -150,7 +150,7 @@ def apart_from_channels(
 def with_outer_channels(outcome: Outcome, channels: dict[int, Any]) -> Outcome:
     """The opposite of `without_channels`, for what was written."""
     updates = {
-        i: Channelled(x, channels[i]) if i in channels else x
+        i: Channeled(x, channels[i]) if i in channels else x
         for i, x in outcome.updates.items()
     }
     return with_updates(outcome, updates)

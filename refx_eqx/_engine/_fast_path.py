@@ -179,7 +179,7 @@ class Plan:
     others: list[int]
     # Weak references to what the key has by identity.
     guards: list[weakref.ref]
-    # Of the last outcome: its info, and whether it writes anything else than JAX arrays. A
+    # About the last outcome: its info, and whether it writes anything else than JAX arrays. A
     # tuple, as several threads may be here at once.
     last: tuple[OutcomeInfo | None, bool]
     remade: int
@@ -207,7 +207,7 @@ class Plan:
             for i, value in enumerate(derefed.values)
             if type(value) is not _trace.ConcreteArray
         ]
-        # Of each ref: its node, and what its value is equal by apart from its arrays.
+        # For each ref: its node, and what its value is equal by apart from its arrays.
         self.nodes = list(derefed.structure.refs().values())
         self.statics = [static_keys(node.value) for node in self.nodes]
         self.program, self.variant = program, variant

@@ -52,7 +52,7 @@ class _Resplit(Exception):
 
 class ByCall(Generic[T]):
     """What is kept for the structure of a call; and for its very refs, as far as it was
-    asked which ones they are (see `_identity.py`)."""
+    asked which ones they are (see `_core/_identity.py`)."""
 
     def __init__(self):
         self._kept: dict[Hashable, _ByRefs[T]] = {}
@@ -200,7 +200,7 @@ class Variant:
         self.donates = program.donate != "none"
         outside, values = treedef.children()
         self.n_outside: int = outside.num_leaves
-        # Of each ref: the structure of its value, and where its arrays are.
+        # For each ref: the structure of its value, and where its arrays are.
         self.values = values.children()
         ends = itertools.accumulate(
             (x.num_leaves for x in self.values), initial=self.n_outside

@@ -46,7 +46,7 @@ def read_tangents(
     - `TypeError`: if there is something that is no tangent.
     """
     likes = values_of(like)
-    # Of each ref. `None` is the absence of a node here, so nothing says more than "zero".
+    # By ref. `None` is the absence of a node here, so nothing says more than "zero".
     found = {i: jtu.tree_map(lambda _: None, value) for i, value in likes.items()}
     read = []
     for part, mine, tree in zip(parts, like, trees):

@@ -5,7 +5,7 @@ A class says of a field `weight: rx.Param[Float[Array, "out in"]]`: that is decl
 instance carries that `BoundType`, and every write is checked by it.
 
 A ref may hold more, or less, than what was declared. `filter_vmap(Linear)(keys)` makes refs
-with an axis in front; inside of `filter_vmap` and `scan` it is gone again; under a
+with an axis in front; inside `filter_vmap` and `scan` it is gone again; under a
 `shard_map` a ref holds a part. Nothing has to tell the type: what a ref holds *before* a
 write has been checked already, so it shows which axes are extra.
 """
@@ -128,7 +128,7 @@ class BoundType:
         if _is_data(old):
             axes = self.extra_axes(old)
             if axes is None and ref._body is None:
-                axes = ()  # it was written when nobody checked
+                axes = ()  # it was written while checks were off
             if axes is None:
                 if _same_shapes(old, value):
                     return value
@@ -285,7 +285,7 @@ def _find(
     module: str, qualname: str, field: str, number: int, names: AxisNames
 ) -> BoundType | None:
     """To unpickle a bound type: the class has what was declared. `None` if the class is not
-    to be found, as one that was defined inside of a function."""
+    to be found, as one that was defined inside a function."""
     owner: Any = sys.modules.get(module)
     for part in qualname.split("."):
         owner = getattr(owner, part, None)

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Collection:
-    """Declares the collection of a field, inside of `typing.Annotated`.
+    """Declares the collection of a field, inside `typing.Annotated`.
 
     !!! Example
 

@@ -58,7 +58,7 @@ class Config:
 
     def __init__(self):
         self._everywhere = _parse(os.environ.get("REFX_CHECK_TYPES", "1"))
-        # Of an `asyncio` task, and so of a thread: each begins with none.
+        # For each `asyncio` task, and so each thread: all begin with none.
         self._here: contextvars.ContextVar[tuple[tuple[object, bool], ...]]
         self._here = contextvars.ContextVar("refx_eqx.config", default=())
 

@@ -28,9 +28,9 @@ class _Log(NamedTuple):
 
 class _Here(threading.local):
     def __init__(self):
-        # Of the modules that are being made, one inside of the other.
+        # One for each module that is being made, the outermost first.
         self.logs: list[_Log] = []
-        # Of the fields of a bare `equinox.Module` that are converted already.
+        # Those fields of a bare `equinox.Module` that are converted already.
         self.converted: list[_State] = []
 
 
@@ -50,7 +50,7 @@ def making_a_module() -> Iterator[None]:
     with _logging([]) as log:
         yield
     if _here.logs:
-        # The module around it may fail yet. (A ref of a trace inside of it, as that of
+        # The module around it may fail yet. (A ref of a trace inside it, as that of
         # `filter_vmap` over layers, ends with that trace, and may not be kept.)
         outer = _here.logs[-1]
         mine = (x for x in log if _trace.outlives(x[0]._trace, outer.trace))

@@ -1,4 +1,4 @@
-"""Where refs may not be written: inside of `mutable`, and in a filter."""
+"""Where refs may not be written: inside `mutable`, and in a filter."""
 
 import contextlib
 from collections.abc import Callable, Iterator

@@ -21,7 +21,7 @@ def mutable(filter: FilterLike, tree: PyTree = None) -> Iterator[None]:
     """Inside the `with` block, only refs selected by `filter` may be written.
 
     The limit holds for this thread and this `asyncio` task. It may be nested; then all of
-    the filters must allow a write. A generator that yields inside of the block limits who
+    the filters must allow a write. A generator that yields inside the block limits who
     runs it until it goes on, as a context manager made of a generator is meant to. What a lifted transform writes back is checked too.
 
     !!! Example
@@ -42,7 +42,7 @@ def mutable(filter: FilterLike, tree: PyTree = None) -> Iterator[None]:
     **Arguments:**
 
     - `filter`: any filter. `False` forbids every write. Without a tree, one cannot tell
-        whether a name is misspelt; nothing is written then that is not selected.
+        whether a name is misspelled; nothing is written then that is not selected.
     - `tree`: the tree that the paths of a path filter are of. Not needed for others.
 
     **Raises:**

@@ -95,7 +95,7 @@ class axis_rules:
     When used:
 
     - `StructureError`: if two types of one ref name an axis differently, and the rules for
-        these names differ; if a name in the rules looks like a misspelt one; if an axis of
+        these names differ; if a name in the rules looks like a misspelled one; if an axis of
         the mesh does not divide, is used twice for one array, or does not exist; under
         `strict`, whenever something is not said.
     """

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 def filter_shard(x: T, device_or_shardings: PyTree) -> T:
     """As `equinox.filter_shard`, by reference: the values of the refs of a tree are put where
-    they are to be, in place. Inside of a transform their shardings are constrained.
+    they are to be, in place. Inside a transform their shardings are constrained.
 
     (`equinox.filter_shard` itself sees no arrays in a tree of refs: it does nothing to one.)
 

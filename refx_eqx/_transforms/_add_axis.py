@@ -53,7 +53,7 @@ def add_axis(tree: T, size: int, filter: FilterLike = True, *, axis: int = 0) ->
         assert step(cells, jnp.ones((8, 3))).shape == (8, 3)
         ```
 
-    The declared type of a ref stays what it was: inside of the mapped function the axis is
+    The declared type of a ref stays what it was: inside the mapped function the axis is
     gone, and a write outside must keep it.
 
     **Arguments:**

@@ -14,7 +14,7 @@ import jax.tree_util as jtu
 from .._core._call import Call, call
 from .._core._derefed import tree_of
 from .._core._errors import CarryError, describe, MismatchError, name_of
-from .._core._ref import Channelled, Ref
+from .._core._ref import Channeled, Ref
 from .._core._structure import (
     arrays_of,
     join,
@@ -181,7 +181,7 @@ class filter_custom_vjp(Custom[P, T]):
             assert frame.info is not None
             # What is written is not differentiated; the channels are.
             values = {**values_of(plain.arrays), **jax.lax.stop_gradient(updates)}
-            both = {i: Channelled(values[i], x) for i, x in threaded.items()}
+            both = {i: Channeled(values[i], x) for i, x in threaded.items()}
             statics = {i: frame.nodes[i].value for i in threaded}
             info = copy.copy(frame.info)
             info.written = {**statics, **info.written}

@@ -268,7 +268,7 @@ def filter_pure_callback(
     **kwargs: Any,
 ) -> PyTree:
     """As `equinox.filter_pure_callback`, for arguments that hold refs: calls a Python
-    function from inside of a compiled program.
+    function from inside a compiled program.
 
     The callback gets refs that hold the values of this moment. It is pure, so it may read
     them and not write them.

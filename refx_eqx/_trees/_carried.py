@@ -52,7 +52,7 @@ def _num_leaves(node: Any) -> int:
 
 def counts(structure: Carried) -> list[int]:
     """For each leaf of the tree itself, how many there are in its place: one, or all those
-    inside of a function that is opened."""
+    inside a function that is opened."""
     nodes = structure.nodes or (None,) * structure.treedef.num_leaves
     return list(map(_num_leaves, nodes))
 
@@ -100,7 +100,7 @@ class _Opening(NamedTuple):
 def flatten(
     tree: Any, is_wanted: Callable[[Any], bool] = is_shared
 ) -> tuple[list[Any], Carried]:
-    """The leaves of a tree, those inside of functions that carry refs included.
+    """The leaves of a tree, those inside functions that carry refs included.
 
     **Arguments:**
 

@@ -118,7 +118,7 @@ def _leaves(tree: Any) -> list[Any]:
 
 
 def holds_itself(tree: Any) -> bool:
-    """Whether a list or a dict is inside of itself, by lists, dicts and tuples alone.
+    """Whether a list or a dict is inside itself, by lists, dicts and tuples alone.
 
     To be asked before JAX is: its `RecursionError` (jaxlib 0.10 to 0.12) leaves the count
     of the interpreter wrong, so that everything after it fails, up to the exit.

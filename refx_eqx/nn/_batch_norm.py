@@ -1,4 +1,4 @@
-"""`BatchNorm`: normalisation by the statistics of a batch, whose averages are refs."""
+"""`BatchNorm`: normalization by the statistics of a batch, whose averages are refs."""
 
 import math
 from collections.abc import Hashable, Sequence
@@ -57,7 +57,7 @@ class BatchNorm(Module):
     - `momentum` is the share that the running statistics *keep* (PyTorch's is the share that
         they lose: `0.99` here is `0.01` there);
     - the variance is that of the batch as it is, divided by `n` and not by `n - 1`;
-    - `eps` is added to the variance, inside of the root.
+    - `eps` is added to the variance, inside the root.
 
     The one difference: `mean` and `var` have no bias to what they started with, from the first
     batch on. Equinox 0.13.8 corrects both as if they had started at zero, but starts the
@@ -193,7 +193,7 @@ class BatchNorm(Module):
         except NameError as e:
             raise NameError(
                 "`rx.nn.BatchNorm`: there is no mapped axis of the name "
-                f"{self.axis_name!r} here. Call the layer inside of `rx.filter_vmap(..., "
+                f"{self.axis_name!r} here. Call the layer inside `rx.filter_vmap(..., "
                 f"axis_name={self.axis_name!r})`, or make it without `axis_name` and call it "
                 "on a batch."
             ) from e

@@ -118,6 +118,6 @@ def drop(x: Array, p: Any, key: Any) -> Array:
     """`x` with a fraction `p` of its entries set to zero, and the others scaled."""
     keep = 1 - jax.lax.stop_gradient(p)
     mask = jr.bernoulli(key, keep, x.shape)
-    # Of `p = 1` nothing is kept: the division is of entries that are, or by one.
+    # With `p = 1` nothing is kept: the division is of entries that are, or by one.
     scale = jnp.where(keep > 0, keep, 1).astype(x.dtype)
     return jnp.where(mask, x / scale, 0)

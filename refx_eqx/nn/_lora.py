@@ -1,4 +1,4 @@
-"""`LoRA`: a change of low rank around a linear layer that stays as it is."""
+"""`LoRA`: a change of low rank around a linear layer, which stays unchanged."""
 
 from typing import Annotated, Any, TypeVar
 
@@ -54,7 +54,7 @@ class LoRA(Module):
     **Arguments:**
 
     - `layer`: a layer that multiplies the last axis of its input by a weight of shape
-        `(out, in)`: of ours or of anybody.
+        `(out, in)`: of this library, of another, or your own.
     - `rank`: of the change.
     - `alpha`: the change is scaled by `alpha / rank`; by default by one.
     - `weight_name`: the field of the layer that is its weight.

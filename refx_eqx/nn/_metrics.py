@@ -64,7 +64,7 @@ class Average(_Metric):
 
         @rx.filter_jit
         def step(loss, batch):
-            loss.update(batch)  # inside of a step, as any write
+            loss.update(batch)  # inside a step, as any write
 
         for batch in jnp.arange(6.0).reshape(2, 3):
             step(loss, batch)

@@ -43,7 +43,7 @@ class GRUCell(Module):
 
     The weights are those of `cell`, an `equinox.nn.GRUCell` of refs of collection `"params"`.
     The state is `hidden`, of collection `"cache"`. Gradients go through as many steps as are
-    inside of one `filter_grad`: from one call of a training step to the next the state is a
+    inside one `filter_grad`: from one call of a training step to the next the state is a
     value like any other.
 
     **Arguments:**

@@ -42,7 +42,8 @@ class SpectralNorm(Module):
 
     **Arguments:**
 
-    - `layer`: the layer, of ours or of anybody. It is shared: its refs are those it had.
+    - `layer`: any layer: of this library, of another, or your own. It is shared: its refs are
+        those it had.
     - `weight_name`: the field of the layer that is its weight, of two dimensions or more. It
         is taken as a matrix of as many rows as its first axis is long.
     - `num_power_iterations`: the steps of one call.

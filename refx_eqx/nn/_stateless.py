@@ -4,7 +4,7 @@
 class here only makes such a layer: what comes out is of Equinox's own class, as `as_refs`
 leaves it, so a plain layer and one of ours become each other by `snapshot` and `as_refs`.
 
-What has no arrays (`Identity`, `Lambda`, the pools) is Equinox's, as it is.
+What has no arrays (`Identity`, `Lambda`, the pools) is Equinox's, unchanged.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,10 +24,10 @@ _plain: dict[type, type] = {}
 
 
 class _LayerMeta(type(eqx.Module)):
-    """Of the classes whose call makes a layer with refs."""
+    """The metaclass of the layers: calling a class makes a layer with refs."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        # A subclass that somebody writes is made as it is, and then gets its refs.
+        # A subclass written elsewhere is made as usual, and then gets its refs.
         plain = _plain.get(cls)
         make = super().__call__ if plain is None else plain
         return with_params(make(*args, **kwargs))

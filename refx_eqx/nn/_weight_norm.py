@@ -36,7 +36,8 @@ class WeightNorm(Module):
 
     **Arguments:**
 
-    - `layer`: the layer, of ours or of anybody. It is shared: its refs are those it had.
+    - `layer`: any layer: of this library, of another, or your own. It is shared: its refs are
+        those it had.
     - `weight_name`: the field of the layer that is its weight.
     - `axis`: the length is that over all axes except this one; `None` for over all.
 

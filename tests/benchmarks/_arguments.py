@@ -102,9 +102,9 @@ def _with(make: Callable[[], Any]) -> Callable[[Refs], Arguments]:
     return lambda refs: ((model(refs), make()), {})
 
 
-# Made once: under leak checks, JAX 0.10 compiles anew for each array.
+# Made once: under leak checks, JAX 0.10 compiles again for each array.
 ONE, KEY = jnp.ones(1), jax.random.key(0)
-OPTIMISER_LIKE = State(jnp.sin, jnp.cos)  # what `optax.adam` returns, but for its name
+OPTIMIZER_LIKE = State(jnp.sin, jnp.cos)  # what `optax.adam` returns, but for its name
 
 # How the refs come.
 CARRIERS: dict[str, Callable[[Refs], Arguments]] = {
@@ -123,7 +123,7 @@ CARRIERS: dict[str, Callable[[Refs], Arguments]] = {
     "a bound method": lambda refs: ((model(refs).write,), {}),
 }
 
-# What is passed beside a model.
+# What is passed next to a model.
 COMPANIONS: dict[str, Callable[[Refs], Arguments]] = {
     "an array": _with(lambda: ONE),
     "a NumPy array": _with(lambda: np.ones(1, np.float32)),
@@ -143,7 +143,7 @@ COMPANIONS: dict[str, Callable[[Refs], Arguments]] = {
     "a type": _with(lambda: Batch),
     "a function": _with(lambda: jnp.sin),
     "a hashable object": _with(lambda: Options(0.5)),
-    "a NamedTuple of functions": _with(lambda: OPTIMISER_LIKE),
+    "a NamedTuple of functions": _with(lambda: OPTIMIZER_LIKE),
     "a new module of arrays": _with(lambda: Batch(ONE, "batch")),
     "a list of arrays": _with(lambda: [ONE, ONE]),
 }

@@ -141,7 +141,7 @@ def _slow(x: jax.Array, n: jax.Array) -> jax.Array:
 
 
 def share_inside(target: float, rounds: int) -> dict[str, dict[str, float]]:
-    """The part of a computation of `target` seconds that is spent inside of the call."""
+    """The part of a computation of `target` seconds that is spent inside the call."""
     size = (512, 512)
     ref = rx.Ref(jnp.full(size, 0.01))
     n = jnp.int32(4)

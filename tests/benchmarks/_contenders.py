@@ -42,7 +42,7 @@ def _modules(base: type, layers: Layers, annotation: Any) -> Any:
 
 
 def _jax_jit(problem: Problem) -> Step:
-    """By hand: a flat list of arrays, of which what comes back is bound anew."""
+    """By hand: a flat list of arrays, rebound to what comes back."""
     layers = problem.make()
     places = [(i, name) for i, layer in enumerate(layers) for name in layer]
     flat = [layers[i][name] for i, name in places]

@@ -23,7 +23,7 @@ def _ours(arguments: Arguments, written: str) -> Callable[[], Any]:
 
 
 def _by_hand(arguments: Arguments, written: str) -> Callable[[], Any]:
-    """The same arrays in a flat list, of which what comes back is bound anew."""
+    """The same arrays in a flat list, rebound to what comes back."""
     values = [ref.value for ref in refs_inside(arguments)]
     outside = jax.tree.leaves(eqx.filter(arguments, eqx.is_array))
     flat = [x for x in jax.tree.leaves(values) if eqx.is_array_like(x)]

@@ -123,7 +123,7 @@ def training_loop(rounds: int, block: float) -> Row:
 
 
 def fresh_lambda(rounds: int, block: float) -> Row:
-    """An eager gradient of a loss that is made anew at each step."""
+    """An eager gradient of a loss that is made again at each step."""
     x = jr.normal(jr.key(1), (8, 16))
     plain = _mlp()
     model = rx.as_refs(plain, "params", eqx.is_inexact_array)

@@ -1,4 +1,4 @@
-"""The work to be done, in the terms of nobody: pure functions of lists of dicts of arrays.
+"""The work to be done, in neutral terms: pure functions of lists of dicts of arrays.
 
 A problem is a state (for each layer, its arrays by name) and a pure function of the state
 and an input, which gives a result and the new values of what is to be written. Every

@@ -419,7 +419,7 @@ class Kind:
     - `returns_refs`: whether refs can be returned;
     - `brings_out`: whether what a backward rule inside writes comes out of it, if it comes
         out of what is around it. By lane it would have to be one value;
-    - `extra`: how many arrays come out beside those that the block returns; `n_out`: how
+    - `extra`: how many arrays come out besides those that the block returns; `n_out`: how
         many, whatever it returns.
     """
 

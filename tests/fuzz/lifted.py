@@ -222,7 +222,7 @@ class Lifted(Interpreter):
         return run
 
     def _floats(self, s: Apply, f: Callable) -> Callable:
-        """`f` as a function that returns floating-point arrays, and refs beside them."""
+        """`f` as a function that returns floating-point arrays, and refs as well."""
 
         def floats(refs, inputs):
             values, out = f(refs, pack([], s.style), inputs)
