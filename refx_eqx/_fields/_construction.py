@@ -28,9 +28,9 @@ class _Log(NamedTuple):
 
 class _Here(threading.local):
     def __init__(self):
-        # One for each module that is being made, the outermost first.
+        # Of the modules that are being made, one inside of the other.
         self.logs: list[_Log] = []
-        # Those fields of a bare `equinox.Module` that are converted already.
+        # Of the fields of a bare `equinox.Module` that are converted already.
         self.converted: list[_State] = []
 
 
@@ -49,12 +49,12 @@ def making_a_module() -> Iterator[None]:
     """While it lasts, a module is made. If that fails, its refs are as they were."""
     with _logging([]) as log:
         yield
-    if _here.logs:
-        # The module around it may fail yet. (A ref of a trace inside it, as that of
-        # `filter_vmap` over layers, ends with that trace, and may not be kept.)
-        outer = _here.logs[-1]
-        mine = (x for x in log if _trace.outlives(x[0]._trace, outer.trace))
-        outer.states.extend(mine)
+        if len(_here.logs) > 1:
+            # The module around it may fail yet. (A ref of a trace inside it, as that of
+            # `filter_vmap` over layers, ends with that trace, and may not be kept.)
+            outer = _here.logs[-2]
+            mine = (x for x in log if _trace.outlives(x[0]._trace, outer.trace))
+            outer.states.extend(mine)
 
 
 @contextlib.contextmanager
