@@ -1,6 +1,7 @@
 """`filter_jit(donate=...)`: old buffers are reused, and nothing that is needed is lost."""
 
 import copy
+import sys
 import threading
 import warnings
 import weakref
@@ -95,6 +96,25 @@ def test_the_program_aliases_its_input_with_its_output():
     assert buffer(a) == old and a.value[0] == 2.0
     plain = filter_jit(_step).lower(a, b, jnp.ones(4)).compile()
     assert "input_output_alias" not in plain.as_text()
+
+
+@jax.check_tracer_leaks(False)  # under them JAX takes the slow path
+def test_a_repeated_donating_call_runs_no_python_of_jax():
+    @filter_jit(donate="refs")
+    def f(refs):
+        for ref in refs:
+            ref.value += 1.0
+
+    refs = [make_ref(), make_ref()]
+    for _ in range(3):
+        f(refs)
+    files = []
+    sys.setprofile(lambda frame, event, arg: files.append(frame.f_code.co_filename))
+    try:
+        f(refs)
+    finally:
+        sys.setprofile(None)
+    assert files and not [file for file in files if "pjit.py" in file]
 
 
 def test_donating_traces_once(trace_counter):

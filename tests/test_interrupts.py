@@ -235,41 +235,60 @@ def test_an_exception_at_a_line_while_a_module_is_made_leaves_its_refs():
     assert interrupted > 0 and state(refs)[1][:3] == ("params", "Typed.b", True)
 
 
+def increment(refs):
+    for ref in refs:
+        ref.value = ref.value + 1
+
+
+LOOPS = {
+    "filter_jit": rx.filter_jit(increment),
+    "donate": rx.filter_jit(increment, donate="refs"),
+    "update_refs": lambda refs: rx.update_refs(refs, [r.value + 1 for r in refs]),
+    "cond": lambda refs: rx.cond(True, increment, increment, refs),
+    "filter_vmap": rx.filter_vmap(increment, in_axes=None, axis_size=2),
+}
+
+
 @pytest.mark.skipif(
     threading.current_thread() is not threading.main_thread(), reason="signals"
 )
-def test_a_real_signal_changes_all_or_nothing():
+@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+# Under them JAX has no fast path, and in Python it may lose what a donating call returned.
+@jax.check_tracer_leaks(False)
+def test_a_real_signal_changes_all_or_nothing(name):
     refs = [rx.Ref(jnp.array(0.0)) for _ in range(50)]
-    increment = rx.filter_jit(
-        lambda refs: [r.__setitem__(..., r[...] + 1) for r in refs] and None
-    )
+    call = LOOPS[name]
     for _ in range(3):
-        increment(refs)
+        call(refs)
     before = signal.getsignal(signal.SIGALRM)
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGALRM, interrupt)
-    hits, end = 0, time.monotonic() + 20
+    hits, end = 0, time.monotonic() + 10
     try:
         while hits < 100 and time.monotonic() < end:
             try:
                 signal.setitimer(signal.ITIMER_REAL, 1e-4 + hits * 1e-5)
-                while True:
-                    increment(refs)
-            except KeyboardInterrupt:
+                while (
+                    time.monotonic() < end
+                ):  # it may have come where Python ignores it
+                    call(refs)
+            except (KeyboardInterrupt, ValueError):
+                # What comes in an `__eq__` that JAX calls, it makes a `ValueError`.
                 hits += 1
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
             assert is_clean()
-            assert len(set(values(refs))) == 1
+            assert len(set(values(refs))) == 1 and None not in values(refs)
     finally:
         signal.signal(signal.SIGALRM, before)
     assert hits > 10
     then = values(refs)[0]
-    increment(refs)
-    assert values(refs)[0] == then + 1
+    call(refs)
+    assert values(refs) == [then + 1] * 50
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt, ZeroDivisionError])

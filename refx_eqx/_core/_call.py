@@ -457,12 +457,12 @@ def rescue(refs: list[Ref], values: list[Any], returned: list[Any]) -> bool:
     **Arguments:**
 
     - `refs`, `values`: the refs of the call, and what was read from them.
-    - `returned`: what the program returned, if it did: leaves, and the treedef.
+    - `returned`: what the program returned, if it did: see `_engine/_donation.py`.
     """
     if not returned or not any(map(_trace.is_deleted, jtu.tree_leaves(values))):
         return False
-    flat, treedef = returned[-1]
-    _, updates, info = treedef.unflatten(flat)
+    flat, packed = returned[-1]
+    _, updates, info = packed.treedef.unflatten(flat)
     with commits.lock:
         commits.store(
             (refs[i], info.value(i, x))

@@ -101,14 +101,20 @@ class Packed:
     def __init__(self, treedef: Any):
         self.treedef = treedef
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Packed) and self.treedef == other.treedef
 
-# What is true of `(treedef, ())`, the arguments: just the treedef. A function in C.
+    def __hash__(self) -> int:
+        return hash(self.treedef)
+
+
+# It is made again of itself and of `()`, of which only the first is true: by a function in C.
 _first: Any = functools.partial(max, key=bool)
-jtu.register_pytree_node(Packed, lambda packed: ((), packed.treedef), _first)
+jtu.register_pytree_node(Packed, lambda packed: ((), packed), _first)
 
 
 def pack(outcome: Any) -> tuple[list[Any], Packed]:
-    """To be returned by a donating program: `call_into` gets it as `(leaves, treedef)`."""
+    """To be returned by a donating program: see `call_into`."""
     flat, treedef = jtu.tree_flatten(outcome)
     return flat, Packed(treedef)
 
@@ -116,8 +122,8 @@ def pack(outcome: Any) -> tuple[list[Any], Packed]:
 def call_into(returned: list[Any], program: Callable[..., Any], *args: Any) -> Any:
     """What a donating program returns. It is kept in `returned`, packed: see `rescue`."""
     returned.extend(map(program, *zip(args)))
-    flat, treedef = returned[-1]
-    return treedef.unflatten(flat)
+    flat, packed = returned[-1]
+    return packed.treedef.unflatten(flat)
 
 
 def _copy(x: Any) -> Any:
