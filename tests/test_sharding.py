@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import optax
 import pytest
+from jax._src.test_util import count_jit_and_pmap_lowerings as counting_compilations
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float
 
@@ -420,3 +421,114 @@ def test_what_filter_shard_is_not_given(mesh):
         rx.filter_shard(ref, "fsdp")
     with pytest.raises(ValueError, match="is for a mesh, and there is none"):
         rx.filter_shard(ref, P("fsdp"))
+
+
+# Staying
+
+
+def put(x, mesh, *spec):
+    return jax.device_put(x, NamedSharding(mesh, P(*spec)))
+
+
+def running_mean(m, w, x):
+    m.value = 0.9 * m.value + 0.1 * (x @ w.value).mean(0)
+
+
+@pytest.fixture
+def drifting(mesh):
+    """The refs and the batch of a step whose result JAX splits otherwise than its state."""
+    m = rx.Ref(put(jnp.zeros(16), mesh))
+    w = rx.Ref(put(jnp.ones((8, 16)), mesh, None, "tensor"))
+    x = put(jnp.ones((8, 8)), mesh, "fsdp")
+    moved = jax.jit(lambda m, w, x: 0.9 * m + (x @ w).mean(0))(m.value, w.value, x)
+    assert moved.sharding.spec == P("tensor")
+    return m, w, x
+
+
+@pytest.mark.parametrize("donate", ["none", "refs"])
+def test_a_written_ref_stays_where_it_was(drifting, donate, trace_counter):
+    m, w, x = drifting
+    counted = trace_counter(running_mean)
+    step = rx.filter_jit(counted, donate=donate)
+    compiled = []
+    for _ in range(4):
+        with counting_compilations() as count:
+            step(m, w, x)
+        compiled.append(count())
+        assert spec_of(m) == P()
+    assert compiled == [1, 0, 0, 0]
+    assert counted.counter.count == 1
+    assert jnp.allclose(m.value, 8 * (1 - 0.9**4))
+
+
+def test_a_program_compiled_ahead_of_time_takes_its_own_state(drifting):
+    compiled = rx.filter_jit(running_mean, donate="refs").lower(*drifting).compile()
+    for _ in range(3):
+        compiled(*drifting)
+    assert spec_of(drifting[0]) == P()
+
+
+def test_a_ref_that_is_moved_stays_where_it_is_put(drifting, mesh, trace_counter):
+    m, w, x = drifting
+    counted = trace_counter(running_mean)
+    step = rx.filter_jit(counted)
+    for _ in range(3):  # the last is planned
+        step(m, w, x)
+    for spec in (P("fsdp"), P(("tensor", "fsdp")), P()):
+        rx.filter_shard(m, NamedSharding(mesh, spec))
+        for _ in range(3):
+            step(m, w, x)
+            assert spec_of(m) == spec
+    assert counted.counter.count == 3  # once for each place
+
+
+def test_a_value_of_another_shape_goes_anywhere(mesh):
+    m = rx.Ref(put(jnp.zeros(16), mesh, "tensor"))
+
+    @rx.filter_jit
+    def shrink(m):
+        m.value = m.value[:3]
+
+    shrink(m)
+    assert m.shape == (3,)
+
+
+def test_the_state_of_loops_stays_too(drifting):
+    m, w, x = drifting
+    rx.scan(lambda _, x: (None, running_mean(m, w, x)), None, jnp.stack([x, x]))
+    assert spec_of(m) == P()
+
+
+def test_a_value_that_is_a_pytree_stays(drifting, mesh):
+    m, w, x = drifting
+    state = rx.Ref({"m": m.value, "n": 0})
+
+    @rx.filter_jit
+    def step(state, w, x):
+        m = 0.9 * state.value["m"] + (x @ w.value).mean(0)
+        state.value = {"m": m, "n": state.value["n"] + 1}
+
+    for _ in range(4):
+        step(state, w, x)
+        assert state.value["m"].sharding.spec == P()
+    moved = put(state.value["m"], mesh, "fsdp")
+    state.value = {"m": moved, "n": state.value["n"]}
+    step(state, w, x)
+    assert state.value["m"].sharding.spec == P("fsdp")
+    assert state.value["n"] == 5
+
+
+def test_a_spec_may_say_that_the_last_axes_are_whole(mesh):
+    w = rx.Ref(put(jnp.zeros((8, 8)), mesh, "tensor", None))
+
+    @rx.filter_jit
+    def step(w, x):
+        w.value = w.value + x
+
+    compiled = []
+    for _ in range(4):
+        with counting_compilations() as count:
+            step(w, put(jnp.ones((8, 8)), mesh, None, "fsdp"))
+        compiled.append(count())
+    assert compiled[2:] == [0, 0]
+    assert spec_of(w) in (P("tensor"), P("tensor", None))

@@ -52,6 +52,7 @@ from ._errors import (
 )
 from ._identity import Asked, asked_of
 from ._nodes import value_node
+from ._on_mesh import on_mesh, Shardings
 from ._ref import commits, content, IN_PLACE, Ref
 from ._structure import (
     flatten,
@@ -118,7 +119,7 @@ class Call:
         self.trace = _trace.current_trace()
         # What `filter_jit` learned of this call before it compiles.
         self.traced: Any = None
-        self._flat: tuple[list[Any], Any] | None = None
+        self._flat: tuple[list[Any], Any, Shardings] | None = None
         # What a program returned that may have been given buffers of the refs: see `rescue`.
         self.returned: list[Any] = []
         # What the body asked of the identity of the refs, by their ids.
@@ -149,9 +150,13 @@ class Call:
     def parts(self) -> list[Carried]:
         return self.structure.parts
 
-    def _flatten(self) -> tuple[list[Any], Any]:
+    def _flatten(self) -> tuple[list[Any], Any, Shardings]:
         if self._flat is None:
-            self._flat = jtu.tree_flatten(self.structure.flatten(self.arrays))
+            flat, treedef = jtu.tree_flatten(self.structure.flatten(self.arrays))
+            shardings: Shardings = ()
+            if _trace.is_evaluating():
+                shardings = on_mesh(flat[treedef.children()[0].num_leaves :])
+            self._flat = flat, treedef, shardings
         return self._flat
 
     @property
@@ -165,6 +170,11 @@ class Call:
         return self._flatten()[1]
 
     @property
+    def shardings(self) -> Shardings:
+        """Where the arrays in refs are, as far as these are on a mesh."""
+        return self._flatten()[2]
+
+    @property
     def key(self) -> Hashable:
         """What two calls have in common that can run one program: the structure, and which
         refs have a channel."""
@@ -172,7 +182,7 @@ class Call:
 
     def forget_values(self) -> None:
         """Keeps neither arrays nor static leaves alive from now on: for a plan."""
-        self._flat = [], self.treedef
+        self._flat = [], self.treedef, self.shardings
         self.arrays, self.values, self.leaves = [], [], []
         self.structure = self.structure.weakened()
 

@@ -31,6 +31,7 @@ from ._access import (
 from ._errors import check_hashable, describe, StructureError, TraceLevelError
 from ._identity import is_same, outermost
 from ._misuse import missing_attribute, misuse, refuse_to_be_a_value
+from ._on_mesh import has_moved
 from ._trace import Body
 
 
@@ -56,8 +57,9 @@ class _Commits:
     - `count`: of all writes. A lifted call reads its refs, computes, and writes back: if
         the count has not moved in between, no other thread wrote anything.
     - `restructured`: of those that may have changed the structure of a ref that was one JAX
-        array: the new value is none, or the collection or declared type is another. While it
-        has not moved, what a repeated call knows of its refs still holds.
+        array: the new value is none, or the collection or declared type is another; or that
+        moved one over a mesh. While it has not moved, what a repeated call knows of its refs
+        still holds.
     - `lock`: to be held for the moment of a write.
     """
 
@@ -75,7 +77,7 @@ class _Commits:
             if (
                 type(value) is not _trace.ConcreteArray
                 and type(ref._value) is _trace.ConcreteArray
-            ):
+            ) or has_moved(ref._value, value):
                 self.restructured += 1
             if type(value) is Channeled:
                 channeled.append(ref)

@@ -33,6 +33,7 @@ from .._core._call import (
     updates_of,
     with_refs,
 )
+from .._core._on_mesh import on_mesh
 from .._core._ref import commits, one_step, Ref, set_value
 from .._core._structure import is_traced, Outcome, OutcomeInfo, split_value
 from .._trees._keys import static_keys
@@ -241,6 +242,9 @@ class Plan:
                 or type(ref._value) is not _trace.ConcreteArray
             ):
                 return False
+        arrays = [split_value(value)[0] for value in values]
+        if on_mesh(jtu.tree_leaves(arrays)) != self.derefed.shardings:
+            return False
         # It may matter which refs these are, and that was found out meanwhile.
         if self.program.variant(with_refs(self.derefed, refs))[0] is not self.variant:
             return False

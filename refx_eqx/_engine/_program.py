@@ -20,6 +20,7 @@ from jax.tree_util import tree_leaves as leaves
 from .._core import _trace
 from .._core._call import Call, dispatching, running_call
 from .._core._identity import Answers, answers_for, Asked, joined, Questions
+from .._core._on_mesh import Shardings
 from .._core._ref import commits, Ref
 from .._core._structure import Leaves, Outcome, Structure
 from .._trees._functions import origin_of
@@ -34,6 +35,7 @@ from ._donation import (
     Split,
     what_to_donate,
 )
+from ._keep_in_place import keep_in_place
 from ._run_time_errors import explain, has_runtime_check, JIT_ID
 
 
@@ -155,19 +157,23 @@ class Program:
         self.body = body
         self.donate: Donate = donate
         self.jitkwargs = jitkwargs
-        self._variants: ByCall[Variant] = ByCall()
+        # By where the refs are: what is written to them stays there.
+        self._variants: dict[Shardings, ByCall[Variant]] = {}
 
     def variant(self, derefed: Call) -> tuple["Variant", list[Any]]:
         """The program for the structure of a call, and for its refs if it matters which
         they are; and the flat arrays to run it on."""
-        return self._variants.get(derefed, self._new_variant), derefed.flat
+        variants = self._variants.get(derefed.shardings)
+        if variants is None:
+            variants = self._variants.setdefault(derefed.shardings, ByCall())
+        return variants.get(derefed, self._new_variant), derefed.flat
 
     def _new_variant(self, derefed: Call) -> "Variant":
         return Variant(self, derefed.structure, derefed.treedef)
 
     def traced(self, variant: "Variant", derefed: Call) -> Asked:
         """A variant was traced for a call: notes for which refs that is right."""
-        return self._variants.note(derefed, variant)
+        return self._variants[derefed.shardings].note(derefed, variant)
 
     def __call__(self, derefed: Call) -> Outcome:
         try:
@@ -223,6 +229,8 @@ class Variant:
             derefed = running_call()
             arrays = derefed.structure.unflatten(*treedef.unflatten(flat))
             outcome = body(derefed, arrays)
+            if derefed.shardings:
+                keep_in_place(outcome, arrays, derefed.shardings)
             outcome.info.waits = has_runtime_check(_trace.staged_equations())
             variant, its_program = mine(), owner()
             assert variant is not None and its_program is not None
