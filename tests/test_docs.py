@@ -44,6 +44,9 @@ FENCE = re.compile(
 
 SHOWN = ("text", "mermaid")
 
+# A whole file, which has a test of its own.
+INCLUDED = re.compile(r'--8<-- "(?P<path>examples/\w+\.py)"')
+
 
 class Block(NamedTuple):
     language: str
@@ -110,7 +113,10 @@ def run_page(text: str, file: Path) -> None:
     blocks = blocks_of(text)
     with fresh_module() as namespace:
         for i, block in enumerate(blocks):
-            if block.language == "python":
+            included = INCLUDED.fullmatch(block.text)
+            if included:
+                assert (ROOT / included["path"]).exists()
+            elif block.language == "python":
                 printed, error = run(block, namespace, file)
                 after = blocks[i + 1 : i + 2]
                 shown = [block.text for block in after if block.language in SHOWN]
@@ -223,13 +229,40 @@ def test_the_site_shows_the_version_of_the_package():
     assert has_repository == ("Repository" in project.get("urls", {}))
 
 
-def test_every_page_is_in_the_navigation_and_every_example_is_listed():
+def test_every_page_is_in_the_navigation_and_every_example_has_one():
     site = (ROOT / "mkdocs.yml").read_text()
     for page in (ROOT / "docs").rglob("*.md"):
         assert site.count(f" {page.relative_to(ROOT / 'docs')}\n") == 1
     for example in (ROOT / "examples").glob("*.py"):
-        for page in (ROOT / "README.md", ROOT / "docs" / "examples.md"):
-            assert f"examples/{example.name}" in page.read_text()
+        for page in (
+            "README.md",
+            "docs/examples.md",
+            f"docs/examples/{example.stem}.md",
+        ):
+            assert f"examples/{example.name}" in (ROOT / page).read_text()
+
+
+# Where a package comes from that is not a dependency.
+FROM = {"optax": "optim|optax", "safetensors": "checkpoint", "flax": "flax"}
+FROM |= {"orbax": "orbax-checkpoint"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_page_says_where_a_package_comes_from_before_it_is_used(page):
+    text = page.read_text()
+    for package, name in FROM.items():
+        first, used, _ = text.partition(f"import {package}")
+        first, used_from, _ = first.partition(f"from {package}")
+        if used or used_from:
+            line = text[len(first) :].partition("\n")[0]
+            assert re.search(rf"pip install .*({name})", first + line), package
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_block_of_code_fits_its_column(page):
+    for block in blocks_of(page.read_text()):
+        too_wide = [line for line in block.text.splitlines() if len(line) > 88]
+        assert too_wide == [] or block.language == "mermaid"
 
 
 @pytest.mark.parametrize(
