@@ -99,6 +99,7 @@ from ._transforms import (
     filter_linearize as filter_linearize,
     filter_make_jaxpr as filter_make_jaxpr,
     filter_pure_callback as filter_pure_callback,
+    filter_shard_map as filter_shard_map,
     filter_value_and_grad as filter_value_and_grad,
     filter_vjp as filter_vjp,
     filter_vmap as filter_vmap,
@@ -106,6 +107,7 @@ from ._transforms import (
     lift as lift,
     map as map,
     scan as scan,
+    specs as specs,
     switch as switch,
     while_loop as while_loop,
 )

@@ -389,7 +389,7 @@ def test_two_out_axes_for_one_new_ref_are_refused():
         new = rx.Ref(x, "new")
         return new, new
 
-    message = r"gives an unnamed ref \(collection 'new'\) two axes, 0 and 1.*one axis"
+    message = r"gives an unnamed ref \(collection 'new'\) two axes, 0 and 1.*the same"
     with pytest.raises(rx.StructureError, match=message):
         rx.filter_vmap(make, out_axes=(0, 1))(xs)
     a, b = rx.filter_vmap(make, out_axes=1)(xs)

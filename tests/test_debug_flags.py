@@ -88,6 +88,9 @@ TRANSFORMS: dict[str, Callable] = {
     "filter_jacrev": lambda f, ref, x: rx.filter_jacrev(lambda x, r: f(r, x))(x, ref),
     "filter_hessian": lambda f, ref, x: rx.filter_hessian(lambda x, r: f(r, x))(x, ref),
     "filter_vmap": _vmap,
+    "filter_shard_map": lambda f, ref, x: rx.filter_shard_map(
+        f, mesh=jax.make_mesh((1,), ("x",)), in_specs=jax.P(), out_specs=jax.P()
+    )(ref, x),
     "filter_checkpoint": lambda f, ref, x: rx.filter_checkpoint(f)(ref, x),
     "filter_grad of filter_checkpoint": lambda f, ref, x: rx.filter_grad(
         rx.filter_checkpoint(lambda x, ref: f(ref, x))

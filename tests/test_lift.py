@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import Array, Float
 
 import refx_eqx as rx
 
@@ -332,7 +333,7 @@ def test_shard_map():
     options["in_specs"] = ({"w": jax.P()}, jax.P())
     lifted = rx.lift(jax.shard_map)(f, out_specs=jax.P("x"), check_vma=False, **options)
     with pytest.raises(
-        rx.StructureError, match=r"'params'\) the shape \(8,\).*functionalize"
+        rx.StructureError, match=r"'params'\) the shape \(8,\).*`rx.filter_shard_map`"
     ):
         lifted(tree, jnp.ones(4))
     # Nor a part by that of one that is.
@@ -341,7 +342,14 @@ def test_shard_map():
     with pytest.raises(rx.StructureError, match=r"shape \(2,\), where \(4,\) is"):
         lifted(tree, jnp.ones(4))
     assert tree["w"].value.tolist() == [1.0, 2.0, 3.0, 4.0]
+    # Nor what differs by that of one that does not.
+    lifted = rx.lift(jax.shard_map)(f, out_specs=jax.P(), **options)
+    with pytest.raises(rx.StructureError, match="use `rx.filter_shard_map`. JAX says"):
+        lifted(tree, jnp.ones(4))
     # The remedy.
+    rx.filter_shard_map(f, out_specs=jax.P("x"), **options)(tree, jnp.ones(4))
+    assert tree["w"].value.tolist() == [2.0, 3.0, 4.0, 5.0]
+    # Or by hand.
     args, specs = (tree, jnp.ones(4)), ({"w": jax.P()}, jax.P("x"))
     g = lambda tree, x: f(tree, jax.lax.pmean(x, "x")[:1])
     pure = jax.shard_map(
@@ -352,7 +360,30 @@ def test_shard_map():
     )
     out, updates = pure(*rx.deref(args))
     rx.update_refs(args, updates)
-    assert out.tolist() == [1.0] and tree["w"].value.tolist() == [2.0, 3.0, 4.0, 5.0]
+    assert out.tolist() == [1.0] and tree["w"].value.tolist() == [3.0, 4.0, 5.0, 6.0]
+
+
+@two_devices
+def test_shard_map_with_trees_of_specs_on_refs_of_declared_types():
+    class Linear(rx.Module):
+        weight: rx.Param[Float[Array, "4"]]
+
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=auto)
+    model = Linear(jnp.arange(4.0))
+    specs = jax.tree.map(lambda _: jax.P("x"), rx.deref(model))
+
+    def double(model):
+        model.weight.value *= 2.0
+
+    options = {"mesh": mesh, "in_specs": (specs,)}
+    rx.lift(jax.shard_map)(double, out_specs=jax.P("x"), **options)(model)
+    pure = jax.shard_map(
+        rx.functionalize(double), out_specs=(jax.P(), (specs,)), **options
+    )
+    _, updates = pure(rx.deref(model))
+    rx.update_refs((model,), updates)
+    assert model.weight.value.tolist() == [0.0, 4.0, 8.0, 12.0]
 
 
 @pytest.mark.parametrize(

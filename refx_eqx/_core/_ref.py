@@ -246,7 +246,8 @@ class Ref(Shared, Generic[T]):
     def __setitem__(self, index: Any, value: Any) -> None:
         """`ref[...] = x` sets the value, and `ref[i] = x` is `value.at[i].set(x)`."""
         if index is not Ellipsis:
-            value = jnp.asarray(self.value).at[index].set(value)  # type: ignore
+            old = jnp.asarray(self.value)  # type: ignore
+            value = old.at[index].set(value, out_sharding=_trace.typed_sharding(old))
         self.value = value
 
     # With `__getitem__` alone, iteration would index past the end for ever: JAX clamps.

@@ -465,6 +465,26 @@ def mapped_over(x: Any) -> tuple[bool, ...]:
     return tuple(over)
 
 
+def varies_over(aval: Any) -> frozenset[Any]:
+    """The axes of the mesh of a running `shard_map` along which an array of this type may
+    differ."""
+    mat = getattr(aval, "mat", None)
+    return frozenset() if mat is None else mat.varying
+
+
+def split_of(aval: Any) -> tuple[Any, ...]:
+    """How the type of an array says that it is split: for each of its axes, by which axes of
+    a mesh of explicit axes. `()` if it is not."""
+    sharding = getattr(aval, "sharding", None)
+    spec = getattr(sharding, "spec", None) or ()
+    return tuple(spec) if any(axes is not None for axes in spec) else ()
+
+
+def typed_sharding(x: Any) -> Any:
+    """How `x` is split, if its type says so; else `None`, and the compiler decides."""
+    return jax.typeof(x).sharding if split_of(jax.typeof(x)) else None
+
+
 def refuse_as_array(cls: type, refuse: Callable[[Any], Any]) -> None:
     """Makes JAX call `refuse(x)` when it meets an `x` of type `cls` as an array.
 

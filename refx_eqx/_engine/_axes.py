@@ -1,34 +1,25 @@
 """The axes that a user gives: `in_axes` and `out_axes`, for `filter_vmap`, `scan` and `map`."""
 
-import dataclasses
 import inspect
-import itertools
 import keyword
 import operator
-from collections.abc import Callable, Hashable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import equinox as eqx
 import jax.tree_util as jtu
 
-from .._core._errors import describe, MismatchError, StructureError
 from .._core._identity import UNSET
 from .._core._ref import Ref
-from .._filters._filters import as_filter, as_option, Filter, FilterLike, Path
-from .._trees._carried import Carried, counts
+from .._filters._filters import FilterLike
 from .._trees._cells import may_carry
-from .._trees._paths import key_text
+from ._by_filter import ByFilter, each_leaf, NotGiven
 
 
 __tracebackhide__ = True
 
 
-RNG = "rng"
-"""The collection of what randomness is drawn from. See `_rng_split.py`."""
-
-
-@dataclasses.dataclass(frozen=True, init=False)
-class axes:
+class axes(ByFilter):
     """Axes by collection, or by any other filter, for the `in_axes` of
     [`refx_eqx.filter_vmap`][], [`refx_eqx.scan`][] and [`refx_eqx.map`][].
 
@@ -74,8 +65,8 @@ class axes:
     - `StructureError`: if a ref or an array is met for which no axis is given.
     """
 
-    by_collection: Mapping[Hashable, int | None]
-    default: Any
+    called = "rx.axes"
+    what = "axis"
 
     def __init__(
         self,
@@ -84,56 +75,16 @@ class axes:
         default: int | Callable[[Any], int | None] | None = UNSET,
         **collections: int | None,
     ):
-        if by_collection is not None and not isinstance(by_collection, Mapping):
-            raise TypeError(
-                f"`rx.axes({by_collection!r})`: give a mapping from collection, or from "
-                "any filter, to axis, as in `rx.axes({'params': 0})`."
-            )
-        merged = {**(by_collection or {}), **collections}
-        merged = {as_option(given): axis for given, axis in merged.items()}
-        for given, axis in merged.items():
-            merged[given] = _as_axis(axis, f"rx.axes({{{given!r}: {axis!r}}})")
-        if default is not UNSET and not callable(default):
-            default = _as_axis(default, f"rx.axes(default={default!r})")
-        object.__setattr__(self, "by_collection", merged)
-        object.__setattr__(self, "default", default)
+        super().__init__(by_collection, default, collections)
 
-    def named(self, path: Path, leaf: Any) -> Any:
-        """The axis of a leaf that is named, or `UNSET`."""
-        for given, axis in self.by_collection.items():
-            # A predicate on a leaf is for refs here: arrays have the default.
-            if isinstance(given, Filter) or isinstance(leaf, Ref):
-                if as_filter(given).matches(path, leaf):
-                    is_rng = isinstance(leaf, Ref) and leaf.collection == RNG
-                    return SAME if is_rng and axis is None else axis
-        return UNSET
+    def checked(self, one: Any, text: str) -> int | None:
+        return _as_axis(one, text)
 
-    def of(self, path: Path, leaf: Any) -> Any:
-        """The axis of one leaf of a tree."""
-        axis = self.named(path, leaf)
-        if axis is not UNSET:
-            return axis
-        if self.default is not UNSET:
-            return _ask(self.default, leaf) if callable(self.default) else self.default
-        if isinstance(leaf, Ref):
-            what = describe(leaf._name, leaf._collection)
-        elif eqx.is_array(leaf):
-            what = f"the array {eqx.tree_pformat(leaf)}"
-        else:
-            return None
-        raise StructureError(
-            f"{self!r} does not say what the axis of {what} is. Name its collection, or "
-            "give a default: `rx.axes(..., default=None)`."
-        )
+    def example(self) -> str:
+        return "0"
 
-    def __hash__(self) -> int:
-        return hash((frozenset(self.by_collection.items()), self.default))
-
-    def __repr__(self) -> str:
-        given = [f"{k}={v!r}" for k, v in self.by_collection.items()]
-        if self.default is not UNSET:
-            given.append(f"default={self.default!r}")
-        return f"rx.axes({', '.join(given)})"
+    def ask(self, function: Any, leaf: Any) -> Any:
+        return _ask(function, leaf)
 
 
 def axes_text(ref: Ref, axis: int | None) -> str:
@@ -142,32 +93,6 @@ def axes_text(ref: Ref, axis: int | None) -> str:
     if isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name):
         return f"rx.axes({name}={axis}, default=None)"
     return f"rx.axes({{{name!r}: {axis}}}, default=None)"
-
-
-class _Same:
-    """The axis of a ref of collection "rng" that is broadcast without being split."""
-
-    def __call__(self, array: Any) -> None:
-        return None
-
-    def __repr__(self) -> str:
-        return "None (the same randomness everywhere)"
-
-
-SAME = _Same()
-
-
-class Within(NamedTuple):
-    """`rx.axes` at the place of a function: they are asked of what is inside it."""
-
-    axes: axes
-    path: Path
-
-    def of(self, leaf: Any) -> Any:
-        axis = self.axes.named(self.path, leaf)
-        if axis is UNSET:
-            axis = self.axes.default
-        return None if axis is UNSET else axis
 
 
 def _as_axis(axis: Any, what: str) -> int | None:
@@ -190,40 +115,19 @@ def leaf_axes(spec: Any, tree: Any, what: str) -> list[Any]:
     that is still to be called on the arrays of a ref. For a function it may be a `Within`;
     see `axes_of_leaves`."""
 
-    # Not a tree: `None` is an axis here, and no leaf of the tree that has it.
-    found: list[Any] = []
-
-    def resolve(axis: Any, subtree: Any) -> None:
-        if isinstance(axis, axes):
-            for keys, leaf in jtu.tree_flatten_with_path(subtree)[0]:
-                path = tuple(map(key_text, keys))
-                inside = Within(axis, path) if may_carry(leaf) else None
-                found.append(inside or axis.of(path, leaf))
-            return
+    def resolve(axis: Any, subtree: Any) -> list[Any]:
         leaves = jtu.tree_leaves(subtree)
         if axis is None or hasattr(axis, "__index__"):
-            found.extend([_as_axis(axis, what)] * len(leaves))
-        elif callable(axis):
-            found.extend(_ask(axis, leaf) for leaf in leaves)
-        else:
-            raise _NoAxis(
-                f"`{what}` must consist of None, ints, functions of a leaf and "
-                f"`rx.axes`, and it has {axis!r}."
-            )
+            return [_as_axis(axis, what)] * len(leaves)
+        if callable(axis):
+            return [_ask(axis, leaf) for leaf in leaves]
+        raise NotGiven(
+            f"`{what}` must consist of None, ints, functions of a leaf and `rx.axes`, and "
+            f"it has {axis!r}."
+        )
 
-    try:
-        jtu.tree_map(resolve, spec, tree, is_leaf=_is_none)
-    except (_NoAxis, StructureError):
-        raise
-    except ValueError as e:
-        raise MismatchError(
-            f"`{what}` must be a prefix of the tree that it is for. JAX says: {e}"
-        ) from None
-    return found
-
-
-class _NoAxis(ValueError):
-    """What was given for an axis is none."""
+    # Not a tree: `None` is an axis here, and no leaf of the tree that has it.
+    return each_leaf(spec, tree, what, resolve, _is_none)
 
 
 _NO_ANSWER = object()
@@ -258,33 +162,6 @@ def _answer_of(axis: Any, leaf: Any) -> int | None:
 def array_axis(axis: Any, array: Any) -> int | None:
     """The axis of one array of the value of a ref."""
     return axis if axis is None or isinstance(axis, int) else _answer_of(axis, array)
-
-
-class Given(NamedTuple):
-    """The axis of one leaf, and whether the leaf is inside a function."""
-
-    axis: Any
-    is_inside: bool
-
-
-def axes_of_leaves(part: Carried, own: list[Any], leaves: list[Any]) -> list[Given]:
-    """The axis of each leaf, those inside functions that close over refs included. Such
-    a function is one leaf of the tree, whose axis is that of all that is inside it.
-
-    **Arguments:**
-
-    - `own`: what `leaf_axes` has found.
-    - `leaves`: all leaves of the part, those inside functions included.
-    """
-    if not part.nodes:
-        return [Given(axis, False) for axis in own]
-    rest = iter(leaves)
-    given = []
-    for node, n, axis in zip(part.nodes, counts(part), own):
-        for leaf in itertools.islice(rest, n):
-            inner = axis.of(leaf) if isinstance(axis, Within) else axis
-            given.append(Given(inner, node is not None))
-    return given
 
 
 def named_in_axes(fn: Any, in_axes: Any, args: tuple) -> Any:

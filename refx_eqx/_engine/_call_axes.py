@@ -6,7 +6,7 @@ layers) says nothing: inside it the ref is *withheld*, because it would be the w
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -19,16 +19,9 @@ from .._core._ref import Ref
 from .._core._structure import Leaves, map_values, values_of
 from .._trees._carried import outside as outside_functions
 from .._trees._paths import path_text
-from ._axes import (
-    array_axis,
-    axes,
-    axes_of_leaves,
-    axes_text,
-    Given,
-    leaf_axes,
-    RNG,
-    SAME,
-)
+from ._axes import array_axis, axes, axes_text, leaf_axes
+from ._by_filter import RNG, SAME
+from ._by_place import agreed, Place, read_places
 
 
 __tracebackhide__ = True
@@ -84,15 +77,6 @@ def no_axes(arrays: list[Leaves]) -> Axes:
     return Axes(jtu.tree_map(lambda _: None, arrays))
 
 
-class _Place(NamedTuple):
-    """One place of a ref in a call: which leaf of which tree, and the axis given there."""
-
-    tree: int
-    leaf: int
-    axis: Any
-    where: str
-
-
 def call_axes(
     derefed: Call,
     args: tuple,
@@ -119,7 +103,15 @@ def call_axes(
 
     - `StructureError`: if arguments give one ref two different axes.
     """
-    outside, said, reached = _read_places(derefed, args, in_axes, whole, names)
+    outside, said, reached = read_places(
+        derefed,
+        leaf_axes(in_axes, args, "in_axes"),
+        len(args),
+        lambda leaf: _of_function(whole, leaf),
+        array_axis,
+        _inside,
+        names,
+    )
     found: dict[int, Any] = {}
     axes = Axes([])
     split, kept = [], []
@@ -127,7 +119,7 @@ def call_axes(
         ref = derefed.refs[i]
         axis = _agreed(ref, value, said.get(i, []), name)
         if i not in said:
-            of_functions = [place.axis for place in reached[i]]
+            of_functions = [place.what for place in reached[i]]
             axis = SAME if SAME in of_functions else None
         found[i] = jtu.tree_map(lambda x, axis=axis: array_axis(axis, x), value)
         axes.of_refs[i] = one = _axis_of_ref(axis, value)
@@ -145,74 +137,27 @@ def call_axes(
     return axes
 
 
-_FUNCTION = "the function, or what it closes over"
-
-_Places = dict[int, list[_Place]]
-
-
-def _read_places(
-    derefed: Call, args: tuple, in_axes: Any, whole: Any, names: tuple[str, ...]
-) -> tuple[list[Leaves], _Places, _Places]:
-    """The axes of the arrays outside refs; the places of each ref whose axis is said there;
-    and those at which a function reaches it, which say nothing."""
-    last = len(derefed.parts) - 2
-    first = last - len(args)
-    rest = iter(leaf_axes(in_axes, args, "in_axes"))
-    outside: list[Leaves] = []
-    said: _Places = {}
-    reached: _Places = {}
-    for i, (part, leaves) in enumerate(zip(derefed.parts, derefed.leaves)):
-        if first <= i < last:
-            where = names[i - first] if names else f"argument {i - first}"
-            own = [next(rest) for _ in range(part.treedef.num_leaves)]
-            given = [_of_argument(x) for x in axes_of_leaves(part, own, leaves)]
-        else:
-            where = _FUNCTION
-            given = [_of_function(whole, leaf) for leaf in leaves]
-        mine: Leaves = []
-        for k, (leaf, node, (axis, is_inside)) in enumerate(
-            zip(leaves, derefed.arrays[i], given)
-        ):
-            if is_node(node):
-                says_nothing = is_inside and (axis is None or axis is SAME)
-                places = reached if says_nothing else said
-                places.setdefault(node.index, []).append(_Place(i, k, axis, where))
-                mine.append(node)
-            else:
-                mine.append(None if node is None else array_axis(axis, leaf))
-        outside.append(mine)
-    return outside, said, reached
-
-
-def _of_argument(given: Given) -> Given:
+def _inside(axis: Any) -> Any:
     # A function from leaf to axis says of a function, which is no array, `None`.
-    if given.is_inside and callable(given.axis) and given.axis is not SAME:
-        return given._replace(axis=None)
-    return given
+    return None if callable(axis) else axis
 
 
-def _of_function(whole: Any, leaf: Any) -> Given:
+def _of_function(whole: Any, leaf: Any) -> Any:
     """The axis of a leaf of the function: broadcast. `rx.axes(rng=None)` as the whole of
     `in_axes` speaks of it too."""
     is_same = isinstance(leaf, Ref) and isinstance(whole, axes)
     axis = whole.named((), leaf) if is_same else None
-    return Given(SAME if axis is SAME else None, True)
+    return SAME if axis is SAME else None
 
 
-def _agreed(ref: Ref, value: Any, places: list[_Place], name: str) -> Any:
+def _agreed(ref: Ref, value: Any, places: list[Place], name: str) -> Any:
     """The axis that all arguments with this ref give it."""
-    if not places:
-        return None
-    first, *others = places
-    for other in others:
-        if not _is_same_axis(first.axis, other.axis, jtu.tree_leaves(value)):
-            raise MismatchError(
-                f"`{name}` met {describe(ref._name, ref._collection)} with two axes: "
-                f"{first.axis!r} in {first.where}, {other.axis!r} in {other.where}. One "
-                "ref is one parameter: give it one axis, for example by its collection, "
-                f"as in `{axes_text(ref, 0)}`."
-            )
-    return first.axis
+    arrays = jtu.tree_leaves(value)
+    remedy = (
+        f"give it one axis, for example by its collection, as in `{axes_text(ref, 0)}`."
+    )
+    is_same = lambda a, b: _is_same_axis(a, b, arrays)
+    return agreed(ref, places, is_same, name, "axes", remedy)
 
 
 def _is_same_axis(a: Any, b: Any, arrays: list[Any]) -> bool:
@@ -237,7 +182,7 @@ def _axis_of_ref(axis: Any, value: Any) -> int | None:
 
 
 def _why_withheld(
-    derefed: Call, place: _Place, args: tuple, axis: int | None, name: str
+    derefed: Call, place: Place, args: tuple, axis: int | None, name: str
 ) -> Withheld:
     part = derefed.parts[place.tree]
     numbered = outside_functions(part, list(range(part.num_leaves)))

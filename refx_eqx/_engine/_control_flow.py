@@ -224,6 +224,14 @@ def stage_loop(
 
 
 def _changed_kind(what: str, remedy: str, before: Any, after: Any, name: str) -> str:
+    if before.split != after.split:
+        spec = f"P({', '.join(map(repr, before.split))})"
+        return (
+            f"`{name}` carries {what} from step to step, so a step must keep how it is split "
+            f"over the mesh: it is {before!r} before the step, and {after!r} after it. Put "
+            f"it as it was at the end of the step, `jax.sharding.reshard(x, {spec})`; or as "
+            "it is after a step before the loop."
+        )
     return (
         f"`{name}` carries {what} from step to step, so a step must keep its shape and "
         f"dtype: it is {before!r} before the step, and {after!r} after it. Make it "

@@ -8,34 +8,56 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from .._core import _trace
+
 
 __tracebackhide__ = True
 
 
 class Kind(NamedTuple):
-    """The shape and dtype of an array, and whether it came from a Python scalar."""
+    """What the type of an array says, all that a loop must keep.
+
+    - `weak`: whether it came from a Python scalar;
+    - `varies`: the axes of the mesh of a running `shard_map` along which it may differ;
+    - `split`: the axes of a mesh of explicit axes that split it, for each of its axes; `()`
+        if none does.
+    """
 
     shape: tuple[int, ...]
     dtype: Any
     weak: bool
+    varies: frozenset[Any] = frozenset()
+    split: tuple[Any, ...] = ()
 
     def __repr__(self) -> str:
         struct = jax.ShapeDtypeStruct(self.shape, self.dtype)
-        return eqx.tree_pformat(struct, struct_as_array=True)
+        text = eqx.tree_pformat(struct, struct_as_array=True)
+        if self.split:
+            text += f" split by `P({', '.join(map(repr, self.split))})`"
+        return text
 
 
 def kind_of(aval: Any) -> Kind:
-    return Kind(aval.shape, aval.dtype, getattr(aval, "weak_type", False))
+    return Kind(
+        aval.shape,
+        aval.dtype,
+        getattr(aval, "weak_type", False),
+        _trace.varies_over(aval),
+        _trace.split_of(aval),
+    )
 
 
 def join_kinds(kinds: Iterable[Kind]) -> Kind | None:
     """The kind that all of these can be converted to without loss; `None` if there is none.
 
-    Only a weakly typed array is converted, as everywhere in JAX: `0.0` to `bfloat16`.
+    Only a weakly typed array is converted, as everywhere in JAX: `0.0` to `bfloat16`. And
+    what is one value for all shards is, in particular, one for each.
     """
-    joined, *rest = kinds
+    kinds = list(kinds)
+    varies = frozenset().union(*(kind.varies for kind in kinds))
+    joined, *rest = (kind._replace(varies=varies) for kind in kinds)
     for kind in rest:
-        if kind.shape != joined.shape:
+        if (kind.shape, kind.split) != (joined.shape, joined.split):
             return None
         if kind.dtype == joined.dtype:
             joined = joined._replace(weak=joined.weak and kind.weak)
@@ -57,6 +79,10 @@ def _order(kind: Kind) -> int:
 
 def convert(x: Any, kind: Kind) -> Any:
     """An array as this kind: `join_kinds` has found that it can be."""
-    if kind_of(jax.typeof(x)) == kind or (x.dtype == kind.dtype and kind.weak):
+    own = kind_of(jax.typeof(x))
+    if kind.varies != own.varies:
+        x = jax.lax.pcast(x, tuple(kind.varies - own.varies), to="varying")
+        own = own._replace(varies=kind.varies)
+    if own == kind or (x.dtype == kind.dtype and kind.weak):
         return x
     return jax.lax.convert_element_type(x, kind.dtype)

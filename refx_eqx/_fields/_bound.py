@@ -94,6 +94,27 @@ class BoundType:
                 return axes
         return None
 
+    def rebound(self, name: str | None, collection: Any, value: Any) -> "BoundType":
+        """The same type, with the sizes of `value`: of the whole, where the names were bound
+        by a part.
+
+        **Raises:**
+
+        - `RefTypeError`: if no sizes make it one of this type.
+        """
+        if not _is_data(value) or self.extra_axes(value) is not None:
+            return self
+        free = BoundType(self.declared, AxisNames(attributes=self.names.attributes))
+        with name_scope(free.names):
+            if why_not_of_type(value, self.declared.hint) is None:
+                return BoundType(
+                    self.declared,
+                    self.declared.names()._replace(attributes=self.names.attributes),
+                )
+        if free.extra_axes(value) is None:
+            raise self.error(name, collection, value, self.why_not(value))
+        return free
+
     def checked(self, ref: Any, value: Any) -> Any:
         """`value`, converted for storage in `ref`: of this type.
 
@@ -119,9 +140,14 @@ class BoundType:
     def check_rebuilt(self, ref: Any) -> None:
         """As `checked`, of the value that is there already, which any transform may have
         stacked meanwhile."""
-        value = ref._value
-        if config.check_types and _is_data(value) and self.extra_axes(value) is None:
+        if config.check_types and self.is_part(ref) and not _is_in_shard():
+            value = ref._value
             raise self.error(ref._name, ref._collection, value, self.why_not(value))
+
+    def is_part(self, ref: Any) -> bool:
+        """Whether `ref` holds another value than one of this type, or a stack of these: under a
+        `shard_map` a part of one."""
+        return _is_data(ref._value) and self.extra_axes(ref._value) is None
 
     def _checked(self, ref: Any, value: Any, old: Any) -> Any:
         axes: tuple[int, ...] | None = ()
@@ -266,6 +292,10 @@ def _is_data(value: Any) -> bool:
     """Whether this is a value, not what a transform or a filter put in its place."""
     leaves = jtu.tree_leaves(value, is_leaf=lambda x: x is None)
     return bool(leaves) and all(map(_is_sized, leaves))
+
+
+def _is_in_shard() -> bool:
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def _same_shapes(old: Any, new: Any) -> bool:

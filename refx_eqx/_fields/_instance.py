@@ -154,8 +154,13 @@ def names_of_instance(instance: Any) -> AxisNames:
             continue  # in `__init__` still, or in a tree that is being manipulated
         for declared, ref, _ in refs:
             if isinstance(ref, Ref):
-                mine = (x for x in ref._declared or () if x.declared is declared)
-                found.extend(bound.names for bound in mine)
+                # Of a part the sizes are others (which it is in a body alone).
+                found.extend(
+                    bound.names
+                    for bound in ref._declared or ()
+                    if bound.declared is declared
+                    and (ref._body is None or not bound.is_part(ref))
+                )
     return union(found) if found else NO_NAMES
 
 

@@ -1,6 +1,7 @@
 """The lifted transforms: one file a family, each a thin adapter on `_functionalize`."""
 
 from .._engine._axes import axes as axes
+from .._engine._specs import specs as specs
 from ._add_axis import add_axis as add_axis
 from ._associative_scan import associative_scan as associative_scan
 from ._branches import cond as cond, switch as switch
@@ -23,6 +24,7 @@ from ._lift import lift as lift
 from ._loops import fori_loop as fori_loop, while_loop as while_loop
 from ._map import map as map
 from ._scan import scan as scan
+from ._shard_map import filter_shard_map as filter_shard_map
 from ._staging import (
     filter_closure_convert as filter_closure_convert,
     filter_make_jaxpr as filter_make_jaxpr,

@@ -120,6 +120,12 @@ def _joined(kinds: list[Kind], names: list[str], what: str, name: str) -> Kind:
     kind = join_kinds(kinds)
     if kind is None:
         i = next(i for i, k in enumerate(kinds) if join_kinds([kinds[0], k]) is None)
+        if kinds[0].split != kinds[i].split:
+            raise MismatchError(
+                f"`{name}`: the branches must agree on how {what} is split over the mesh: it "
+                f"is {kinds[0]!r} after {names[0]}, and {kinds[i]!r} after {names[i]}. Make "
+                "it the same in each: `jax.sharding.reshard(x, P(...))`."
+            )
         raise MismatchError(
             f"`{name}`: the branches must agree on the shape and dtype of {what}: it is "
             f"{kinds[0]!r} after {names[0]}, and {kinds[i]!r} after {names[i]}. Make it the "

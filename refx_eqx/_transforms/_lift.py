@@ -110,7 +110,9 @@ class _Transformed:
             try:
                 return self._transformed(*args, **keywords)
             except (ValueError, TypeError) as e:
-                is_of_spec = "prefix" in str(e) or "pytree" in str(e)
+                is_of_spec = any(
+                    word in str(e) for word in ("prefix", "pytree", "_specs")
+                )
                 if self._failed_inside or isinstance(e, RefError) or not is_of_spec:
                     raise
                 raise MismatchError(
@@ -139,6 +141,7 @@ _OURS = {
     "jit": "rx.filter_jit",
     "vmap": "rx.filter_vmap",
     "checkpoint": "rx.filter_checkpoint",
+    "shard_map": "rx.filter_shard_map",
 }
 
 
@@ -295,14 +298,10 @@ def _probed(probe: Any) -> int:
 
 
 def _refusal(ref: Ref, name: str, what: str) -> StructureError:
-    if "shard_map" in name:
-        remedy = (
-            "`rx.functionalize`, with a spec for each of the updates that it returns"
-        )
-    else:
-        remedy = "`rx.filter_vmap`, which knows of refs"
+    ours = "rx.filter_shard_map" if "shard_map" in name else "rx.filter_vmap"
     return StructureError(
-        f"`{name}` gave {describe(ref._name, ref._collection)} {what}. Use {remedy}."
+        f"`{name}` gave {describe(ref._name, ref._collection)} {what}. Use `{ours}`, which "
+        "knows of refs."
     )
 
 

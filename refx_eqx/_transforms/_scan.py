@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from .._core import _trace
 from .._core._call import Call, call
-from .._core._errors import CarryError, describe, name_of
+from .._core._errors import CarryError, describe, MismatchError, name_of
+from .._core._nodes import is_node
 from .._core._structure import Leaves, Outcome, values_of
 from .._engine._call_axes import Axes, call_axes, placed_update, update_axes
 from .._engine._carry import (
@@ -79,6 +81,7 @@ def run_scan(
     - `counter`: which of them counts the steps, if any.
     - `run`: one step, from arrays and its number (`None` if nothing is split by step).
     """
+    _check_whole_axis(derefed, axes, name)
     xs = axes.slices(arrays), jnp.arange(length) if axes.split else None
     sliced = {i for i in range(len(derefed.refs)) if axes.is_mapped(i)}
 
@@ -154,6 +157,29 @@ def _check_all_sliced(
             f"and others that it does not (axes {flat}), and a step writes it. Put those "
             "that are not sliced into a ref of their own."
         )
+
+
+def _check_whole_axis(derefed: Call, axes: Axes, name: str) -> None:
+    """Refuses an array whose type says that devices share what is to be sliced step by step."""
+    for node, of_node in zip(
+        (x for leaves in derefed.arrays for x in leaves),
+        (x for leaves in axes.trees for x in leaves),
+    ):
+        flat, treedef = jtu.tree_flatten(node)
+        for x, axis in zip(flat, treedef.flatten_up_to(of_node)):
+            split = _trace.split_of(jax.typeof(x))
+            if axis is None or not split or split[axis] is None:
+                continue
+            which = f"an array {jax.typeof(x).str_short()}"
+            if is_node(node):
+                ref = derefed.refs[node.index]
+                which = describe(ref._name, ref._collection)
+            whole = [None if i == axis % len(split) else s for i, s in enumerate(split)]
+            raise MismatchError(
+                f"`{name}` slices {which} along axis {axis}, which is split over the mesh by "
+                f"{split[axis]!r}, and each step needs a slice on all devices. Split another "
+                f"axis: `jax.sharding.reshard(x, P({', '.join(map(repr, whole))}))`."
+            )
 
 
 def _first(x: Any) -> jax.ShapeDtypeStruct:

@@ -9,21 +9,21 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
 from .._core import _trace
-from .._core._call import Call, call, close_result
-from .._core._errors import CarryError, describe, MismatchError
-from .._core._nodes import is_node, Value
+from .._core._call import Call, call
+from .._core._errors import CarryError, describe
 from .._core._ref import Ref
-from .._core._structure import flatten, Leaves, Outcome
+from .._core._structure import Leaves, Outcome
 from .._engine._axes import (
     array_axis,
-    axes_of_leaves,
     axes_text,
     leaf_axes,
     named_in_axes,
 )
+from .._engine._by_place import given_of_result
 from .._engine._call_axes import Axes, call_axes, check_axis, update_axes
 from .._engine._rng_split import is_key, split_keys
 from .._engine._wrapper import Lifted
@@ -88,7 +88,7 @@ def vmapped(
     - `places`: the numbers of the places on the mapped axis; from 0 by default.
     """
     if places is None and axes.split:
-        places = jnp.arange(_size(arrays, axes, axis_size, name))
+        places = _places(arrays, axes, _size(arrays, axes, axis_size, name))
     # The part of the outcome that is not arrays; filled while the body runs.
     traced: dict[str, Any] = {}
 
@@ -132,8 +132,34 @@ def vmapped(
 
 def _place(x: Any, axis: Any) -> Any:
     if axis is FIRST:
-        return x[0]
+        return _first(x)
     return jnp.moveaxis(x, 0, axis) if axis else x
+
+
+def _first(x: jax.Array) -> jax.Array:
+    split = _trace.split_of(jax.typeof(x))
+    if split and split[0] is not None:
+        # No part of an axis that is split may be taken, where types say how it is split.
+        spec = jax.P(None, *split[1:])
+        x = jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, spec))
+    return x[0]
+
+
+def _places(arrays: list[Leaves], axes: Axes, size: int) -> jax.Array:
+    """The numbers of the places on the mapped axis; split as that is, because under a mesh of
+    explicit axes all that is mapped must be split the same."""
+    places = jnp.arange(size)
+    flat, treedef = jtu.tree_flatten(arrays)
+    for x, axis in zip(flat, treedef.flatten_up_to(axes.trees)):
+        split = _trace.split_of(jax.typeof(x))
+        if axis is not None and split and split[axis] is not None:
+            # A concrete array knows its devices; a type knows the mesh alone.
+            known = jax.typeof(x) if _trace.is_tracer(x) else x
+            spec = jax.P(split[axis])
+            return jax.sharding.reshard(
+                places, NamedSharding(known.sharding.mesh, spec)
+            )
+    return places
 
 
 def _size(arrays: list[Leaves], axes: Axes, axis_size: int | None, name: str) -> int:
@@ -172,29 +198,12 @@ _NUMBERS = bool, int, float, complex, np.ndarray, np.generic
 
 def _result_axes(derefed: Call, outcome: Outcome, out_axes: Any, name: str) -> Leaves:
     """The axis of each array of the result, in refs and outside them."""
-    (part,) = outcome.info.result.parts
-    result = close_result(outcome, derefed.refs)
-    leaves, _ = flatten(result)
-    given = axes_of_leaves(part, leaf_axes(out_axes, result, "out_axes"), leaves)
-    values = {x.index: x.value for x in outcome.out if type(x) is Value}
-    axes: Leaves = []
-    of_refs: dict[int, Any] = {}
-    for leaf, (axis, _) in zip(outcome.out, given):
-        if not is_node(leaf):
-            axes.append(None if leaf is None else array_axis(axis, leaf))
-            continue
-        axes.append(leaf)
-        if leaf.index in values:
-            value = values[leaf.index]
-            mine = jtu.tree_map(lambda x, axis=axis: array_axis(axis, x), value)
-            if of_refs.setdefault(leaf.index, mine) != mine:
-                raise MismatchError(
-                    f"`{name}(..., out_axes=...)` gives "
-                    f"{describe(leaf.label.name, leaf.collection)} two axes, "
-                    f"{of_refs[leaf.index]} and {mine}: it is one new ref at two places of "
-                    "the result. Give both places one axis."
-                )
-    return [x.with_value(of_refs[x.index]) if type(x) is Value else x for x in axes]
+
+    def of_value(axis: Any, value: Any) -> Any:
+        return jtu.tree_map(lambda x: array_axis(axis, x), value)
+
+    of_leaves = lambda result: leaf_axes(out_axes, result, "out_axes")
+    return given_of_result(derefed, outcome, of_leaves, of_value, name, "out_axes")
 
 
 # The axis of a key that was broadcast, split along the mapped axis, and written: the first

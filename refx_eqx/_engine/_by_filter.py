@@ -1,0 +1,201 @@
+"""What `rx.axes` and `rx.specs` have in common: something for each leaf, by collection."""
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax.tree_util as jtu
+
+from .._core._errors import describe, MismatchError, StructureError
+from .._core._identity import UNSET
+from .._core._ref import Ref
+from .._filters._filters import as_filter, as_option, Filter, Path
+from .._trees._cells import may_carry
+from .._trees._paths import key_text
+
+
+__tracebackhide__ = True
+
+
+RNG = "rng"
+"""The collection of what randomness is drawn from. See `_rng_split.py`."""
+
+
+class _Same:
+    """What a ref of collection "rng" has that is not split: the same randomness everywhere."""
+
+    def __call__(self, array: Any) -> None:
+        return None
+
+    def __repr__(self) -> str:
+        return "None (the same randomness everywhere)"
+
+
+SAME = _Same()
+
+
+# What a place of a ref has that leaves it to another place of the same ref.
+ELSEWHERE = object()
+
+
+class ByFilter:
+    """Something for each leaf of a tree: by collection or any other filter, with a default."""
+
+    called = ""
+    """How messages and users call the class."""
+    what = ""
+    """What there is one of for each leaf."""
+
+    by_collection: Mapping[Hashable, Any]
+    default: Any
+
+    def __init__(
+        self,
+        by_collection: Mapping[Hashable, Any] | None,
+        default: Any,
+        collections: dict[str, Any],
+    ):
+        if by_collection is not None and not isinstance(by_collection, Mapping):
+            raise TypeError(
+                f"`{self.called}({by_collection!r})`: give a mapping from collection, or "
+                f"from any filter, to {self.what}, as in "
+                f"`{self.called}({{'params': {self.example()}}})`."
+            )
+        merged = {**(by_collection or {}), **collections}
+        merged = {as_option(given): one for given, one in merged.items()}
+        for given, one in merged.items():
+            merged[given] = self.checked(one, f"{self.called}({{{given!r}: {one!r}}})")
+        if default is not UNSET and not callable(default):
+            default = self.checked(default, f"{self.called}(default={default!r})")
+        object.__setattr__(self, "by_collection", merged)
+        object.__setattr__(self, "default", default)
+
+    def checked(self, one: Any, text: str) -> Any:
+        """What a user gives for a leaf, as it is used. `text` is how it was given.
+
+        **Raises:**
+
+        - `TypeError`: if it is none.
+        """
+        raise NotImplementedError("A subclass says what may be given.")
+
+    def example(self) -> str:
+        raise NotImplementedError("A subclass says what is given, for messages.")
+
+    def is_whole(self, one: Any) -> bool:
+        """Whether this leaves a leaf whole, so that randomness is the same everywhere."""
+        return one is None
+
+    def ask(self, function: Callable[[Any], Any], leaf: Any) -> Any:
+        """What the default says of a leaf, if it is a function."""
+        return self.checked(function(leaf), f"{self.called}(default=...)")
+
+    def named(self, path: Path, leaf: Any) -> Any:
+        """What there is for a leaf that is named, or `UNSET`."""
+        for given, one in self.by_collection.items():
+            # A predicate on a leaf is for refs here: arrays have the default.
+            if isinstance(given, Filter) or isinstance(leaf, Ref):
+                if as_filter(given).matches(path, leaf):
+                    is_rng = isinstance(leaf, Ref) and leaf.collection == RNG
+                    return SAME if is_rng and self.is_whole(one) else one
+        return UNSET
+
+    def of(self, path: Path, leaf: Any) -> Any:
+        """What there is for one leaf of a tree."""
+        one = self.named(path, leaf)
+        if one is not UNSET:
+            return one
+        if self.default is not UNSET:
+            default = self.default
+            return self.ask(default, leaf) if callable(default) else default
+        if isinstance(leaf, Ref):
+            which = describe(leaf._name, leaf._collection)
+        elif eqx.is_array(leaf):
+            which = f"the array {eqx.tree_pformat(leaf)}"
+        else:
+            return None
+        default = self.checked(None, "the default")
+        raise StructureError(
+            f"{self!r} does not say what the {self.what} of {which} is. Name its "
+            f"collection, or give a default: `{self.called}(..., default={default!r})`."
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"`{self.called}` cannot be changed: make another one.")
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        assert isinstance(other, ByFilter)
+        return (self.by_collection, self.default) == (
+            other.by_collection,
+            other.default,
+        )
+
+    def __hash__(self) -> int:
+        return hash((frozenset(self.by_collection.items()), self.default))
+
+    def __repr__(self) -> str:
+        given = [f"{k}={v!r}" for k, v in self.by_collection.items()]
+        if self.default is not UNSET:
+            given.append(f"default={self.default!r}")
+        return f"{self.called}({', '.join(given)})"
+
+
+class Within(NamedTuple):
+    """A `ByFilter` at the place of a function: it is asked of what is inside it."""
+
+    by_filter: ByFilter
+    path: Path
+
+    def of(self, leaf: Any) -> Any:
+        one = self.by_filter.named(self.path, leaf)
+        if one is UNSET:
+            one = self.by_filter.default
+        return None if one is UNSET else one
+
+
+def each_leaf(
+    prefix: Any,
+    tree: Any,
+    what: str,
+    resolve: Callable[[Any, Any], list[Any]],
+    is_leaf: Callable[[Any], bool],
+) -> list[Any]:
+    """What each leaf of `tree` has, as a prefix of the tree gives it. For a function it may
+    be a `Within`.
+
+    **Arguments:**
+
+    - `what`: how the user calls the prefix.
+    - `resolve`: from a leaf of the prefix and the tree under it, to what each leaf there has.
+    - `is_leaf`: of the prefix.
+
+    **Raises:**
+
+    - `StructureError`: if it is no prefix of the tree.
+    """
+    found: list[Any] = []
+
+    def visit(one: Any, subtree: Any) -> None:
+        if isinstance(one, ByFilter):
+            for keys, leaf in jtu.tree_flatten_with_path(subtree)[0]:
+                path = tuple(map(key_text, keys))
+                inside = Within(one, path) if may_carry(leaf) else None
+                found.append(inside or one.of(path, leaf))
+        else:
+            found.extend(resolve(one, subtree))
+
+    try:
+        jtu.tree_map(visit, prefix, tree, is_leaf=is_leaf)
+    except (NotGiven, StructureError):
+        raise
+    except ValueError as e:
+        raise MismatchError(
+            f"`{what}` must be a prefix of the tree that it is for. JAX says: {e}"
+        ) from None
+    return found
+
+
+class NotGiven(ValueError):
+    """What a leaf of a prefix has is no axis, or no spec."""

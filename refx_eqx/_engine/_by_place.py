@@ -1,0 +1,179 @@
+"""What an argument says of the refs that it holds: of each ref, at each of its places."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from .._core._call import Call, close_result
+from .._core._errors import describe, MismatchError
+from .._core._nodes import is_node, Value
+from .._core._ref import Ref
+from .._core._structure import flatten, Leaves, Outcome
+from .._trees._carried import Carried, counts
+from ._by_filter import ELSEWHERE, Within
+
+
+__tracebackhide__ = True
+
+
+class Given(NamedTuple):
+    """What one leaf has, and whether the leaf is inside a function."""
+
+    what: Any
+    is_inside: bool
+
+
+def given_of_leaves(part: Carried, own: list[Any], leaves: list[Any]) -> list[Given]:
+    """What each leaf has, those inside functions that close over refs included. Such a
+    function is one leaf of the tree, which has what all that is inside it has.
+
+    **Arguments:**
+
+    - `own`: what was found for each leaf of the tree, a function being one.
+    - `leaves`: all leaves of the part, those inside functions included.
+    """
+    if not part.nodes:
+        return [Given(one, False) for one in own]
+    rest = iter(leaves)
+    given = []
+    for node, n, one in zip(part.nodes, counts(part), own):
+        for leaf in itertools.islice(rest, n):
+            inner = one.of(leaf) if isinstance(one, Within) else one
+            given.append(Given(inner, node is not None))
+    return given
+
+
+class Place(NamedTuple):
+    """One place of a ref in a call: which leaf of which tree, and what is given there."""
+
+    tree: int
+    leaf: int
+    what: Any
+    where: str
+
+
+Places = dict[int, list[Place]]
+
+_FUNCTION = "the function, or what it closes over"
+
+
+def read_places(
+    derefed: Call,
+    of_args: list[Any],
+    n_args: int,
+    of_function: Callable[[Any], Any],
+    of_array: Callable[[Any, Any], Any],
+    inside: Callable[[Any], Any],
+    names: tuple[str, ...] = (),
+) -> tuple[list[Leaves], Places, Places]:
+    """What arrays outside refs have; the places of each ref of which something is said there;
+    and those at which a function reaches it, which say nothing.
+
+    **Arguments:**
+
+    - `of_args`: what each leaf of the last `n_args` arguments has. Those before are the
+        functions that the call is made of.
+    - `of_function`: what a leaf of a function has.
+    - `of_array`: from what was said of an array, and the array, to what it has.
+    - `inside`: from what is said of a function to what that says of a leaf inside it;
+        `None` for nothing.
+    - `names`: of the arguments, for messages.
+    """
+    last = len(derefed.parts) - 2
+    first = last - n_args
+    rest = iter(of_args)
+    outside: list[Leaves] = []
+    said: Places = {}
+    reached: Places = {}
+    for i, (part, leaves) in enumerate(zip(derefed.parts, derefed.leaves)):
+        if first <= i < last:
+            where = names[i - first] if names else f"argument {i - first}"
+            own = [next(rest) for _ in range(part.treedef.num_leaves)]
+            given = given_of_leaves(part, own, leaves)
+        else:
+            where = _FUNCTION
+            given = [Given(of_function(leaf), True) for leaf in leaves]
+        mine: Leaves = []
+        for k, (leaf, node, (what, is_inside)) in enumerate(
+            zip(leaves, derefed.arrays[i], given)
+        ):
+            said_inside = inside(what) if is_inside else what
+            if is_node(node):
+                if what is ELSEWHERE:
+                    mine.append(node)
+                    continue
+                places = reached if is_inside and said_inside is None else said
+                places.setdefault(node.index, []).append(Place(i, k, what, where))
+                mine.append(node)
+            else:
+                mine.append(None if node is None else of_array(said_inside, leaf))
+        outside.append(mine)
+    return outside, said, reached
+
+
+def agreed(
+    ref: Ref,
+    places: list[Place],
+    is_same: Callable[[Any, Any], bool],
+    name: str,
+    what: str,
+    remedy: str,
+) -> Any:
+    """What all arguments with this ref say of it.
+
+    **Raises:**
+
+    - `MismatchError`: if they say two things.
+    """
+    if not places:
+        return None
+    first, *others = places
+    for other in others:
+        if not is_same(first.what, other.what):
+            raise MismatchError(
+                f"`{name}` met {describe(ref._name, ref._collection)} with two {what}: "
+                f"{first.what!r} in {first.where}, {other.what!r} in {other.where}. One "
+                f"ref is one parameter: {remedy}"
+            )
+    return first.what
+
+
+def given_of_result(
+    derefed: Call,
+    outcome: Outcome,
+    of_leaves: Callable[[Any], list[Any]],
+    of_value: Callable[[Any, Any], Any],
+    name: str,
+    option: str,
+) -> Leaves:
+    """What each array of the result has, in refs and outside them.
+
+    **Arguments:**
+
+    - `of_leaves`: from the result to what each of its leaves is given.
+    - `of_value`: from that, and an array or the value of a ref, to what its arrays have.
+    - `option`: how the user calls what gives it, for messages.
+    """
+    (part,) = outcome.info.result.parts
+    result = close_result(outcome, derefed.refs)
+    leaves, _ = flatten(result)
+    given = given_of_leaves(part, of_leaves(result), leaves)
+    values = {x.index: x.value for x in outcome.out if type(x) is Value}
+    found: Leaves = []
+    of_refs: dict[int, Any] = {}
+    for leaf, (one, _) in zip(outcome.out, given):
+        if not is_node(leaf):
+            found.append(None if leaf is None else of_value(one, leaf))
+            continue
+        found.append(leaf)
+        if leaf.index in values and one is not ELSEWHERE:
+            mine = of_value(one, values[leaf.index])
+            if of_refs.setdefault(leaf.index, mine) != mine:
+                raise MismatchError(
+                    f"`{name}(..., {option}=...)` gives "
+                    f"{describe(leaf.label.name, leaf.collection)} two "
+                    f"{option.removeprefix('out_')}, "
+                    f"{of_refs[leaf.index]} and {mine}: it is one new ref at two places of "
+                    "the result. Give both places the same."
+                )
+    return [x.with_value(of_refs[x.index]) if type(x) is Value else x for x in found]

@@ -1,0 +1,238 @@
+"""How each array of a call is split over a mesh, and over which axes randomness differs.
+
+As in `_call_axes.py`, the argument that holds a ref says it. A ref that only functions reach
+is replicated, or split as its type says under a mesh of explicit axes; unless `rx.specs` is
+the whole of what is given.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax.sharding import AxisType, PartitionSpec
+
+from .._core._call import Call
+from .._core._errors import CarryError, describe, MismatchError
+from .._core._ref import Channelled, Ref
+from .._core._structure import Leaves, map_values, values_of
+from .._sharding._mesh import check_spec, mesh_axes
+from ._by_filter import RNG, SAME
+from ._by_place import agreed, Place, read_places
+from ._rng_split import is_key
+from ._specs import (
+    AS_TYPED,
+    axes_in,
+    inside,
+    leaf_specs,
+    spec_of_array,
+    specs,
+    specs_of_arrays,
+    specs_text,
+)
+
+
+__tracebackhide__ = True
+
+
+_EXAMPLE = "rx.specs(params=P(), default=P()), P('data')"
+
+
+@dataclasses.dataclass(eq=False)
+class Specs:
+    """The specs of a call.
+
+    - `trees`: of the form of its arrays, with the spec of each;
+    - `split`: the numbers of the refs whose randomness differs between shards, by the mesh
+        axes along which it does.
+    """
+
+    trees: list[Leaves]
+    split: dict[tuple[str, ...], tuple[int, ...]]
+
+    def of_update(self, derefed: Call, number: int, new: Any, name: str) -> Any:
+        """The spec of each array of the new value of a ref, as a tree like it: that of the
+        old one.
+
+        **Raises:**
+
+        - `CarryError`: if the old value has several, and the new one another structure.
+        """
+        own = values_of(self.trees)[number]
+        if jtu.tree_structure(own) == jtu.tree_structure(new):
+            return own
+        found = set(jtu.tree_leaves(own))
+        if len(found) > 1:
+            ref = derefed.refs[number]
+            raise CarryError(
+                f"{describe(ref._name, ref._collection)} holds arrays that `{name}` splits "
+                f"by the specs {sorted(map(str, found))}, and was written with a value of "
+                "another structure, for which no specs are given. Keep the structure, or use "
+                "one spec for all of its arrays."
+            )
+        spec = found.pop() if found else PartitionSpec()
+        return jtu.tree_map(lambda _: spec, new)
+
+
+def call_specs(
+    derefed: Call,
+    args: tuple,
+    in_specs: Any,
+    mesh: Any,
+    manual: tuple[str, ...],
+    name: str,
+) -> Specs:
+    """The spec of each array of a call of `args`.
+
+    **Arguments:**
+
+    - `in_specs`: a prefix of `args`.
+    - `mesh`: what is split over; `None` if it is not known.
+    - `manual`: those of its axes that the function is manual over.
+
+    **Raises:**
+
+    - `TypeError`: if there are none, and no types that say it.
+    - `MismatchError`: if arguments give one ref two different specs; if an array cannot be
+        split so.
+    """
+    # With explicit axes a type says how an array is split, and nothing else can be right.
+    is_typed = mesh is not None and _types_say(mesh, manual)
+    unsaid = AS_TYPED if is_typed else None
+    if in_specs is AS_TYPED and not is_typed:
+        raise TypeError(
+            f"`{name}` has no `in_specs`, and axes of the mesh are not explicit, so that no "
+            f"type says how an array is split. Give them, such as `in_specs=({_EXAMPLE})`."
+        )
+
+    def of_function(leaf: Any) -> Any:
+        is_said = isinstance(leaf, Ref) and isinstance(in_specs, specs)
+        return in_specs.of((), leaf) if is_said else unsaid
+
+    outside, said, reached = read_places(
+        derefed,
+        leaf_specs(in_specs, args, "in_specs"),
+        len(args),
+        of_function,
+        spec_of_array,
+        inside,
+    )
+    found: dict[int, Any] = {}
+    split: dict[tuple[str, ...], tuple[int, ...]] = {}
+    for i, value in values_of(derefed.arrays).items():
+        ref = derefed.refs[i]
+        if i in said:
+            given = _agreed(ref, said[i], name)
+        else:
+            given = _reached(reached.get(i, ()), unsaid)
+        own = _specs_of_value(given, value)
+        if ref._collection == RNG and given is not SAME:
+            over, own = _randomness(value, own, manual)
+            split[over] = (*split.get(over, ()), i)
+        found[i] = own
+    trees = [map_values(lambda i, _: found[i], leaves) for leaves in outside]
+    _check_fit(derefed, trees, mesh, manual if is_typed else (), name)
+    trees = jtu.tree_map(lambda spec: part_of(spec, manual), trees)
+    return Specs(trees, {over: numbers for over, numbers in split.items() if over})
+
+
+def _types_say(mesh: Any, manual: tuple[str, ...]) -> bool:
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types))
+    return all(kinds.get(axis) is AxisType.Explicit for axis in manual)
+
+
+def _reached(places: Iterable[Place], unsaid: Any) -> Any:
+    """The spec of a ref that only functions reach."""
+    given = [place.what for place in places]
+    return SAME if SAME in given else (given[0] if given else unsaid)
+
+
+def _agreed(ref: Ref, places: list[Place], name: str) -> Any:
+    """The spec that all arguments with this ref give it."""
+    remedy = (
+        "give it one spec, for example by its collection, as in "
+        f"`{specs_text(ref, 'P(...)')}`."
+    )
+    return agreed(ref, places, lambda a, b: a == b, name, "specs", remedy)
+
+
+def _specs_of_value(given: Any, value: Any) -> Any:
+    if type(value) is Channelled:
+        own = _specs_of_value(given, value.value)
+        # A channel is made of pieces of the shape of their array.
+        of_pieces = lambda spec, pieces: jtu.tree_map(lambda _: spec, pieces)
+        return Channelled(own, jtu.tree_map(of_pieces, own, value.channel))
+    return specs_of_arrays(given, value, "in_specs")
+
+
+def part_of(spec: PartitionSpec, manual: tuple[str, ...]) -> PartitionSpec:
+    """What a spec says of the axes that a function is manual over; the others stay with the
+    compiler."""
+    kept = [tuple(x for x in mesh_axes(entry) if x in manual) for entry in spec]
+    return PartitionSpec(*(x if len(x) > 1 else (x[0] if x else None) for x in kept))
+
+
+def _randomness(
+    value: Any, own: Any, manual: tuple[str, ...]
+) -> tuple[tuple[str, ...], Any]:
+    """Over which mesh axes the keys of a ref differ, and how its arrays are split.
+
+    A stack of keys is split as any array is. Of one key a spec says along which axes it is to
+    differ: as a rule all.
+    """
+    arrays, treedef = jtu.tree_flatten(value)
+    given = treedef.flatten_up_to(own)
+    named = {name for spec in given for name in axes_in(spec)}
+    if all(len(spec) <= _rank(jnp.asarray(x)) for x, spec in zip(arrays, given)):
+        return (() if named else manual), own
+    over = tuple(name for name in manual if name in named)
+    return over, jtu.tree_map(lambda _: PartitionSpec(), own)
+
+
+def _rank(x: jax.Array) -> int:
+    """The rank of an array, not counting the words of raw keys."""
+    is_raw = is_key(x) and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return x.ndim - is_raw
+
+
+def check_known(spec: PartitionSpec, mesh: Any, which: str) -> None:
+    """That a mesh has the axes that a spec names."""
+    for axis in axes_in(spec):
+        if axis not in mesh.axis_names:
+            raise MismatchError(
+                f"Cannot split {which} by `{spec}`: it names the mesh axis {axis!r}, and the "
+                f"mesh has {', '.join(map(repr, mesh.axis_names))}. Name one of these."
+            )
+
+
+def _check_fit(
+    derefed: Call, trees: list[Leaves], mesh: Any, typed: tuple[str, ...], name: str
+) -> None:
+    """That each array can be split by its spec; and that it is, where its type says how."""
+    for leaves, own in zip(derefed.arrays, trees):
+        arrays = jtu.tree_flatten_with_path(leaves)[0]
+        for (path, x), spec in zip(arrays, jtu.tree_leaves(own)):
+            number = getattr(leaves[path[0].idx], "index", None)
+            if number is None:
+                which = f"the array {jax.typeof(x).str_short()} that `{name}` is given"
+            else:
+                ref = derefed.refs[number]
+                which = f"{describe(ref._name, ref._collection)} in `{name}`"
+            check_spec(spec, jnp.shape(x), mesh, which)
+            of_type = part_of(jax.typeof(x).sharding.spec, typed)
+            if typed and _by_dimension(of_type) != _by_dimension(part_of(spec, typed)):
+                raise MismatchError(
+                    f"Cannot split {which} by `{spec}`: the mesh has explicit axes, and the "
+                    f"type of the array says `{of_type}`. Leave out `in_specs`, which are then "
+                    "those of the types; or put it there before, with `rx.filter_shard` or "
+                    "`jax.sharding.reshard`."
+                )
+
+
+def _by_dimension(spec: PartitionSpec) -> list[tuple[str, ...]]:
+    axes = [mesh_axes(entry) for entry in spec]
+    while axes and not axes[-1]:
+        axes.pop()
+    return axes

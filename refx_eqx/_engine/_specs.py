@@ -1,0 +1,216 @@
+"""The specs that a user gives: `in_specs` and `out_specs`, for `filter_shard_map`."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.tree_util as jtu
+from jax.sharding import NamedSharding, PartitionSpec
+
+from .._core._identity import UNSET
+from .._core._nodes import Index, is_node, Value
+from .._core._ref import Ref
+from .._filters._filters import FilterLike
+from .._sharding._mesh import mesh_axes
+from .._sharding._rules import axis_rules
+from ._by_filter import ByFilter, each_leaf, ELSEWHERE, NotGiven, SAME
+
+
+__tracebackhide__ = True
+
+
+class specs(ByFilter):
+    """Specs by collection, or by any other filter, for the `in_specs` and `out_specs` of
+    [`refx_eqx.filter_shard_map`][]. The sister of [`refx_eqx.axes`][].
+
+    !!! Example
+
+        ```python
+        import jax
+        import jax.numpy as jnp
+        import refx_eqx as rx
+        from jax import P
+
+        mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        model = {
+            "w": rx.Ref(jnp.ones(4), "params"),
+            "mean": rx.Ref(jnp.zeros(()), "batch_stats"),
+        }
+
+        def step(model, x):
+            model["mean"].value = jax.lax.pmean(jnp.mean(x), "data")
+            return model["w"].value * jnp.sum(x)
+
+        by_collection = rx.specs(params=P("data"), batch_stats=P())
+        sharded = rx.filter_shard_map(
+            step, mesh=mesh, in_specs=(by_collection, P("data")), out_specs=P("data")
+        )
+        assert sharded(model, jnp.arange(4.0))[0] == 6.0 and model["mean"].value == 1.5
+        ```
+
+    A ref of collection `"rng"` that is replicated is split by shard: each draws numbers of its
+    own. `rx.specs(rng=P())` asks for the same randomness in all shards, and
+    `rx.specs(rng=P("data"))` for randomness that differs along the mesh axis `data` alone,
+    for a key that is one (a stack of keys is split, as any array).
+
+    **Arguments:**
+
+    - `by_collection`: a mapping from collection to spec: a `jax.P`, a `NamedSharding`, or
+        `None`, which is `P()`. A key may be any filter, such as
+        `rx.path("**.shared.**")`. The first that matches decides, and one that matches
+        nothing has no effect.
+    - `default`: the spec of all other leaves. If omitted, a leaf that is not named is an
+        error, which finds a misspelt key.
+    - `**collections`: the spec of each collection.
+
+    **Raises:**
+
+    - `TypeError`: if a spec is none.
+
+    When used:
+
+    - `StructureError`: if a ref or an array is met for which no spec is given.
+    """
+
+    called = "rx.specs"
+    what = "spec"
+
+    def __init__(
+        self,
+        by_collection: Mapping[FilterLike, Any] | None = None,
+        *,
+        default: Any = UNSET,
+        **collections: Any,
+    ):
+        if default is not UNSET:
+            default = self.checked(default, f"rx.specs(default={default!r})")
+        super().__init__(by_collection, default, collections)
+
+    def checked(self, one: Any, text: str) -> PartitionSpec:
+        try:
+            return _as_spec(one, "rx.specs")
+        except NotGiven:
+            raise TypeError(
+                f"`{text}`: a spec is a `jax.P`, or `None` for `P()`, and this is {one!r}."
+            ) from None
+
+    def example(self) -> str:
+        return "P('data')"
+
+    def is_whole(self, one: Any) -> bool:
+        return not axes_in(one)
+
+
+class _AsTyped:
+    """The spec of an array of which none is given, under a mesh of explicit axes: that of
+    its type."""
+
+    def __repr__(self) -> str:
+        return "the sharding of its type"
+
+
+AS_TYPED = _AsTyped()
+
+
+class OfValue:
+    """The specs of the arrays of the value of one ref: a prefix of the value."""
+
+    __slots__ = ("prefix",)
+
+    def __init__(self, prefix: Any):
+        self.prefix = prefix
+
+    def __repr__(self) -> str:
+        return repr(self.prefix)
+
+
+def axes_in(spec: PartitionSpec) -> tuple[str, ...]:
+    """The mesh axes that a spec names."""
+    return tuple(name for entry in spec for name in mesh_axes(entry))
+
+
+def _as_spec(one: Any, what: str) -> PartitionSpec:
+    """What is given for a leaf, as a spec."""
+    if one is None:
+        return PartitionSpec()
+    if isinstance(one, NamedSharding):
+        return one.spec
+    if not isinstance(one, PartitionSpec):
+        also = ", `rx.axis_rules`" if what == "in_specs" else ""
+        raise NotGiven(
+            f"`{what}` must consist of `jax.P`, `NamedSharding`, None, `rx.specs`{also} and "
+            f"trees of these, and it has {one!r}."
+        )
+    return one
+
+
+def _is_given(x: Any) -> bool:
+    return x is None or is_node(x)
+
+
+def leaf_specs(prefix: Any, tree: Any, what: str) -> list[Any]:
+    """What each leaf of `tree` is given: a spec, `SAME`, or the `OfValue` of a ref whose arrays
+    have their own; `ELSEWHERE` at the second place of a ref, in a tree of the derefed form. For a
+    function it may be a `Within`.
+
+    **Arguments:**
+
+    - `prefix`: as the user gives it, which may be a tree of the derefed form.
+    """
+
+    def resolve(one: Any, subtree: Any) -> list[Any]:
+        if isinstance(one, axis_rules):
+            return leaf_specs(one.specs(subtree), subtree, what)
+        if type(one) is Index:
+            given = ELSEWHERE
+        elif type(one) is Value:
+            given = OfValue(one.value)
+        else:
+            given = one if one is AS_TYPED else _as_spec(one, what)
+        return [given] * len(jtu.tree_leaves(subtree))
+
+    return each_leaf(prefix, tree, what, resolve, _is_given)
+
+
+def specs_of_arrays(given: Any, value: Any, what: str) -> Any:
+    """The spec of each array of the value of a ref, as a tree like it. For one array outside
+    refs too."""
+    if type(given) is not OfValue:
+        return jtu.tree_map(lambda x: spec_of_array(given, x), value)
+    found = leaf_specs(given.prefix, value, what)
+    return jtu.tree_unflatten(jtu.tree_structure(value), found)
+
+
+def spec_of_array(given: Any, array: Any) -> PartitionSpec:
+    if given is None or given is SAME:
+        return PartitionSpec()
+    return jax.typeof(array).sharding.spec if given is AS_TYPED else given
+
+
+def specs_in(prefix: Any, what: str) -> Iterator[PartitionSpec]:
+    """All specs that a prefix may give, whatever it is a prefix of."""
+    for one in jtu.tree_leaves(
+        prefix, is_leaf=lambda x: x is None or isinstance(x, ByFilter)
+    ):
+        if not isinstance(one, ByFilter):
+            yield _as_spec(one, what)
+            continue
+        yield from one.by_collection.values()
+        if one.default is not UNSET:
+            yield one.default
+
+
+def inside(given: Any) -> Any:
+    """What is given for a function says that of a leaf inside it: `P()` says nothing."""
+    is_silent = given is SAME or given is AS_TYPED
+    if is_silent or (isinstance(given, PartitionSpec) and not axes_in(given)):
+        return None
+    return given
+
+
+def specs_text(ref: Ref, spec: str) -> str:
+    """How to give the collection of `ref` this spec; for messages."""
+    name = ref._collection
+    if isinstance(name, str) and name.isidentifier():
+        return f"rx.specs({name}={spec}, default=P())"
+    return f"rx.specs({{{name!r}: {spec}}}, default=P())"
