@@ -797,3 +797,16 @@ def test_what_was_written_unchecked_is_checked_at_the_next_write():
     linear.weight.value = 2 * jnp.ones((2, 3))  # what is right is taken
     linear.weight.value += 1.0
     assert rx.clone(linear).weight[0, 0] == 3.0
+
+
+def test_a_write_leaves_no_scope_of_names_behind():
+    from jaxtyping import _storage
+
+    class Pair(rx.Module):
+        first: rx.Param[Float[Array, "n"]]
+
+    pair = Pair(jnp.ones(2))
+    with pytest.raises(rx.RefTypeError):
+        pair.first.value = jnp.ones(3)
+    pair.first.value = jnp.zeros(2)
+    assert not vars(_storage._shape_storage).get("memo_stack")

@@ -59,12 +59,14 @@ def name_scope(names: AxisNames = NO_NAMES, instance: Any = None) -> Iterator[No
     memos = ({}, {}, {}, {"self": instance})
     _bind(memos, names)
     scopes = vars(_storage._shape_storage).setdefault("memo_stack", [])
+    depth = len(scopes)
     try:
         scopes.append(memos)
         yield
     finally:
-        # Not the last: a signal may come before there is one.
-        scopes[:] = [scope for scope in scopes if scope is not memos]
+        # Not the last: a signal may come before there is one. Nor `memos`: a check puts a
+        # new tuple in its place.
+        del scopes[depth:]
 
 
 def _bind(memos: tuple, names: AxisNames) -> None:
