@@ -420,6 +420,46 @@ def test_a_gradient_outside_is_that_of_the_whole_batch():
     assert counts.value == 4.0
 
 
+@rx.filter_custom_vjp
+def noting(x, seen):
+    return x
+
+
+noting.def_fwd(lambda perturbed, x, seen: (x, None))
+
+
+@noting.def_bwd
+def _(residuals, grad, perturbed, x, seen):
+    seen.value = jnp.maximum(seen.value, jnp.abs(grad))
+    return grad
+
+
+@pytest.mark.parametrize("is_split", [True, False])
+def test_a_backward_rule_writes_a_ref_that_is_split(is_split):
+    seen = rx.Ref(jnp.zeros(4), "amax")
+    weights = jnp.array([1.0, -2.0, 3.0, -4.0])
+
+    def of_part(x, seen, weights):
+        return jax.lax.psum(jnp.sum(noting(x, seen) * weights), "data")
+
+    spec = P("data")
+    sharded = rx.filter_shard_map(
+        of_part, mesh=MESH, in_specs=(spec, spec, spec), out_specs=P()
+    )
+    if is_split:
+        grad = rx.filter_grad(sharded)(jnp.ones(4), seen, weights)
+        assert grad.tolist() == weights.tolist()
+        assert seen.value.tolist() == [1.0, 2.0, 3.0, 4.0]
+        return
+    whole = rx.Ref(jnp.zeros(1), "amax")
+    sharded = rx.filter_shard_map(
+        of_part, mesh=MESH, in_specs=(spec, P(), spec), out_specs=P()
+    )
+    with pytest.raises(rx.CarryError, match=r"'amax'\) out of a backward rule"):
+        rx.filter_grad(sharded)(jnp.ones(4), whole, weights)
+    assert whole.value == 0.0
+
+
 def test_a_scan_inside_carries_what_differs_between_shards():
     total = rx.Ref(jnp.zeros(4), "sums")
     one = rx.Ref(jnp.array(0.0), "sums")

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from .._core._call import Call
 from .._core._errors import CarryError, describe, MismatchError
-from .._core._ref import Channelled, Ref
+from .._core._ref import Channeled, Ref
 from .._core._structure import Leaves, map_values, values_of
 from .._sharding._mesh import check_spec, mesh_axes
 from ._by_filter import RNG, SAME
@@ -127,7 +127,7 @@ def call_specs(
             given = _agreed(ref, said[i], name)
         else:
             given = _reached(reached.get(i, ()), unsaid)
-        own = _specs_of_value(given, value)
+        own = _specs_of_value(ref, given, value, manual, name)
         if ref._collection == RNG and given is not SAME:
             over, own = _randomness(value, own, manual)
             split[over] = (*split.get(over, ()), i)
@@ -158,13 +158,25 @@ def _agreed(ref: Ref, places: list[Place], name: str) -> Any:
     return agreed(ref, places, lambda a, b: a == b, name, "specs", remedy)
 
 
-def _specs_of_value(given: Any, value: Any) -> Any:
-    if type(value) is Channelled:
-        own = _specs_of_value(given, value.value)
-        # A channel is made of pieces of the shape of their array.
-        of_pieces = lambda spec, pieces: jtu.tree_map(lambda _: spec, pieces)
-        return Channelled(own, jtu.tree_map(of_pieces, own, value.channel))
-    return specs_of_arrays(given, value, "in_specs")
+def _specs_of_value(
+    ref: Ref, given: Any, value: Any, manual: tuple[str, ...], name: str
+) -> Any:
+    if type(value) is not Channeled:
+        return specs_of_arrays(given, value, "in_specs")
+    own = specs_of_arrays(given, value.value, "in_specs")
+    for spec in jtu.tree_leaves(own):
+        if not set(manual) <= set(axes_in(spec)):
+            # Each shard has a cotangent of its own, and JAX adds them up.
+            raise CarryError(
+                f"`{name}` cannot carry {describe(ref._name, ref._collection)} out of a "
+                f"backward rule that writes it: it is not split over all of {manual}, and "
+                "what the shards write would be added up. Take the gradient inside the "
+                f"function, `rx.filter_grad` in `{name}`, and write one value, such as a "
+                "`jax.lax.pmax`; or split the ref."
+            )
+    # A channel is made of pieces of the shape of their array.
+    of_pieces = lambda spec, pieces: jtu.tree_map(lambda _: spec, pieces)
+    return Channeled(own, jtu.tree_map(of_pieces, own, value.channel))
 
 
 def part_of(spec: PartitionSpec, manual: tuple[str, ...]) -> PartitionSpec:

@@ -60,7 +60,7 @@ class specs(ByFilter):
         `rx.path("**.shared.**")`. The first that matches decides, and one that matches
         nothing has no effect.
     - `default`: the spec of all other leaves. If omitted, a leaf that is not named is an
-        error, which finds a misspelt key.
+        error, which finds a misspelled key.
     - `**collections`: the spec of each collection.
 
     **Raises:**
