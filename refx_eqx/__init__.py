@@ -5,6 +5,7 @@ from importlib.metadata import version as _version
 from . import nn as nn
 from ._capture import capture as capture
 from ._checkpoint._save import load as load, save as save
+from ._core import _export as _export  # registers the nodes with JAX
 from ._core._dag import Dag as Dag
 from ._core._deref import (
     block_until_ready as block_until_ready,

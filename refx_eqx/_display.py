@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from ._core._access import refuse_cycle
 from ._core._errors import StructureError
 from ._core._nodes import is_node
 from ._core._ref import Ref
@@ -285,6 +286,7 @@ def mermaid(tree: PyTree) -> str:
             del nodes[at:]
         return name if found else None
 
+    refuse_cycle(tree)
     visit(tree)
     shared = ",".join(box for box in refs.values() if n_arrows[box] > 1)
     if shared:

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from jaxtyping import Float
 
 import refx_eqx as rx
 
@@ -160,6 +161,27 @@ def test_a_value_changed_in_place_is_held_to_its_type():
     with pytest.raises(rx.RefTypeError, match=r"Cache.items"):
         set_item(cache, "no")
     assert cache.items.value["b"] == 1.0
+
+
+@pytest.mark.parametrize("hint, at", [("3", "a"), ("n 3", "a"), ("n", "b")])
+def test_a_value_changed_in_place_is_held_to_its_shape(hint, at):
+    """The type is that of the value before, not of what was put there."""
+
+    class Cache(rx.Module):
+        items: rx.Ref[dict[str, Float[jax.Array, hint]]]
+
+    shape = (2, 3) if hint == "n 3" else (3,)
+    cache = Cache({"a": jnp.ones(shape), "b": jnp.ones(shape)})
+
+    @rx.filter_jit
+    def set_item(cache, x):
+        cache.items.value[at] = x
+
+    set_item(cache, 2 * jnp.ones(shape))
+    assert (cache.items.value[at] == 2.0).all()
+    with pytest.raises(rx.RefTypeError, match=r"Cache.items.*cannot hold"):
+        set_item(cache, jnp.ones((*shape[:-1], 4)))
+    assert (cache.items.value[at] == 2.0).all()
 
 
 # Equinox's own state.

@@ -3,6 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import refx_eqx as rx
@@ -25,7 +26,7 @@ def product(library):
 
     @custom.def_bwd
     def _(residuals, grad, perturbed, x, *args, **kwargs):
-        if jnp.issubdtype(x.dtype, jnp.inexact):
+        if jnp.issubdtype(jnp.result_type(x), jnp.inexact):
             return f(grad, *args, **kwargs)
 
     return custom
@@ -211,3 +212,120 @@ def test_what_no_backward_rule_has_written_stays_weakly_typed(wrap):
     wrap(rx.filter_grad(loss))(w, model)
     assert model["amax"].value == 5.0
     assert {**weak(), "amax": None} == {**before, "amax": None}
+
+
+NUMBERS = [3.0, np.float32(3.0), np.array(3.0, np.float32)]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda x: type(x).__name__)
+def test_numbers_of_python_and_numpy_are_arrays_to_a_rule(number):
+    """What an eager derivative hands over as it is, and no program of plain numbers."""
+
+    @rx.filter_custom_vjp
+    def double(x):
+        return x.value * 2.0
+
+    double.def_fwd(lambda perturbed, x: (double.__wrapped__(x), None))
+    double.def_bwd(lambda residuals, grad, perturbed, x: grad * 2.0)
+    w = rx.Ref(number, "params")
+    assert rx.filter_grad(lambda w: double(w))(w).value == 2.0
+    with jax.check_tracer_leaks(False):
+        with pytest.raises(rx.StructureError, match=MATCH):
+            rx.filter_grad(lambda w: product(rx)(2.0, w))(w)
+        with pytest.raises(rx.StructureError, match=MATCH):
+            rx.filter_grad(lambda w, x: product(rx)(x, w))(w, number)
+
+
+@rx.filter_custom_vjp
+def watch_first(x, state):
+    return x
+
+
+watch_first.def_fwd(lambda perturbed, x, state: (x, None))
+
+
+@watch_first.def_bwd
+def _(residuals, grad, perturbed, x, state):
+    state[0].value = jnp.maximum(state[0].value, jnp.max(jnp.abs(grad)))
+    return grad
+
+
+def watched_loss(w, state):
+    return watch_first(w.value, state) * 5
+
+
+GRADS = {
+    "grad": lambda loss, *args: rx.filter_grad(loss)(*args),
+    "jit of grad": lambda loss, *args: rx.filter_jit(rx.filter_grad(loss))(*args),
+    "grad of jit": lambda loss, *args: rx.filter_grad(rx.filter_jit(loss))(*args),
+    "grad of checkpoint": lambda loss, *args: rx.filter_grad(
+        rx.filter_checkpoint(loss)
+    )(*args),
+    "grad of scan": lambda loss, *args: rx.filter_grad(
+        lambda w, state: rx.scan(
+            lambda c, _: (c + loss(w, state), None), 0.0, length=2
+        )[0]
+    )(*args),
+    "grad of cond": lambda loss, *args: rx.filter_grad(
+        lambda w, state: rx.cond(w.value > 0, loss, loss, w, state)
+    )(*args),
+    "grad of vmap": lambda loss, *args: rx.filter_grad(
+        lambda w, state: jnp.sum(
+            rx.filter_vmap(lambda x: x * loss(w, state))(jnp.array([1.0]))
+        )
+    )(*args),
+}
+
+
+@pytest.mark.parametrize("grad", GRADS.values(), ids=GRADS)
+@pytest.mark.parametrize("value", [2.0, jnp.array(2.0)], ids=["number", "array"])
+def test_what_no_backward_rule_has_written_may_be_immutable(grad, value):
+    w = rx.Ref(jnp.array(2.0), "params")
+    state = [rx.Ref(jnp.array(0.0), "fp8"), rx.Ref(value, "fp8")]
+    for limit in (~rx.collection("x") & (lambda r: r != state[1]), state[0]):
+        state[0].value = jnp.array(0.0)
+        with rx.mutable(limit):
+            grad(watched_loss, w, state)
+        assert state[0].value == 5.0 and state[1].value is value
+
+
+@pytest.mark.parametrize("name", ["grad", "jit of grad", "grad of vmap"])
+def test_what_no_backward_rule_has_written_is_not_written(name):
+    w = rx.Ref(jnp.array(2.0), "params")
+    state = [rx.Ref(jnp.array(0.0), "fp8"), rx.Ref(2.0, "fp8")]
+    GRADS[name](watched_loss, w, state)
+    assert state[0].value == 5.0 and type(state[1].value) is float
+
+
+def test_what_the_function_writes_and_no_backward_rule():
+    def loss(w, state):
+        state[1].value += 1.0
+        return watched_loss(w, state)
+
+    w = rx.Ref(jnp.array(2.0), "params")
+    state = [rx.Ref(jnp.array(0.0), "fp8"), rx.Ref(jnp.array(2.0), "fp8")]
+    rx.filter_grad(loss)(w, state)
+    assert state[0].value == 5.0 and state[1].value == 3.0
+
+
+@pytest.mark.parametrize("grad", GRADS.values(), ids=GRADS)
+@pytest.mark.parametrize("by_tree", [False, True])
+def test_a_backward_rule_may_not_write_what_is_immutable(grad, by_tree):
+    w = rx.Ref(jnp.array(2.0), "params")
+    state = [rx.Ref(jnp.array(0.0), "fp8"), rx.Ref(jnp.array(2.0), "fp8")]
+    limit = (rx.path("1"), state) if by_tree else ("params",)
+    match = r"'fp8'.*this code runs under `rx.mutable\("
+    with jax.check_tracer_leaks(False):
+        with pytest.raises(rx.ImmutableError, match=match):
+            with rx.mutable(*limit):
+                grad(watched_loss, w, state)
+    assert state[0].value == 0.0
+
+
+def test_the_error_for_a_lost_write_shows_as_a_public_one():
+    w = rx.Ref(jnp.array(2.0), "params")
+    state = [rx.Ref(jnp.array(0.0), "fp8")]
+    with pytest.raises(rx.CarryError) as caught:
+        rx.filter_vjp(lambda w: watched_loss(w, state), w)[1](jnp.array(1.0))
+    shown = f"{type(caught.value).__module__}.{type(caught.value).__qualname__}"
+    assert shown == "refx_eqx.CarryError"

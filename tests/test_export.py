@@ -9,6 +9,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jaxtyping import Array, Float
 
 import refx_eqx as rx
@@ -99,3 +100,87 @@ def test_the_persistent_compilation_cache_is_hit_by_the_next_process(tmp_path):
     first, second = (int(_run(code, **env)) for _ in range(2))
     assert first == 0
     assert second > 0
+
+
+class Frozen(rx.Ref):
+    pass
+
+
+def scale(tree, x):
+    tree["a"].value = tree["a"].value * x
+    return tree["b"], tree["c"].value
+
+
+def make_tree():
+    a = rx.Ref(jnp.array([1.0, 2.0]), "params")
+    return {"a": a, "b": a, "c": Frozen(jnp.array(5.0), ("stats", 1))}
+
+
+def test_a_program_of_derefed_trees_is_serialized_and_runs_in_another_process(tmp_path):
+    args = (make_tree(), jnp.array(3.0))
+    derefed = rx.deref(args)
+    exported = jax.export.export(jax.jit(rx.functionalize(scale)))(*derefed)
+    (tmp_path / "program").write_bytes(exported.serialize())
+    again = jax.export.deserialize((tmp_path / "program").read_bytes())
+    assert again.in_tree == exported.in_tree and again.out_tree == exported.out_tree
+    rx.update_refs(args, again.call(*derefed)[1])
+    assert args[0]["b"].value.tolist() == [3.0, 6.0]
+
+    printed = _run(
+        """
+        import sys
+
+        sys.path.insert(0, sys.argv[2])
+        import jax.export
+        import jax.numpy as jnp
+        import refx_eqx as rx
+        from test_export import make_tree
+
+        data = open(f"{sys.argv[1]}/program", "rb").read()
+        args = (make_tree(), jnp.array(3.0))
+        (shared, _), updates = jax.export.deserialize(data).call(*rx.deref(args))
+        rx.update_refs(args, updates)
+        print(shared.value.tolist(), args[0]["b"].value.tolist())
+        """,
+        str(tmp_path),
+        os.path.dirname(__file__),
+    )
+    assert printed.strip() == f"{[3.0, 6.0]} {[3.0, 6.0]}"
+
+
+def test_a_dag_and_what_is_not_there_are_serialized():
+    dag = rx.Dag(make_tree())
+    first = jax.export.export(jax.jit(lambda dag: dag.value["a"].value))(dag)
+    again = jax.export.deserialize(first.serialize())
+    assert again.call(dag).tolist() == [1.0, 2.0]
+
+    parts = rx.deref(rx.partition(make_tree(), "params")[0])
+    exported = jax.export.export(jax.jit(lambda tree: tree))(parts)
+    out = jax.export.deserialize(exported.serialize()).call(parts)
+    assert out["c"] is rx.NOTHING and rx.reref(out["a"])[...].tolist() == [1.0, 2.0]
+
+
+def test_what_has_no_form_in_a_file_is_refused_by_name():
+    class Local(rx.Ref):
+        pass
+
+    for ref, match in (
+        (
+            rx.Ref(jnp.ones(1), frozenset("a")),
+            r"frozenset.*Name a collection by a text",
+        ),
+        (Local(jnp.ones(1), "params"), r"Local, is not to be found.*top of a module"),
+    ):
+        exported = jax.export.export(jax.jit(lambda x: x))(rx.deref(ref))
+        with pytest.raises(rx.StructureError, match=match):
+            exported.serialize()
+    tuple_of_texts = rx.deref(rx.Ref(jnp.ones(1), ("a", "b")))
+    jax.export.export(jax.jit(lambda x: x))(tuple_of_texts).serialize()
+
+
+def test_a_class_of_refs_that_is_gone_is_named(monkeypatch):
+    ref = rx.deref(Frozen(jnp.ones(1), "params"))
+    data = jax.export.export(jax.jit(lambda x: x))(ref).serialize()
+    monkeypatch.delattr(sys.modules[__name__], "Frozen")
+    with pytest.raises(rx.StructureError, match=r"Frozen` is no class of refs. Keep"):
+        jax.export.deserialize(data)

@@ -26,7 +26,7 @@ from .._core._errors import CheckpointError, RefError, StructureError
 from .._core._ref import Ref
 from .._filters._filters import as_filter, FilterLike
 from .._filters._select import aliases, leaves_with_paths, selected_refs
-from .._filters._state_dict import load_state_dict, state_dict
+from .._filters._state_dict import check_all_in_tree, load_state_dict, state_dict
 from .._trees._paths import dotted, key_text
 from . import _file
 from ._file import Stored, TensorFile
@@ -191,7 +191,9 @@ def load(
 
 def _check_in_refs(tree: Any, filter: Any, failure: str, fate: str) -> None:
     selected = as_filter(filter)
-    for path, leaf in leaves_with_paths(tree)[0]:
+    pairs, _ = leaves_with_paths(tree)
+    check_all_in_tree(pairs, failure)
+    for path, leaf in pairs:
         is_array = isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
         if is_array and selected.matches(path, leaf):
             raise StructureError(

@@ -1,14 +1,17 @@
-"""What is asked before a ref is read or written, and of a value before it is stored."""
+"""What is asked before a ref is read or written, of a value before it is stored, and of a tree
+before JAX is asked to flatten it.
+"""
 
 from typing import Any
 
 import jax.tree_util as jtu
 
-from .._trees._cells import is_lookup, shared_in
+from .._trees._cells import holds_itself, is_lookup, shared_in
 from .._trees._containers import copied, is_writeable
 from .._trees._equality import Shared
 from . import _trace
 from ._errors import (
+    CarryError,
     describe,
     DonatedError,
     ImmutableError,
@@ -87,10 +90,22 @@ def check_writable(ref: Any) -> None:
             raise TraceLevelError(
                 f"Cannot mutate ref from different trace level: {which}: {reason}"
             )
+    where = why_immutable(ref)
+    if where is not None:
+        which = describe(ref._name, ref._collection)
+        raise ImmutableError(f"Cannot write {which}: this code runs {where}")
+
+
+def why_immutable(ref: Any) -> str | None:
+    """Where this code runs, for messages, if `mutable` allows no write there; or `None`."""
+    if ref._body is not None and ref._outer is None:
+        return (
+            None  # It is not known which ref this is: asked where the write comes out.
+        )
     for guard in _trace.guards.get():
         if not guard.allows(ref):
-            which = describe(ref._name, ref._collection)
-            raise ImmutableError(f"Cannot write {which}: this code runs {guard.where}")
+            return guard.where
+    return None
 
 
 def check_value(ref: Any, value: Any) -> Any:
@@ -101,6 +116,7 @@ def check_value(ref: Any, value: Any) -> Any:
     if type(value) is _trace.ConcreteArray:
         check_not_deleted(ref, value)
     else:
+        refuse_cycle(value)
         leaves = jtu.tree_leaves(value, is_leaf=is_lookup)
         if any(map(is_writeable, leaves)):
             value = copied(value)
@@ -123,6 +139,20 @@ def check_value(ref: Any, value: Any) -> Any:
     for bound in ref._declared or ():
         value = bound.checked(ref, value)
     return value
+
+
+def refuse_cycle(tree: Any) -> None:
+    """JAX is not asked to flatten a tree that has no end.
+
+    **Raises:**
+
+    - `StructureError`: if a list or a dict in it holds itself.
+    """
+    if holds_itself(tree):
+        raise CarryError(
+            f"A {type(tree).__name__} holds itself, or something in it does: that is no "
+            "pytree, as it has no end. Take the cycle out of what is passed."
+        )
 
 
 def check_not_deleted(ref: Any, leaf: Any) -> None:

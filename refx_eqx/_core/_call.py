@@ -29,7 +29,7 @@ import jax.tree_util as jtu
 
 from .._trees._carried import Carried
 from .._trees._changes import place_of, Watch
-from .._trees._containers import containers
+from .._trees._containers import containers, owned
 from . import _trace
 from ._access import (
     check_readable,
@@ -53,7 +53,7 @@ from ._errors import (
 from ._identity import Asked, asked_of
 from ._nodes import value_node
 from ._on_mesh import on_mesh, Shardings
-from ._ref import commits, content, IN_PLACE, Ref
+from ._ref import commits, content, IN_PLACE, Ref, set_value
 from ._structure import (
     flatten,
     is_traced,
@@ -345,12 +345,13 @@ _OPAQUE = (Ref, Dag, eqx.nn.State)
 class _Before:
     """What a ref held when a body began: to notice what was not assigned."""
 
-    __slots__ = ("_channel", "_watch")
+    __slots__ = ("_channel", "_value", "_watch")
 
     def __init__(self, ref: Ref):
         self._channel = ref._channel
         value = ref._value
         self._watch = None if is_traced_in_ref(value) else Watch([value], _OPAQUE)
+        self._value = owned(value)
 
     def changed_in_place(self) -> bool:
         return self._watch is not None and self._watch.changed()
@@ -360,8 +361,10 @@ class _Before:
             return True
         if not self.changed_in_place():
             return False
-        # It was changed in place: only now is its type checked.
-        check_value(ref, ref._value)
+        # It was changed in place: only now is its type checked, against what was there.
+        value = ref._value
+        set_value(ref, self._value)
+        set_value(ref, check_value(ref, value))
         return True
 
 

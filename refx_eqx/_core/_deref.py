@@ -15,14 +15,14 @@ import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, PyTree
 
 from .._trees import _closure
-from .._trees._cells import holds_itself, is_lookup, shared_in
+from .._trees._cells import is_lookup, shared_in
 from .._trees._closure import opened
 from .._trees._containers import owned
 from .._trees._functions import FirstPlaceGone
 from .._trees._paths import path_text
 from . import _trace
-from ._access import check_not_deleted
-from ._errors import CarryError, describe, StructureError, TraceLevelError
+from ._access import check_not_deleted, refuse_cycle
+from ._errors import describe, StructureError, TraceLevelError
 from ._nodes import Index, index_node, is_node, label_of, Value, value_node
 from ._ref import (
     check_no_attributes,
@@ -69,15 +69,6 @@ def path_of(tree: Any, found: Callable[[Any], bool]) -> str:
     """Where the first leaf of `tree` is that `found` holds for; for messages."""
     leaves, _ = jtu.tree_flatten_with_path(tree, is_leaf=_is_whole)
     return next((path_text(path) for path, leaf in leaves if found(leaf)), "unknown")
-
-
-def refuse_cycle(tree: Any) -> None:
-    """JAX is not asked to flatten a tree that has no end."""
-    if holds_itself(tree):
-        raise CarryError(
-            f"A {type(tree).__name__} holds itself, or something in it does: that is no "
-            "pytree, as it has no end. Take the cycle out of what is passed."
-        )
 
 
 def closed(tree: Any) -> Any:
@@ -137,16 +128,8 @@ def deref(tree: T) -> T:
     """
     refuse_cycle(tree)
     leaves, treedef = jtu.tree_flatten(opened(tree), is_leaf=_is_whole)
+    refuse_lookups(tree, leaves, "deref")
     for leaf in leaves:
-        looked_up = shared_in(leaf)
-        if looked_up is not None:
-            raise StructureError(
-                f"Cannot deref a {type(leaf).__name__} of refs, such as "
-                f"{describe(looked_up._name, looked_up._collection)} at "
-                f"{path_of(tree, lambda x: x is leaf)}: what is in a set, or a key of a dict, is "
-                "no part of a tree, and would stay the ref that it is. Hold the refs in a "
-                "list or a tuple, and make the set of them where you look one up."
-            )
         if is_node(leaf):
             raise StructureError(
                 f"Cannot deref a tree that is derefed already: {type(leaf).__name__} found "
@@ -158,6 +141,25 @@ def deref(tree: T) -> T:
 
 def _is_whole(x: Any) -> bool:
     return is_node(x) or is_lookup(x)
+
+
+def refuse_lookups(tree: Any, leaves: list[Any], verb: str) -> None:
+    """That no refs would be left behind in what refs are looked up in.
+
+    **Raises:**
+
+    - `StructureError`: if a leaf is a set of refs, or a dict with refs as keys.
+    """
+    for leaf in leaves:
+        looked_up = shared_in(leaf)
+        if looked_up is not None:
+            raise StructureError(
+                f"Cannot {verb} a {type(leaf).__name__} of refs, such as "
+                f"{describe(looked_up._name, looked_up._collection)} at "
+                f"{path_of(tree, lambda x: x is leaf)}: what is in a set, or a key of a dict, is "
+                "no part of a tree, and would stay the ref that it is. Hold the refs in a "
+                "list or a tuple, and make the set of them where you look one up."
+            )
 
 
 def deref_leaves(
@@ -246,6 +248,7 @@ def reref(tree: T) -> T:
     - `RefTypeError`: if a value breaks the declared type of its ref.
     - `DonatedError`: if the buffer of a value is gone.
     """
+    refuse_cycle(tree)
     leaves, treedef = jtu.tree_flatten(tree, is_leaf=is_node)
     refs: dict[int, Ref] = {}
     for leaf in leaves:
@@ -398,6 +401,7 @@ def tree_equal(
 
 
 def _derefed(tree: Any) -> Any:
+    refuse_cycle(tree)
     leaves = jtu.tree_leaves(tree, is_leaf=is_node)
     return tree if any(map(is_node, leaves)) else deref(tree)
 

@@ -27,7 +27,8 @@ from .._trees._carried import Carried
 from .._trees._equality import Identity
 from .._trees._keys import identities_in, Members, static_key, static_keys, weakly
 from . import _trace
-from ._deref import make_ref_of, refuse_cycle, reref_leaves
+from ._access import refuse_cycle
+from ._deref import make_ref_of, reref_leaves
 from ._errors import describe
 from ._identity import NOTHING_ASKED
 from ._nodes import Index, is_node, Value

@@ -22,6 +22,7 @@ that collection, and traces its function once more.
 """
 
 import copy
+import operator
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
@@ -31,8 +32,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._core import _trace
+from .._core._access import why_immutable
 from .._core._call import Call
-from .._core._errors import CarryError, MismatchError
+from .._core._errors import CarryError, ImmutableError, MismatchError
 from .._core._ref import Channeled
 from .._core._structure import Leaves, map_values, Outcome, values_of
 from ._channel import decode, encode, has_channel
@@ -42,11 +44,21 @@ __tracebackhide__ = True
 
 
 class BackwardWrite(CarryError):
-    """A backward rule wrote a ref that has no channel."""
+    """A backward rule wrote a ref that has no channel. `which` says who wrote what."""
 
-    def __init__(self, collection: Hashable, message: str):
-        super().__init__(message)
+    def __init__(self, which: str, collection: Hashable):
+        super().__init__(
+            f"{which}, and what differentiates it here cannot bring the value out. Take "
+            "the derivative by `rx.filter_grad` or `rx.filter_value_and_grad`, of a function "
+            "that is given this ref, or closes over it."
+        )
+        self.which = which
         self.collection = collection
+
+
+# What a user sees of it, and may catch.
+BackwardWrite.__module__ = CarryError.__module__
+BackwardWrite.__qualname__ = CarryError.__qualname__
 
 
 def without_channels(derefed: Call) -> tuple[Call, dict[int, Any]]:
@@ -78,13 +90,24 @@ def with_channels(arrays: list[Leaves], channels: dict[int, Any]) -> list[Leaves
 
 
 def new_channels(derefed: Call, collections: Iterable[Hashable]) -> dict[int, Any]:
-    """A channel of zeros for each ref of these collections, by number."""
+    """A channel of zeros for each ref of these collections that may be written here, by
+    number."""
     wanted = list(collections)
     return {
         i: jtu.tree_map(lambda x: _mapped_like(jnp.zeros_like(x), x), encode(value))
         for i, value in values_of(derefed.arrays).items()
-        if derefed.refs[i].collection in wanted and has_channel(value)
+        if derefed.refs[i].collection in wanted
+        and has_channel(value)
+        and why_immutable(derefed.refs[i]) is None
     }
+
+
+def check_mutable(derefed: Call, write: BackwardWrite) -> None:
+    """Says so if the ref that a rule writes has no channel because it may not be written."""
+    for ref in derefed.refs:
+        where = why_immutable(ref)
+        if ref.collection == write.collection and where is not None:
+            raise ImmutableError(f"{write.which}, and this code runs {where}") from None
 
 
 def _mapped_like(x: Any, y: Any) -> Any:
@@ -112,27 +135,50 @@ _seed.defvjp(
 
 def with_channels_ended(
     loss: Any, outcome: Outcome, channels: dict[int, Any]
-) -> tuple[Any, Outcome]:
+) -> tuple[Any, Outcome, dict[int, Any]]:
     """Ends the channels at the loss of a body that ran with them; and its outcome without
-    them."""
-    if not channels:
-        return loss, outcome
+    them, and what each was seeded with."""
     updates = dict(outcome.updates)
-    ends, values = {}, {}
+    ends, seeds = {}, {}
     for i in channels.keys() & updates.keys():
         end = updates[i]
         ends[i], updates[i] = end.channel, end.value
-        seeds = jtu.tree_map(_mapped_like, encode(end.value), end.channel)
-        values[i] = jax.lax.stop_gradient(seeds)
-    return _seed(loss, ends, values), with_updates(outcome, updates)
+        seed = jtu.tree_map(_mapped_like, encode(end.value), end.channel)
+        seeds[i] = jax.lax.stop_gradient(seed)
+    if seeds:
+        loss = _seed(loss, ends, seeds)
+    return loss, with_updates(outcome, updates), seeds
 
 
-def with_backward_writes(outcome: Outcome, ends: dict[int, Any]) -> Outcome:
-    """An outcome with what arrived at the beginning of the channels."""
+def with_backward_writes(
+    outcome: Outcome,
+    ends: dict[int, Any],
+    seeds: dict[int, Any],
+    before: dict[int, Any],
+) -> Outcome:
+    """An outcome with what arrived at the beginning of the channels.
+
+    Where that is the very seed, no rule has written; and if the function has not either, nor
+    is the ref. (What comes through a loop, a branch or a compiled function is never the seed
+    itself: there a ref that no rule writes is written with the value that it has.)
+
+    **Arguments:**
+
+    - `before`: what the refs held when the function began.
+    """
     updates = dict(outcome.updates)
     for i in ends.keys() & updates.keys():
-        updates[i] = decode(ends[i], updates[i])
+        if not _is_same(ends[i], seeds[i]):
+            updates[i] = decode(ends[i], updates[i])
+        elif _is_same(updates[i], before[i]):
+            del updates[i]
     return with_updates(outcome, updates)
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    a_leaves, a_def = jtu.tree_flatten(a)
+    b_leaves, b_def = jtu.tree_flatten(b)
+    return a_def == b_def and all(map(operator.is_, a_leaves, b_leaves))
 
 
 def apart_from_channels(
@@ -162,12 +208,7 @@ def written_by_rule(
     """What a backward rule wrote to a ref, for its channel. `end` came along the channel;
     `which` says who wrote what."""
     if end is None:
-        raise BackwardWrite(
-            collection,
-            f"{which}, and what differentiates it here cannot bring the value out. Take "
-            "the derivative by `rx.filter_grad` or `rx.filter_value_and_grad`, of a function "
-            "that is given this ref, or closes over it.",
-        )
+        raise BackwardWrite(which, collection)
     if _types(value) != _types(old):
         raise MismatchError(
             f"{which} with {eqx.tree_pformat(value)}, where it holds "

@@ -188,7 +188,7 @@ def each_leaf(
 
     try:
         jtu.tree_map(visit, prefix, tree, is_leaf=is_leaf)
-    except (NotGiven, StructureError):
+    except StructureError:
         raise
     except ValueError as e:
         raise MismatchError(
@@ -197,5 +197,10 @@ def each_leaf(
     return found
 
 
-class NotGiven(ValueError):
+class NotGiven(MismatchError):
     """What a leaf of a prefix has is no axis, or no spec."""
+
+
+# What a user sees of it, and may catch.
+NotGiven.__module__ = MismatchError.__module__
+NotGiven.__qualname__ = MismatchError.__qualname__

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from .._core._deref import refuse_cycle
+from .._core._access import refuse_cycle
 from .._core._errors import describe, MismatchError
 from .._core._places import place_text
 from .._core._ref import Ref

@@ -28,7 +28,7 @@ import jax
 import jax.tree_util as jtu
 import numpy as np
 
-from .._core._deref import refuse_cycle
+from .._core._access import refuse_cycle
 from .._core._ref import Ref
 from .._trees._cells import inside, is_lookup, may_carry, reaches
 from .._trees._keys import same_content, watched_cells

@@ -15,6 +15,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._core import _trace
+from .._core._access import refuse_cycle
 from .._core._deref import path_of
 from .._core._errors import RefTypeError
 from .._core._nodes import is_node
@@ -222,6 +223,7 @@ def check_refs_in_place(tree: Any, failure: str) -> None:
 
     - `RefTypeError`: if there is something array-like in the place of a ref.
     """
+    refuse_cycle(tree)
 
     def visit(x: Any) -> bool:
         if isinstance(x, eqx.Module):

@@ -7,7 +7,9 @@ import equinox as eqx
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .._core._errors import CollectionError, StructureError
+from .._core._access import refuse_cycle
+from .._core._deref import refuse_lookups
+from .._core._errors import check_hashable, CollectionError, StructureError
 from .._core._ref import Ref
 from .._fields._referenced import (
     as_referenced,
@@ -16,6 +18,8 @@ from .._fields._referenced import (
     snapshot_of,
     zone,
 )
+from .._trees._cells import is_lookup
+from .._trees._closure import opened
 from .._trees._paths import key_text, path_text
 from ._filters import as_filter, Filter, FilterLike
 
@@ -79,8 +83,11 @@ def as_refs(
             f"`rx.as_refs`: `where` is a function of a leaf that returns a bool, and was "
             f"given {where!r}. Pass, for example, `where=eqx.is_inexact_array`."
         )
-    groups = collection if isinstance(collection, Mapping) else {collection: True}
-    filters = {name: as_filter(f) for name, f in groups.items()}
+    refuse_cycle(tree)
+    if not isinstance(collection, Mapping):
+        check_hashable("rx.as_refs", collection=collection)
+        collection = {collection: True}
+    filters = {name: as_filter(f) for name, f in collection.items()}
     return _Conversion(filters, where).tree(tree, ())
 
 
@@ -168,5 +175,13 @@ def snapshot(tree: PyTree) -> PyTree:
     **Returns:**
 
     The same tree without refs. What was shared now is the same array object twice.
+
+    **Raises:**
+
+    - `StructureError`: if `tree` holds refs in a set or as the keys of a dict, or itself.
+    - `TraceLevelError`: if a ref may not be read here.
     """
+    refuse_cycle(tree)
+    leaves = jtu.tree_leaves(opened(tree), is_leaf=is_lookup)
+    refuse_lookups(tree, leaves, "snapshot")
     return snapshot_of(tree)

@@ -5,10 +5,12 @@ from typing import Any
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from .._core._access import refuse_cycle
 from .._core._errors import describe, StructureError
 from .._core._nodes import is_node, Value
 from .._core._ref import make_ref, Ref
 from .._fields._instance import check_refs_in_place
+from .._trees._cells import is_lookup
 from .._trees._closure import opened
 from .._trees._paths import dotted, key_text, n_common, Path
 from ._filters import as_filter, Filter, FilterLike
@@ -21,7 +23,10 @@ __tracebackhide__ = True
 def leaves_with_paths(tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
     """The leaves of a tree, of refs or derefed, each with its path; and the treedef. A
     function that holds refs is a node, so `closed` is to be called on what is made of it."""
-    leaves, treedef = jtu.tree_flatten_with_path(opened(tree), is_leaf=is_node)
+    refuse_cycle(tree)
+    leaves, treedef = jtu.tree_flatten_with_path(
+        opened(tree), is_leaf=lambda x: is_node(x) or is_lookup(x)
+    )
     pairs, before, path = [], (), ()
     for keys, leaf in leaves:
         n = n_common(before, keys)

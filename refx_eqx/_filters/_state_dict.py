@@ -18,9 +18,10 @@ from .._core import _trace
 from .._core._access import check_value, check_writable
 from .._core._errors import describe, MismatchError, RefTypeError, StructureError
 from .._core._nodes import is_node
-from .._core._ref import Ref
+from .._core._ref import is_ref, Ref
 from .._fields._instance import check_refs_in_place
-from .._trees._paths import dotted, key_text
+from .._trees._cells import is_lookup
+from .._trees._paths import dotted, key_text, Path
 from ._filters import FilterLike
 from ._select import choose, leaves_with_paths
 from ._update import check_fits, sharding_of, write_all
@@ -185,6 +186,20 @@ def _new_value(ref: Ref, given: dict[int, list[str]], state: Mapping[str, Any]) 
     return value
 
 
+def check_all_in_tree(pairs: list[tuple[Path, Any]], failure: str) -> None:
+    """That each ref in a set, or among the keys of a dict, is in the tree as well."""
+    in_tree = {id(leaf) for _, leaf in pairs if isinstance(leaf, Ref)}
+    for path, leaf in filter(lambda pair: is_lookup(pair[1]), pairs):
+        for ref in filter(is_ref, leaf):
+            # In a transform the set has the refs outside, and the tree the inner ones.
+            if id(ref) not in in_tree and _trace.is_at_home(ref._trace):
+                raise StructureError(
+                    f"{failure}: {_described(ref)} is in a {type(leaf).__name__} at "
+                    f"`{dotted(path)}`, which is no part of a tree, and nowhere else. Hold "
+                    "it in a list, a tuple or a field too."
+                )
+
+
 def places_of(tree: Any, filter: Any, failure: str) -> dict[str, Ref]:
     """Each place of each selected ref: the refs in the order of the tree, the first place
     of a ref before its others."""
@@ -196,6 +211,7 @@ def places_of(tree: Any, filter: Any, failure: str) -> dict[str, Ref]:
                 f"`{dotted(path)}`. Pass the tree of refs itself."
             )
     check_refs_in_place(tree, failure)
+    check_all_in_tree(pairs, failure)
     chosen = choose([path for path, _ in pairs], [leaf for _, leaf in pairs], (filter,))
     # By id: a program in which a ref is hashed is used for no other refs.
     paths: dict[int, tuple[Ref, list[str]]] = {}

@@ -16,6 +16,7 @@ from .._core._derefed import tree_of
 from .._core._errors import CarryError, describe, MismatchError, name_of
 from .._core._ref import Channeled, Ref
 from .._core._structure import (
+    array_of,
     arrays_of,
     join,
     Leaves,
@@ -258,7 +259,9 @@ class _Parts:
         perturbed = jtu.tree_map(lambda x: x.perturbed or None, carriers)
         outside = [map_values(lambda _i, _x: None, leaves) for leaves in perturbed]
         frame.refuse_perturbed(outside, 1, ())
-        arrays, channels = jtu.tree_map(lambda x: x.value, (arrays, channels))
+        # An eager derivative hands over numbers of Python and NumPy as they are.
+        arrays = jtu.tree_map(lambda x: array_of(x.value), arrays)
+        channels = jtu.tree_map(lambda x: x.value, channels)
         structure = frame.structure
         flags = jtu.tree_map(lambda _: False, join(arrays[0], structure.statics[0]))
         flags = tree_of(structure.parts[0], eqx.combine(perturbed[0], flags))

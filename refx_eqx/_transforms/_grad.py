@@ -9,7 +9,7 @@ import jax
 
 from .._core._call import Call, call
 from .._core._nodes import is_node
-from .._core._structure import Leaves, Outcome
+from .._core._structure import Leaves, Outcome, values_of
 from .._engine._autodiff import (
     differentiable,
     first_of,
@@ -18,6 +18,7 @@ from .._engine._autodiff import (
 )
 from .._engine._backward import (
     BackwardWrite,
+    check_mutable,
     new_channels,
     with_backward_writes,
     with_channels,
@@ -65,6 +66,7 @@ class _ValueAndGrad(Lifted):
                     break
                 except BackwardWrite as e:
                     if e.collection in collections:
+                        check_mutable(derefed, e)
                         raise
                     collections.append(e.collection)
             found["grads"] = derefed.tree(0, grads[0])
@@ -82,6 +84,7 @@ class _ValueAndGrad(Lifted):
     ) -> tuple[Outcome, list[Leaves]]:
         """The outcome and the gradients, with channels for the refs of `collections`."""
         name, options = self.transform_name, self.options
+        found: dict[str, Any] = {}
 
         def differentiated(
             diff: list[Leaves], channels: dict[int, Any]
@@ -89,14 +92,18 @@ class _ValueAndGrad(Lifted):
             arrays = [*eqx.combine(diff, rest), *derefed.arrays[1:]]
             outcome = derefed.run(name, with_channels(arrays, channels))
             value = _scalar(outcome, options["has_aux"], name)
-            return with_channels_ended(value, outcome, channels)
+            value, outcome, found["seeds"] = with_channels_ended(
+                value, outcome, channels
+            )
+            return value, outcome
 
         value_and_grad = jax.value_and_grad(
             differentiated, argnums=(0, 1), has_aux=True, **options["gradkwargs"]
         )
         channels = new_channels(derefed, collections)
         (_, outcome), (grads, ends) = value_and_grad(diff, channels)
-        return with_backward_writes(outcome, ends), grads
+        before = values_of(derefed.arrays)
+        return with_backward_writes(outcome, ends, found["seeds"], before), grads
 
     def _result(self, out: Any, grads: Any) -> Any:
         return out, grads

@@ -118,12 +118,13 @@ def _leaves(tree: Any) -> list[Any]:
 
 
 def holds_itself(tree: Any) -> bool:
-    """Whether a list or a dict is inside itself, by lists, dicts and tuples alone.
+    """Whether a list or a dict is inside itself, by lists, dicts, tuples and modules
+    alone.
 
     To be asked before JAX is: its `RecursionError` (jaxlib 0.10 to 0.12) leaves the count
     of the interpreter wrong, so that everything after it fails, up to the exit.
     """
-    if type(tree) not in _CONTAINERS:
+    if not _is_container(tree):
         return False
     # A container is left when it is met the second time on the stack.
     todo, entered, left = [tree], set(), set()
@@ -135,15 +136,29 @@ def holds_itself(tree: Any) -> bool:
             left.add(id(obj))
             continue
         entered.add(id(obj))
-        for x in obj.values() if type(obj) is dict else obj:
-            if type(x) in _CONTAINERS and id(x) not in left:
+        for x in _items(obj):
+            if _is_container(x) and id(x) not in left:
                 if id(x) in entered:
                     return True
                 todo.append(x)
     return False
 
 
-_CONTAINERS = (list, dict, tuple)
+def _is_container(x: Any) -> bool:
+    kind = type(x)
+    # The second question is for speed: `issubclass` by itself asks Python's `abc`.
+    return kind in _CONTAINERS or (
+        hasattr(kind, "__dataclass_fields__") and issubclass(kind, eqx.Module)
+    )
+
+
+def _items(x: Any) -> Any:
+    if type(x) is dict:
+        return x.values()
+    return x if type(x) in _CONTAINERS else vars(x).values()
+
+
+_CONTAINERS = frozenset((list, dict, tuple))
 
 
 def _is_whole(x: Any) -> bool:

@@ -1,0 +1,98 @@
+"""Derefed trees in what `jax.export` serializes: the trees that an exported function is called
+with, and returns, are a part of it.
+
+What a node says of its ref is written as JSON. Its declared types are not: they are no part of
+the structure, and are those of the refs that the values are written to.
+"""
+
+import importlib
+import json
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import jax.export
+
+from ._dag import Dag
+from ._deref import NOTHING
+from ._errors import describe, StructureError
+from ._nodes import Index, index_node, Label, Value, value_node
+from ._ref import Ref
+
+
+__tracebackhide__ = True
+
+
+_PLAIN = str, int, float, bool, type(None)
+
+
+def _encoded(key: Hashable, which: str) -> Any:
+    if type(key) in _PLAIN:
+        return key
+    if type(key) is tuple:
+        return [_encoded(x, which) for x in key]
+    raise StructureError(
+        f"Cannot serialize a tree with {which}: {key!r} has no form in a file. Name a "
+        "collection by a text, a number or a tuple of these."
+    )
+
+
+def _decoded(key: Any) -> Hashable:
+    return tuple(map(_decoded, key)) if type(key) is list else key
+
+
+def _to_file(aux: tuple) -> bytes:
+    index, collection, ref_type, label = aux
+    which = describe(label.name, collection)
+    if "<locals>" in ref_type.__qualname__:
+        raise StructureError(
+            f"Cannot serialize a tree with {which}: its class, {ref_type.__qualname__}, is "
+            "not to be found by its name. Define it at the top of a module."
+        )
+    found = {
+        "index": _encoded(index, which),
+        "collection": _encoded(collection, which),
+        "type": [ref_type.__module__, ref_type.__qualname__],
+        "name": label.name,
+    }
+    return json.dumps(found).encode()
+
+
+def _from_file(data: bytes) -> tuple:
+    found = json.loads(data)
+    module, qualname = found["type"]
+    ref_type: Any = importlib.import_module(module)
+    for name in qualname.split("."):
+        ref_type = getattr(ref_type, name, None)
+    if not (isinstance(ref_type, type) and issubclass(ref_type, Ref)):
+        raise StructureError(
+            f"Cannot read a tree with {describe(found['name'], found['collection'])}: "
+            f"`{module}.{qualname}` is no class of refs. Keep the class where it was when "
+            "the function was exported."
+        )
+    index, collection = _decoded(found["index"]), _decoded(found["collection"])
+    return index, collection, ref_type, Label((found["name"], None))
+
+
+def _value(aux_data: Any, children: Iterable[Any]) -> Value:
+    (value,) = children
+    return value_node(value, *aux_data)
+
+
+def _index(aux_data: Any, children: Iterable[Any]) -> Index:
+    return index_node(*aux_data)
+
+
+def _register() -> None:
+    """Registers the nodes of derefed trees, by the names that the files have."""
+    register = jax.export.register_pytree_node_serialization
+    aux: Any = dict(serialize_auxdata=_to_file, deserialize_auxdata=_from_file)
+    register(Value, serialized_name="refx_eqx.Value", from_children=_value, **aux)
+    register(Index, serialized_name="refx_eqx.Index", from_children=_index, **aux)
+    none: Any = dict(
+        serialize_auxdata=lambda _: b"", deserialize_auxdata=lambda _data: None
+    )
+    register(Dag, serialized_name="refx_eqx.Dag", **none)
+    register(type(NOTHING), serialized_name="refx_eqx.NOTHING", **none)
+
+
+_register()
