@@ -490,6 +490,7 @@ _MAX_TRIES = 1000
 
 # JAX takes the frames of this library and its own out of a traceback that passes here.
 @_trace.api_boundary
+@_trace.tidying
 def call(
     fn: Any,
     args: tuple,
@@ -503,8 +504,6 @@ def call(
     calls from several threads is that of some order of them.
     """
     hook = _trace.debug_hook()
-    state = _trace.thread.state
-    bodies, calls = len(state.bodies), len(state.calls)
     for _ in range(_MAX_TRIES):
         derefed = None
         try:
@@ -517,9 +516,6 @@ def call(
                 rescue(derefed.refs, derefed.values, derefed.returned)
             raise
         finally:
-            # First, and without a call: CPython lets no signal in before these two.
-            del state.bodies[bodies:]
-            del state.calls[calls:]
             _trace.restore_debug_hook(hook)
     raise ConcurrencyError(
         f"Other threads changed the refs of `{name_of(fn)}` during each of {_MAX_TRIES} "

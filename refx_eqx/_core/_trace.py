@@ -23,12 +23,13 @@ after a write. Plain `jax.grad` is refused because no gradient would flow to the
 """
 
 import contextvars
+import functools
 import os
 import pathlib
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 from jax._src import api, config, core
@@ -43,6 +44,10 @@ from jax._src.traceback_util import (
 
 
 __tracebackhide__ = True
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 # JAX leaves the frames of these files out of a traceback: it compares by prefix, so the
@@ -149,8 +154,8 @@ class pushed:
 
     A class and not a generator: a signal may come just before the block is entered or after
     it is left, and a generator that is abandoned then takes off, when it is collected at
-    last, whatever is on the list by then. What such a signal leaves on it, the call that it
-    was in takes off: see `_call.call`.
+    last, whatever is on the list by then. What such a signal leaves on it, the function that
+    it was in takes off: see `tidying`.
     """
 
     __slots__ = ("_depth", "_list", "item")
@@ -166,6 +171,23 @@ class pushed:
 
     def __exit__(self, *_: Any) -> None:
         del self._list[self._depth :]
+
+
+def tidying(fn: Callable[P, T]) -> Callable[P, T]:
+    """`fn`, which leaves no body and no call on the lists of its thread, whatever comes."""
+
+    @functools.wraps(fn)
+    def tidied(*args: P.args, **kwargs: P.kwargs) -> T:
+        state = thread.state
+        bodies, calls = len(state.bodies), len(state.calls)
+        try:
+            return fn(*args, **kwargs)
+        finally:
+            # Without a call: CPython lets no signal in before these two.
+            del state.bodies[bodies:]
+            del state.calls[calls:]
+
+    return tidied
 
 
 class running_body(pushed):

@@ -63,6 +63,7 @@ class CallWithRules:
         self._trace = weakref.ref(derefed.trace)
         self._refs = [weakref.ref(ref) for ref in derefed.refs]
 
+    @_trace.tidying
     def run(self, arrays: list[Leaves], rule: Callable) -> Outcome:
         refs = [weak() for weak in self._refs]
         carried = [ref for ref in refs if ref is not None]

@@ -6,6 +6,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from jaxtyping import PyTree
 
+from .._core import _trace
 from .._core._call import Call, close_result
 from .._core._deref import deref, reref
 from .._core._derefed import tree_of
@@ -61,6 +62,7 @@ def functionalize(fn: Callable[P, T]) -> Callable[P, tuple[T, PyTree]]:
     """
 
     @functools.wraps(fn)
+    @_trace.tidying
     def pure(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
         inner_args, inner_kwargs = reref((args, kwargs))
         derefed = Call(fn, inner_args, inner_kwargs)

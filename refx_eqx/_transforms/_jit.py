@@ -7,6 +7,7 @@ from typing import Any, overload, ParamSpec, TypeVar
 
 import jax
 
+from .._core import _trace
 from .._core._call import Call, call
 from .._core._errors import MismatchError, name_of
 from .._core._structure import Key, Leaves, Outcome
@@ -53,6 +54,7 @@ class _Jit(Lifted):
             return bound.args, bound.kwargs
         return args, kwargs
 
+    @_trace.tidying
     def lower(self, /, *args: Any, **kwargs: Any) -> "Lowered":
         """Traces and lowers the function for these arguments. Nothing is written."""
         derefed = Call(self.__wrapped__, *self._bind(args, kwargs))

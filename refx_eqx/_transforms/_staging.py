@@ -325,6 +325,7 @@ def filter_pure_callback(
         except Exception as e:
             raise CallbackFailed(e) from e
 
+    @_trace.tidying
     def run_callback(arrays: list[Leaves]) -> Any:
         refs: dict[int, Ref] = {}
         trace = _trace.current_trace()
