@@ -332,8 +332,10 @@ class Plan:
             except BaseException as e:
                 if rescue(refs, values, returned):
                     raise
-                if isinstance(e, TypeError) and not all(map(is_traced, arrays)):
-                    return NO_PLAN  # an array of texts, say: it is told where
+                if isinstance(e, TypeError):
+                    if self.others or not all(map(is_traced, arrays)):
+                        # A tracer in a dict, an array of texts: it is told where.
+                        return NO_PLAN
                 if isinstance(e, ValueError | RuntimeError):  # as JAX raises
                     try:
                         explain(e, refs, values)
