@@ -56,19 +56,21 @@ def whole(local: np.ndarray) -> jax.Array:
     return jax.make_array_from_process_local_data(sharding, local)
 
 
-losses, before = [], None
-for x, y in batches():
-    mine = slice(process * len(x) // 2, (process + 1) * len(x) // 2)
-    before = model.weight.value
-    losses.append(train(model, optimizer, whole(x[mine]), whole(y[mine])))
-    del before
-old = model.weight.value
-pointers = {shard.data.unsafe_buffer_pointer() for shard in old.addressable_shards}
-del old
-train(model, optimizer, whole(x[mine]), whole(y[mine]))
-new = model.weight.value
-reused = {s.data.unsafe_buffer_pointer() for s in new.addressable_shards} == pointers
-assert new.sharding.spec == P("data"), new.sharding
+def mine(batch: np.ndarray) -> np.ndarray:
+    return np.split(batch, 2)[process]
+
+
+def pointers(ref: rx.Ref) -> set[int]:
+    return {x.data.unsafe_buffer_pointer() for x in ref.value.addressable_shards}
+
+
+every = list(batches())
+losses = [train(model, optimizer, whole(mine(x)), whole(mine(y))) for x, y in every]
+x, y = every[-1]
+before = pointers(model.weight)
+train(model, optimizer, whole(mine(x)), whole(mine(y)))
+reused = pointers(model.weight) == before
+assert model.weight.value.sharding == NamedSharding(mesh, P("data"))
 
 with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(f"{folder}/checkpoint", rx.state_dict((model, optimizer)))
