@@ -532,3 +532,191 @@ def test_a_spec_may_say_that_the_last_axes_are_whole(mesh):
         compiled.append(count())
     assert compiled[2:] == [0, 0]
     assert spec_of(w) in (P("tensor"), P("tensor", None))
+
+
+# Making and loading
+
+
+class Large(rx.Module):
+    up: rx.Param[Float[Array, "ffn embed"]]
+    bias: rx.Param[Float[Array, "ffn"]]
+
+    def __init__(self, key):
+        self.up = jr.normal(key, (512, 256))
+        self.bias = jnp.zeros(512)
+
+
+def make(key):
+    model = Large(key)
+    return model, rx.Optimizer(model, optax.adam(1e-3))
+
+
+LARGE = 3 * 4 * (512 * 256 + 512)  # bytes: the weights, and two moments of each
+
+
+def bytes_on(device, *trees) -> int:
+    arrays = jax.tree.leaves(rx.deref(trees))
+    return sum(
+        shard.data.nbytes
+        for x in arrays
+        if isinstance(x, jax.Array)
+        for shard in x.addressable_shards
+        if shard.device == device
+    )
+
+
+def test_a_model_is_made_in_shards_and_is_never_on_one_device(mesh):
+    sharded = rx.filter_jit(make, out_shardings=RULES)
+    with jax.set_mesh(mesh):
+        compiled = sharded.lower(jr.key(0)).compile()
+        model, optimizer = sharded(jr.key(0))
+    assert spec_of(model.up) == P("tensor", "fsdp")
+    moments = optimizer.opt_state[0].mu
+    assert spec_of(moments["up"]) == P("tensor", "fsdp")
+    # The bias is split in 4: all else in 8. Beyond that there are two counters.
+    expected = LARGE / 8 + 3 * 4 * 512 / 8
+    for device in jax.devices():
+        assert abs(bytes_on(device, model, optimizer) - expected) < 100
+    memory = compiled.memory_analysis()
+    assert memory.output_size_in_bytes < 1.05 * expected
+    assert memory.temp_size_in_bytes < 1.05 * expected
+    assert jnp.array_equal(model.up.value, Large(jr.key(0)).up.value)
+
+
+def test_out_shardings_may_be_a_tree_for_the_abstract_model(mesh):
+    abstract = rx.filter_eval_shape(make, jr.key(0))
+    shardings = RULES.shardings(abstract, mesh)
+    model, optimizer = rx.filter_jit(make, out_shardings=shardings)(jr.key(0))
+    assert model.up.value.sharding == shardings[0].up.value
+    assert spec_of(optimizer.opt_state[0].nu["bias"]) == P("tensor")
+
+
+def test_a_state_is_loaded_into_shards(mesh):
+    model = Large(jr.key(0))
+    state = {key: jax.device_get(x) for key, x in rx.state_dict(model).items()}
+    for source in (state, rx.state_dict(model)):
+        abstract = rx.filter_eval_shape(Large, jr.key(0))
+        rx.filter_shard(abstract, RULES.shardings(abstract, mesh))
+        rx.load_state_dict(abstract, source)
+        assert spec_of(abstract.up) == P("tensor", "fsdp")
+        assert bytes_on(jax.devices()[5], abstract) == 4 * (512 * 256 / 8 + 512 / 4)
+        assert jnp.array_equal(abstract.up.value, model.up.value)
+    abstract = rx.filter_eval_shape(Large, jr.key(0))
+    rx.filter_shard(abstract, RULES.shardings(abstract, mesh))
+    rx.update_refs(abstract, model)
+    assert spec_of(abstract.up) == P("tensor", "fsdp")
+
+
+def test_in_shardings_are_a_prefix_of_the_arguments(mesh):
+    model = Large(jr.key(0))
+    replicated = NamedSharding(mesh, P())
+
+    def step(model, x):
+        model.bias.value = model.bias.value + model.up.value @ x
+        return model.bias.value
+
+    in_shardings = RULES.shardings(model, mesh), None
+    out = rx.filter_jit(step, in_shardings=in_shardings)(model, jnp.ones(256))
+    assert out.sharding.spec == P("tensor")
+    # What is written goes there; what is only read is moved for the call.
+    assert spec_of(model.bias) == P("tensor") and len(model.up.value.devices()) == 1
+    with jax.set_mesh(mesh):
+        by_rules = rx.filter_jit(
+            step, in_shardings=(RULES, P()), out_shardings=P(("fsdp", "tensor"))
+        )
+        out = by_rules(Large(jr.key(0)), jnp.ones(256))
+        assert out.sharding.spec == P(("fsdp", "tensor"))
+    rx.filter_shard(model, replicated)
+    rx.filter_jit(step, in_shardings=in_shardings)(model, jnp.ones(256))
+    assert spec_of(model.bias) == P()
+
+
+def test_in_shardings_of_functions_that_hold_arrays_and_refs(mesh):
+    sharding = NamedSharding(mesh, P("fsdp"))
+    w, x = rx.Ref(jnp.ones(8)), jnp.ones(8)
+
+    def scale(y):
+        w.value = w.value + 1
+        return w.value * y
+
+    @rx.filter_jit(in_shardings=sharding, out_shardings=(sharding, None))
+    def call(f, g, y):
+        return f(y), g
+
+    out, g = call(scale, jax.tree_util.Partial(jnp.multiply, x), x)
+    assert jnp.array_equal(out, jnp.full(8, 2.0)) and spec_of(w) == P("fsdp")
+    assert out.sharding == sharding and jnp.array_equal(g(x), x)
+
+
+def test_shardings_that_do_not_fit(mesh):
+    model = {"a": rx.Ref(jnp.ones(8)), "b": rx.Ref(jnp.ones(6))}
+    replicated = NamedSharding(mesh, P())
+    for options, message in [
+        ({"in_shardings": (replicated, None)}, r"in_shardings=...\)`: .* a prefix of"),
+        ({"out_shardings": [replicated]}, r"out_shardings=...\)`: .* a prefix of"),
+        ({"in_shardings": NamedSharding(mesh, P("tensor"))}, "axis 0 has size 6"),
+        ({"in_shardings": ("fsdp",)}, "'fsdp' is no sharding"),
+    ]:
+        step = rx.filter_jit(lambda model: model["a"].value, **options)
+        with pytest.raises(rx.StructureError, match=message):
+            step(model)
+
+
+def test_rules_that_ask_which_refs_they_are_need_the_refs(mesh):
+    model = Large(jr.key(0))
+    rules = rx.axis_rules({model.bias: P("tensor")})
+    assert rules.specs(model).bias.value == P("tensor")
+    with pytest.raises(
+        rx.StructureError, match="Make the shardings of the tree of refs"
+    ):
+        rules.specs(rx.deref(model))
+    step = rx.filter_jit(lambda m: m.bias.value, in_shardings=(rules,))
+    with jax.set_mesh(mesh), pytest.raises(rx.StructureError, match="by which refs"):
+        step(model)
+    shardings = rules.shardings(model, mesh)
+    out = rx.filter_jit(lambda m: m.bias.value, in_shardings=(shardings,))(model)
+    assert out.sharding.spec == P("tensor")
+
+
+def test_jax_jit_lifted_takes_the_tree_of_a_model(mesh):
+    model = Large(jr.key(0))
+    shardings = RULES.shardings(model, mesh)
+
+    def halve(model):
+        model.up.value = model.up.value / 2
+
+    halved = rx.lift(jax.jit)(halve, in_shardings=(shardings,))
+    halved(model)
+    halved(model)
+    assert spec_of(model.up) == P("tensor", "fsdp")
+    # What it returns has one sharding for all: the refs that it writes are a part of it.
+    halved = rx.lift(jax.jit)(halve, out_shardings=shardings)
+    with pytest.raises(rx.StructureError, match="use `rx.filter_jit`"):
+        halved(model)
+
+
+# Writing in eager code
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_sharded_ref_is_written_outside_of_a_mesh(kind):
+    mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(kind,) * 2)
+    model = FeedForward(jr.key(0))
+    rx.filter_shard(model, RULES.shardings(model, mesh))
+    expected = model.up.value
+    model.up.value = 2 * model.up.value
+    model.up[0] = 1.0
+    model.up[1:3, 0] = jnp.zeros(2)
+    expected = (2 * jax.device_get(expected)).copy()
+    expected[0], expected[1:3, 0] = 1.0, 0.0
+    assert jnp.array_equal(jax.device_get(model.up.value), expected)
+    assert spec_of(model.up) == P("tensor", "fsdp")
+
+    @rx.filter_jit
+    def write(model):
+        model.up[2] = 3.0
+
+    with jax.set_mesh(mesh):
+        write(model)
+    assert (jax.device_get(model.up.value)[2] == 3.0).all()
+    assert spec_of(model.up) == P("tensor", "fsdp")

@@ -406,6 +406,15 @@ def as_filter(filter: Any) -> Filter:
     return _Collections((filter,))
 
 
+def asks_identity(filter: Filter) -> bool:
+    """Whether a filter asks which refs they are, so that it selects no copies."""
+    if isinstance(filter, _Joined):
+        return any(map(asks_identity, filter.filters))
+    if isinstance(filter, _Not):
+        return asks_identity(filter.filter)
+    return isinstance(filter, _Refs)
+
+
 def _is_tree(filter: Any) -> bool:
     """Whether a filter may be a tree of refs: a module is, also one that can be called; a
     function or a partial is a predicate, whatever it holds."""

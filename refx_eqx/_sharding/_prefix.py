@@ -23,7 +23,8 @@ def leaf_shardings(given: Any, tree: Any, derefed: Any, what: str) -> list[Any]:
 
     - `given`: a device, a sharding, a `PartitionSpec`, `axis_rules`, or a tree of these that
         is a prefix of the derefed one.
-    - `tree`: the same tree with its refs, for filters; or again the derefed one.
+    - `tree`: the same tree with its refs, for filters that ask which refs they are; or again
+        the derefed one.
     - `what`: what they are given for, for messages.
 
     **Raises:**
@@ -32,12 +33,17 @@ def leaf_shardings(given: Any, tree: Any, derefed: Any, what: str) -> list[Any]:
     - `ValueError`: if there is no mesh where one is needed.
     """
     if isinstance(given, axis_rules):
-        given = given.shardings(tree)
+        given = given.shardings(
+            tree
+        )  # of refs, so that a filter may ask which they are
     given = jtu.tree_map(lambda one: _as_sharding(one, what), given, is_leaf=_is_one)
     found: list[Any] = []
     of_refs: dict[int, Any] = {}
 
     def resolve(sharding: Any, subtree: Any) -> None:
+        if isinstance(sharding, axis_rules):
+            found.extend(sharding.leaf_shardings(subtree))
+            return
         for node in jtu.tree_leaves(subtree, is_leaf=is_node):
             if is_node(node):
                 before = of_refs.setdefault(node.index, sharding)
@@ -67,11 +73,11 @@ def leaf_shardings(given: Any, tree: Any, derefed: Any, what: str) -> list[Any]:
 
 
 def _is_one(x: Any) -> bool:
-    return x is None or isinstance(x, (Sharding, PartitionSpec, jax.Device))
+    return x is None or isinstance(x, (Sharding, PartitionSpec, jax.Device, axis_rules))
 
 
-def _as_sharding(one: Any, what: str) -> Sharding | None:
-    if one is None or isinstance(one, Sharding):
+def _as_sharding(one: Any, what: str) -> Sharding | axis_rules | None:
+    if one is None or isinstance(one, (Sharding, axis_rules)):
         return one
     if isinstance(one, jax.Device):
         return SingleDeviceSharding(one)

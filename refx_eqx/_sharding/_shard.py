@@ -72,8 +72,7 @@ def filter_shard(x: T, device_or_shardings: PyTree) -> T:
     pairs, treedef = leaves_with_paths(x)
     derefed = deref(x)
     shardings = leaf_shardings(device_or_shardings, x, derefed, "`rx.filter_shard`")
-    leaves, of_derefed = jtu.tree_flatten(derefed)
-    placed = of_derefed.unflatten(map(_placed, leaves, shardings))
+    placed = placed_tree(derefed, shardings)
     writes: list[tuple[Ref, Any]] = []
     outside, is_moved = [], False
     for (_, leaf), (_, new) in zip(pairs, leaves_with_paths(placed)[0]):
@@ -87,6 +86,12 @@ def filter_shard(x: T, device_or_shardings: PyTree) -> T:
             writes.append((leaf, new.value))
     write_all(writes)
     return closed(jtu.tree_unflatten(treedef, outside)) if is_moved else x
+
+
+def placed_tree(derefed: Any, shardings: list[Any]) -> Any:
+    """A derefed tree with each leaf at its sharding, or where it is for `None`."""
+    leaves, treedef = jtu.tree_flatten(derefed)
+    return treedef.unflatten(map(_placed, leaves, shardings))
 
 
 def _placed(x: Any, sharding: Sharding | None) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, overload, ParamSpec, TypeVar
 
 import jax
+from jaxtyping import PyTree
 
 from .._core import _trace
 from .._core._call import Call, call
@@ -15,6 +16,7 @@ from .._engine._donation import apart, call_into, Donate, Split
 from .._engine._fast_path import NO_PLAN, Plans
 from .._engine._program import Program, program_of
 from .._engine._run_time_errors import explain
+from .._engine._shardings import with_shardings
 from .._engine._wrapper import Lifted
 
 
@@ -32,12 +34,20 @@ def _run(derefed: Call, arrays: list[Leaves]) -> Outcome:
 class _Jit(Lifted):
     transform_name = "filter_jit"
 
-    def __init__(self, fn: Any, *, donate: Donate, jitkwargs: dict[str, Any]):
-        super().__init__(fn, donate=donate, jitkwargs=jitkwargs)
+    def __init__(
+        self,
+        fn: Any,
+        *,
+        donate: Donate,
+        shardings: tuple[Any, Any],
+        jitkwargs: dict[str, Any],
+    ):
+        super().__init__(fn, donate=donate, shardings=shardings, jitkwargs=jitkwargs)
+        body = with_shardings(_run, *shardings)
         self._program = program_of(
             fn,
-            ("filter_jit", donate, tuple(sorted(jitkwargs.items()))),
-            lambda: Program(name_of(fn), _run, donate, **jitkwargs),
+            ("filter_jit", donate, shardings, tuple(sorted(jitkwargs.items()))),
+            lambda: Program(name_of(fn), body, donate, **jitkwargs),
         )
         self._plans = Plans(fn, self._program)
 
@@ -139,18 +149,32 @@ class Compiled:
 
 @overload
 def filter_jit(
-    fun: Callable[P, T], *, donate: Donate = "none", **jitkwargs: Any
+    fun: Callable[P, T],
+    *,
+    donate: Donate = "none",
+    in_shardings: PyTree = None,
+    out_shardings: PyTree = None,
+    **jitkwargs: Any,
 ) -> Callable[P, T]: ...
 
 
 @overload
 def filter_jit(
-    *, donate: Donate = "none", **jitkwargs: Any
+    *,
+    donate: Donate = "none",
+    in_shardings: PyTree = None,
+    out_shardings: PyTree = None,
+    **jitkwargs: Any,
 ) -> Callable[[Callable[P, T]], Callable[P, T]]: ...
 
 
 def filter_jit(
-    fun: Callable[..., Any] | None = None, *, donate: Donate = "none", **jitkwargs: Any
+    fun: Callable[..., Any] | None = None,
+    *,
+    donate: Donate = "none",
+    in_shardings: PyTree = None,
+    out_shardings: PyTree = None,
+    **jitkwargs: Any,
 ) -> Callable[..., Any]:
     """As `equinox.filter_jit`, by reference: what the function writes to a ref is written
     to the caller's ref.
@@ -194,6 +218,14 @@ def filter_jit(
         holds (a [`refx_eqx.snapshot`][], a clone, another ref, a variable) is copied first,
         and stays what it was. If such a call is interrupted when the program ran, or its
         result cannot be made, the refs have their new values: the old ones are gone.
+    - `in_shardings`: where the positional arguments are to be: a `jax.sharding.Sharding`, an
+        [`refx_eqx.axis_rules`][] under `jax.set_mesh`, or a tree of these that is a prefix of
+        the tuple of the arguments, derefed: `in_shardings=(rules.shardings(model, mesh),
+        None)`. `None` is for what may be anywhere. What is elsewhere is moved for the call.
+        A ref on a mesh stays where it is, whatever is written to it; one that is on none
+        goes to its sharding when it is written.
+    - `out_shardings`: the same for the result. So `filter_jit(Model, out_shardings=rules)`
+        makes a model that is never on one device.
     - `**jitkwargs`: passed on to `jax.jit`, such as `compiler_options`.
 
     **Returns:**
@@ -206,13 +238,21 @@ def filter_jit(
     When called:
 
     - `TraceLevelError`: if the function touches a ref that it reaches through a global name.
+    - `StructureError`: if the shardings are no prefix of what they are for, or cannot split
+        an array.
     - `StructureError`: if it changes in place what is no copy (a list in a module, the refs
         in a dict, a closure variable), and does not return it.
     - `ConcurrencyError`: if another thread wrote a ref whose buffer was donated.
     - `DonatedError`: if the array in a ref was donated or deleted elsewhere.
     """
     if fun is None:
-        return functools.partial(filter_jit, donate=donate, **jitkwargs)
+        return functools.partial(
+            filter_jit,
+            donate=donate,
+            in_shardings=in_shardings,
+            out_shardings=out_shardings,
+            **jitkwargs,
+        )
     modes = Donate.__args__  # type: ignore[attr-defined]
     if donate not in modes:
         raise ValueError(
@@ -225,7 +265,8 @@ def filter_jit(
             f"`filter_jit` does not take {', '.join(map(repr, unsupported))}: what is "
             "traced and what is static is decided by the filter. Use `donate=` to donate."
         )
-    return _Jit(fun, donate=donate, jitkwargs=jitkwargs)
+    shardings = in_shardings, out_shardings
+    return _Jit(fun, donate=donate, shardings=shardings, jitkwargs=jitkwargs)
 
 
 _UNSUPPORTED: frozenset[str] = frozenset(
@@ -234,7 +275,5 @@ _UNSUPPORTED: frozenset[str] = frozenset(
         "static_argnames",
         "donate_argnums",
         "donate_argnames",
-        "in_shardings",
-        "out_shardings",
     )
 )
