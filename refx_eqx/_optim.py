@@ -146,6 +146,7 @@ class Optimizer(Module):
         trained = Trained(model, self.wrt)
         trained.check_names(self._names)
         gradients = trained.by_name(grads, "gradients")
+        _check_in_slots(self.opt_state)
         tx = _taking_extra(self.tx) if extra else self.tx
         for name, translate in _TRANSLATIONS.items():
             if extra.get(name) is not None:
@@ -208,6 +209,18 @@ def _in_slots(opt_state: Any, trained: Trained) -> Any:
         return ref
 
     return jtu.tree_map_with_path(slot, opt_state)
+
+
+def _check_in_slots(opt_state: Any) -> None:
+    """A mapping in the state of Optax can be assigned to: then a ref is gone from it."""
+    for path, leaf in jtu.tree_leaves_with_path(opt_state):
+        if not isinstance(leaf, Ref) and is_traced_in_ref(leaf):
+            place = f"opt_state{jtu.keystr(path)}"
+            raise StructureError(
+                f"The optimizer cannot step: `{place}` was a ref, and is {leaf!r} now. Make "
+                f"the optimizer again; and to change a number in its state, write the ref: "
+                f"`optimizer.{place}.value = ...`."
+            )
 
 
 def _type_of_slot(

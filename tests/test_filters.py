@@ -94,6 +94,25 @@ def test_what_is_no_filter_is_refused(wrong):
         rx.filter_spec(make(), wrong)
 
 
+def test_a_filter_is_neither_true_nor_false():
+    params, bias = rx.collection("params"), rx.path("**.bias")
+    for ask in (lambda: not params, lambda: params and bias, lambda: bias or params):
+        with pytest.raises(TypeError, match="neither true nor false"):
+            ask()
+
+
+def test_a_class_of_modules_is_not_a_filter():
+    class Layer(rx.Module):
+        weight: rx.Param[jax.Array]
+
+    model = [Layer(jnp.zeros(1)), rx.Ref(jnp.zeros(1), "params")]
+    with pytest.raises(
+        TypeError, match="class `Layer` is not a filter.*pass the module"
+    ):
+        rx.filter_spec(model, Layer)
+    assert rx.filter_spec(model, model[0])[1] is False  # the remedy
+
+
 def test_path_segments_are_whole_keys():
     tree = {"encoder": {"weight": 1, "weights": 2}, "en": {"weight": 3}}
     assert rx.filter_spec(tree, rx.path("en.weight")) == {

@@ -808,3 +808,20 @@ def test_importing_the_package_does_not_import_optax():
 
     code = "import sys, refx_eqx; assert 'optax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_number_in_the_place_of_a_slot_is_named():
+    model = make()
+    optimizer = rx.Optimizer(model, optax.inject_hyperparams(optax.sgd)(0.1))
+    rate = optimizer.opt_state.hyperparams["learning_rate"]
+    optimizer.opt_state.hyperparams["learning_rate"] = 0.05
+    grads = rx.filter_grad(loss, wrt="params")(model)
+    with pytest.raises(
+        rx.StructureError,
+        match=r"`opt_state.hyperparams\['learning_rate'\]` was a ref, and is 0.05 now.*"
+        r"`optimizer.opt_state.hyperparams\['learning_rate'\].value = ...`",
+    ):
+        optimizer.update(model, grads)
+    optimizer.opt_state.hyperparams["learning_rate"] = rate  # the remedy
+    optimizer.opt_state.hyperparams["learning_rate"].value = 0.05
+    optimizer.update(model, grads)

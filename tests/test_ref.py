@@ -312,3 +312,15 @@ def test_errors_have_the_documented_bases():
         rx.DonatedError,
     ):
         assert issubclass(error, rx.RefError)
+
+
+@pytest.mark.parametrize("value, key", [([1, 2], 0), ({"a": 1}, "a")])
+def test_a_part_of_what_is_no_array_is_not_set_through_the_ref(value, key):
+    ref = rx.Ref(value)
+    with pytest.raises(
+        rx.RefTypeError, match=r"holds a (list|dict).*ref.value\[i\] = x"
+    ):
+        ref[key] = 5
+    assert ref.value == value
+    ref.value[key] = 5  # the remedy
+    assert ref[key] == 5 and type(ref.value) is type(value)

@@ -625,3 +625,12 @@ def test_a_state_that_cannot_be_read_leaves_all_unwritten():
             return super().__getitem__(key)
 
     refuses(make(), Torn(rx.state_dict(make(5.0))), OSError, "the file ends here")
+
+
+def test_what_is_no_mapping_is_refused():
+    model = Linear(1.0)
+    with pytest.raises(
+        TypeError, match="a mapping from path to value.*`rx.update_refs`"
+    ):
+        rx.load_state_dict(model, rx.snapshot(model))
+    rx.update_refs(model, rx.snapshot(model))  # the remedy

@@ -28,7 +28,13 @@ from ._access import (
     check_writable,
     Withheld,
 )
-from ._errors import check_hashable, describe, StructureError, TraceLevelError
+from ._errors import (
+    check_hashable,
+    describe,
+    RefTypeError,
+    StructureError,
+    TraceLevelError,
+)
 from ._identity import is_same, outermost
 from ._misuse import missing_attribute, misuse, refuse_to_be_a_value
 from ._on_mesh import has_moved
@@ -246,7 +252,15 @@ class Ref(Shared, Generic[T]):
     def __setitem__(self, index: Any, value: Any) -> None:
         """`ref[...] = x` sets the value, and `ref[i] = x` is `value.at[i].set(x)`."""
         if index is not Ellipsis:
-            old = jnp.asarray(self.value)  # type: ignore
+            old: Any = self.value
+            if not eqx.is_array_like(old):
+                raise RefTypeError(
+                    f"`ref[i] = x` sets a part of an array, and "
+                    f"{describe(self._name, self._collection)} holds a "
+                    f"{type(old).__name__}. Change it in place, `ref.value[i] = x`, or "
+                    "write a new one, `ref.value = ...`."
+                )
+            old = jnp.asarray(old)
             value = old.at[index].set(value, out_sharding=_trace.typed_sharding(old))
         self.value = value
 

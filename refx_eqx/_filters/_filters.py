@@ -71,6 +71,13 @@ class Filter:
     def __invert__(self) -> "Filter":
         return _Not(self)
 
+    def __bool__(self) -> bool:
+        # `f and g` would be `g` alone, and `not f` would select nothing.
+        raise TypeError(
+            f"The filter {self!r} is neither true nor false: `and`, `or`, `not` and `if` ask "
+            "whether it is. Combine filters with `&`, `|` and `~`."
+        )
+
 
 FilterLike: TypeAlias = Filter | Hashable | Callable[[Any], bool] | PyTree
 """What may stand where a filter is asked for: a [`refx_eqx.Filter`][], the name of a
@@ -389,6 +396,12 @@ def as_filter(filter: Any) -> Filter:
         return _Constant(filter)
     if isinstance(filter, type) and issubclass(filter, Ref):
         return _OfType(filter)
+    if isinstance(filter, type):
+        raise TypeError(
+            f"The class `{filter.__name__}` is not a filter: a filter selects leaves, and of "
+            "the classes only subclasses of `rx.Ref` have them. For the refs of a module, "
+            "pass the module itself, or `rx.path(...)`."
+        )
     if _is_tree(filter):
         these = _these(filter)
         if these is not None:

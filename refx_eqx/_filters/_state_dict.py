@@ -146,7 +146,13 @@ def load_state_dict(
         whenever [`refx_eqx.state_dict`][] raises it.
     - `RefTypeError`: if a value breaks the declared type of its ref.
     - `TraceLevelError`, `ImmutableError`: if a ref may not be written here.
+    - `TypeError`: if `state` is no mapping.
     """
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"`rx.load_state_dict` takes a mapping from path to value, and was given a "
+            f"`{type(state).__name__}`. For a tree of values, use `rx.update_refs`."
+        )
     places = places_of(tree, filter, "Cannot load the state")
     slots = _slots(places, "Cannot load the state")
     if strict:
