@@ -489,7 +489,7 @@ def test_a_program_for_certain_refs_goes_with_them(place, trace_counter):
     gc.collect()
     assert [ref() for ref in gone] == [None] * 3
     assert which.counter.count == 3
-    assert step._program._variants._kept == {}
+    assert [variants._kept for variants in step._program._variants.values()] == [{}]
 
 
 def test_the_members_of_a_fresh_frozenset_are_told_apart(trace_counter):
@@ -517,7 +517,8 @@ def test_the_programs_of_refs_that_are_gone_are_not_kept():
         assert step(plain.refs[0]) == 1
     plain.refs = []
     gc.collect()
-    (by_refs,) = step._program._variants._kept.values()
+    (variants,) = step._program._variants.values()
+    (by_refs,) = variants._kept.values()
     assert [entry for entry in by_refs.kept.items() if entry[0] != (None,)] == []
 
 
