@@ -47,7 +47,8 @@ def test_operators(name, other):
 @pytest.mark.parametrize(
     "fn",
     [operator.neg, operator.pos, operator.abs, operator.invert, len, int, float, complex]
-    + [round, math.floor, math.ceil, math.trunc, lambda ref: divmod(ref, 2)],
+    + [round, math.floor, math.ceil, math.trunc, lambda ref: divmod(ref, 2)]
+    + [iter, list, np.stack, lambda ref: 1.0 in ref, lambda ref: [*ref]],
 )  # fmt: skip
 def test_functions(fn):
     with pytest.raises(rx.RefTypeError, match=MESSAGE):

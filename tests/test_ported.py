@@ -326,7 +326,7 @@ def test_q_learning_in_one_program(n_seeds):
     tx = optax.sgd(1e-1, momentum=0.5)
 
     def plain_run(key, keys):
-        q = target = eqx.nn.MLP(3, 2, 8, 1, key=key)
+        q = eqx.nn.MLP(3, 2, 8, 1, key=key)
         params, static = eqx.partition(q, is_param)
         carry = params, params, tx.init(params), jnp.array(0), jnp.array(0.0)
 

@@ -75,7 +75,7 @@ def test_a_part_of_a_value_that_is_no_array_can_be_read():
 
 def test_a_ref_is_not_iterable():
     # `__getitem__` on a JAX array clamps, so the old iteration protocol never ends.
-    with pytest.raises(TypeError, match="'Ref' object is not iterable"):
+    with pytest.raises(TypeError, match=r"`iter\(\)` was asked of"):
         iter(rx.Ref(jnp.zeros(3)))  # type: ignore[call-overload]
 
 
@@ -324,3 +324,28 @@ def test_a_part_of_what_is_no_array_is_not_set_through_the_ref(value, key):
     assert ref.value == value
     ref.value[key] = 5  # the remedy
     assert ref[key] == 5 and type(ref.value) is type(value)
+
+
+@pytest.mark.parametrize("wait", [jax.block_until_ready, rx.block_until_ready])
+def test_who_waits_for_a_model_waits_for_its_refs(wait):
+    waited = []
+
+    class Computed:
+        def block_until_ready(self):
+            waited.append(self)
+
+    model = {"a": rx.Ref(Computed()), "b": [rx.Ref(jnp.ones(2))]}
+    assert wait(model) is not None and len(waited) == 1
+    wait(model["b"])
+
+
+def test_who_waits_for_a_function_waits_for_its_refs():
+    waited = []
+
+    class Computed:
+        def block_until_ready(self):
+            waited.append(self)
+
+    ref = rx.Ref(Computed())
+    rx.block_until_ready(lambda x: ref.value)
+    assert len(waited) == 1

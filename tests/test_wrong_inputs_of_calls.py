@@ -109,3 +109,16 @@ def test_a_rule_that_writes_what_the_function_does_not(wrap):
     with pytest.raises(rx.StructureError, match=match):
         wrap(rx.filter_grad(lambda w, x: f(w, x)))(w, jnp.array(2.0))
     assert log.value == 0.0
+
+
+def test_another_type_than_was_compiled_for_is_told_by_its_place():
+    ref = rx.Ref(jnp.ones(2), "params")
+    compiled = rx.filter_jit(lambda ref, x: ref.value * x["a"]).lower(ref, {"a": XS})
+    compiled = compiled.compile()
+    match = r"for float32\[2\] in argument 1 at `\['a'\]`, and .* with int32\[2\] there"
+    with pytest.raises(rx.MismatchError, match=match):
+        compiled(ref, {"a": jnp.arange(2)})
+    match = r"for float32\[2\] in an unnamed ref \(collection 'params'\), in argument 0"
+    with pytest.raises(rx.MismatchError, match=match):
+        compiled(rx.Ref(jnp.ones(3), "params"), {"a": XS})
+    assert compiled(ref, {"a": np.ones(2, np.float32)}).tolist() == [1.0, 1.0]

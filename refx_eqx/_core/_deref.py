@@ -407,8 +407,8 @@ def _derefed(tree: Any) -> Any:
 
 
 def block_until_ready(tree: T) -> T:
-    """As `jax.block_until_ready`, which does not look into refs: waits until the arrays of
-    a tree are computed, in refs and outside of them.
+    """As `jax.block_until_ready`, which waits for the refs of a tree too, but not for those
+    that a function in it holds: waits until all of its arrays are computed.
 
     !!! Example
 

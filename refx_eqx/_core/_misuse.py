@@ -17,7 +17,9 @@ __tracebackhide__ = True
 # JAX, whose `float` raises too. There is no `__index__`: JAX and NumPy ask whether there is
 # one to tell a dimension from an array.
 _BINARY = "add sub mul matmul truediv floordiv mod divmod pow lshift rshift and or xor"
-_UNARY = "neg pos abs invert bool len int float complex round trunc floor ceil"
+_UNARY = (
+    "neg pos abs invert bool len int float complex round trunc floor ceil iter contains"
+)
 _COMPARISONS = "lt le gt ge"
 _SYMBOLS = {
     "add": "+", "sub": "-", "mul": "*", "matmul": "@", "truediv": "/", "floordiv": "//",

@@ -7,6 +7,7 @@ import jax.tree_util as jtu
 
 from .._trees._carried import Carried, counts
 from .._trees._paths import path_text
+from ._errors import describe
 from ._nodes import Value
 
 
@@ -37,6 +38,25 @@ def place(parts: Sequence[Carried], i: int, k: int, names: Sequence[str] = ()) -
     return (
         f"what the function in {where} holds" if _is_in_function(parts[i], k) else where
     )
+
+
+def flat_place(derefed: Any, n: int) -> str:
+    """Where in a call number `n` of its flat arrays is."""
+    places = [
+        (i, k, leaf)
+        for i, leaves in enumerate(derefed.arrays)
+        for k, leaf in enumerate(leaves)
+    ]
+    # Those in refs come last.
+    for i, k, leaf in sorted(places, key=lambda x: type(x[2]) is Value):
+        n -= len(jtu.tree_leaves(leaf))
+        if n < 0:
+            where = place(derefed.parts, i, k)
+            if type(leaf) is not Value:
+                return where
+            ref = derefed.refs[leaf.index]
+            return f"{describe(ref._name, ref._collection)}, in {where}"
+    raise AssertionError("every array of a call has a place in it")
 
 
 def _is_in_function(part: Carried, k: int) -> bool:

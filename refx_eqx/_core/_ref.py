@@ -13,6 +13,7 @@ from collections.abc import Hashable, Iterable
 from typing import Any, Generic, overload, Self, TYPE_CHECKING, TypeVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -206,6 +207,8 @@ class Ref(Shared, Generic[T]):
         self._value = check_value(self, value)
 
     if TYPE_CHECKING:
+        __iter__ = None  # else `__getitem__` alone would make it iterable
+
         # A field annotated `Ref[T]` is a descriptor in the eyes of a type checker: it
         # reads as the ref, and accepts a value or a ref. At run time there is no such
         # descriptor; the field machinery wraps the value.
@@ -264,9 +267,6 @@ class Ref(Shared, Generic[T]):
             value = old.at[index].set(value, out_sharding=_trace.typed_sharding(old))
         self.value = value
 
-    # With `__getitem__` alone, iteration would index past the end for ever: JAX clamps.
-    __iter__ = None
-
     @property
     def collection(self) -> Hashable:
         """What the ref is for, such as `"params"`."""
@@ -296,6 +296,11 @@ class Ref(Shared, Generic[T]):
     def size(self) -> int:
         """The number of elements of the value, which must be array-like."""
         return jnp.size(_array_like(self))
+
+    def block_until_ready(self) -> Self:
+        """Waits until the value is computed. So `jax.block_until_ready(model)` waits."""
+        jax.block_until_ready(self.value)
+        return self
 
     def __eq__(self, other: object) -> bool:
         if self is other:

@@ -7,10 +7,12 @@ from typing import Any, overload, ParamSpec, TypeVar
 
 import jax
 from jaxtyping import PyTree
+import jax.numpy as jnp
 
 from .._core import _trace
 from .._core._call import Call, call
 from .._core._errors import MismatchError, name_of
+from .._core._places import flat_place
 from .._core._structure import Key, Leaves, Outcome
 from .._engine._donation import apart, call_into, Donate, Split
 from .._engine._fast_path import NO_PLAN, Plans
@@ -70,7 +72,8 @@ class _Jit(Lifted):
         derefed = Call(self.__wrapped__, *self._bind(args, kwargs))
         variant, flat = self._program.variant(derefed)
         lowered, split = variant.lower(derefed, flat)
-        return Lowered(self, lowered, derefed.structure.key, split)
+        types = list(map(_type_text, flat))
+        return Lowered(self, lowered, derefed.structure.key, split, types)
 
 
 class Lowered:
@@ -79,9 +82,11 @@ class Lowered:
     It has the attributes of `jax.stages.Lowered`; `compile` is aware of refs.
     """
 
-    def __init__(self, jit: _Jit, lowered: Any, key: Key, split: Split):
+    def __init__(
+        self, jit: _Jit, lowered: Any, key: Key, split: Split, types: list[str]
+    ):
         self.lowered = lowered
-        self._rest = jit, key, split
+        self._rest = jit, key, split, types
 
     def compile(
         self, compiler_options: dict[str, str | bool] | None = None
@@ -100,11 +105,14 @@ class Compiled:
     It has the attributes of `jax.stages.Compiled`.
     """
 
-    def __init__(self, compiled: Any, jit: _Jit, key: Key, split: Split):
+    def __init__(
+        self, compiled: Any, jit: _Jit, key: Key, split: Split, types: list[str]
+    ):
         self.compiled = compiled
         self._jit = jit
         self._key = key
         self._split = split
+        self._types = types
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         jit = self._jit
@@ -117,6 +125,7 @@ class Compiled:
                     "the `filter_jit` function itself, which compiles when it must."
                 )
             flat = derefed.flat
+            self._check_types(derefed, flat)
             try:
                 if jit.options["donate"] == "none":
                     outcome = Outcome(*self.compiled(flat))
@@ -143,8 +152,23 @@ class Compiled:
 
         return call(jit.__wrapped__, *jit._bind(args, kwargs), run)
 
+    def _check_types(self, derefed: Call, flat: list[Any]) -> None:
+        types = list(map(_type_text, flat))
+        if types == self._types:
+            return
+        k = next(k for k, x in enumerate(types) if x != self._types[k])
+        raise MismatchError(
+            f"`{name_of(self._jit.__wrapped__)}` was compiled for {self._types[k]} in "
+            f"{flat_place(derefed, k)}, and is called with {types[k]} there. Call the "
+            "`filter_jit` function itself, which compiles when it must."
+        )
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.compiled, name)
+
+
+def _type_text(x: Any) -> str:
+    return f"{jnp.result_type(x)}{list(jnp.shape(x))}"
 
 
 @overload
