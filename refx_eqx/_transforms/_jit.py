@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any, overload, ParamSpec, TypeVar
 
 import jax
-from jaxtyping import PyTree
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from .._core import _trace
 from .._core._call import Call, call
