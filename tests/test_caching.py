@@ -744,3 +744,19 @@ def test_a_new_process_finds_the_program_in_the_compilation_cache(tmp_path):
     assert first == second
     assert len(stored) == 1 and stored_after == stored
     assert hits >= 1
+
+
+def test_a_function_that_closes_over_none_is_known_again(trace_counter):
+    def make(nothing):
+        return lambda x: x if nothing is None else x + nothing
+
+    @trace_counter
+    def apply(fn, x):
+        return fn(x)
+
+    jitted, fn = rx.filter_jit(apply), make(None)
+    for _ in range(3):
+        assert jitted(fn, jnp.array(1.0)) == 1.0
+    assert apply.counter.count == 1
+    assert jitted(make(1.0), jnp.array(1.0)) == 2.0
+    assert apply.counter.count == 2

@@ -31,11 +31,14 @@ class Identity:
     def __eq__(self, other: Any) -> bool:
         if self is other:
             return True
-        # What a dead object was is equal to nothing: its id may be another's by now.
+        if not isinstance(other, Identity):
+            return False
         mine = self.recall()
-        return (
-            isinstance(other, Identity) and mine is not None and mine is other.recall()
-        )
+        if mine is None:
+            # `None` itself; or a dead object, which is equal to nothing, because its id may
+            # be another's by now.
+            return self._id == other._id == id(None)
+        return mine is other.recall()
 
     def __hash__(self) -> int:
         return self._id
