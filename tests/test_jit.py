@@ -741,7 +741,7 @@ def test_lowering_writes_nothing_and_takes_keywords():
 def test_options_are_checked():
     with pytest.raises(ValueError, match=r"donate='some'\)` must be one of 'all'"):
         rx.filter_jit(lambda x: x, donate="some")  # type: ignore[call-overload]
-    for name in ("static_argnums", "donate_argnums", "in_shardings"):
+    for name in ("static_argnums", "donate_argnums", "static_argnames"):
         with pytest.raises(ValueError, match=f"does not take '{name}'"):
             rx.filter_jit(lambda x: x, **{name: 0})  # type: ignore[arg-type]
 
