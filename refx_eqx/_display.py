@@ -1,5 +1,6 @@
 """Looking at a tree of refs: how much is in it, where it is, and what is shared."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -8,6 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
 from ._core._access import refuse_cycle
@@ -87,7 +89,10 @@ def tabulate(tree: PyTree, /, *args: Any, flops: bool = False, **kwargs: Any) ->
     **Returns:**
 
     The table, as text: a row for each place of a ref, and for each array outside refs. A
-    shared ref counts once, at its first place. Below it, the totals by collection.
+    shared ref counts once, at its first place. Below it, the totals by collection. If
+    something is on a mesh, there are two more columns: the `PartitionSpec`, and the bytes on
+    each device. So `rx.tabulate(rx.filter_shard(rx.filter_eval_shape(make), shardings))`
+    shows a model before there is any.
 
     **Raises:**
 
@@ -100,23 +105,31 @@ def tabulate(tree: PyTree, /, *args: Any, flops: bool = False, **kwargs: Any) ->
             "`rx.tabulate`: arguments for a call are given, and nothing is asked of it. Pass "
             "`flops=True` too, or the model alone."
         )
-    table = _rich_table()
-    totals: dict[str, tuple[int, int]] = {}
-    for row in _rows(tree, True):
+    rows = list(_rows(tree, True))
+    on_mesh = any(row.specs for row in rows)
+    table = _rich_table(on_mesh)
+
+    def add(*texts: str, spec: str = "", sizes: tuple[int, int, int]) -> None:
+        n, nbytes, on_each = sizes
+        more = [spec, _bytes_text(on_each)] if on_mesh else []
+        table.add_row(*texts, f"{n:,}", _bytes_text(nbytes), *more)
+
+    totals: dict[str, tuple[int, int, int]] = {}
+    for row in rows:
+        what = row.place, row.collection, row.type
         if row.tied_to is not None:
-            note = f"is {row.tied_to}"
-            table.add_row(row.place, row.collection, row.type, note, "", "", "")
+            table.add_row(*what, f"is {row.tied_to}")
             continue
-        n, nbytes = totals.get(row.collection, (0, 0))
-        totals[row.collection] = n + row.size, nbytes + row.nbytes
-        what = (row.place, row.collection, row.type, row.shape, row.dtype)
-        table.add_row(*what, f"{row.size:,}", _bytes_text(row.nbytes))
+        before = totals.get(row.collection, (0, 0, 0))
+        n, nbytes, on_each = map(sum, zip(before, row.sizes))
+        totals[row.collection] = n, nbytes, on_each
+        add(*what, row.shape, row.dtype, spec=row.specs, sizes=row.sizes)
     table.add_section()
-    for collection, (n, nbytes) in totals.items():
-        table.add_row("total", collection, "", "", "", f"{n:,}", _bytes_text(nbytes))
+    for collection, sizes in totals.items():
+        add("total", collection, "", "", "", sizes=sizes)
     if len(totals) > 1:
-        n, nbytes = map(sum, zip(*totals.values()))
-        table.add_row("total", "", "", "", "", f"{n:,}", _bytes_text(nbytes))
+        n, nbytes, on_each = map(sum, zip(*totals.values()))
+        add("total", "", "", "", "", sizes=(n, nbytes, on_each))
     text = _rendered(table)
     if flops:
         text += f"A call: {_flops(tree, args, kwargs):,.0f} FLOPs, as compiled.\n"
@@ -140,7 +153,13 @@ class _Row:
         leaves = jtu.tree_leaves(value)
         arrays = [_shape_of(leaf) for leaf in leaves if _is_array_like(leaf)]
         self.size = sum(array.size for array in arrays)
-        self.nbytes = sum(array.size * array.dtype.itemsize for array in arrays)
+        nbytes = sum(array.size * array.dtype.itemsize for array in arrays)
+        on_each = sum(_size_on_each(array) * array.dtype.itemsize for array in arrays)
+        self.sizes = self.size, nbytes, on_each
+        shardings = [
+            x.sharding for x in arrays if isinstance(x.sharding, NamedSharding)
+        ]
+        self.specs = ", ".join(dict.fromkeys(str(x.spec) for x in shardings))
         if arrays and value is leaves[0]:
             self.shape = str(arrays[0].shape)
             # What is a number of Python is no array until it is traced.
@@ -157,8 +176,15 @@ def _is_array_like(leaf: Any) -> bool:
 
 def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
     if hasattr(leaf, "dtype"):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        sharding = getattr(leaf, "sharding", None)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     return jax.ShapeDtypeStruct((), jnp.result_type(leaf))
+
+
+def _size_on_each(array: jax.ShapeDtypeStruct) -> int:
+    if not isinstance(array.sharding, NamedSharding):
+        return array.size
+    return math.prod(array.sharding.shard_shape(array.shape))
 
 
 def _rows(tree: Any, filter: Any) -> Iterator[_Row]:
@@ -189,7 +215,7 @@ def _bytes_text(n: int) -> str:
     return f"{size:.1f} TiB"
 
 
-def _rich_table() -> Any:
+def _rich_table(on_mesh: bool) -> Any:
     try:
         from rich.box import SIMPLE
         from rich.table import Table
@@ -202,6 +228,9 @@ def _rich_table() -> Any:
         table.add_column(name)
     for name in ("count", "bytes"):
         table.add_column(name, justify="right")
+    if on_mesh:
+        table.add_column("spec")
+        table.add_column("on each device", justify="right")
     return table
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from benchmarks import _arguments
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import refx_eqx as rx
 
@@ -107,6 +108,22 @@ def test_a_repeated_call_of_any_argument_runs_a_fixed_number_of_functions(row):
     # The texts of a pytree are compared one by one.
     if row not in _arguments.COMPANIONS and "texts" not in row:
         assert of(40) == few
+
+
+@pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices")
+@pytest.mark.parametrize("donate", ["none", "refs"])
+def test_a_repeated_call_on_a_mesh_runs_as_much_python_as_one_on_a_device(donate):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    def of(sharding):
+        f, model = filter_jit(fresh_step(), donate=donate), make(4)
+        rx.filter_shard(model, sharding)
+        for _ in range(4):
+            f(model, X)
+        return count(lambda: f(model, X))
+
+    replicated = NamedSharding(mesh, PartitionSpec())
+    assert of(replicated) == of(jax.devices()[0])
 
 
 @pytest.mark.parametrize("donate", ["refs", "all"])

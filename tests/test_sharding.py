@@ -423,6 +423,30 @@ def test_what_filter_shard_is_not_given(mesh):
         rx.filter_shard(ref, P("fsdp"))
 
 
+def test_what_is_placed_has_buffers_of_its_own(mesh):
+    """Else a call that donates would take those of whoever holds the array."""
+    x = jnp.ones(8)
+    replicated = NamedSharding(mesh, P())
+    a, b, c = rx.Ref(x), rx.Ref(x), rx.Ref(jax.ShapeDtypeStruct((8,), jnp.float32))
+    rx.filter_shard([a, b, c], replicated)
+    rx.load_state_dict({"c": c}, {"c": x})
+    d = rx.filter_eval_shape(lambda: rx.Ref(jnp.ones(8)))
+    rx.filter_shard(d, replicated)
+    rx.update_refs(d, rx.Ref(x))
+
+    @rx.filter_jit(donate="refs")
+    def double(refs):
+        for ref in refs:
+            ref.value = 2 * ref.value
+
+    double([a, b, c, d])
+    double([a, b, c, d])
+    assert x[0] == 1 and all((ref.value == 4).all() for ref in (a, b, c, d))
+    before = a.value
+    rx.filter_shard(a, replicated)
+    assert a.value is before
+
+
 # Staying
 
 
@@ -720,3 +744,23 @@ def test_a_sharded_ref_is_written_outside_of_a_mesh(kind):
         write(model)
     assert (jax.device_get(model.up.value)[2] == 3.0).all()
     assert spec_of(model.up) == P("tensor", "fsdp")
+
+
+# Looking
+
+
+def test_a_table_shows_the_spec_and_the_bytes_on_each_device(mesh):
+    pytest.importorskip("rich")
+    model = Large(jr.key(0))
+    assert "on each device" not in rx.tabulate(model)
+    abstract = rx.filter_eval_shape(Large, jr.key(0))
+    for tree in (model, abstract):
+        rx.filter_shard(tree, RULES.shardings(tree, mesh))
+        lines = rx.tabulate(tree).splitlines()
+        (up,) = (line for line in lines if " up " in line)
+        assert "512.0 KiB" in up and "P('tensor', 'fsdp')" in up
+        assert up.endswith("64.0 KiB")
+        (bias,) = (line for line in lines if " bias " in line)
+        assert bias.endswith("512 B") and "P('tensor',)" in bias
+        (total,) = (line for line in lines if "total" in line)
+        assert total.endswith("64.5 KiB")

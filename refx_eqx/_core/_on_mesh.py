@@ -44,3 +44,17 @@ def has_moved(old: Any, new: Any) -> bool:
             return False
         return before != after
     return on_mesh(jtu.tree_leaves(old)) != on_mesh(jtu.tree_leaves(new))
+
+
+def put(x: Any, sharding: Any) -> Any:
+    """An array at another place, with buffers of its own: those of a ref may be donated.
+
+    `jax.device_put` shares a buffer that is already where it belongs. (With `may_alias=False`
+    too, if an array of one device is replicated: seen in JAX 0.12.)
+    """
+    if not isinstance(x, jax.Array) or _trace.is_tracer(x):
+        return jax.device_put(x, sharding)
+    if x.sharding == sharding and getattr(x, "committed", False):
+        return x  # the same object, and who holds that is known
+    before, after = x.sharding.shard_shape(x.shape), sharding.shard_shape(x.shape)
+    return jax.device_put(x.copy() if before == after else x, sharding)

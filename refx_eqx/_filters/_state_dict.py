@@ -18,6 +18,7 @@ from .._core import _trace
 from .._core._access import check_value, check_writable
 from .._core._errors import describe, MismatchError, RefTypeError, StructureError
 from .._core._nodes import is_node
+from .._core._on_mesh import put
 from .._core._ref import is_ref, Ref
 from .._fields._instance import check_refs_in_place
 from .._trees._cells import is_lookup
@@ -376,7 +377,7 @@ def _leaf_as_held(old: Any, new: Any) -> Any:
         return new
     sharding = sharding_of(old)
     if isinstance(new, jax.Array):
-        return new if sharding is None else jax.device_put(new, sharding)
+        return new if sharding is None else put(new, sharding)
     # A copy: `jax.device_put` may share memory with NumPy, where it may be written.
     return jnp.array(new, device=sharding)
 

@@ -15,6 +15,7 @@ from .._core._access import check_value, check_writable
 from .._core._deref import NOTHING
 from .._core._errors import CollectionError, describe, MismatchError, StructureError
 from .._core._nodes import Index, is_node, Value
+from .._core._on_mesh import put
 from .._core._ref import commits, Ref
 from .._fields._instance import check_refs_in_place
 from .._trees._closure import by_name
@@ -145,7 +146,7 @@ def _as_arrays(ref: Ref, value: Any, where: str) -> Any:
 
     def convert(old: Any, new: Any) -> Any:
         if isinstance(old, jax.ShapeDtypeStruct) and old.sharding is not None:
-            return jax.device_put(new, old.sharding)
+            return put(new, old.sharding)
         if not isinstance(old, jax.Array) or eqx.is_array(new):
             return new
         number = np.asarray(new)

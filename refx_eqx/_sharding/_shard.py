@@ -11,6 +11,7 @@ from .._core import _trace
 from .._core._access import check_writable
 from .._core._deref import closed, deref
 from .._core._nodes import Value
+from .._core._on_mesh import put
 from .._core._ref import Ref
 from .._filters._select import leaves_with_paths
 from .._filters._update import write_all
@@ -104,7 +105,7 @@ def _placed(x: Any, sharding: Sharding | None) -> Any:
     if not isinstance(x, jax.Array):
         return x
     if _trace.is_evaluating():
-        return jax.device_put(x, sharding)
+        return put(x, sharding)
     if isinstance(sharding, NamedSharding) and is_explicit(sharding.mesh):
         return jax.sharding.reshard(x, sharding)
     return jax.lax.with_sharding_constraint(x, sharding)
