@@ -259,6 +259,39 @@ def test_a_class_has_a_docstring_with_its_arguments(name):
             assert f"`{parameter}`" in text or f"`**{parameter}`" in text, parameter
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_class_has_an_example_and_its_public_methods_a_docstring(name):
+    cls = getattr(rx, name)
+    assert "!!! Example" in inspect.getdoc(cls)
+    for method, function in vars(cls).items():
+        if inspect.isfunction(function) and not method.startswith("_"):
+            assert inspect.getdoc(function), f"{name}.{method}"
+
+
+# Those with a docstring of ours: the others have that of Equinox.
+OWN_LAYERS = re.findall(
+    r"^::: refx_eqx\.nn\.([A-Z]\w+)$",
+    (ROOT / "docs" / "api" / "nn.md").read_text(),
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize("name", OWN_LAYERS)
+def test_a_layer_says_what_it_and_its_methods_take(name):
+    cls = getattr(rx.nn, name)
+    text = inspect.getdoc(cls)
+    for parameter in inspect.signature(cls).parameters:
+        assert f"`{parameter}`" in text, f"{name}: `{parameter}`"
+    for method, function in vars(cls).items():
+        public = method == "__call__" or not method.startswith("_")
+        if not inspect.isfunction(function) or not public:
+            continue
+        text = inspect.getdoc(function)
+        signature = inspect.signature(function)
+        for parameter in list(signature.parameters)[1:]:
+            assert f"`{parameter}`" in text, f"{name}.{method}: `{parameter}`"
+
+
 @pytest.mark.parametrize("name", FUNCTIONS + CLASSES)
 def test_a_signature_shows_types_and_nothing_private(name):
     public = getattr(rx, name)

@@ -147,7 +147,30 @@ class CollectionError(RefError, ValueError):
 
 class RefTypeError(RefError, TypeError):
     """A value does not have the type that its ref declares; or a ref was used as if it were
-    the value that it holds."""
+    the value that it holds.
+
+    !!! Example
+
+        ```python
+        import jax.numpy as jnp
+        import refx_eqx as rx
+        from jaxtyping import Array, Float
+
+        class Linear(rx.Module):
+            weight: rx.Param[Float[Array, "out in"]]
+
+        linear = Linear(jnp.zeros((2, 3)))
+        for wrong in (
+            lambda: linear.weight @ jnp.ones(3),  # `linear.weight[...] @ ...`
+            lambda: setattr(linear.weight, "value", jnp.zeros(2)),
+        ):
+            try:
+                wrong()
+            except rx.RefTypeError:
+                pass
+        assert linear.weight.shape == (2, 3)
+        ```
+    """
 
 
 class ImmutableError(RefError, ValueError):

@@ -80,6 +80,7 @@ class ByFilter:
         raise NotImplementedError("A subclass says what may be given.")
 
     def example(self) -> str:
+        """What one may give, as text for messages."""
         raise NotImplementedError("A subclass says what is given, for messages.")
 
     def is_whole(self, one: Any) -> bool:

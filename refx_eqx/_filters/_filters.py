@@ -37,8 +37,20 @@ __tracebackhide__ = True
 class Filter:
     """The base of the filters that can be combined with `&`, `|` and `~`.
 
-    A filter is also a function of a leaf, so on a tree of refs it is an Equinox filter
-    spec: `eqx.partition(model, rx.collection("params"))`.
+    [`refx_eqx.collection`][] and [`refx_eqx.path`][] make them. A filter is also a function
+    of a leaf, so on a tree of refs it is an Equinox filter spec.
+
+    !!! Example
+
+        ```python
+        import equinox as eqx
+        import refx_eqx as rx
+
+        model = {"w": rx.Ref(1.0, "params"), "n": rx.Ref(0, "counts")}
+        chosen = rx.collection("params") & ~rx.path("**.bias")
+        assert rx.filter_spec(model, chosen) == {"w": True, "n": False}
+        assert eqx.filter(model, rx.collection("counts"))["w"] is None
+        ```
     """
 
     # Whether it asks what a ref is: its collection, its class.
@@ -50,6 +62,7 @@ class Filter:
     _hint = ""
 
     def matches(self, path: Path | None, leaf: Any) -> bool:
+        """Whether the filter selects a leaf. `path` is `None` where it is not known."""
         raise NotImplementedError(f"{type(self).__name__} must say what it matches.")
 
     def __call__(self, leaf: Any) -> bool:

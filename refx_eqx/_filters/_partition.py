@@ -169,6 +169,19 @@ class Partition(Mapping[Path, Any]):
     Made by [`refx_eqx.tree_partition`][] and [`refx_eqx.get_partition`][]. Equal to a dict
     with the same items.
 
+    !!! Example
+
+        ```python
+        import jax
+        import refx_eqx as rx
+
+        w = rx.Ref(1.0, "params")
+        part = rx.get_partition({"w": w, "n": 3}, "params")
+        assert isinstance(part, rx.Partition) and part["w",] is w
+        assert list(part) == [("n",), ("w",)]
+        assert jax.tree.leaves(part) == [w]
+        ```
+
     **Arguments:**
 
     - `leaves`: a mapping from path to leaf, with `NOTHING` for what is in another part.

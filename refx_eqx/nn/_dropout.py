@@ -98,7 +98,7 @@ class Dropout(Module):
         return drop(x, self.p, self.key() if key is None else key)
 
     def is_active(self, inference: bool | None = None) -> bool:
-        """Whether a call in this mode draws a key."""
+        """Whether a call draws a key. `inference` overrides the mode of the layer."""
         inference = self.inference if inference is None else inference
         return not inference and not (isinstance(self.p, int | float) and self.p == 0)
 
