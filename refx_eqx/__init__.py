@@ -5,8 +5,6 @@ from importlib.metadata import version as _version
 from . import nn as nn
 from ._capture import capture as capture
 from ._checkpoint._save import load as load, save as save
-from ._core import _export as _export  # registers the nodes with JAX
-from ._core._dag import Dag as Dag
 from ._core._deref import (
     block_until_ready as block_until_ready,
     clone as clone,
@@ -82,10 +80,12 @@ from ._rng import Rngs as Rngs
 from ._sharding._rules import axis_rules as axis_rules
 from ._sharding._shard import filter_shard as filter_shard
 from ._transforms import (
+    _export as _export,  # registers the nodes with JAX
     add_axis as add_axis,
     associative_scan as associative_scan,
     axes as axes,
     cond as cond,
+    Dag as Dag,
     filter_checkpoint as filter_checkpoint,
     filter_closure_convert as filter_closure_convert,
     filter_custom_jvp as filter_custom_jvp,

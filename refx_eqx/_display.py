@@ -19,7 +19,7 @@ from ._core._ref import Ref
 from ._filters._filters import as_filter, FilterLike
 from ._filters._select import choose, leaves_with_paths
 from ._transforms._jit import filter_jit
-from ._trees._paths import dotted, key_text
+from ._trees._paths import dotted, key_text, path_text
 
 
 __tracebackhide__ = True
@@ -193,7 +193,7 @@ def _rows(tree: Any, filter: Any) -> Iterator[_Row]:
         if is_node(leaf):
             raise StructureError(
                 f"Cannot look at a derefed tree: there is a {type(leaf).__name__} at "
-                f"`{dotted(path)}`. Pass the tree of refs itself."
+                f"{path_text(path)}. Pass the tree of refs itself."
             )
     chosen = choose([p for p, _ in pairs], [x for _, x in pairs], (as_filter(filter),))
     first: dict[int, str] = {}

@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 
 from ._core._errors import MismatchError, StructureError
 from ._core._ref import declare, Ref
-from ._core._structure import is_traced_in_ref
+from ._core._values import is_traced_in_ref
 from ._fields._axis_names import NO_NAMES
 from ._fields._bound import BoundType
 from ._fields._declared import DeclaredRef

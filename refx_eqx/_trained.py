@@ -27,7 +27,7 @@ from ._core._deref import deref, reref
 from ._core._errors import describe, MismatchError, StructureError
 from ._core._nodes import is_node, Value
 from ._core._ref import Ref
-from ._core._structure import is_traced_in_ref, split_value
+from ._core._values import is_traced_in_ref, split_value
 from ._engine._autodiff import is_inexact
 from ._fields._axes_of_values import declared_axes, stacks_in
 from ._fields._following import Following
@@ -35,7 +35,7 @@ from ._filters._select import choose, leaves_with_paths
 from ._filters._state_dict import first_places, places_of
 from ._filters._update import aligned
 from ._trees._closure import opened
-from ._trees._paths import dotted
+from ._trees._paths import path_text
 
 
 __tracebackhide__ = True
@@ -175,7 +175,7 @@ def _check_in_refs(model: Any, wrt: Any) -> None:
         if which == 0 and eqx.is_inexact_array(leaf):
             raise StructureError(
                 f"Cannot train the model: wrt={wrt!r} selects {eqx.tree_pformat(leaf)} at "
-                f"`{dotted(path)}`, which is in no ref, so it cannot be updated in place. "
+                f"{path_text(path)}, which is in no ref, so it cannot be updated in place. "
                 "Make a ref of it, for example with `rx.as_refs`; or select refs alone, as "
                 "`wrt=rx.Ref` does."
             )

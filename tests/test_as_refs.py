@@ -236,7 +236,7 @@ def test_collections_by_filter():
 
 def test_one_array_is_of_one_collection():
     x = ones(2)
-    with pytest.raises(rx.CollectionError, match="one array is at `a` and at .'b'."):
+    with pytest.raises(rx.CollectionError, match="one array is at `a` and at `b`"):
         rx.as_refs({"a": x, "b": x}, {"params": rx.path("a"), "other": True})
 
 

@@ -134,7 +134,7 @@ def test_a_list_in_a_module_is_state():
         model.history.append(ONE)
 
     with pytest.raises(
-        rx.StructureError, match=r"changed argument 0 at `.history` in place"
+        rx.StructureError, match=r"changed argument 0 at `history` in place"
     ):
         rx.filter_jit(append)(model)
 

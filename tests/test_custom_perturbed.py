@@ -95,7 +95,7 @@ def test_what_the_function_closes_over_is_refused(outer):
     "way, place",
     [
         ("a second argument", "the array in argument 1, which"),
-        ("a tree", r"the array in argument 1 at `\['w'\]\[0\]`, which"),
+        ("a tree", r"the array in argument 1 at `w\.0`, which"),
         ("a keyword", "the array in the keyword argument `w`, which"),
     ],
 )

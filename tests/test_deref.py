@@ -169,7 +169,7 @@ def test_deref_of_a_derefed_tree_is_refused():
     opened = rx.deref({"a": [rx.Ref(1)]})
     with pytest.raises(
         rx.StructureError,
-        match=r"derefed already: Value found at \['a'\]\[0\]. Call `rx.reref` on it first",
+        match=r"derefed already: Value found at `a\.0`. Call `rx.reref` on it first",
     ):
         rx.deref(opened)
     assert rx.deref(rx.reref(opened)) == opened  # the remedy
@@ -180,7 +180,7 @@ def test_reref_of_a_tree_with_refs_is_refused():
         rx.StructureError,
         match=(
             r"Cannot reref a tree that holds refs already: an unnamed ref \(collection "
-            r"'params'\) found at \['b'\]. Call `rx.deref` on the whole tree first."
+            r"'params'\) found at `b`. Call `rx.deref` on the whole tree first."
         ),
     ):
         rx.reref({"a": rx.deref(rx.Ref(1)), "b": rx.Ref(2, "params")})
@@ -192,7 +192,7 @@ def test_an_index_without_its_value_is_refused():
     with pytest.raises(
         rx.StructureError,
         match=(
-            r"Cannot reref: Index 0 \(an unnamed ref \(collection 'params'\)\) at \['b'\] "
+            r"Cannot reref: Index 0 \(an unnamed ref \(collection 'params'\)\) at `b` "
             "has no Value in this tree. A part of a derefed tree was taken out of it"
         ),
     ):
@@ -230,7 +230,7 @@ def test_the_error_names_the_field():
     _, again = rx.deref((linear, linear))
     with pytest.raises(
         rx.StructureError,
-        match=r"Index 0 \(`Linear.weight` \(collection 'params'\)\) at \.weight has no",
+        match=r"Index 0 \(`Linear.weight` \(collection 'params'\)\) at `weight` has no",
     ):
         rx.reref(again)
 
@@ -369,7 +369,7 @@ def test_reref_takes_no_value_that_holds_a_ref():
     tree = {"a": rx.deref(ref)}
     for held in (inner, [inner], rx.deref(inner)):
         tree["a"].value = held
-        text = r"that of an unnamed ref \(collection 'params'\) at \['a'\] holds .*side by side"
+        text = r"that of an unnamed ref \(collection 'params'\) at `a` holds .*side by side"
         with pytest.raises(rx.StructureError, match=text):
             rx.reref(tree)
     a, b = rx.reref(rx.deref((ref, inner)))  # the remedy
@@ -391,7 +391,7 @@ def test_reref_takes_no_tracer_that_has_ended():
 def test_reref_takes_no_other_type_for_a_ref():
     for wrong in (None, int, "Ref"):
         with pytest.raises(
-            rx.StructureError, match=r"at \[0\] has ref_type=.*no subclass of `rx.Ref`"
+            rx.StructureError, match=r"at `0` has ref_type=.*no subclass of `rx.Ref`"
         ):
             rx.reref([rx.Value(1.0, 0, None, wrong)])  # pyright: ignore[reportArgumentType]
 

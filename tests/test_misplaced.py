@@ -165,7 +165,7 @@ def test_numpy_arrays_and_numbers_are_found_too():
     for value in (np.zeros(3, np.float32), 1.5, True):
         made = eqx.tree_at(lambda m: m.mean, norm(), value)
         with pytest.raises(
-            rx.RefTypeError, match=r"`Norm\.mean` at \.mean is declared"
+            rx.RefTypeError, match=r"`Norm\.mean` at `mean` is declared"
         ):
             rx.state_dict(made)
 

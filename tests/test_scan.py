@@ -485,7 +485,7 @@ def test_an_array_of_the_carry_that_changes_shape_is_refused():
     def step(carry, _):
         return {"a": carry["a"], "b": jnp.ones(3)}, None
 
-    with pytest.raises(rx.StructureError, match=r"carry at `\['b'\]`.*f32\[2\] before"):
+    with pytest.raises(rx.StructureError, match=r"carry at `b`.*f32\[2\] before"):
         rx.scan(step, {"a": 1.0, "b": jnp.ones(2)}, length=2)
 
 
@@ -493,7 +493,7 @@ def test_an_array_of_the_carry_that_changes_shape_is_refused():
     "init, new, message",
     [
         (1.0, (1.0, 2.0), r"was given weak_f32\[\] and returned \(.*\)"),
-        ({"a": "x"}, {"a": "y"}, r"`\['a'\]`.*'x'.*'y'.*asarray"),
+        ({"a": "x"}, {"a": "y"}, r"`a`.*'x'.*'y'.*asarray"),
         (("x",), (1.0,), "the static value 'x', and returned an array"),
     ],
 )
@@ -504,7 +504,7 @@ def test_a_carry_of_another_structure_is_refused(init, new, message):
 
 def test_another_ref_in_the_carry_is_refused():
     a, b = rx.Ref(jnp.array(0.0), "a"), rx.Ref(jnp.array(1.0), "b")
-    with pytest.raises(rx.StructureError, match=r"`\['x'\]`.*'a'.*'b'.*from `\['y'\]`"):
+    with pytest.raises(rx.StructureError, match=r"`x`.*'a'.*'b'.*from `y`"):
         rx.scan(
             lambda c, _: ({"x": c["y"], "y": c["x"]}, None), {"x": a, "y": b}, length=2
         )
@@ -663,7 +663,7 @@ def test_associative_scan_refuses_writes_and_refs_as_elements():
     with pytest.raises(rx.StructureError, match="writes.*'state'.*not defined"):
         rx.associative_scan(f, jnp.ones(3))
     elems = {"x": ref}
-    with pytest.raises(rx.StructureError, match=r"'state'.*`\['x'\]`.*snapshot"):
+    with pytest.raises(rx.StructureError, match=r"'state'.*`x`.*snapshot"):
         rx.associative_scan(lambda a, b: a, elems)
     add = lambda a, b: {"x": a["x"] + b["x"]}
     assert rx.associative_scan(add, rx.snapshot(elems))["x"].tolist() == [1.0, 2.0, 3.0]

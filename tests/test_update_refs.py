@@ -96,7 +96,7 @@ def test_an_index_without_its_value_is_refused():
     with pytest.raises(
         rx.StructureError,
         match=(
-            r"Index 3 of the source, at \[1\], has no Value in it. Deref the whole source "
+            r"Index 3 of the source, at `1`, has no Value in it. Deref the whole source "
             "at once, or put `rx.NOTHING` there."
         ),
     ):
@@ -112,7 +112,7 @@ def test_a_derefed_target_is_refused():
     with pytest.raises(
         rx.StructureError,
         match=(
-            r"Cannot update refs: the target is derefed, and has a Value at .weight. Pass "
+            r"Cannot update refs: the target is derefed, and has a Value at `weight`. Pass "
             "the tree of refs itself."
         ),
     ):
@@ -126,7 +126,7 @@ def test_two_different_values_for_one_ref_are_refused():
     with pytest.raises(
         rx.StructureError,
         match=(
-            r"\(collection 'params'\) is one ref at \[0\] and \[1\] of the target, and the "
+            r"\(collection 'params'\) is one ref at `0` and `1` of the target, and the "
             "source has a different value at each. Give one of them, and `rx.NOTHING` at "
             "the other."
         ),
@@ -167,7 +167,7 @@ def test_another_shape_dtype_or_kind_is_refused_and_nothing_is_written(wrong):
     with pytest.raises(
         rx.StructureError,
         match=(
-            r"\(collection 'params'\) at \[1\] holds f32\[2\], and the source has .*If the "
+            r"\(collection 'params'\) at `1` holds f32\[2\], and the source has .*If the "
             "change is meant, write it: `ref.value = ...`."
         ),
     ):
@@ -192,7 +192,7 @@ def test_another_collection_is_refused():
     with pytest.raises(
         rx.CollectionError,
         match=(
-            r"at \[1\] the target has an unnamed ref \(collection 'params'\), and the "
+            r"at `1` the target has an unnamed ref \(collection 'params'\), and the "
             "source is of collection 'counts'. Align the two trees"
         ),
     ):

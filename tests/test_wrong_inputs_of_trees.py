@@ -103,7 +103,7 @@ def test_no_copy_leaves_refs_behind_in_what_they_are_looked_up_in(lookup):
         ("snapshot", rx.snapshot),
     ):
         with pytest.raises(
-            rx.StructureError, match=rf"Cannot {verb} a .* of refs.*'params'\) at \['a'"
+            rx.StructureError, match=rf"Cannot {verb} a .* of refs.*'params'\) at `a`"
         ):
             door({"a": lookup, "w": REF})
 

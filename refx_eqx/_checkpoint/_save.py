@@ -27,7 +27,7 @@ from .._core._ref import Ref
 from .._filters._filters import as_filter, FilterLike
 from .._filters._select import aliases, leaves_with_paths, selected_refs
 from .._filters._state_dict import check_all_in_tree, load_state_dict, state_dict
-from .._trees._paths import dotted, key_text
+from .._trees._paths import key_text, path_text
 from . import _file
 from ._file import Stored, TensorFile
 from ._values import decoded, encoded, Note
@@ -197,7 +197,7 @@ def _check_in_refs(tree: Any, filter: Any, failure: str, fate: str) -> None:
         is_array = isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
         if is_array and selected.matches(path, leaf):
             raise StructureError(
-                f"{failure}: the array at `{dotted(path)}` is not in a ref, so it {fate}. "
+                f"{failure}: the array at {path_text(path)} is not in a ref, so it {fate}. "
                 "Put it in one (`rx.as_refs(tree)` does so for all arrays of a tree), or "
                 "pass `rx.Ref` as `filter`, which selects the refs alone."
             )

@@ -17,54 +17,29 @@ numbers them.
 import copy
 from collections.abc import (
     Callable,
-    Hashable,
     Mapping,
-    Sequence,
-    Set,
 )
 from typing import Any, ParamSpec, TypeVar
 
-import equinox as eqx
-import jax.tree_util as jtu
-
-from .._trees._carried import Carried
-from .._trees._changes import place_of, Watch
-from .._trees._containers import containers, owned
+from .._trees._closure import Part
 from . import _trace
 from ._access import (
     check_readable,
     check_unleaked,
-    check_value,
-    check_writable,
     Withheld,
 )
-from ._dag import Dag
-from ._deref import deref_leaves, make_ref_of
-from ._derefed import tree_of
+from ._body import apply, run_body
+from ._commit import commit, Disturbed, rescue, updates_of
+from ._deref import deref_leaves
 from ._errors import (
-    CarryError,
     ConcurrencyError,
-    describe,
     name_of,
     RefTypeError,
-    StructureError,
-    TraceLevelError,
 )
 from ._identity import Asked, asked_of
-from ._nodes import value_node
-from ._on_mesh import on_mesh, Shardings
-from ._ref import commits, content, IN_PLACE, Ref, set_value
-from ._structure import (
-    flatten,
-    is_traced,
-    is_traced_in_ref,
-    Leaves,
-    Outcome,
-    OutcomeInfo,
-    split,
-    split_value,
-    Structure,
-)
+from ._ref import commits, content, IN_PLACE, Ref
+from ._structure import flatten, Leaves, Outcome, split, Structure, tree_of
+from ._values import is_traced
 
 
 __tracebackhide__ = True
@@ -74,10 +49,6 @@ P = ParamSpec("P")
 
 
 T = TypeVar("T")
-
-
-def _apply(fn: Any, /, *args: Any, **kwargs: Any) -> Any:
-    return fn(*args, **kwargs)
 
 
 class Call:
@@ -90,9 +61,9 @@ class Call:
     """
 
     __slots__ = (
-        "_flat",
         "arrays",
         "asked",
+        "flat",
         "leaves",
         "refs",
         "returned",
@@ -119,7 +90,8 @@ class Call:
         self.trace = _trace.current_trace()
         # What `filter_jit` learned of this call before it compiles.
         self.traced: Any = None
-        self._flat: tuple[list[Any], Any, Shardings] | None = None
+        # Its arrays as a program takes them: see `_engine/_flat.py`.
+        self.flat: Any = None
         # What a program returned that may have been given buffers of the refs: see `rescue`.
         self.returned: list[Any] = []
         # What the body asked of the identity of the refs, by their ids.
@@ -147,44 +119,8 @@ class Call:
         self.structure = Structure(parts, list(statics))
 
     @property
-    def parts(self) -> list[Carried]:
+    def parts(self) -> list[Part]:
         return self.structure.parts
-
-    def _flatten(self) -> tuple[list[Any], Any, Shardings]:
-        if self._flat is None:
-            flat, treedef = jtu.tree_flatten(self.structure.flatten(self.arrays))
-            shardings: Shardings = ()
-            if _trace.is_evaluating():
-                shardings = on_mesh(flat[treedef.children()[0].num_leaves :])
-            self._flat = flat, treedef, shardings
-        return self._flat
-
-    @property
-    def flat(self) -> list[Any]:
-        """All arrays in one list: those outside refs, then those of each ref."""
-        return self._flatten()[0]
-
-    @property
-    def treedef(self) -> Any:
-        """What `flat` is the leaves of: the result of `Structure.flatten`."""
-        return self._flatten()[1]
-
-    @property
-    def shardings(self) -> Shardings:
-        """Where the arrays in refs are, as far as these are on a mesh."""
-        return self._flatten()[2]
-
-    @property
-    def key(self) -> Hashable:
-        """What two calls have in common that can run one program: the structure, and which
-        refs have a channel."""
-        return self.structure.key, self.treedef
-
-    def forget_values(self) -> None:
-        """Keeps neither arrays nor static leaves alive from now on: for a plan."""
-        self._flat = [], self.treedef, self.shardings
-        self.arrays, self.values, self.leaves = [], [], []
-        self.structure = self.structure.weakened()
 
     def tree(self, i: int, leaves: Leaves) -> Any:
         """The derefed tree number `i`, with other leaves: a gradient, say."""
@@ -195,7 +131,7 @@ class Call:
         name: str,
         arrays: list[Leaves],
         transparent: bool = True,
-        apply: Callable[..., Any] = _apply,
+        apply: Callable[..., Any] = apply,
         withheld: Mapping[tuple[int, int], Withheld] = {},
     ) -> Outcome:
         """The body of the lifted transform `name`, on these arrays. See `run_body`."""
@@ -257,143 +193,6 @@ def with_refs(derefed: Call, refs: list[Ref]) -> Call:
     return derefed
 
 
-def run_body(
-    structure: Structure,
-    body: _trace.Body,
-    refs: Sequence[Ref | None],
-    arrays: list[Leaves],
-    apply: Callable[..., Any] = _apply,
-    withheld: Mapping[tuple[int, int], Withheld] = {},
-) -> Outcome:
-    """Calls the function of a call on inner refs, made of these arrays.
-
-    The inner refs are owned by the running trace, and stand for `refs` (`None` if it is
-    not known for which) in `body`. This is a pure function of `arrays`. `apply` is given
-    the callable and its arguments: one with several functions in it says which. At the
-    leaves that are `withheld`, by the numbers of tree and leaf, there are refs that
-    may not be touched.
-
-    **Raises:**
-
-    - `StructureError`: if the function changed something that cannot be carried back.
-    - `RefTypeError`: if it changed a value in place to one that a ref does not declare.
-    """
-    name = body.name
-    inner: dict[int, Ref] = {}
-    leaves = structure.leaves(arrays, inner)
-    both = [*inner.items(), *_withhold(structure, leaves, withheld).items()]
-    for i, ref in both:
-        ref._body, ref._outer = body, refs[i]
-    numbers = {id(ref): i for i, ref in both}
-    trees = structure.trees(leaves)
-    before = {i: (ref._collection, _Before(ref)) for i, ref in inner.items()}
-    watch = Watch(trees, _OPAQUE)
-    *args, kwargs, fn = trees
-
-    result = apply(fn, *args, **kwargs)
-
-    lost = watch.lost(result)
-    if lost is not None:
-        raise CarryError(
-            f"`{name}` cannot carry back a change of structure: the function changed "
-            f"{place_of(lost, trees)} in place (a list appended to, an entry of a dict "
-            "replaced, a closure variable rebound, ...). Put what changes into a `rx.Ref`, "
-            "or change a copy, such as `list(...)` or `dict(...)`, and return that."
-        )
-    updates, written, in_place = {}, {}, set()
-    for i, ref in inner.items():
-        collection, earlier = before[i]
-        if ref._collection != collection:
-            raise CarryError(
-                f"`{name}` cannot carry a change of collection: "
-                f"{describe(ref._name, ref._collection)} had no collection when it came "
-                "in. Give it one where it is made: `rx.Ref(value, collection)`."
-            )
-        differs = earlier.differs(ref)
-        if ref._written or differs:
-            updates[i], written[i] = split_value(content(ref))
-        if earlier.changed_in_place() or ref._written == IN_PLACE:
-            in_place.add(i)
-    out, result_structure = _deref_result(result, numbers, name)
-    return Outcome(out, updates, OutcomeInfo(result_structure, written, in_place))
-
-
-def _withhold(
-    structure: Structure,
-    leaves: list[Leaves],
-    withheld: Mapping[tuple[int, int], Withheld],
-) -> dict[int, Ref]:
-    """Puts refs that may not be touched at these leaves. Returns them, by the numbers of the
-    refs that they are instead of."""
-    made: dict[int, Ref] = {}
-    for (i, k), reason in withheld.items():
-        node = structure.statics[i][k]
-        if node.index not in made:
-            made[node.index] = make_ref_of(
-                value_node(
-                    reason, node.index, node.collection, node.ref_type, node.label
-                )
-            )
-        leaves[i][k] = made[node.index]
-    return made
-
-
-# A `Dag` is passed by value.
-_OPAQUE = (Ref, Dag, eqx.nn.State)
-
-
-class _Before:
-    """What a ref held when a body began: to notice what was not assigned."""
-
-    __slots__ = ("_channel", "_value", "_watch")
-
-    def __init__(self, ref: Ref):
-        self._channel = ref._channel
-        value = ref._value
-        self._watch = None if is_traced_in_ref(value) else Watch([value], _OPAQUE)
-        self._value = owned(value)
-
-    def changed_in_place(self) -> bool:
-        return self._watch is not None and self._watch.changed()
-
-    def differs(self, ref: Ref) -> bool:
-        if ref._channel is not self._channel:
-            return True
-        if not self.changed_in_place():
-            return False
-        # It was changed in place: only now is its type checked, against what was there.
-        value = ref._value
-        set_value(ref, self._value)
-        set_value(ref, check_value(ref, value))
-        return True
-
-
-def is_ref_or_tracer(leaf: Any) -> bool:
-    """What makes a node of a function that is returned: an array of the trace must come
-    out as the other results do, and not stay behind in a cell."""
-    return isinstance(leaf, Ref) or _trace.is_tracer(leaf)
-
-
-def _deref_result(
-    result: Any, numbers: dict[int, int], name: str
-) -> tuple[Leaves, Structure]:
-    """`numbers` are those of the inner refs in the call, by `id`."""
-    leaves, part = flatten(result, is_ref_or_tracer)
-
-    def read(ref: Ref) -> Any:
-        if ref._trace() is not _trace.current_trace():
-            raise TraceLevelError(
-                f"`{name}` cannot return {describe(ref._name, ref._collection)}: it was "
-                "created outside of the function and was not passed in. Pass the ref, or "
-                "the module that holds it, as an argument."
-            )
-        return ref._value
-
-    # Shapes stand for arrays in what a function is given, not in what it returns.
-    out, statics = split(deref_leaves(leaves, numbers, read), eqx.is_array)
-    return out, Structure([part], [statics])
-
-
 def close_result(outcome: Outcome, refs: list[Ref]) -> Any:
     """The result with refs in it: those of the call are `refs`, the others are new."""
     if outcome.info.build is not None:
@@ -401,88 +200,6 @@ def close_result(outcome: Outcome, refs: list[Ref]) -> Any:
     structure = outcome.info.result
     (result,) = structure.trees(structure.leaves([outcome.out], dict(enumerate(refs))))
     return result
-
-
-def updates_of(outcome: Outcome, refs: list[Ref]) -> list[tuple[Ref, Any]]:
-    """The refs of a call that were written, each with its new value.
-
-    **Raises:**
-
-    - `StructureError`: if a list or a dict was changed in place that another ref holds too.
-    """
-    if outcome.info.in_place:
-        _check_unshared(refs, outcome.info.in_place)
-    return [(refs[i], outcome.info.value(i, x)) for i, x in outcome.updates.items()]
-
-
-def _check_unshared(refs: list[Ref], in_place: Set[int]) -> None:
-    held = [containers(ref._value) for ref in refs]
-    for i in in_place:
-        for other, theirs in zip(refs, held):
-            shared = [x for key, x in theirs.items() if key in held[i]]
-            if shared and other is not refs[i]:
-                both = [describe(r._name, r._collection) for r in (refs[i], other)]
-                raise StructureError(
-                    f"Cannot write {both[0]}: the function changed a "
-                    f"{type(shared[0]).__name__} in its value in place, and {both[1]} holds "
-                    "the same one, so Python would change both, and a transform one. Give "
-                    "each ref its own, such as `rx.Ref(dict(...))`; or write a new value, "
-                    "`ref.value = {**ref.value, ...}`, which changes one."
-                )
-
-
-class Disturbed(Exception):
-    """Another thread wrote a ref while a call was using it: the call must run again."""
-
-
-def commit(
-    refs: list[Ref], values: list[Any], started: int, updates: list[tuple[Ref, Any]]
-) -> None:
-    """Writes the updates of a call into the caller's refs: all of them, or none.
-
-    The result of a call is right if no ref that it read was written meanwhile. If one was,
-    raises `Disturbed`, and nothing is written.
-
-    **Arguments:**
-
-    - `refs`, `values`: the refs of the call, and what was read from them.
-    - `started`: `commits.count` before that.
-    - `updates`: the refs to write, with their new values.
-    """
-    trace, state = _trace.current_trace(), _trace.thread.state
-    quiet = not state.bodies and not _trace.guards.get()
-    for ref, _ in updates:
-        if not (quiet and ref._trace() is trace):
-            check_writable(ref)
-    with commits.lock:
-        if commits.count != started and not all(
-            ref._value is value for ref, value in zip(refs, values)
-        ):
-            raise Disturbed
-        if updates:
-            commits.store(updates)
-
-
-def rescue(refs: list[Ref], values: list[Any], returned: list[Any]) -> bool:
-    """What is done if a call breaks off. Where buffers of its refs were donated, the new
-    values are written, because the old ones are gone. Returns whether that was so.
-
-    **Arguments:**
-
-    - `refs`, `values`: the refs of the call, and what was read from them.
-    - `returned`: what the program returned, if it did: see `_engine/_donation.py`.
-    """
-    if not returned or not any(map(_trace.is_deleted, jtu.tree_leaves(values))):
-        return False
-    flat, packed = returned[-1]
-    _, updates, info = packed.treedef.unflatten(flat)
-    with commits.lock:
-        commits.store(
-            (refs[i], info.value(i, x))
-            for i, x in updates.items()
-            if refs[i]._value is values[i]
-        )
-    return True
 
 
 _MAX_TRIES = 1000

@@ -492,7 +492,7 @@ def make_ref(
     """A new ref, owned by the running trace, whose value is not checked.
 
     JAX rebuilds trees with leaves of its own choice (`None`, `True`, `object()`, a
-    `ShapeDtypeStruct`), so the inside of the library must be able to hold anything.
+    `ShapeDtypeStruct`), so the inside the library must be able to hold anything.
     """
     ref = object.__new__(ref_type)
     ref._channel = ref._body = ref._outer = None

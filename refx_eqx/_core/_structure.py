@@ -16,24 +16,22 @@ from collections.abc import Callable, Iterable, Iterator
 from operator import itemgetter
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from .._trees import _carried
-from .._trees._carried import Carried
-from .._trees._equality import Identity
-from .._trees._keys import identities_in, Members, static_key, static_keys, weakly
-from . import _trace
+from .._trees import _closure
+from .._trees._closure import Part, without_empty
+from .._trees._keys import identities_in, recalled, static_key, static_keys
 from ._access import refuse_cycle
 from ._deref import make_ref_of, reref_leaves
 from ._errors import describe
 from ._identity import NOTHING_ASKED
 from ._nodes import Index, is_node, Value
 from ._places import place
-from ._ref import Channeled, is_ref, Ref
+from ._ref import is_ref, Ref
+from ._values import is_traced, join_value, split_value
 
 
 __tracebackhide__ = True
@@ -41,66 +39,6 @@ __tracebackhide__ = True
 
 # The derefed leaves of one tree: a `Value` or an `Index` for each ref.
 Leaves = list[Any]
-
-
-def is_traced(leaf: Any) -> bool:
-    """Which leaves outside refs are traced: arrays, as in Equinox."""
-    if type(leaf) is _trace.ConcreteArray:
-        return True
-    if isinstance(leaf, np.ndarray | np.generic):
-        return eqx.is_array(leaf) and _is_of_numbers(leaf)
-    return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
-
-
-def is_traced_in_ref(leaf: Any) -> bool:
-    """Which leaves of the value of a ref are traced: what JAX can trace. In a module that is
-    in it, arrays alone: see `split_value`."""
-    if type(leaf) is _trace.ConcreteArray:
-        return True
-    if isinstance(leaf, np.ndarray | np.generic):
-        return _is_of_numbers(leaf)
-    return eqx.is_array_like(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
-
-
-def _is_of_numbers(x: Any) -> bool:
-    """Whether JAX has arrays of this dtype: not of objects, texts or dates."""
-    return x.dtype.kind not in "OSUMm"
-
-
-def split_value(value: Any) -> tuple[Any, Any]:
-    """The value of a ref as `(arrays, statics)`, each with `None` for the other; the second
-    is `None` if there is nothing static. A channel is no part of the structure.
-
-    A number of Python is traced, as the state that a ref is made for. In a module it is an
-    option, as in Equinox: `eqx.nn.Dropout.inference` is asked in an `if`.
-    """
-    if is_traced_in_ref(value):
-        return value, None
-    if type(value) is Channeled:
-        arrays, statics = split_value(value.value)
-        return Channeled(arrays, value.channel), statics
-    arrays, statics = eqx.partition(value, _spec_of(value))
-    return arrays, statics if jtu.tree_leaves(statics) else None
-
-
-def _spec_of(value: Any) -> Any:
-    def spec(x: Any) -> Callable[[Any], bool]:
-        return is_traced if _is_module(x) else is_traced_in_ref
-
-    return jtu.tree_map(spec, value, is_leaf=_is_module)
-
-
-def _is_module(x: Any) -> bool:
-    return isinstance(x, eqx.Module)
-
-
-def join_value(arrays: Any, statics: Any) -> Any:
-    """The opposite of `split_value`."""
-    if statics is None:
-        return arrays
-    if type(arrays) is Channeled:
-        return Channeled(join_value(arrays.value, statics), arrays.channel)
-    return eqx.combine(arrays, statics)
 
 
 def map_values(fn: Callable[[int, Any], Any], leaves: Leaves) -> Leaves:
@@ -143,26 +81,14 @@ def join(arrays: Leaves, statics: Leaves) -> Leaves:
     return [
         x.with_value(join_value(x.value, static.value))
         if type(x) is Value
-        else (x if static is None else _strongly(static))
+        else (x if static is None else recalled(static))
         for x, static in zip(arrays, statics)
     ]
 
 
-def _weakly(leaf: Any) -> Any:
-    return leaf if _is_weak(leaf) else weakly(leaf) or leaf
-
-
-def _strongly(static: Any) -> Any:
-    return static.recall() if _is_weak(static) else static
-
-
-def _is_weak(static: Any) -> bool:
-    return isinstance(static, Identity | Members)
-
-
 def flatten(
     tree: Any, is_wanted: Callable[[Any], bool] = is_ref
-) -> tuple[list[Any], Carried]:
+) -> tuple[list[Any], Part]:
     """The leaves of a tree, those inside functions that carry refs included.
 
     **Arguments:**
@@ -174,7 +100,14 @@ def flatten(
     - `StructureError`: if a list or a dict holds itself.
     """
     refuse_cycle(tree)
-    return _carried.flatten(tree, is_wanted)
+    return _closure.flatten(tree, is_wanted)
+
+
+def tree_of(part: Part, leaves: Leaves) -> Any:
+    """The derefed tree that has these leaves. In a call more functions are opened than in a
+    derefed tree: `None` is here for each that holds no refs."""
+    tree = part.tree(leaves)
+    return without_empty(tree, is_node) if part.has_functions else tree
 
 
 class Structure:
@@ -188,7 +121,7 @@ class Structure:
 
     __slots__ = ("_key", "parts", "statics")
 
-    def __init__(self, parts: list[Carried], statics: list[Leaves]):
+    def __init__(self, parts: list[Part], statics: list[Leaves]):
         self.parts = parts
         self.statics = statics
         self._key: Key | None = None
@@ -209,15 +142,11 @@ class Structure:
 
     def trees(self, leaves: list[Leaves]) -> list[Any]:
         """The trees again, of their leaves."""
-        return list(map(_carried.unflatten, self.parts, leaves))
+        return list(map(Part.unflatten, self.parts, leaves))
 
-    def weakened(self) -> "Structure":
-        """The same structure, which keeps no static leaf alive."""
-        weak = [
-            [x if x is None or is_node(x) else _weakly(x) for x in statics]
-            for statics in self.statics
-        ]
-        structure = Structure(self.parts, weak)
+    def with_statics(self, statics: list[Leaves]) -> "Structure":
+        """The same structure, with other objects for its static leaves."""
+        structure = Structure(self.parts, statics)
         structure._key = self.key
         return structure
 
@@ -225,32 +154,6 @@ class Structure:
         """What the key has and does not keep alive: functions, refs in a frozenset or in a
         cell. It is met by no call once one of them is gone."""
         return list(self.key.mortal())
-
-    def flatten(self, arrays: list[Leaves]) -> tuple[list[Any], list[Any]]:
-        """The arrays outside refs, and the values of the refs, each in order: the form that
-        a repeated call makes quickest."""
-        outside = [
-            x
-            for leaves in arrays
-            for x in leaves
-            if x is not None and type(x) is not Value and type(x) is not Index
-        ]
-        return outside, list(values_of(arrays).values())
-
-    def unflatten(self, outside: list[Any], values: list[Any]) -> list[Leaves]:
-        """The opposite of `flatten`."""
-        rest = iter(outside)
-        return [
-            [
-                next(rest)
-                if static is None
-                else static.with_value(values[static.index])
-                if type(static) is Value
-                else (static if type(static) is Index else None)
-                for static in statics
-            ]
-            for statics in self.statics
-        ]
 
     def refs(self) -> dict[int, Value]:
         """The nodes of the refs, by number: what each is called, and its collection."""
@@ -393,7 +296,7 @@ class OutcomeInfo:
         self.asked = NOTHING_ASKED
         ((part,), (statics,)) = result.parts, result.statics
         self.build: Callable[[list[Any]], Any] | None = None
-        if all(x is None for x in statics) and not part.nodes:
+        if all(x is None for x in statics) and not part.has_functions:
             is_one = part.treedef == _ONE_ARRAY
             self.build = itemgetter(0) if is_one else part.treedef.unflatten
 

@@ -15,18 +15,11 @@ import jax.tree_util as jtu
 
 from .._core._call import Call, call, close_result
 from .._core._deref import deref_leaves
-from .._core._derefed import tree_of
 from .._core._errors import name_of, StructureError
-from .._core._structure import (
-    flatten,
-    is_traced_in_ref,
-    Leaves,
-    Outcome,
-    split,
-    Structure,
-)
+from .._core._structure import flatten, Leaves, Outcome, split, Structure, tree_of
+from .._core._values import is_traced_in_ref
 from .._filters._select import check_can_select, choose, leaves_with_paths
-from .._trees._carried import Carried
+from .._trees._closure import Part
 from ._backward import apart_from_channels
 from ._tangents import read_tangents
 
@@ -70,7 +63,7 @@ def differentiable(
         return eqx.partition(arrays, is_inexact)
     check_can_select(trees[0] if by_first else trees, wrt)
     found = [
-        tree_of(part, leaves, of_all=True)
+        part.tree(leaves)
         for part, leaves in zip(derefed.parts, derefed.leaves[: len(trees)])
     ]
     pairs, _ = leaves_with_paths(found[0] if by_first else found)
@@ -98,7 +91,7 @@ def nothing_to_differentiate(name: str, fn: Any, wrt: Any) -> StructureError:
 
 def derefed_result(
     structure: Structure, outcome: Outcome, arrays: list[Leaves]
-) -> tuple[Carried, Leaves]:
+) -> tuple[Part, Leaves]:
     """The result of a body that was run on `arrays`, as `rx.deref` has it: its structure, and
     its leaves. A ref of the caller that is returned has the value it ends with."""
     result = close_result(outcome, structure.refs_after(outcome, arrays))
@@ -108,13 +101,13 @@ def derefed_result(
 
 def arrays_of_result(
     structure: Structure, outcome: Outcome, arrays: list[Leaves]
-) -> tuple[Carried, Leaves]:
+) -> tuple[Part, Leaves]:
     """As `derefed_result`, with `None` for all that is no array."""
     part, leaves = derefed_result(structure, outcome, arrays)
     return part, split(leaves, eqx.is_array)[0]
 
 
-def first_of_pair(part: Carried, leaves: Leaves, name: str) -> tuple[Carried, Leaves]:
+def first_of_pair(part: Part, leaves: Leaves, name: str) -> tuple[Part, Leaves]:
     """What is differentiated of a result with `has_aux`."""
     children, node = part.treedef.children(), part.treedef.node_data()
     if node is None or node[0] is not tuple or len(children) != 2:
@@ -122,8 +115,8 @@ def first_of_pair(part: Carried, leaves: Leaves, name: str) -> tuple[Carried, Le
             f"`{name}(..., has_aux=True)`: the function must return a pair "
             "`(value, aux)`."
         )
-    first = Carried(children[0], part.nodes[: children[0].num_leaves])
-    return first, leaves[: first.num_leaves]
+    first = Part(children[0], part.has_functions)
+    return first, leaves[: children[0].num_leaves]
 
 
 class TangentSpace(NamedTuple):
@@ -133,7 +126,7 @@ class TangentSpace(NamedTuple):
         has no derivative; `types`: of their arrays.
     """
 
-    parts: tuple[Carried, ...]
+    parts: tuple[Part, ...]
     treedef: Any
     types: tuple[jax.ShapeDtypeStruct, ...]
 
@@ -152,7 +145,7 @@ class TangentSpace(NamedTuple):
         return jtu.tree_unflatten(self.treedef, filled)
 
 
-def tangent_space(parts: Sequence[Carried], leaves: list[Leaves]) -> TangentSpace:
+def tangent_space(parts: Sequence[Part], leaves: list[Leaves]) -> TangentSpace:
     arrays, treedef = jtu.tree_flatten(leaves)
     types = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in arrays]
     return TangentSpace(tuple(parts), treedef, tuple(types))

@@ -72,7 +72,7 @@ def without_channels(derefed: Call) -> tuple[Call, dict[int, Any]]:
         return derefed, {}
     plain = copy.copy(derefed)
     plain.arrays = [map_values(_without_channel, x) for x in derefed.arrays]
-    plain._flat = None
+    plain.flat = None
     return plain, channels
 
 

@@ -4,12 +4,14 @@ import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.tree_util as jtu
+
 from .._core._call import Call, close_result
 from .._core._errors import describe, MismatchError
 from .._core._nodes import is_node, Value
 from .._core._ref import Ref
 from .._core._structure import flatten, Leaves, Outcome
-from .._trees._carried import Carried, counts
+from .._trees._closure import is_closure, Part
 from ._by_filter import ELSEWHERE, Within
 
 
@@ -23,7 +25,7 @@ class Given(NamedTuple):
     is_inside: bool
 
 
-def given_of_leaves(part: Carried, own: list[Any], leaves: list[Any]) -> list[Given]:
+def given_of_leaves(part: Part, own: list[Any], leaves: list[Any]) -> list[Given]:
     """What each leaf has, those inside functions that close over refs included. Such a
     function is one leaf of the tree, which has what all that is inside it has.
 
@@ -32,14 +34,13 @@ def given_of_leaves(part: Carried, own: list[Any], leaves: list[Any]) -> list[Gi
     - `own`: what was found for each leaf of the tree, a function being one.
     - `leaves`: all leaves of the part, those inside functions included.
     """
-    if not part.nodes:
+    if not part.has_functions:
         return [Given(one, False) for one in own]
-    rest = iter(leaves)
     given = []
-    for node, n, one in zip(part.nodes, counts(part), own):
-        for leaf in itertools.islice(rest, n):
-            inner = one.of(leaf) if isinstance(one, Within) else one
-            given.append(Given(inner, node is not None))
+    for x, one in zip(part.outer(), own):
+        for number in jtu.tree_leaves(x):
+            inner = one.of(leaves[number]) if isinstance(one, Within) else one
+            given.append(Given(inner, is_closure(x)))
     return given
 
 
@@ -88,7 +89,7 @@ def read_places(
     for i, (part, leaves) in enumerate(zip(derefed.parts, derefed.leaves)):
         if first <= i < last:
             where = names[i - first] if names else f"argument {i - first}"
-            own = [next(rest) for _ in range(part.treedef.num_leaves)]
+            own = list(itertools.islice(rest, len(part.outer())))
             given = given_of_leaves(part, own, leaves)
         else:
             where = _FUNCTION

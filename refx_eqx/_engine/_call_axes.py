@@ -17,7 +17,6 @@ from .._core._errors import CarryError, describe, MismatchError
 from .._core._nodes import is_node
 from .._core._ref import Ref
 from .._core._structure import Leaves, map_values, values_of
-from .._trees._carried import outside as outside_functions
 from .._trees._paths import path_text
 from ._axes import array_axis, axes, axes_text, leaf_axes
 from ._by_filter import RNG, SAME
@@ -185,12 +184,10 @@ def _why_withheld(
     derefed: Call, place: Place, args: tuple, axis: int | None, name: str
 ) -> Withheld:
     part = derefed.parts[place.tree]
-    numbered = outside_functions(part, list(range(part.num_leaves)))
     where = place.where
-    if place.leaf in numbered:
-        tree = args[place.tree - (len(derefed.parts) - 2 - len(args))]
-        path, _ = jtu.tree_flatten_with_path(tree)[0][numbered.index(place.leaf)]
-        where = f"{where} at `{path_text(path)}`" if path else where
+    path, is_in_function = part.place_of(place.leaf)
+    if path and not is_in_function:
+        where = f"{where} at {path_text(path)}"
     along = "" if axis is None else f" along axis {axis}"
     return Withheld(
         f"`{name}` maps it{along}, and hands the function a slice of it, in {where}. This "

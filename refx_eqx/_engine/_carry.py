@@ -13,8 +13,8 @@ from .._core._access import refuse_cycle
 from .._core._errors import describe, MismatchError
 from .._core._places import place_text
 from .._core._ref import Ref
-from .._core._structure import flatten, is_traced
-from .._trees._carried import unflatten
+from .._core._structure import flatten
+from .._core._values import is_traced
 from .._trees._keys import static_keys
 
 
@@ -105,7 +105,7 @@ class CarryBefore:
         self.leaves, self.structure = flatten(carry)
 
     def tree(self) -> Any:
-        return unflatten(self.structure, self.leaves)
+        return self.structure.unflatten(self.leaves)
 
 
 def check_carry(given: CarryBefore, after: Any, name: str) -> None:

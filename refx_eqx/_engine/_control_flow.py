@@ -16,7 +16,7 @@ from .._core import _trace
 from .._core._call import Call
 from .._core._errors import describe, MismatchError
 from .._core._nodes import is_node
-from .._core._places import path_in, place_text
+from .._core._places import leaf_place
 from .._core._structure import (
     arrays_of,
     Leaves,
@@ -158,7 +158,7 @@ class Loop:
         found = []
         for k, x in enumerate(self.carried(self.arrays)[0]):
             if x is not None:
-                where = place_text(path_in(self.derefed.parts[self._carry or 0], k))
+                where = leaf_place(self.derefed.parts[self._carry or 0], k)
                 found.append((f"the array of the carry at {where}", "return the same"))
         values = values_of(self.arrays)
         for i in self.written:

@@ -15,7 +15,8 @@ import jax
 import jax.tree_util as jtu
 
 from .._core import _trace
-from .._core._call import Call, run_body
+from .._core._body import run_body
+from .._core._call import Call
 from .._core._errors import describe, MismatchError, name_of, StructureError
 from .._core._nodes import Index, Value
 from .._core._places import place

@@ -24,20 +24,15 @@ import jax
 import jax.tree_util as jtu
 
 from .._core import _trace
-from .._core._call import (
-    Call,
-    close_result,
-    commit,
-    Disturbed,
-    rescue,
-    updates_of,
-    with_refs,
-)
+from .._core._call import Call, close_result, with_refs
+from .._core._commit import commit, Disturbed, rescue, updates_of
 from .._core._on_mesh import on_mesh
 from .._core._ref import commits, one_step, Ref, set_value
-from .._core._structure import is_traced, Outcome, OutcomeInfo, split_value
+from .._core._structure import Outcome, OutcomeInfo
+from .._core._values import is_traced, split_value
 from .._trees._keys import static_keys
 from ._call_key import Given, mark, Read, read
+from ._flat import flat_of, forget_values
 from ._program import Program, Variant
 from ._run_time_errors import explain
 from ._watch import Watch
@@ -223,7 +218,7 @@ class Plan:
         self.restructured = restructured
         self.watch = Watch()
         # The plan must keep neither the values of this moment nor given refs alive.
-        derefed.forget_values()
+        forget_values(derefed)
         derefed.refs = self.own if not given else []
         self.derefed = derefed
 
@@ -243,7 +238,7 @@ class Plan:
             ):
                 return False
         arrays = [split_value(value)[0] for value in values]
-        if on_mesh(jtu.tree_leaves(arrays)) != self.derefed.shardings:
+        if on_mesh(jtu.tree_leaves(arrays)) != flat_of(self.derefed).shardings:
             return False
         # It may matter which refs these are, and that was found out meanwhile.
         if self.program.variant(with_refs(self.derefed, refs))[0] is not self.variant:

@@ -35,6 +35,7 @@ from ._donation import (
     Split,
     what_to_donate,
 )
+from ._flat import flat_of, program_key, unflatten
 from ._keep_in_place import keep_in_place
 from ._run_time_errors import explain, has_runtime_check, JIT_ID
 
@@ -61,7 +62,7 @@ class ByCall(Generic[T]):
 
     def get(self, derefed: Call, make: Callable[[Call], T]) -> T:
         """What is kept for this call; made if need be."""
-        by_refs = self._kept.get(derefed.key)
+        by_refs = self._kept.get(program_key(derefed))
         if by_refs is None:
             by_refs = self._new(derefed)
         key = answers_for(by_refs.questions, derefed.refs)
@@ -71,7 +72,7 @@ class ByCall(Generic[T]):
         return found[0]
 
     def _new(self, derefed: Call) -> "_ByRefs[T]":
-        key, mine = derefed.key, weakref.ref(self)
+        key, mine = program_key(derefed), weakref.ref(self)
 
         def forget(_: Any) -> None:
             alive = mine()
@@ -86,7 +87,7 @@ class ByCall(Generic[T]):
         """Notes that `traced`, of what is kept, was traced for a call: what the body asked
         of its refs is from now on a part of the key."""
         asked = derefed.identities()
-        by_refs = self._kept.get(derefed.key)
+        by_refs = self._kept.get(program_key(derefed))
         if by_refs is not None:  # a static leaf may be gone: then no call has this key
             by_refs.learn(asked.questions, derefed.refs, traced)
         return asked
@@ -163,17 +164,15 @@ class Program:
     def variant(self, derefed: Call) -> tuple["Variant", list[Any]]:
         """The program for the structure of a call, and for its refs if it matters which
         they are; and the flat arrays to run it on."""
-        variants = self._variants.get(derefed.shardings)
-        if variants is None:
-            variants = self._variants.setdefault(derefed.shardings, ByCall())
-        return variants.get(derefed, self._new_variant), derefed.flat
+        variants = self._variants.setdefault(flat_of(derefed).shardings, ByCall())
+        return variants.get(derefed, self._new_variant), flat_of(derefed).arrays
 
     def _new_variant(self, derefed: Call) -> "Variant":
-        return Variant(self, derefed.structure, derefed.treedef)
+        return Variant(self, derefed.structure, flat_of(derefed).treedef)
 
     def traced(self, variant: "Variant", derefed: Call) -> Asked:
         """A variant was traced for a call: notes for which refs that is right."""
-        return self._variants[derefed.shardings].note(derefed, variant)
+        return self._variants[flat_of(derefed).shardings].note(derefed, variant)
 
     def __call__(self, derefed: Call) -> Outcome:
         try:
@@ -227,10 +226,11 @@ class Variant:
             # Where the stack of a failed `eqx.error_if` is cut: see `_run_time_errors.py`.
             __equinox_jit_id__ = JIT_ID  # noqa: F841
             derefed = running_call()
-            arrays = derefed.structure.unflatten(*treedef.unflatten(flat))
+            arrays = unflatten(derefed.structure, treedef, flat)
             outcome = body(derefed, arrays)
-            if derefed.shardings:
-                keep_in_place(outcome, arrays, derefed.shardings)
+            shardings = flat_of(derefed).shardings
+            if shardings:
+                keep_in_place(outcome, arrays, shardings)
             outcome.info.waits = has_runtime_check(_trace.staged_equations())
             variant, its_program = mine(), owner()
             assert variant is not None and its_program is not None

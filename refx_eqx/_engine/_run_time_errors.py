@@ -12,7 +12,7 @@ from equinox import _jit as equinox_jit
 from jax.tree_util import tree_leaves as leaves
 
 from .._core import _trace
-from .._core._call import Disturbed
+from .._core._commit import Disturbed
 from .._core._errors import ConcurrencyError, describe, DonatedError
 from .._core._ref import Ref
 
@@ -83,7 +83,7 @@ JIT_ID = b"refx_eqx"
 
 
 def _runtime_error(text: str) -> eqx.EquinoxRuntimeError:
-    """As `eqx.filter_jit` raises it, with the stack inside of the program.
+    """As `eqx.filter_jit` raises it, with the stack inside the program.
 
     JAX hands over the message of a callback as text, with Equinox's advice (to use
     `filter_jit`) behind it; Equinox keeps the stack in a global variable.

@@ -10,7 +10,6 @@ from typing import Any
 import jax.tree_util as jtu
 
 from .._core._call import Call
-from .._core._derefed import leaves_up_to, tree_of
 from .._core._nodes import is_node, Value
 from .._core._structure import Leaves, Outcome, values_of
 from .._sharding._prefix import leaf_shardings
@@ -61,10 +60,10 @@ def _place_arguments(
 ) -> tuple[list[Leaves], dict[int, list[Any]]]:
     """The arrays in their places, and these places by the number of the ref."""
     parts = derefed.parts[:-2]  # the last two are the keywords and the callable
-    trees = tuple(tree_of(*both, of_all=True) for both in zip(parts, arrays))
+    trees = tuple(part.tree(leaves) for part, leaves in zip(parts, arrays))
     shardings = leaf_shardings(given, trees, trees, "`filter_jit(in_shardings=...)`")
     placed = [
-        leaves_up_to(part, tree)
+        part.leaves_up_to(tree)
         for part, tree in zip(parts, placed_tree(trees, shardings))
     ]
     rest, places = iter(shardings), {}
@@ -77,6 +76,6 @@ def _place_arguments(
 
 def _place_result(outcome: Outcome, given: Any) -> None:
     (part,) = outcome.info.result.parts
-    tree = tree_of(part, outcome.out, of_all=True)
+    tree = part.tree(outcome.out)
     shardings = leaf_shardings(given, tree, tree, "`filter_jit(out_shardings=...)`")
-    outcome.out = leaves_up_to(part, placed_tree(tree, shardings))
+    outcome.out = part.leaves_up_to(placed_tree(tree, shardings))

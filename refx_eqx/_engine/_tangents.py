@@ -15,20 +15,19 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._core._derefed import leaves_up_to
 from .._core._errors import describe, MismatchError
 from .._core._nodes import Index, is_node, Value
-from .._core._places import path_in, place_text
+from .._core._places import leaf_place
 from .._core._ref import Ref
 from .._core._structure import Leaves, map_values, values_of
-from .._trees._carried import Carried
+from .._trees._closure import Part
 
 
 __tracebackhide__ = True
 
 
 def read_tangents(
-    parts: Sequence[Carried], like: Sequence[Leaves], trees: Sequence[Any], what: str
+    parts: Sequence[Part], like: Sequence[Leaves], trees: Sequence[Any], what: str
 ) -> list[Leaves]:
     """The derefed leaves of trees of tangents: an array, or `None` for zero, instead of each
     array of `like`.
@@ -56,26 +55,22 @@ def read_tangents(
             if is_node(leaf):
                 _read_ref(leaf, x, likes[leaf.index], found, what)
             else:
-                place = functools.partial(_place, part, k)
+                place = functools.partial(leaf_place, part, k)
                 leaf = _tangent(leaf, x, what, place)
             read[-1].append(leaf)
     return [map_values(lambda i, _: found[i], leaves) for leaves in read]
 
 
-def _leaves_up_to(part: Carried, tree: Any, what: str) -> list[Any]:
+def _leaves_up_to(part: Part, tree: Any, what: str) -> list[Any]:
     if tree is None:
-        return [None] * part.num_leaves
+        return [None] * part.treedef.num_leaves
     try:
-        return leaves_up_to(part, tree)
+        return part.leaves_up_to(tree)
     except (ValueError, TypeError) as e:
         raise MismatchError(
             f"{what} must have the structure of `rx.deref` of it, with `None` for what "
             f"has no derivative. JAX says: {e}"
         ) from None
-
-
-def _place(part: Carried, k: int) -> str:
-    return place_text(path_in(part, k))
 
 
 def _tangent(leaf: Any, given: Any, what: str, where: Callable[[], str]) -> Any:

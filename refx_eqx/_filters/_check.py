@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 from .._core._errors import StructureError
 from .._core._ref import Ref
 from .._fields._instance import check_refs_in_place
-from .._trees._paths import dotted
+from .._trees._paths import path_text
 from ._filters import as_filter, FilterLike
 from ._select import as_closed, choose, leaves_with_paths
 
@@ -67,7 +67,7 @@ def check(tree: PyTree, constants: FilterLike = False) -> None:
     paths, leaves = [path for path, _ in pairs], as_closed([x for _, x in pairs])
     chosen = choose(paths, leaves, (as_filter(constants),))
     found = [
-        f"`{dotted(path)}`, {leaf.dtype}{list(leaf.shape)}"
+        f"{path_text(path)}, {leaf.dtype}{list(leaf.shape)}"
         for path, leaf, answer in zip(paths, leaves, chosen)
         if answer != 0 and _is_array(leaf) and not isinstance(leaf, Ref)
     ]

@@ -63,7 +63,7 @@ def mutable(filter: FilterLike, tree: PyTree = None) -> Iterator[None]:
 
     where = (
         f"under `rx.mutable({resolved!r})`, which does not select it. Widen the filter, or "
-        "write the ref outside of the `with` block."
+        "write the ref outside the `with` block."
     )
     with guarded(allows, where):
         yield

@@ -15,7 +15,7 @@ from .._core._deref import closed, NOTHING
 from .._core._errors import MismatchError, StructureError
 from .._core._nodes import is_node
 from .._core._ref import Ref
-from .._trees._paths import dotted, key_text
+from .._trees._paths import path_text
 from ._filters import FilterLike, Path
 from ._select import as_closed, check_can_select, choose, leaves_with_paths
 
@@ -127,18 +127,18 @@ def combine(*parts: T) -> T:
     combined = []
     owners: dict[Any, tuple[int, str]] = {}
     for k, (keys, _) in enumerate(first):
-        where = dotted(tuple(map(key_text, keys)))
+        where = path_text(keys)
         here = [(i, pairs[k][1]) for i, (pairs, _) in enumerate(flat)]
         present = [(i, leaf) for i, leaf in here if not _is_missing(leaf)]
         if len(present) > 1:
             raise MismatchError(
                 f"Cannot combine: parts {present[0][0]} and {present[1][0]} both have a "
-                f"leaf at `{where}`. Combine parts that `rx.partition` made of one tree."
+                f"leaf at {where}. Combine parts that `rx.partition` made of one tree."
             )
         if not present:
             if any(leaf is NOTHING for _, leaf in here):
                 raise MismatchError(
-                    f"Cannot combine: no part has a leaf at `{where}`. Pass all the parts "
+                    f"Cannot combine: no part has a leaf at {where}. Pass all the parts "
                     "that `rx.partition` returned, the last one included."
                 )
             combined.append(None)
@@ -149,8 +149,8 @@ def combine(*parts: T) -> T:
             part, earlier = owners.setdefault(key, (i, where))
             if part != i:
                 raise MismatchError(
-                    f"Cannot combine: one ref is in part {part} at `{earlier}` and in part "
-                    f"{i} at `{where}`. A tie cannot be torn: make the parts with one call "
+                    f"Cannot combine: one ref is in part {part} at {earlier} and in part "
+                    f"{i} at {where}. A tie cannot be torn: make the parts with one call "
                     "of `rx.partition`."
                 )
         combined.append(leaf)
@@ -253,7 +253,7 @@ def tree_partition(
     if len(set(paths)) != len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
         raise StructureError(
-            f"Cannot partition by path: two leaves have the path `{dotted(twice)}` (such as "
+            f"Cannot partition by path: two leaves have the path {path_text(twice)} (such as "
             'the keys `1` and `"1"` of one dict). Use `rx.partition`, which keeps the shape '
             "of the tree."
         )
@@ -341,7 +341,7 @@ def merge_partitions(
         if len(present) != 1:
             count = "no leaf" if not present else f"{len(present)} leaves"
             raise MismatchError(
-                f"Cannot merge partitions: `{dotted(path)}` has {count}, and must have "
+                f"Cannot merge partitions: {path_text(path)} has {count}, and must have "
                 "one. Pass all the partitions of one tree, each once."
             )
         leaves.append(present[0])

@@ -12,7 +12,7 @@ from .._core._ref import make_ref, Ref
 from .._fields._instance import check_refs_in_place
 from .._trees._cells import is_lookup
 from .._trees._closure import opened
-from .._trees._paths import dotted, key_text, n_common, Path
+from .._trees._paths import key_text, n_common, Path, path_text, pattern_of
 from ._filters import as_filter, Filter, FilterLike
 from ._guard import only_answering
 
@@ -112,17 +112,11 @@ def _check_ties(
                 raise StructureError(
                     f"A filter must select a ref at all of its places or at none: "
                     f"{describe(leaf._name, leaf._collection)} is one ref at "
-                    f"`{dotted(earlier_path)}` and `{dotted(path)}`, and "
+                    f"{path_text(earlier_path)} and {path_text(path)}, and "
                     f"{', '.join(map(repr, filters))} would tear it apart. Select "
-                    f"both, for example with `rx.path({_pattern(earlier_path)}, "
-                    f"{_pattern(path)})`, or neither."
+                    f"both, for example with `rx.path({pattern_of(earlier_path)}, "
+                    f"{pattern_of(path)})`, or neither."
                 )
-
-
-def _pattern(path: Path) -> str:
-    """How to give this place to `rx.path`."""
-    special = any(set(key) & set(".*?[") for key in path)
-    return repr(path) if special else f'"{dotted(path)}"'
 
 
 def _selects_nothing(
@@ -130,7 +124,7 @@ def _selects_nothing(
 ) -> StructureError:
     refs = [leaf for leaf in leaves if isinstance(leaf, Ref)]
     collections = list(dict.fromkeys(ref._collection for ref in refs))
-    places = [f"`{dotted(path)}`" for path in paths]
+    places = [f"{path_text(path)}" for path in paths]
     if len(places) > 8:
         places = [*places[:8], f"{len(places) - 8} more"]
     return StructureError(

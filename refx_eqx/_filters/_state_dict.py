@@ -22,7 +22,7 @@ from .._core._on_mesh import put
 from .._core._ref import is_ref, Ref
 from .._fields._instance import check_refs_in_place
 from .._trees._cells import is_lookup
-from .._trees._paths import dotted, key_text, Path
+from .._trees._paths import key_text, Path, path_text
 from ._filters import FilterLike
 from ._select import choose, leaves_with_paths
 from ._update import check_fits, sharding_of, write_all
@@ -202,7 +202,7 @@ def check_all_in_tree(pairs: list[tuple[Path, Any]], failure: str) -> None:
             if id(ref) not in in_tree and _trace.is_at_home(ref._trace):
                 raise StructureError(
                     f"{failure}: {_described(ref)} is in a {type(leaf).__name__} at "
-                    f"`{dotted(path)}`, which is no part of a tree, and nowhere else. Hold "
+                    f"{path_text(path)}, which is no part of a tree, and nowhere else. Hold "
                     "it in a list, a tuple or a field too."
                 )
 
@@ -215,7 +215,7 @@ def places_of(tree: Any, filter: Any, failure: str) -> dict[str, Ref]:
         if is_node(leaf):
             raise StructureError(
                 f"{failure}: the tree is derefed, and has a {type(leaf).__name__} at "
-                f"`{dotted(path)}`. Pass the tree of refs itself."
+                f"{path_text(path)}. Pass the tree of refs itself."
             )
     check_refs_in_place(tree, failure)
     check_all_in_tree(pairs, failure)

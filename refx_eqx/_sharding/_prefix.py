@@ -6,9 +6,9 @@ import jax
 import jax.tree_util as jtu
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from .._core._deref import path_text
 from .._core._errors import describe, MismatchError
 from .._core._nodes import is_node
+from .._trees._paths import path_text
 from ._mesh import check_spec, current_mesh
 from ._rules import axis_rules
 
@@ -67,7 +67,7 @@ def leaf_shardings(given: Any, tree: Any, derefed: Any, what: str) -> list[Any]:
     leaves, _ = jtu.tree_flatten_with_path(derefed)
     for (path, x), sharding in zip(leaves, found):
         if isinstance(sharding, NamedSharding) and hasattr(x, "shape"):
-            place = f"`{path_text(path)}`"
+            place = f"{path_text(path)}"
             check_spec(sharding.spec, tuple(x.shape), sharding.mesh, place)
     return found
 

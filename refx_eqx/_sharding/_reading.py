@@ -11,12 +11,12 @@ from .._core._deref import deref
 from .._core._errors import describe, MismatchError, StructureError
 from .._core._nodes import Index, is_node, Value, value_node
 from .._core._ref import make_ref, Ref
-from .._core._structure import is_traced, is_traced_in_ref
+from .._core._values import is_traced, is_traced_in_ref
 from .._fields._axes_of_values import declared_axes, stacks_in
 from .._fields._following import DeclaredAxes, followed
 from .._filters._filters import as_filter, asks_identity
 from .._filters._select import as_closed, leaves_with_paths
-from .._trees._paths import dotted, Path
+from .._trees._paths import Path, path_text
 from ._mesh import check_spec, mesh_axes
 
 
@@ -97,7 +97,7 @@ class Reading:
     ) -> PartitionSpec:
         """`leaf` is what the array is in: a ref, or the array itself."""
         shape = tuple(getattr(array, "shape", ()))
-        what = f"`{dotted(path)}`"
+        what = f"{path_text(path)}"
         if isinstance(leaf, Ref):
             what += f", {describe(leaf._name, leaf._collection)}"
         for axes in declared:

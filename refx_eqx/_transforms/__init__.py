@@ -1,4 +1,4 @@
-"""The lifted transforms: one file a family, each a thin adapter on `_functionalize`."""
+"""The lifted transforms: one file a family, each a thin adapter on `_core/_call.py`."""
 
 from .._engine._axes import axes as axes
 from .._engine._specs import specs as specs
@@ -8,6 +8,7 @@ from ._branches import cond as cond, switch as switch
 from ._checkpoint import filter_checkpoint as filter_checkpoint
 from ._custom_jvp import filter_custom_jvp as filter_custom_jvp
 from ._custom_vjp import filter_custom_vjp as filter_custom_vjp
+from ._dag import Dag as Dag
 from ._eval_shape import filter_eval_shape as filter_eval_shape
 from ._grad import (
     filter_grad as filter_grad,

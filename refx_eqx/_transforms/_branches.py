@@ -12,14 +12,14 @@ from jaxtyping import ArrayLike, PyTree
 from .._core._call import Call, call
 from .._core._errors import describe, MismatchError
 from .._core._nodes import is_node, Value
-from .._core._places import path_in, place_text, ref_place
+from .._core._places import leaf_place, ref_place
 from .._core._ref import Ref
 from .._core._structure import arrays_of, Leaves, Outcome, Structure, values_of
 from .._engine._carry import as_callable, numbers_to_arrays
 from .._engine._control_flow import runs_in_python, TracedBody
 from .._engine._kinds import convert, join_kinds, Kind, kind_of
 from .._engine._program import program_of_all
-from .._trees._carried import Carried
+from .._trees._closure import Part
 from .._trees._keys import static_keys
 
 
@@ -196,7 +196,7 @@ def _check_results(
             )
         one, two = _told_apart(texts, other_text)
         raise MismatchError(
-            f"`{name}`: the results differ at {place_text(path_in(part, k))}: {names[0]} "
+            f"`{name}`: the results differ at {leaf_place(part, k)}: {names[0]} "
             f"returns {one}, and {names[1]} returns {two}. {remedy}"
         )
 
@@ -229,11 +229,11 @@ def _structure_text(structure: Structure) -> str:
     return text.removeprefix("PyTreeDef(").removesuffix(")")
 
 
-def _places(part: Carried, out: Leaves) -> list[str]:
+def _places(part: Part, out: Leaves) -> list[str]:
     """Where each array of a result is."""
     found = []
     for k, leaf in enumerate(out):
-        what = f"the array of the result at {place_text(path_in(part, k))}"
+        what = f"the array of the result at {leaf_place(part, k)}"
         if type(leaf) is Value:
             what = (
                 f"a new ref of the result, {describe(leaf.label.name, leaf.collection)}"

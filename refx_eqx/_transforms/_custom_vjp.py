@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._core._call import Call, call
-from .._core._derefed import tree_of
 from .._core._errors import CarryError, describe, MismatchError, name_of
 from .._core._ref import Channeled, Ref
 from .._core._structure import (
@@ -22,6 +21,7 @@ from .._core._structure import (
     Leaves,
     map_values,
     Outcome,
+    tree_of,
     values_of,
 )
 from .._engine._autodiff import arrays_of_result, first_of, is_inexact
@@ -37,7 +37,7 @@ from .._engine._custom_rules import (
     SymbolicZero,
 )
 from .._engine._tangents import read_tangents
-from .._trees._carried import Carried
+from .._trees._closure import Part
 from .._trees._paths import path_text
 
 
@@ -224,7 +224,7 @@ class _Forward:
     perturbed: list[Leaves]
     flags: Any
     statics: Any
-    part: Carried
+    part: Part
     nodes: Leaves
     inexact: Leaves
     written: Set[int]

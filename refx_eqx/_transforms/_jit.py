@@ -12,10 +12,10 @@ from jaxtyping import PyTree
 from .._core import _trace
 from .._core._call import Call, call
 from .._core._errors import MismatchError, name_of
-from .._core._places import flat_place
 from .._core._structure import Key, Leaves, Outcome
 from .._engine._donation import apart, call_into, Donate, Split
 from .._engine._fast_path import NO_PLAN, Plans
+from .._engine._flat import flat_of, flat_place
 from .._engine._program import Program, program_of
 from .._engine._run_time_errors import explain
 from .._engine._shardings import with_shardings
@@ -124,7 +124,7 @@ class Compiled:
                     "structure (another sharing of refs, other static values, ...). Call "
                     "the `filter_jit` function itself, which compiles when it must."
                 )
-            flat = derefed.flat
+            flat = flat_of(derefed).arrays
             self._check_types(derefed, flat)
             try:
                 if jit.options["donate"] == "none":

@@ -11,9 +11,8 @@ from jaxtyping import PyTree
 
 from .._core import _trace
 from .._core._call import Call, call
-from .._core._derefed import tree_of
 from .._core._errors import MismatchError
-from .._core._structure import Leaves, Outcome
+from .._core._structure import Leaves, Outcome, tree_of
 from .._engine._autodiff import (
     arrays_of_result,
     DifferentiableCall,

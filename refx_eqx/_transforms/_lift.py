@@ -23,7 +23,7 @@ from .._core._structure import Leaves, Outcome, values_of
 from .._engine._call_axes import check_axis
 from .._engine._program import ByCall
 from .._engine._wrapper import Lifted
-from .._trees._carried import Carried, grouped, ungrouped
+from .._trees._closure import Part
 
 
 __tracebackhide__ = True
@@ -77,7 +77,8 @@ class _Transformed:
 
         @functools.wraps(of_call.__wrapped__, updated=())
         def pure(*args: Any, **keywords: Any) -> Outcome:
-            read = map(_read, parts, (*args, *keywords.values()))
+            given = zip(parts, (*args, *keywords.values()))
+            read = [part.treedef.flatten_up_to(tree) for part, tree in given]
             arrays = [*read, *([] if keywords else [of_kwargs]), of_fn]
             now = running_call()
             try:
@@ -101,7 +102,7 @@ class _Transformed:
         )
 
     def __call__(self, derefed: Call) -> Any:
-        *args, of_kwargs = map(_tree, derefed.parts[:-1], derefed.arrays)
+        *args, of_kwargs = map(Part.tree, derefed.parts[:-1], derefed.arrays)
         keywords = {}
         if jtu.tree_leaves(of_kwargs):
             keywords["carried_by_keyword"] = of_kwargs
@@ -123,17 +124,6 @@ class _Transformed:
                     f"all. Where that is not enough, use `{_ours(self._name)}`. JAX says: "
                     f"{e}"
                 ) from None
-
-
-def _tree(part: Carried, leaves: Leaves) -> Any:
-    """A tree of a call as the transform sees it. For a function that closes over refs it has
-    the list of what is inside."""
-    return jtu.tree_unflatten(part.treedef, grouped(part, leaves))
-
-
-def _read(part: Carried, tree: Any) -> Leaves:
-    """The opposite of `_tree`."""
-    return ungrouped(part, part.treedef.flatten_up_to(tree))
 
 
 # By name: what to use where lifting is not enough.

@@ -11,22 +11,15 @@ from jaxtyping import PyTree
 
 from .._core import _trace
 from .._core._call import Call, call
-from .._core._derefed import tree_of
 from .._core._errors import CarryError, describe, MismatchError, name_of
 from .._core._nodes import is_node
 from .._core._ref import Ref
-from .._core._structure import (
-    arrays_of,
-    is_traced,
-    Key,
-    Leaves,
-    Outcome,
-    OutcomeInfo,
-)
+from .._core._structure import arrays_of, Key, Leaves, Outcome, OutcomeInfo, tree_of
+from .._core._values import is_traced
 from .._engine._autodiff import arrays_of_result, derefed_result
 from .._engine._run_time_errors import CallbackFailed, explain
 from .._engine._wrapper import Lifted
-from .._trees._carried import Carried
+from .._trees._closure import Part
 
 
 __tracebackhide__ = True
@@ -63,8 +56,8 @@ class _MakeJaxpr(Lifted):
 def _statics(outcome: Outcome) -> Any:
     """The result with `None` for all that is an array or a ref."""
     (part,), (statics,) = outcome.info.result.parts, outcome.info.result.statics
-    if part.nodes:
-        statics = [None] * part.num_leaves
+    if part.has_functions:
+        statics = [None] * len(statics)
     return tree_of(part, [None if is_node(x) else x for x in statics])
 
 
@@ -129,7 +122,7 @@ class ClosureConverted(eqx.Module, Generic[P, T]):
     types: tuple[jax.ShapeDtypeStruct, ...] = eqx.field(static=True)
     info: OutcomeInfo = eqx.field(static=True)
     out_treedef: Any = eqx.field(static=True)
-    out_part: Carried = eqx.field(static=True)
+    out_part: Part = eqx.field(static=True)
     out_leaves: tuple[Any, ...] = eqx.field(static=True)
     name: str = eqx.field(static=True)
 
@@ -368,5 +361,5 @@ def _refuse_writes(refs: Iterable[Ref]) -> None:
             raise CarryError(
                 f"A pure callback cannot write {describe(ref._name, ref._collection)}: "
                 "JAX may call it more than once, or not at all. Return the new value, and "
-                "write it outside of the callback."
+                "write it outside the callback."
             )

@@ -22,7 +22,7 @@ import equinox as eqx
 import jax.tree_util as jtu
 
 from ._cells import carried_cells, may_carry, reachable
-from ._equality import Shared
+from ._equality import ByValue, Shared
 from ._paths import path_text
 
 
@@ -39,23 +39,18 @@ class _Node(NamedTuple):
     rest: Any
 
 
-class Watch:
-    """What can be changed in place in some trees, in its current state.
+class Changes:
+    """What is changed in place in some trees from now on."""
 
-    What is `opaque` is not looked into: leaves, and nodes that are passed by value. In
-    particular an `equinox.nn.State`, which a function consumes: it may not be flattened then.
-    """
+    __slots__ = ("_nodes",)
 
-    __slots__ = ("_nodes", "_opaque")
-
-    def __init__(self, trees: list[Any], opaque: tuple[type, ...]):
+    def __init__(self, trees: list[Any]):
         self._nodes: list[_Node] = []
-        self._opaque = opaque
         seen: set[int] = set()
         todo = [(tree, part, True) for part, tree in enumerate(trees)]
         while todo:
             obj, part, is_copy = todo.pop()
-            opened = self._open(obj)
+            opened = _open(obj)
             if opened is None or id(obj) in seen:
                 continue
             children, rest = opened
@@ -65,40 +60,46 @@ class Watch:
                 self._nodes.append(_Node(obj, part, is_copy, children, rest))
             todo.extend((child, part, is_copy) for child in children)
 
-    def changed(self) -> bool:
-        return any(map(self._differs, self._nodes))
+    def any(self) -> bool:
+        return any(map(_differs, self._nodes))
 
     def lost(self, result: Any) -> _Node | None:
         """Something whose change would be lost, of a function that returns `result`."""
-        found = [x for x in self._nodes if self._differs(x) and self._matters(x)]
+        found = [x for x in self._nodes if _differs(x) and _matters(x)]
         if found:
             returned = _containers(result)
             found = [node for node in found if id(node.obj) not in returned]
         return found[0] if found else None
 
-    def _open(self, obj: Any) -> tuple[list[Any], Any] | None:
-        """What is in `obj`, and what else it has; `None` if nothing in it can change."""
-        if obj is None or isinstance(obj, self._opaque):
-            return None
-        if may_carry(obj):
-            return _open_callable(obj)
-        children, rest = jtu.tree_flatten(obj, is_leaf=lambda x: x is not obj)
-        if len(children) == 1 and children[0] is obj:
-            return None
-        return children, rest
-
-    def _differs(self, node: _Node) -> bool:
-        children, rest = self._open(node.obj) or ([], None)
-        same = len(children) == len(node.children) and rest == node.rest
-        return not (same and all(map(is_, children, node.children)))
-
-    def _matters(self, node: _Node) -> bool:
-        """Whether a change of `node` is more than one of a copy."""
-        now, _ = self._open(node.obj) or ([], None)
-        return not node.is_copy or _refs(node.children) != _refs(now)
-
 
 _COPIES = (list, dict, OrderedDict, defaultdict)
+# An `equinox.nn.State` is consumed by a function that is given one, and may not be
+# flattened then.
+_OPAQUE = (Shared, ByValue, eqx.nn.State)
+
+
+def _open(obj: Any) -> tuple[list[Any], Any] | None:
+    """What is in `obj`, and what else it has; `None` if nothing in it can change."""
+    if obj is None or isinstance(obj, _OPAQUE):
+        return None
+    if may_carry(obj):
+        return _open_callable(obj)
+    children, rest = jtu.tree_flatten(obj, is_leaf=lambda x: x is not obj)
+    if len(children) == 1 and children[0] is obj:
+        return None
+    return children, rest
+
+
+def _differs(node: _Node) -> bool:
+    children, rest = _open(node.obj) or ([], None)
+    same = len(children) == len(node.children) and rest == node.rest
+    return not (same and all(map(is_, children, node.children)))
+
+
+def _matters(node: _Node) -> bool:
+    """Whether a change of `node` is more than one of a copy."""
+    now, _ = _open(node.obj) or ([], None)
+    return not node.is_copy or _refs(node.children) != _refs(now)
 
 
 def _open_callable(fn: Any) -> tuple[list[Any], Any] | None:
@@ -141,5 +142,5 @@ def place_of(node: _Node, trees: list[Any]) -> str:
     pairs, _ = jtu.tree_flatten_with_path(trees[node.part], is_leaf=is_leaf)
     for path, leaf in pairs:
         if leaf is node.obj and path:
-            return f"{which} at `{path_text(path)}`"
+            return f"{which} at {path_text(path)}"
     return which

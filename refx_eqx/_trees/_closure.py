@@ -1,4 +1,4 @@
-"""Functions in a derefed tree: those that hold refs are nodes of it.
+"""Functions in a tree: those that hold something are nodes of it.
 
 To JAX a function is a leaf. So before a tree is derefed, and wherever its refs are looked
 for, each function, bound method and partial in it that reaches a ref becomes a `Closure`: a
@@ -7,17 +7,19 @@ in it. `closed` makes functions of them again.
 
     {"f": lambda x: w[...] * x}   -- opened -->  {"f": Closure(w=w)}  -- deref -->  {"f": Closure(w=Value(...))}
 
-What is carried with a function `_functions.py` says.
+The trees of a call are opened in the same way. What is carried with a function
+`_functions.py` says.
 """
 
-from collections.abc import Iterable
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.tree_util as jtu
 
-from ._cells import is_lookup, may_carry, reaches
-from ._functions import head_of, names_in, rebuilt
+from ._cells import is_lookup, is_shared, may_carry, reaches
+from ._functions import head_of, LaterPlace, names_in, rebuilt
 
 
 __tracebackhide__ = True
@@ -58,24 +60,45 @@ jtu.register_pytree_with_keys(
 )
 
 
+def is_closure(x: Any) -> bool:
+    return type(x) is Closure
+
+
+class _Opening(NamedTuple):
+    """Which functions are opened: those that reach a leaf that `is_wanted`, and all partials
+    of a call. `numbers` are those of the functions that were met, by their ids."""
+
+    is_wanted: Callable[[Any], bool]
+    is_call: bool
+    numbers: dict[int, int]
+
+    def tree(self, tree: Any) -> Any:
+        # A dict of refs is no tree to JAX, which sorts the keys; so it is none in a call.
+        is_leaf = None if self.is_call else is_lookup
+        leaves, treedef = jtu.tree_flatten(tree, is_leaf=is_leaf)
+        return self.opened(tree, leaves, treedef)
+
+    def opened(self, tree: Any, leaves: list[Any], treedef: Any) -> Any:
+        """The tree of these leaves; `tree` itself if no function in it is opened."""
+        if not any(map(may_carry, leaves)):
+            return tree
+        new = list(map(self._leaf, leaves))
+        return treedef.unflatten(new) if any(map(is_closure, new)) else tree
+
+    def _leaf(self, leaf: Any) -> Any:
+        is_opened = may_carry(leaf) and (
+            (self.is_call and type(leaf) is functools.partial)
+            or reaches(leaf, self.is_wanted)
+        )
+        if not is_opened:
+            return leaf
+        head, contents = head_of(leaf, self.numbers, self.is_wanted)
+        return Closure(head, list(map(self.tree, contents)))
+
+
 def opened(tree: Any) -> Any:
     """The tree with a `Closure` for each function in it that reaches a ref."""
-    return _opened(tree, {})
-
-
-def _opened(tree: Any, numbers: dict[int, int]) -> Any:
-    # A dict of refs is no tree to JAX, which sorts the keys.
-    leaves, treedef = jtu.tree_flatten(tree, is_leaf=is_lookup)
-    if not any(map(may_carry, leaves)):
-        return tree
-    return jtu.tree_unflatten(treedef, [_opened_leaf(x, numbers) for x in leaves])
-
-
-def _opened_leaf(leaf: Any, numbers: dict[int, int]) -> Any:
-    if not (may_carry(leaf) and reaches(leaf)):
-        return leaf
-    head, contents = head_of(leaf, numbers)
-    return Closure(head, [_opened(x, numbers) for x in contents])
+    return _Opening(is_shared, False, {}).tree(tree)
 
 
 def closed(tree: Any) -> Any:
@@ -92,7 +115,7 @@ def _closed(tree: Any, made: dict[int, Any]) -> Any:
     leaves, treedef = jtu.tree_flatten(tree, is_leaf=is_closure)
     if not any(map(is_closure, leaves)):
         return tree
-    return jtu.tree_unflatten(treedef, [_closed_leaf(x, made) for x in leaves])
+    return treedef.unflatten(_closed_leaf(x, made) for x in leaves)
 
 
 def _closed_leaf(leaf: Any, made: dict[int, Any]) -> Any:
@@ -123,5 +146,109 @@ def _names_in(head: Any) -> Iterable[str]:
     return head if type(head) is _Names else names_in(head)
 
 
-def is_closure(x: Any) -> bool:
-    return type(x) is Closure
+class Part(NamedTuple):
+    """The structure of one tree of a call: hashable, and without any of its leaves.
+
+    - `treedef`: of the tree, with a `Closure` for each function that is opened;
+    - `has_functions`: whether there may be any.
+    """
+
+    treedef: Any
+    has_functions: bool
+
+    def tree(self, leaves: Iterable[Any]) -> Any:
+        """The tree of these leaves, with a `Closure` for each function that is opened."""
+        return self.treedef.unflatten(leaves)
+
+    def unflatten(self, leaves: Iterable[Any]) -> Any:
+        """The tree of these leaves. Each function that was opened is a new one."""
+        return closed(self.tree(leaves)) if self.has_functions else self.tree(leaves)
+
+    def outer(self) -> list[Any]:
+        """For each leaf of the tree itself its number; or, for a function that is opened, the
+        `Closure` of the numbers that are in it."""
+        numbers = range(self.treedef.num_leaves)
+        if not self.has_functions:
+            return list(numbers)
+        return jtu.tree_leaves(self.tree(numbers), is_leaf=is_closure)
+
+    def place_of(self, number: int) -> tuple[tuple, bool]:
+        """The key path of a leaf, or that of the function that it is in; and which of the
+        two it is."""
+        numbers = self.tree(range(self.treedef.num_leaves))
+        for path, x in jtu.tree_flatten_with_path(numbers, is_leaf=is_closure)[0]:
+            if number in jtu.tree_leaves(x):
+                return path, is_closure(x)
+        raise IndexError(number)
+
+    def leaves_up_to(self, tree: Any) -> list[Any]:
+        """The subtrees of a tree of which this is a prefix. What is in a function has `None`
+        where the tree has no node for it.
+
+        **Raises:**
+
+        - `ValueError`, `TypeError`: JAX's, if it is of another structure.
+        """
+        if not self.has_functions:
+            return self.treedef.flatten_up_to(tree)
+        return _leaves_up_to(self.tree(range(self.treedef.num_leaves)), tree)
+
+
+def _leaves_up_to(prefix: Any, tree: Any) -> list[Any]:
+    outer, treedef = jtu.tree_flatten(prefix, is_leaf=is_closure)
+    found = []
+    for x, leaf in zip(outer, treedef.flatten_up_to(tree)):
+        if not is_closure(x):
+            found.append(leaf)
+        elif is_closure(leaf):
+            found += _leaves_up_to(x.contents, leaf.contents)
+        else:
+            found += [None] * len(jtu.tree_leaves(x))
+    return found
+
+
+def flatten(
+    tree: Any, is_wanted: Callable[[Any], bool] = is_shared
+) -> tuple[list[Any], Part]:
+    """The leaves of a tree of a call, those inside functions included.
+
+    In a call more functions are opened than in a derefed tree: a partial is, whatever is bound
+    in it, because those are arguments like others.
+
+    **Arguments:**
+
+    - `is_wanted`: which leaves make a node of the function that they are in.
+    """
+    leaves, treedef = jtu.tree_flatten(tree)
+    # Most trees have no function, and are flattened once.
+    new = _Opening(is_wanted, True, {}).opened(tree, leaves, treedef)
+    if new is tree:
+        return leaves, Part(treedef, False)
+    leaves, treedef = jtu.tree_flatten(new)
+    return leaves, Part(treedef, True)
+
+
+def without_empty(tree: Any, is_held: Callable[[Any], bool]) -> Any:
+    """The tree with `None` for each `Closure` that holds none of these leaves."""
+    return _without_empty(tree, is_held, set())
+
+
+def _without_empty(tree: Any, is_held: Callable[[Any], bool], met: set[Any]) -> Any:
+    def visit(x: Any) -> Any:
+        if not is_closure(x):
+            return x
+        if isinstance(x.head, LaterPlace):
+            return x if x.head in met else None
+        number = x.head[0] if x.head else None
+        # Before what is in it, where a recursive function is met again.
+        met.add(number)
+        new = Closure(x.head, _without_empty(x.contents, is_held, met))
+        if any(map(is_held, jtu.tree_leaves(new.contents, is_leaf=is_held))):
+            return new
+        met.discard(number)
+        return None
+
+    def is_leaf(x: Any) -> bool:
+        return is_closure(x) or is_held(x)
+
+    return jtu.tree_map(visit, tree, is_leaf=is_leaf)

@@ -1,5 +1,6 @@
 """What things are equal by, in a tree and in the key of a cache."""
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -12,17 +13,24 @@ class Shared:
     __slots__ = ()
 
 
+class ByValue:
+    """A node of a tree that is passed by value: what is changed in it is not to be carried
+    back."""
+
+    __slots__ = ()
+
+
 class Identity:
-    """Stands for an object; equal for the same object. Holds it weakly if it can."""
+    """Stands for an object; equal for the same object. Holds it weakly if it is to, and can."""
 
     __slots__ = ("_id", "recall")
 
-    def __init__(self, obj: Any):
+    def __init__(self, obj: Any, weak: bool = True):
         self._id = id(obj)
-        try:
-            self.recall: Callable[[], Any] = weakref.ref(obj)
-        except TypeError:
-            self.recall = lambda: obj
+        self.recall: Callable[[], Any] = lambda: obj
+        if weak:
+            with contextlib.suppress(TypeError):
+                self.recall = weakref.ref(obj)
 
     def mortal(self) -> list[Any]:
         """The object, if it is held weakly."""
@@ -31,14 +39,13 @@ class Identity:
     def __eq__(self, other: Any) -> bool:
         if self is other:
             return True
-        if not isinstance(other, Identity):
+        if not isinstance(other, Identity) or self._id != other._id:
             return False
-        mine = self.recall()
-        if mine is None:
-            # `None` itself; or a dead object, which is equal to nothing, because its id may
-            # be another's by now.
-            return self._id == other._id == id(None)
-        return mine is other.recall()
+        # What is gone is equal to nothing: its id may be another's by now.
+        return self._is_alive() and other._is_alive()
+
+    def _is_alive(self) -> bool:
+        return not isinstance(self.recall, weakref.ref) or self.recall() is not None
 
     def __hash__(self) -> int:
         return self._id

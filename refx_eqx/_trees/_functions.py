@@ -20,30 +20,16 @@ from ._cells import (
     reaches,
     rebound_cells,
 )
-from ._equality import Ignored
+from ._equality import Identity, Ignored
 from ._keys import content_key
 
 
 __tracebackhide__ = True
 
 
-class _Same:
-    """Holds an object; equal when it is the same object."""
-
-    __slots__ = ("obj",)
-
-    def __init__(self, obj: Any):
-        self.obj = obj
-
-    def __eq__(self, other: Any) -> bool:
-        return isinstance(other, _Same) and self.obj is other.obj
-
-    def __hash__(self) -> int:
-        return id(self.obj)
-
-
-class _Kept:
-    """A cell that is kept unchanged; equal when it is the same cell, of the same content."""
+class _OwnCell:
+    """A cell that the rebuilt function has as well; equal when it is the same cell, of the same
+    content."""
 
     __slots__ = ("cell", "key")
 
@@ -52,7 +38,7 @@ class _Kept:
         self.key = None if is_rebound else content_key(cell)
 
     def __eq__(self, other: Any) -> bool:
-        return isinstance(other, _Kept) and (
+        return isinstance(other, _OwnCell) and (
             self.cell is other.cell and self.key == other.key
         )
 
@@ -65,7 +51,7 @@ class FirstPlaceGone(LookupError):
 
 
 class _Function(tuple):
-    """A function: `(number, code, globals, cells, extras, origin)`, and `carried` last.
+    """A function: `(number, code, globals, cells, extras, origin)`.
 
     `cells` has the cell that is kept, or `None` for one whose content is carried. `extras`
     are its looks, defaults and attributes; the defaults are `None` if they are carried,
@@ -76,18 +62,18 @@ class _Function(tuple):
 
 
 class _Method(tuple):
-    """A bound method of an object that is a pytree: `(carried,)` of `[function, object]`."""
+    """A bound method of an object that is a pytree. It carries `[function, object]`."""
 
     __slots__ = ()
 
 
 class _Partial(tuple):
-    """A `functools.partial`: `(carried,)` of `[function, args, keywords]`."""
+    """A `functools.partial`. It carries `[function, args, keywords]`."""
 
     __slots__ = ()
 
 
-class Again(int):
+class LaterPlace(int):
     """A later place of the function with this number. A recursive function has one."""
 
     __slots__ = ()
@@ -109,27 +95,39 @@ def head_of(
         return _Partial(), [leaf.func, leaf.args, leaf.keywords]
     number = numbers.get(id(leaf))
     if number is not None:
-        return Again(number), []
+        return LaterPlace(number), []
     number = numbers[id(leaf)] = len(numbers)
     rebound = rebound_cells(reachable_functions(leaf))
     carried = carried_cells(leaf, is_wanted)
     # By identity: cells are equal when their contents are.
     ids = set(map(id, carried))
     kept = tuple(
-        None if id(cell) in ids else _Kept(cell, id(cell) in rebound)
+        None if id(cell) in ids else _OwnCell(cell, id(cell) in rebound)
         for cell in leaf.__closure__ or ()
     )
     contents: list[Any] = [cell.cell_contents for cell in carried]
     extras: list[Any] = [Ignored((name, getattr(leaf, name)) for name in _LOOKS)]
     for defaults in (leaf.__defaults__, leaf.__kwdefaults__):
         is_carried = bool(defaults) and reaches(defaults, is_wanted)
-        extras.append(None if is_carried else _Same(defaults))
+        extras.append(None if is_carried else _itself(defaults))
         if is_carried:
             contents.append(defaults)
-    extras += ((k, _Same(v)) for k, v in vars(leaf).items() if k != "__wrapped__")
+    extras += ((k, _itself(v)) for k, v in vars(leaf).items() if k != "__wrapped__")
     origin = Ignored((weakref.ref(origin_of(leaf)),))
-    looks = number, leaf.__code__, _Same(leaf.__globals__), kept, tuple(extras), origin
+    looks = (
+        number,
+        leaf.__code__,
+        _itself(leaf.__globals__),
+        kept,
+        tuple(extras),
+        origin,
+    )
     return _Function(looks), contents
+
+
+def _itself(obj: Any) -> Identity:
+    """To be equal by identity, and to be had again."""
+    return Identity(obj, weak=False)
 
 
 def names_in(head: Any) -> list[str]:
@@ -138,7 +136,7 @@ def names_in(head: Any) -> list[str]:
         return ["__func__", "__self__"]
     if type(head) is _Partial:
         return ["func", "args", "keywords"]
-    if type(head) is Again:
+    if type(head) is LaterPlace:
         return []
     _, code, _, kept, (_, defaults, kwdefaults, *_), _ = head
     names = [name for name, keep in zip(code.co_freevars, kept) if keep is None]
@@ -158,7 +156,7 @@ def rebuilt(head: Any, contents: Callable[[], Any], made: dict[int, Any]) -> Any
         recursive function is in one of them.
     - `made`: the functions that were made, by their numbers. This one is added.
     """
-    if isinstance(head, Again):
+    if isinstance(head, LaterPlace):
         if int(head) not in made:
             raise FirstPlaceGone
         return made[int(head)]
@@ -167,22 +165,22 @@ def rebuilt(head: Any, contents: Callable[[], Any], made: dict[int, Any]) -> Any
     if isinstance(head, _Partial):
         func, args, keywords = contents()
         return functools.partial(func, *args, **keywords)
-    number, code, globals_, kept, extras, (origin,), *_ = head
+    number, code, globals_, kept, extras, (origin,) = head
     looks, defaults, kwdefaults, *own = extras
     cells = tuple(types.CellType() if keep is None else keep.cell for keep in kept)
-    fn = types.FunctionType(code, globals_.obj, closure=cells)
+    fn = types.FunctionType(code, globals_.recall(), closure=cells)
     for name, value in looks:
         setattr(fn, name, value)
     for name, held in own:
-        setattr(fn, name, held.obj)
+        setattr(fn, name, held.recall())
     _origins[fn] = origin
     made[number] = fn
     rest = iter(contents())
     for cell, keep in zip(cells, kept):
         if keep is None:
             cell.cell_contents = next(rest)
-    fn.__defaults__ = next(rest) if defaults is None else defaults.obj
-    fn.__kwdefaults__ = next(rest) if kwdefaults is None else kwdefaults.obj
+    fn.__defaults__ = next(rest) if defaults is None else defaults.recall()
+    fn.__kwdefaults__ = next(rest) if kwdefaults is None else kwdefaults.recall()
     return fn
 
 

@@ -64,6 +64,11 @@ def _is_own(leaf: Any) -> bool:
     return type(leaf).__eq__ is object.__eq__ and not isinstance(leaf, weakref.ref)
 
 
+def recalled(held: Any) -> Any:
+    """The leaf that `weakly` is for, or that is held as it is; `None` if it is gone."""
+    return held.recall() if isinstance(held, Identity | Members) else held
+
+
 class Members:
     """A frozenset of refs, held weakly by its members: the set itself may be made for one
     call, and gone after it."""

@@ -2,19 +2,12 @@
 
 from typing import Any
 
-import jax.tree_util as jtu
-
 
 __tracebackhide__ = True
 
 
 Path = tuple[str, ...]
 """The keys on the way to a leaf, as text: `("layers", "0", "weight")`."""
-
-
-def path_text(path: tuple) -> str:
-    """A key path as the user would write it: `.layers[0].weight`."""
-    return jtu.keystr(path) or "the root of the tree"
 
 
 def key_text(key: Any) -> str:
@@ -26,6 +19,19 @@ def key_text(key: Any) -> str:
 
 def dotted(path: Path) -> str:
     return ".".join(path) or "the root of the tree"
+
+
+def pattern_of(path: Path) -> str:
+    """How `rx.path` is given this place."""
+    special = any(set(key) & set(".*?[") for key in path)
+    return repr(path) if special else f'"{dotted(path)}"'
+
+
+def path_text(path: tuple) -> str:
+    """Where in a tree something is, for messages: what `rx.path` takes. Of texts, or of the
+    keys that JAX has."""
+    names = tuple(map(key_text, path))
+    return f"`{pattern_of(names).strip(chr(34))}`" if names else "the root of the tree"
 
 
 def n_common(a: tuple, b: tuple) -> int:

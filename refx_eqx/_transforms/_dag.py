@@ -6,11 +6,12 @@ from typing import Any, Generic, TypeVar
 import equinox as eqx
 import jax.tree_util as jtu
 
-from . import _trace
-from ._access import check_readable
-from ._deref import deref, reref
-from ._errors import TraceLevelError
-from ._ref import is_ref, Ref
+from .._core import _trace
+from .._core._access import check_readable
+from .._core._deref import deref, reref
+from .._core._errors import TraceLevelError
+from .._core._ref import is_ref, Ref
+from .._trees._equality import ByValue
 
 
 __tracebackhide__ = True
@@ -22,7 +23,7 @@ T = TypeVar("T")
 _MADE: Any = object()
 
 
-class Dag(Generic[T]):
+class Dag(ByValue, Generic[T]):
     """A pytree node that derefs a tree of refs when it is flattened. With it any
     third-party transform carries refs, by value.
 

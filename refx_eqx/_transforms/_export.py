@@ -12,11 +12,11 @@ from typing import Any
 
 import jax.export
 
+from .._core._deref import NOTHING
+from .._core._errors import describe, StructureError
+from .._core._nodes import Index, index_node, Label, Value, value_node
+from .._core._ref import Ref
 from ._dag import Dag
-from ._deref import NOTHING
-from ._errors import describe, StructureError
-from ._nodes import Index, index_node, Label, Value, value_node
-from ._ref import Ref
 
 
 __tracebackhide__ = True

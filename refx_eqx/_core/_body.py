@@ -1,0 +1,157 @@
+"""The body of a lifted transform: the function of a call, on refs of its own."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+
+from .._trees._changes import Changes, place_of
+from .._trees._containers import owned
+from . import _trace
+from ._access import check_value, Withheld
+from ._deref import deref_leaves, make_ref_of
+from ._errors import CarryError, describe, TraceLevelError
+from ._nodes import value_node
+from ._ref import content, IN_PLACE, Ref, set_value
+from ._structure import flatten, Leaves, Outcome, OutcomeInfo, split, Structure
+from ._values import is_traced_in_ref, split_value
+
+
+__tracebackhide__ = True
+
+
+def apply(fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+    return fn(*args, **kwargs)
+
+
+def run_body(
+    structure: Structure,
+    body: _trace.Body,
+    refs: Sequence[Ref | None],
+    arrays: list[Leaves],
+    apply: Callable[..., Any] = apply,
+    withheld: Mapping[tuple[int, int], Withheld] = {},
+) -> Outcome:
+    """Calls the function of a call on inner refs, made of these arrays.
+
+    The inner refs are owned by the running trace, and stand for `refs` (`None` if it is
+    not known for which) in `body`. This is a pure function of `arrays`. `apply` is given
+    the callable and its arguments: one with several functions in it says which. At the
+    leaves that are `withheld`, by the numbers of tree and leaf, there are refs that
+    may not be touched.
+
+    **Raises:**
+
+    - `StructureError`: if the function changed something that cannot be carried back.
+    - `RefTypeError`: if it changed a value in place to one that a ref does not declare.
+    """
+    name = body.name
+    inner: dict[int, Ref] = {}
+    leaves = structure.leaves(arrays, inner)
+    both = [*inner.items(), *_withhold(structure, leaves, withheld).items()]
+    for i, ref in both:
+        ref._body, ref._outer = body, refs[i]
+    numbers = {id(ref): i for i, ref in both}
+    trees = structure.trees(leaves)
+    before = {i: (ref._collection, _Before(ref)) for i, ref in inner.items()}
+    changes = Changes(trees)
+    *args, kwargs, fn = trees
+
+    result = apply(fn, *args, **kwargs)
+
+    lost = changes.lost(result)
+    if lost is not None:
+        raise CarryError(
+            f"`{name}` cannot carry back a change of structure: the function changed "
+            f"{place_of(lost, trees)} in place (a list appended to, an entry of a dict "
+            "replaced, a closure variable rebound, ...). Put what changes into a `rx.Ref`, "
+            "or change a copy, such as `list(...)` or `dict(...)`, and return that."
+        )
+    updates, written, in_place = {}, {}, set()
+    for i, ref in inner.items():
+        collection, earlier = before[i]
+        if ref._collection != collection:
+            raise CarryError(
+                f"`{name}` cannot carry a change of collection: "
+                f"{describe(ref._name, ref._collection)} had no collection when it came "
+                "in. Give it one where it is made: `rx.Ref(value, collection)`."
+            )
+        differs = earlier.differs(ref)
+        if ref._written or differs:
+            updates[i], written[i] = split_value(content(ref))
+        if earlier.changed_in_place() or ref._written == IN_PLACE:
+            in_place.add(i)
+    out, result_structure = _deref_result(result, numbers, name)
+    return Outcome(out, updates, OutcomeInfo(result_structure, written, in_place))
+
+
+def _withhold(
+    structure: Structure,
+    leaves: list[Leaves],
+    withheld: Mapping[tuple[int, int], Withheld],
+) -> dict[int, Ref]:
+    """Puts refs that may not be touched at these leaves. Returns them, by the numbers of the
+    refs that they are instead of."""
+    made: dict[int, Ref] = {}
+    for (i, k), reason in withheld.items():
+        node = structure.statics[i][k]
+        if node.index not in made:
+            made[node.index] = make_ref_of(
+                value_node(
+                    reason, node.index, node.collection, node.ref_type, node.label
+                )
+            )
+        leaves[i][k] = made[node.index]
+    return made
+
+
+class _Before:
+    """What a ref held when a body began: to notice what was not assigned."""
+
+    __slots__ = ("_changes", "_channel", "_value")
+
+    def __init__(self, ref: Ref):
+        self._channel = ref._channel
+        value = ref._value
+        self._changes = None if is_traced_in_ref(value) else Changes([value])
+        self._value = owned(value)
+
+    def changed_in_place(self) -> bool:
+        return self._changes is not None and self._changes.any()
+
+    def differs(self, ref: Ref) -> bool:
+        if ref._channel is not self._channel:
+            return True
+        if not self.changed_in_place():
+            return False
+        # It was changed in place: only now is its type checked, against what was there.
+        value = ref._value
+        set_value(ref, self._value)
+        set_value(ref, check_value(ref, value))
+        return True
+
+
+def is_ref_or_tracer(leaf: Any) -> bool:
+    """What makes a node of a function that is returned: an array of the trace must come
+    out as the other results do, and not stay behind in a cell."""
+    return isinstance(leaf, Ref) or _trace.is_tracer(leaf)
+
+
+def _deref_result(
+    result: Any, numbers: dict[int, int], name: str
+) -> tuple[Leaves, Structure]:
+    """`numbers` are those of the inner refs in the call, by `id`."""
+    leaves, part = flatten(result, is_ref_or_tracer)
+
+    def read(ref: Ref) -> Any:
+        if ref._trace() is not _trace.current_trace():
+            raise TraceLevelError(
+                f"`{name}` cannot return {describe(ref._name, ref._collection)}: it was "
+                "created outside the function and was not passed in. Pass the ref, or "
+                "the module that holds it, as an argument."
+            )
+        return ref._value
+
+    # Shapes stand for arrays in what a function is given, not in what it returns.
+    out, statics = split(deref_leaves(leaves, numbers, read), eqx.is_array)
+    return out, Structure([part], [statics])

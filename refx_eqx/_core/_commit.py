@@ -1,0 +1,98 @@
+"""Writing what a call has written into the refs of its caller: all of it at once, or nothing."""
+
+from collections.abc import Set
+from typing import Any
+
+import jax.tree_util as jtu
+
+from .._trees._containers import containers
+from . import _trace
+from ._access import check_writable
+from ._errors import describe, StructureError
+from ._ref import commits, Ref
+from ._structure import Outcome
+
+
+__tracebackhide__ = True
+
+
+def updates_of(outcome: Outcome, refs: list[Ref]) -> list[tuple[Ref, Any]]:
+    """The refs of a call that were written, each with its new value.
+
+    **Raises:**
+
+    - `StructureError`: if a list or a dict was changed in place that another ref holds too.
+    """
+    if outcome.info.in_place:
+        _check_unshared(refs, outcome.info.in_place)
+    return [(refs[i], outcome.info.value(i, x)) for i, x in outcome.updates.items()]
+
+
+def _check_unshared(refs: list[Ref], in_place: Set[int]) -> None:
+    held = [containers(ref._value) for ref in refs]
+    for i in in_place:
+        for other, theirs in zip(refs, held):
+            shared = [x for key, x in theirs.items() if key in held[i]]
+            if shared and other is not refs[i]:
+                both = [describe(r._name, r._collection) for r in (refs[i], other)]
+                raise StructureError(
+                    f"Cannot write {both[0]}: the function changed a "
+                    f"{type(shared[0]).__name__} in its value in place, and {both[1]} holds "
+                    "the same one, so Python would change both, and a transform one. Give "
+                    "each ref its own, such as `rx.Ref(dict(...))`; or write a new value, "
+                    "`ref.value = {**ref.value, ...}`, which changes one."
+                )
+
+
+class Disturbed(Exception):
+    """Another thread wrote a ref while a call was using it: the call must run again."""
+
+
+def commit(
+    refs: list[Ref], values: list[Any], started: int, updates: list[tuple[Ref, Any]]
+) -> None:
+    """Writes the updates of a call into the caller's refs: all of them, or none.
+
+    The result of a call is right if no ref that it read was written meanwhile. If one was,
+    raises `Disturbed`, and nothing is written.
+
+    **Arguments:**
+
+    - `refs`, `values`: the refs of the call, and what was read from them.
+    - `started`: `commits.count` before that.
+    - `updates`: the refs to write, with their new values.
+    """
+    trace, state = _trace.current_trace(), _trace.thread.state
+    quiet = not state.bodies and not _trace.guards.get()
+    for ref, _ in updates:
+        if not (quiet and ref._trace() is trace):
+            check_writable(ref)
+    with commits.lock:
+        if commits.count != started and not all(
+            ref._value is value for ref, value in zip(refs, values)
+        ):
+            raise Disturbed
+        if updates:
+            commits.store(updates)
+
+
+def rescue(refs: list[Ref], values: list[Any], returned: list[Any]) -> bool:
+    """What is done if a call breaks off. Where buffers of its refs were donated, the new
+    values are written, because the old ones are gone. Returns whether that was so.
+
+    **Arguments:**
+
+    - `refs`, `values`: the refs of the call, and what was read from them.
+    - `returned`: what the program returned, if it did: see `_engine/_donation.py`.
+    """
+    if not returned or not any(map(_trace.is_deleted, jtu.tree_leaves(values))):
+        return False
+    flat, packed = returned[-1]
+    _, updates, info = packed.treedef.unflatten(flat)
+    with commits.lock:
+        commits.store(
+            (refs[i], info.value(i, x))
+            for i, x in updates.items()
+            if refs[i]._value is values[i]
+        )
+    return True
