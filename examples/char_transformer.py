@@ -1,18 +1,17 @@
 """Trains a character transformer on the source of Python's standard library.
 
-    python examples/char_transformer.py --steps 2000 --out out --seed 0
+    python examples/char_transformer.py --steps 2000 --picture char_transformer.png
 
 What to look at:
 
 - `Transformer` reads and writes characters by one matrix: `unembed` is the ref of `embed`.
-- The linear and norm layers are Equinox's own, with refs: `rx.as_refs` leaves them callable.
 - `Dropout` draws from a shared `rx.Rngs`. No key is threaded, and under `rx.filter_vmap`
   each text of a batch has its own mask.
-- `Attention` keeps keys and values of a text in refs. `sample` scans over one character at
-  a time, writes these caches in place, and donates their old buffers.
+- Attention keeps the keys and values of a text in refs. One method trains, reads a prompt
+  and writes on, one character at a time: `cache=True` puts what it is given behind what is
+  there. `sample` scans over it, and donates the old buffers of the caches.
 """
 
-import argparse
 import pathlib
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -22,122 +21,53 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import matplotlib
 import numpy as np
 import optax
+from _run import options, picture, progress
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 import refx_eqx as rx
 
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-
 CHARACTERS = "\n" + "".join(chr(i) for i in range(32, 127))
 
-
-def linear(n_in: int, n_out: int, *, key: PRNGKeyArray) -> eqx.nn.Linear:
-    return rx.as_refs(eqx.nn.Linear(n_in, n_out, key=key), "params")
-
-
-def layer_norm(n: int) -> eqx.nn.LayerNorm:
-    return rx.as_refs(eqx.nn.LayerNorm(n), "params")
-
-
-class Dropout(rx.Module):
-    rngs: rx.Rngs
-    rate: float
-    inference: bool = False
-
-    def __call__(self, x: Array) -> Array:
-        if self.inference or self.rate == 0:
-            return x
-        keep = jr.bernoulli(self.rngs.dropout(), 1 - self.rate, x.shape)
-        return jnp.where(keep, x / (1 - self.rate), 0.0)
-
-
-class Attention(rx.Module):
-    """Causal attention, of a whole text or of one character at a time."""
-
-    project: eqx.nn.Linear
-    out: eqx.nn.Linear
-    keys: rx.Cache[Float[Array, "context heads size"]]
-    values: rx.Cache[Float[Array, "context heads size"]]
-
-    def __init__(self, dim: int, heads: int, context: int, *, key: PRNGKeyArray):
-        key1, key2 = jr.split(key)
-        self.project = linear(dim, 3 * dim, key=key1)
-        self.out = linear(dim, dim, key=key2)
-        self.keys = jnp.zeros((context, heads, dim // heads))
-        self.values = jnp.zeros((context, heads, dim // heads))
-
-    def __call__(self, x: Float[Array, "time dim"]) -> Float[Array, "time dim"]:
-        queries, keys, values = self._heads(x)
-        return self._attend(queries, keys, values, jnp.arange(len(x)))
-
-    def decode(
-        self, x: Float[Array, " dim"], i: Int[Array, ""]
-    ) -> Float[Array, " dim"]:
-        """The character at position `i`, which sees those that were decoded before it."""
-        query, key, value = self._heads(x[None])
-        self.keys[i] = key[0]
-        self.values[i] = value[0]
-        return self._attend(query, self.keys.value, self.values.value, i[None])[0]
-
-    def _heads(self, x: Float[Array, "time dim"]) -> list[Array]:
-        _, heads, size = self.keys.shape
-        parts = jnp.split(jax.vmap(self.project)(x), 3, axis=1)
-        return [part.reshape(-1, heads, size) for part in parts]
-
-    def _attend(self, queries: Array, keys: Array, values: Array, at: Array) -> Array:
-        """`at` has the positions of the queries; the keys begin at position 0."""
-        scores = jnp.einsum("qhd,khd->hqk", queries, keys) / np.sqrt(keys.shape[-1])
-        is_past = jnp.arange(len(keys)) <= at[:, None]
-        weights = jax.nn.softmax(jnp.where(is_past, scores, -1e9))
-        mixed = jnp.einsum("hqk,khd->qhd", weights, values)
-        return jax.vmap(self.out)(mixed.reshape(len(queries), -1))
+Batch = Int[Array, "batch length"]
 
 
 class Block(rx.Module):
     norm1: eqx.nn.LayerNorm
-    attention: Attention
+    attention: rx.nn.MultiheadAttention
     norm2: eqx.nn.LayerNorm
-    up: eqx.nn.Linear
-    down: eqx.nn.Linear
-    dropout: Dropout
+    feed_forward: eqx.nn.MLP
+    dropout: rx.nn.Dropout
 
     def __init__(
         self,
         dim: int,
         heads: int,
         context: int,
-        dropout: Dropout,
+        dropout: rx.nn.Dropout,
         *,
         key: PRNGKeyArray,
     ):
-        key1, key2, key3 = jr.split(key, 3)
-        self.norm1, self.norm2 = layer_norm(dim), layer_norm(dim)
-        self.attention = Attention(dim, heads, context, key=key1)
-        self.up = linear(dim, 4 * dim, key=key2)
-        self.down = linear(4 * dim, dim, key=key3)
+        key1, key2 = jr.split(key)
+        self.norm1, self.norm2 = rx.nn.LayerNorm(dim), rx.nn.LayerNorm(dim)
+        self.attention = rx.nn.MultiheadAttention(
+            heads, dim, cache_size=context, key=key1
+        )
+        self.feed_forward = rx.nn.MLP(dim, dim, 4 * dim, 1, jax.nn.gelu, key=key2)
         self.dropout = dropout
 
-    def __call__(self, x: Float[Array, "time dim"]) -> Float[Array, "time dim"]:
-        x = x + self.dropout(self.attention(jax.vmap(self.norm1)(x)))
-        return x + self.dropout(jax.vmap(self._feed_forward)(x))
-
-    def decode(
-        self, x: Float[Array, " dim"], i: Int[Array, ""]
-    ) -> Float[Array, " dim"]:
-        x = x + self.attention.decode(self.norm1(x), i)
-        return x + self._feed_forward(x)
-
-    def _feed_forward(self, x: Float[Array, " dim"]) -> Float[Array, " dim"]:
-        return self.down(jax.nn.gelu(self.up(self.norm2(x))))
+    def __call__(
+        self, x: Float[Array, "time dim"], cache: bool
+    ) -> Float[Array, "time dim"]:
+        causal = None if cache else jnp.tril(jnp.ones((len(x), len(x)), bool))
+        y = jax.vmap(self.norm1)(x)
+        x = x + self.dropout(self.attention(y, y, y, causal, cache=cache))
+        y = jax.vmap(self.norm2)(x)
+        return x + self.dropout(jax.vmap(self.feed_forward)(y))
 
 
 class Transformer(rx.Module):
@@ -154,37 +84,32 @@ class Transformer(rx.Module):
         depth: int,
         heads: int,
         context: int,
-        rate: float,
+        dropout: float,
         *,
         key: PRNGKeyArray,
     ):
-        key1, key2, key3, *block_keys = jr.split(key, 3 + depth)
+        key1, key2, key3, *keys = jr.split(key, 3 + depth)
         self.embed = 0.02 * jr.normal(key1, (len(CHARACTERS), dim))
         self.unembed = self.embed  # tied: one ref, two places
         self.positions = 0.02 * jr.normal(key2, (context, dim))
         self.rngs = rx.Rngs(key3)
-        dropout = Dropout(self.rngs, rate)
-        self.blocks = [
-            Block(dim, heads, context, dropout, key=key) for key in block_keys
-        ]
-        self.norm = layer_norm(dim)
+        layer = rx.nn.Dropout(dropout, rngs=self.rngs)
+        self.blocks = [Block(dim, heads, context, layer, key=key) for key in keys]
+        self.norm = rx.nn.LayerNorm(dim)
 
-    def __call__(self, tokens: Int[Array, " time"]) -> Float[Array, "time vocab"]:
-        x = self.embed[...][tokens] + self.positions[: len(tokens)]
+    def __call__(
+        self, tokens: Int[Array, " time"], cache: bool = False
+    ) -> Float[Array, "time vocab"]:
+        """The logits of each next character. With `cache`, of a text that goes on."""
+        start = self.blocks[0].attention.cache_length[...] if cache else 0
+        x = self.embed[tokens] + self.positions[start + jnp.arange(len(tokens))]
         for block in self.blocks:
-            x = block(x)
+            x = block(x, cache)
         return jax.vmap(self.norm)(x) @ self.unembed[...].T
 
-    def decode(
-        self, token: Int[Array, ""], i: Int[Array, ""]
-    ) -> Float[Array, " vocab"]:
-        x = self.embed[token] + self.positions[i]
+    def reset_cache(self) -> None:
         for block in self.blocks:
-            x = block.decode(x, i)
-        return self.unembed[...] @ self.norm(x)
-
-
-Batch = Int[Array, "batch length"]
+            block.attention.reset_cache()
 
 
 def loss_fn(model: Transformer, batch: Batch) -> Float[Array, ""]:
@@ -207,7 +132,7 @@ def train_step(
 
 @rx.filter_jit
 def evaluate(model: Transformer, batch: Batch) -> Float[Array, ""]:
-    return loss_fn(eqx.nn.inference_mode(model), batch)
+    return loss_fn(rx.nn.inference_mode(model), batch)
 
 
 @rx.filter_jit(donate="refs")
@@ -215,32 +140,30 @@ def sample(
     model: Transformer, prompt: Int[Array, " prompt"], temperature: float
 ) -> Int[Array, " context"]:
     """Continues the prompt, up to the context's length."""
-    model = eqx.nn.inference_mode(model)  # another tree, the same refs
+    model = rx.nn.inference_mode(model)  # another tree, the same refs
+    model.reset_cache()
 
     def step(
-        token: Int[Array, ""], i: Int[Array, ""]
-    ) -> tuple[Int[Array, ""], Int[Array, ""]]:
-        logits = model.decode(token, i)  # writes the caches
-        drawn = jr.categorical(model.rngs.sample(), logits / temperature)
-        given = prompt[jnp.minimum(i + 1, len(prompt) - 1)]
-        following = jnp.where(i + 1 < len(prompt), given, drawn)
-        return following, following
+        logits: Float[Array, " vocab"], _: None
+    ) -> tuple[Float[Array, " vocab"], Int[Array, ""]]:
+        token = jr.categorical(model.rngs.sample(), logits / temperature)
+        return model(token[None], cache=True)[0], token
 
+    logits = model(prompt, cache=True)[-1]
     # `step` closes over the model, whose refs `rx.scan` carries from step to step.
-    _, tokens = rx.scan(step, prompt[0], jnp.arange(len(model.positions.value) - 1))
-    return jnp.concatenate([prompt[:1], tokens])
+    n_new = len(model.positions.value) - len(prompt)
+    _, tokens = rx.scan(step, logits, length=n_new)
+    return jnp.concatenate([prompt, tokens])
 
 
 def cache_error(model: Transformer, tokens: Int[Array, " time"]) -> float:
     """How far decoding, one character at a time, is from the model on the whole text."""
-    model = eqx.nn.inference_mode(model)
+    model = rx.nn.inference_mode(model)
+    model.reset_cache()
     whole = rx.filter_jit(model)(tokens)
-    decode = rx.filter_jit(
-        lambda tokens: rx.map(
-            lambda pair: model.decode(*pair), (tokens, jnp.arange(len(tokens)))
-        )
-    )
-    return float(jnp.max(jnp.abs(decode(tokens) - whole)))
+    one = lambda token: model(token[None], cache=True)[0]
+    decoded = rx.filter_jit(lambda tokens: rx.map(one, tokens))(tokens)
+    return float(jnp.max(jnp.abs(decoded - whole)))
 
 
 class Data(NamedTuple):
@@ -279,6 +202,15 @@ def decode(tokens: Int[Array, " time"]) -> str:
     return "".join(CHARACTERS[i] for i in np.asarray(tokens))
 
 
+def optimizer_of(steps: int, decayed: object) -> optax.GradientTransformation:
+    """AdamW with a warm-up, clipped gradients, and decay for what `decayed` masks."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, steps // 10, steps)
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(schedule, weight_decay=0.1, mask=decayed),
+    )
+
+
 def train(
     model: Transformer,
     data: Data,
@@ -286,21 +218,14 @@ def train(
     steps: int,
     batch_size: int,
     seed: int,
-    report: Callable[[int, float, float], None],
+    report: Callable[[str], None],
 ) -> tuple[list[float], list[tuple[int, float]]]:
     """Trains the model in place. Returns the losses, and those in validation by step."""
     length = len(model.positions.value) + 1
     batches = data.batches("train", batch_size, length, seed)
-    held_out = data.batches("validation", 8 * batch_size, length, 0)
-    validation = next(held_out)  # the same each time
-
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, steps // 10, steps)
+    validation = next(data.batches("validation", 8 * batch_size, length, 0))
     decayed = rx.param_mask(model, lambda ref: rx.is_ref(ref) and ref.ndim > 1)
-    tx = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(schedule, weight_decay=0.1, mask=decayed),
-    )
-    optimizer = rx.Optimizer(model, tx)
+    optimizer = rx.Optimizer(model, optimizer_of(steps, decayed))
 
     losses, validations = [], []
     every = max(1, steps // 20)
@@ -308,7 +233,8 @@ def train(
         losses.append(float(train_step(model, optimizer, jnp.asarray(next(batches)))))
         if step % every == 0 or step == steps:
             validations.append((step, float(evaluate(model, jnp.asarray(validation)))))
-        report(step, losses[-1], validations[-1][1] if validations else np.nan)
+        held_out = f"{validations[-1][1]:.3f}" if validations else "?"
+        report(f"loss {losses[-1]:.3f}, held-out {held_out}")
     return losses, validations
 
 
@@ -318,39 +244,33 @@ def plot(
     validations: list[tuple[int, float]],
     text: str,
 ) -> None:
-    figure, (curves, page) = plt.subplots(1, 2, figsize=(11, 4.2))
-    curves.plot(range(1, len(losses) + 1), losses, alpha=0.5, label="training")
-    curves.plot(*zip(*validations), color="tab:red", marker=".", label="held-out files")
-    curves.set_xlabel("step")
-    curves.set_ylabel("loss, nats a character")
-    curves.legend()
-    curves.grid(alpha=0.3)
-    page.set_axis_off()
-    page.set_title("A sample")
-    lines = [line[i : i + 64] for line in text.split("\n") for i in range(0, 128, 64)]
-    # A dollar would begin a formula.
-    shown = "\n".join(line for line in lines if line).replace("$", r"\$")
-    page.text(0, 0.98, shown, va="top", family="monospace", fontsize=8)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
+    with picture(path) as (curves, page):
+        curves.plot(range(1, len(losses) + 1), losses, alpha=0.5, label="training")
+        curves.plot(*zip(*validations), "r.-", label="held-out files")
+        curves.set(xlabel="step", ylabel="loss, nats a character")
+        curves.legend()
+        curves.grid(alpha=0.3)
+        page.set_axis_off()
+        page.set_title("A sample")
+        lines = [ln[i : i + 64] for ln in text.split("\n") for i in range(0, 128, 64)]
+        # A dollar would begin a formula.
+        shown = "\n".join(line for line in lines if line).replace("$", r"\$")
+        page.text(0, 0.98, shown, va="top", family="monospace", fontsize=8)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A transformer on Python's source.")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--dim", type=int, default=96)
-    parser.add_argument("--depth", type=int, default=2)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--dropout", type=float, default=0.05)
-    parser.add_argument("--characters", type=int, default=2_000_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = options(
+        __doc__,
+        steps=2000,
+        batch_size=8,
+        context=128,
+        dim=96,
+        depth=2,
+        heads=4,
+        dropout=0.05,
+        characters=2_000_000,
+    )
     console = Console()
-
     data = load_data(args.characters)
     model = Transformer(
         args.dim,
@@ -364,20 +284,7 @@ def main() -> None:
         f"{len(data.train):,} characters to train on, {rx.count(model, 'params'):,} "
         "numbers in parameters"
     )
-
-    columns = (
-        "{task.description}",
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("compiling", total=args.steps)
-
-        def report(step: int, loss: float, validation: float) -> None:
-            text = f"loss {loss:.3f}, held-out {validation:.3f}"
-            progress.update(bar, completed=step, description=text)
-
+    with progress(args.steps) as report:
         losses, validations = train(
             model,
             data,
@@ -388,16 +295,15 @@ def main() -> None:
         )
     assert model.unembed is model.embed  # still one matrix
 
-    prompt = encode("def test_")
-    texts = [decode(sample(model, jnp.asarray(prompt), 0.7)) for _ in range(3)]
+    prompt = jnp.asarray(encode("def test_"))
+    texts = [decode(sample(model, prompt, 0.7)) for _ in range(3)]
     for text in texts:
         console.print(Panel(text, width=80), markup=False)
-    picture = args.out / "char_transformer.png"
-    plot(picture, losses, validations, "\n---\n".join(texts))
     error = cache_error(model, jnp.asarray(data.validation[: args.context]))
-    console.print(f"Loss on held-out files, nats a character: {validations[-1][1]:.3f}")
-    console.print(f"Decoding with the cache differs by at most {error:.1e}")
-    console.print(f"Written: {picture}")
+    print(f"Loss on held-out files, nats a character: {validations[-1][1]:.3f}")
+    print(f"Decoding with the cache differs by at most {error:.1e}")
+    if args.picture:
+        plot(args.picture, losses, validations, "\n---\n".join(texts))
 
 
 if __name__ == "__main__":

@@ -1,25 +1,29 @@
-"""Fine-tunes a small network by LoRA, and keeps an exponential moving average of it.
+"""Fine-tunes a network by LoRA, with the rest frozen, and keeps an average of it.
 
-    python examples/ema_and_lora.py --steps 400 --seed 0
+    python examples/ema_and_lora.py --steps 600 --picture ema_and_lora.png
 
 A network learns scikit-learn's digits. Then it is adapted to the mirrored digits, by
 low-rank changes of its weights. What to look at:
 
-- `Lora`: a collection of one's own is one line, and everything that takes a filter knows it.
-- The adapted network holds the *same* refs as the one it is made of. Nothing is copied.
-- The average is a clone: the same structure, with refs of its own.
-- `rx.mutable` makes sure that nothing but the adapters is written.
+- `adapted` holds the *same* refs as `model`, and those of the changes. Nothing is copied.
+- `wrt="lora"` says what is trained, to the gradient, the optimizer and the average.
+- `rx.mutable` makes sure that nothing else is written.
+- `rx.nn.merge_lora` makes a plain network of it, and `rx.save` stores the changes alone.
 """
 
-import argparse
-from typing import Annotated, Any, NamedTuple, TypeVar
+import pathlib
+import tempfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from _run import options, picture, progress
+from jaxtyping import Array, Float, Int
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -27,58 +31,13 @@ from sklearn.datasets import load_digits
 import refx_eqx as rx
 
 
-T = TypeVar("T")
-Lora = Annotated[rx.Ref[T], rx.Collection("lora")]
-
-
-class Linear(rx.Module):
-    weight: rx.Param[Float[Array, "out in"]]
-    bias: rx.Param[Float[Array, " out"]]
-
-    def __init__(self, n_in: int, n_out: int, *, key: PRNGKeyArray):
-        self.weight = jr.normal(key, (n_out, n_in)) / jnp.sqrt(n_in)
-        self.bias = jnp.zeros(n_out)
-
-    def __call__(self, x: Float[Array, " in"]) -> Float[Array, " out"]:
-        return self.weight.value @ x + self.bias.value
-
-
-class Adapted(rx.Module):
-    """A linear layer, and a low-rank change of it."""
-
-    base: Linear
-    down: Lora[Float[Array, "rank in"]]
-    up: Lora[Float[Array, "out rank"]]
-
-    def __init__(self, base: Linear, rank: int, *, key: PRNGKeyArray):
-        n_out, n_in = base.weight.shape
-        self.base = base
-        self.down = jr.normal(key, (rank, n_in)) / jnp.sqrt(n_in)
-        self.up = jnp.zeros((n_out, rank))  # at first there is no change
-
-    def __call__(self, x: Float[Array, " in"]) -> Float[Array, " out"]:
-        return self.base(x) + self.up.value @ (self.down.value @ x)
-
-
-class Network(rx.Module):
-    layers: list[Any]  # `Linear` or `Adapted`
-
-    def __init__(self, *, key: PRNGKeyArray):
-        sizes = (64, 128, 128, 10)
-        keys = jr.split(key, 3)
-        pairs = zip(sizes[:-1], sizes[1:], keys)
-        self.layers = [Linear(n_in, n_out, key=k) for n_in, n_out, k in pairs]
-
-    def __call__(self, x: Float[Array, " 64"]) -> Float[Array, " 10"]:
-        *hidden, last = self.layers
-        for layer in hidden:
-            x = jax.nn.relu(layer(x))
-        return last(x)
-
-
 class Data(NamedTuple):
     images: Float[Array, "batch 64"]
     labels: Int[Array, " batch"]
+
+    def split(self) -> tuple["Data", "Data"]:
+        """The data to train on, and those to test with, of other writers."""
+        return Data(*(x[:1300] for x in self)), Data(*(x[1300:] for x in self))
 
 
 def load_data() -> tuple[Data, Data]:
@@ -90,85 +49,118 @@ def load_data() -> tuple[Data, Data]:
     return Data(images.reshape(-1, 64), labels), Data(mirrored.reshape(-1, 64), labels)
 
 
-def split(data: Data) -> tuple[Data, Data]:
-    """The data to train on, and those to test with, of other writers."""
-    return Data(*(x[:1300] for x in data)), Data(*(x[1300:] for x in data))
-
-
-def loss_fn(model: Network, data: Data) -> Float[Array, ""]:
+def loss_fn(model: eqx.nn.MLP, data: Data) -> Float[Array, ""]:
     logits = jax.vmap(model)(data.images)  # refs may be read under a plain `jax.vmap`
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, data.labels)
     return jnp.mean(losses)
 
 
 @rx.filter_jit
-def accuracy(model: Network, data: Data) -> Float[Array, ""]:
+def accuracy(model: eqx.nn.MLP, data: Data) -> Float[Array, ""]:
     guesses = jnp.argmax(jax.vmap(model)(data.images), axis=1)
     return jnp.mean(guesses == data.labels)
 
 
+@rx.filter_jit(donate="refs")
+def train_step(
+    model: eqx.nn.MLP, optimizer: rx.Optimizer, ema: rx.nn.EMA, batch: Data
+) -> Float[Array, ""]:
+    value_and_grad = rx.filter_value_and_grad(loss_fn, wrt=optimizer.wrt)
+    loss, grads = value_and_grad(model, batch)
+    optimizer.update(model, grads)
+    ema.update(model)
+    return loss
+
+
 def train(
-    model: Network, data: Data, wrt: Any, *, steps: int, key: PRNGKeyArray
-) -> Network:
-    """Trains what `wrt` selects, in place. Returns the average of the model."""
-    average = rx.clone(model)
+    model: eqx.nn.MLP,
+    data: Data,
+    tests: tuple[Data, Data],
+    wrt: str,
+    *,
+    steps: int,
+    seed: int,
+    report: Callable[[str], None],
+) -> tuple[rx.nn.EMA, list[tuple[float, ...]]]:
+    """Trains what `wrt` selects, in place. Returns the average of the model, and accuracies
+    on the way."""
+    ema = rx.nn.EMA(model, decay=0.95, wrt=wrt)
     tx = optax.adamw(optax.cosine_decay_schedule(1e-2, steps))
     optimizer = rx.Optimizer(model, tx, wrt=wrt)
+    rng = np.random.default_rng(seed)
+    accuracies = []
+    for i in range(steps):
+        rows = rng.integers(0, len(data.images), 128)
+        loss = train_step(model, optimizer, ema, Data(*(x[rows] for x in data)))
+        if i % 10 == 0 or i == steps - 1:
+            accuracies.append(tuple(float(accuracy(model, test)) for test in tests))
+        report(f"{wrt}: loss {loss:.4f}")
+    return ema, accuracies
 
-    # `step` closes over `model`, `average` and `optimizer`. Their refs are carried as those
-    # of arguments are: what is written is there after the call, and no value is baked in.
-    @rx.filter_jit(donate="refs")
-    def step(batch: Data) -> None:
-        optimizer.update(model, rx.filter_grad(loss_fn, wrt=wrt)(model, batch))
-        new = rx.state_dict(model, wrt)
-        old = rx.state_dict(average, wrt)
-        moved = jax.tree.map(lambda a, x: a + 0.05 * (x - a), old, new)
-        rx.load_state_dict(average, moved, wrt)
 
-    for step_key in jr.split(key, steps):
-        rows = jr.randint(step_key, (128,), 0, len(data.images))
-        step(Data(data.images[rows], data.labels[rows]))
-    return average
+def plot(path: pathlib.Path, trained: Any, adapted: Any) -> None:
+    with picture(path) as axes:
+        for ax, curves, title in zip(
+            axes,
+            (trained, adapted),
+            ("Trained on plain digits", "LoRA, on mirrored ones"),
+        ):
+            steps = 10 * np.arange(len(curves))
+            ax.plot(steps, 100 * np.asarray(curves), label=["plain", "mirrored"])
+            ax.set(xlabel="step", ylabel="accuracy, %", title=title, ylim=(0, 100))
+            ax.legend()
+            ax.grid(alpha=0.3)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="LoRA, and a moving average.")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-
+    args = options(__doc__, steps=600, rank=8, width=128)
     plain, mirrored = load_data()
-    train_plain, test_plain = split(plain)
-    train_mirrored, test_mirrored = split(mirrored)
-    keys = jr.split(jr.key(args.seed), 6)
-    steps = args.steps
+    (train_plain, test_plain), (train_mirrored, test_mirrored) = (
+        plain.split(),
+        mirrored.split(),
+    )
+    tests = test_plain, test_mirrored
+    key1, *keys = jr.split(jr.key(args.seed), 4)
+    model = rx.nn.MLP(64, 10, args.width, 2, key=key1)
+    how = {"steps": args.steps, "seed": args.seed}
 
-    model = Network(key=keys[0])
-    average = train(model, train_plain, "params", steps=steps, key=keys[1])
-    before = rx.snapshot(model)  # plain values: what comes later does not change them
+    with progress(2 * args.steps) as report:
+        ema, trained = train(model, train_plain, tests, "params", report=report, **how)
+        before = rx.snapshot(
+            model
+        )  # plain values: what comes later does not change them
 
-    adapters = [Adapted(x, 8, key=k) for x, k in zip(model.layers, keys[2:5])]
-    adapted = eqx.tree_at(lambda m: m.layers, model, adapters)
-    assert adapted.layers[0].base.weight is model.layers[0].weight
-    with rx.mutable(rx.collection("lora", "opt_state")):
-        adapted_average = train(
-            adapted, train_mirrored, "lora", steps=steps, key=keys[5]
-        )
+        layers = [rx.nn.LoRA(x, args.rank, key=k) for x, k in zip(model.layers, keys)]
+        adapted = eqx.tree_at(lambda m: m.layers, model, tuple(layers))
+        assert layers[0].layer.weight is model.layers[0].weight
+        with rx.mutable(rx.collection("lora", "ema", "opt_state")):
+            adapted_ema, adapting = train(
+                adapted, train_mirrored, tests, "lora", report=report, **how
+            )
     assert eqx.tree_equal(rx.snapshot(model), before)
 
     table = Table("network", "trained", title="Accuracy on the test digits")
     table.add_column("plain", justify="right")
     table.add_column("mirrored", justify="right")
-    for name, network, wrt in (
-        ("trained on plain", model, "params"),
-        ("  its average", average, "params"),
-        ("adapted to mirrored", adapted, "lora"),
-        ("  its average", adapted_average, "lora"),
+    merged = rx.nn.merge_lora(adapted)
+    for name, network, numbers in (
+        ("trained on plain", model, rx.count(model, "params")),
+        ("  its average", ema.model, 0),
+        ("adapted to mirrored", adapted, rx.count(adapted, "lora")),
+        ("  its average", adapted_ema.model, 0),
+        ("  merged", merged, 0),
     ):
-        numbers = f"{rx.count(network, wrt):,} {wrt}"
-        both = (f"{accuracy(network, x):.1%}" for x in (test_plain, test_mirrored))
-        table.add_row(name, numbers, *both)
+        both = (f"{accuracy(network, x):.1%}" for x in tests)
+        table.add_row(name, f"{numbers:,}" if numbers else "", *both)
     Console().print(table)
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name, filter in (("change", "lora"), ("whole", True)):
+            file = pathlib.Path(folder, "network.safetensors")
+            rx.save(file, adapted, filter)
+            print(f"The {name} in a file: {file.stat().st_size:,} bytes")
+    if args.picture:
+        plot(args.picture, trained, adapting)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
 """Trains a generative adversarial network (DCGAN) on scikit-learn's digits.
 
-    python examples/gan.py --steps 1500 --out out --seed 0
+    python examples/gan.py --steps 1500 --picture gan.png
 
 What to look at:
 
 - One `train_step` writes two models, two optimizers, the batch statistics of both, and the
   stream of noise. It returns two losses, and nothing else.
-- `BatchNorm` keeps running statistics in refs. Each model is trained by the gradient of its
-  own loss; what the other one tracks while it is run is kept as well.
-- The convolutions are Equinox's own, with refs: `rx.as_refs` leaves them callable.
+- Each model is trained by the gradient of its own loss; the batch statistics that the other
+  one tracks while it is run are kept as well.
+- The convolutions are Equinox's own, with refs: `rx.nn.Conv2d` makes an `eqx.nn.Conv2d`.
 """
 
-import argparse
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -20,20 +19,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import matplotlib
 import numpy as np
 import optax
+from _run import options, picture, progress
 from jaxtyping import Array, Float, PRNGKeyArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 import refx_eqx as rx
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 
 LATENT = 16
@@ -44,48 +37,25 @@ Noise = Float[Array, " latent"]
 Scalar = Float[Array, ""]
 
 
-class BatchNorm(rx.Module):
-    scale: rx.Param[Float[Array, " channels"]]
-    shift: rx.Param[Float[Array, " channels"]]
-    mean: rx.BatchStat[Float[Array, " channels"]]
-    var: rx.BatchStat[Float[Array, " channels"]]
-    inference: bool
-
-    def __init__(self, channels: int):
-        self.scale, self.shift = jnp.ones(channels), jnp.zeros(channels)
-        self.mean, self.var = jnp.zeros(channels), jnp.ones(channels)
-        self.inference = False
-
-    def __call__(self, x: Float[Array, "channels h w"]) -> Float[Array, "channels h w"]:
-        if self.inference:
-            mean, var = self.mean.value, self.var.value
-        else:
-            # This runs for one image. `pmean` makes one value for the whole batch.
-            mean = jax.lax.pmean(jnp.mean(x, axis=(1, 2)), "batch")
-            squares = jnp.square(x - mean[:, None, None])
-            var = jax.lax.pmean(jnp.mean(squares, axis=(1, 2)), "batch")
-            self.mean.value = 0.9 * self.mean.value + 0.1 * mean
-            self.var.value = 0.9 * self.var.value + 0.1 * var
-        scale = self.scale.value / jnp.sqrt(var + 1e-5)
-        shift = self.shift.value - mean * scale
-        return x * scale[:, None, None] + shift[:, None, None]
+def batch_norm(channels: int) -> rx.nn.BatchNorm:
+    return rx.nn.BatchNorm(channels, axis_name="batch", momentum=0.9)
 
 
 class Generator(rx.Module):
     first: eqx.nn.Linear
-    norm1: BatchNorm
+    norm1: rx.nn.BatchNorm
     up1: eqx.nn.ConvTranspose2d
-    norm2: BatchNorm
+    norm2: rx.nn.BatchNorm
     up2: eqx.nn.ConvTranspose2d
 
     def __init__(self, channels: int = 64, *, key: PRNGKeyArray):
         key1, key2, key3 = jr.split(key, 3)
         half = channels // 2
-        first = eqx.nn.Linear(LATENT, 4 * channels, key=key1)
-        up1 = eqx.nn.ConvTranspose2d(channels, half, 4, 2, padding=1, key=key2)
-        up2 = eqx.nn.ConvTranspose2d(half, 1, 4, 2, padding=1, key=key3)
-        self.first, self.up1, self.up2 = rx.as_refs((first, up1, up2), "params")
-        self.norm1, self.norm2 = BatchNorm(channels), BatchNorm(half)
+        self.first = rx.nn.Linear(LATENT, 4 * channels, key=key1)
+        self.norm1 = batch_norm(channels)
+        self.up1 = rx.nn.ConvTranspose2d(channels, half, 4, 2, padding=1, key=key2)
+        self.norm2 = batch_norm(half)
+        self.up2 = rx.nn.ConvTranspose2d(half, 1, 4, 2, padding=1, key=key3)
 
     def __call__(self, noise: Noise) -> Image:
         x = self.first(noise).reshape(-1, 2, 2)
@@ -97,17 +67,16 @@ class Generator(rx.Module):
 class Discriminator(rx.Module):
     down1: eqx.nn.Conv2d
     down2: eqx.nn.Conv2d
-    norm: BatchNorm
+    norm: rx.nn.BatchNorm
     last: eqx.nn.Linear
 
     def __init__(self, channels: int = 64, *, key: PRNGKeyArray):
         key1, key2, key3 = jr.split(key, 3)
         half = channels // 2
-        down1 = eqx.nn.Conv2d(1, half, 4, 2, padding=1, key=key1)
-        down2 = eqx.nn.Conv2d(half, channels, 4, 2, padding=1, key=key2)
-        last = eqx.nn.Linear(4 * channels, "scalar", key=key3)
-        self.down1, self.down2, self.last = rx.as_refs((down1, down2, last), "params")
-        self.norm = BatchNorm(channels)
+        self.down1 = rx.nn.Conv2d(1, half, 4, 2, padding=1, key=key1)
+        self.down2 = rx.nn.Conv2d(half, channels, 4, 2, padding=1, key=key2)
+        self.norm = batch_norm(channels)
+        self.last = rx.nn.Linear(4 * channels, "scalar", key=key3)
 
     def __call__(self, image: Image) -> Scalar:
         """How real the image is: a logit."""
@@ -166,7 +135,7 @@ def train_step(
 
 @rx.filter_jit
 def generate(model: Generator, noise: Float[Array, "batch latent"]) -> Images:
-    return jax.vmap(eqx.nn.inference_mode(model))(noise)
+    return jax.vmap(rx.nn.inference_mode(model))(noise)
 
 
 def digits_seen(images: np.ndarray) -> tuple[int, float]:
@@ -180,36 +149,23 @@ def digits_seen(images: np.ndarray) -> tuple[int, float]:
 
 
 def plot(path: pathlib.Path, losses: np.ndarray, images: np.ndarray) -> None:
-    figure, (curves, digits) = plt.subplots(
-        1, 2, figsize=(11, 4.2), layout="constrained"
-    )
-    width = max(1, len(losses) // 50)
-    smooth = losses[: len(losses) // width * width].reshape(-1, width, 2).mean(axis=1)
-    steps = width * np.arange(1, len(smooth) + 1)
-    curves.plot(steps, smooth[:, 0], label="generator")
-    curves.plot(steps, smooth[:, 1], label="discriminator")
-    curves.set_xlabel("step")
-    curves.set_ylabel("loss")
-    curves.legend()
-    curves.grid(alpha=0.3)
-    padded = np.pad(images.reshape(5, 10, 8, 8), [(0, 0), (0, 0), (1, 1), (1, 1)])
-    digits.imshow(padded.swapaxes(1, 2).reshape(50, 100), cmap="gray_r")
-    digits.set_title("Generated digits")
-    digits.set_axis_off()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with picture(path) as (curves, digits):
+        width = max(1, len(losses) // 50)
+        whole = losses[: len(losses) // width * width]
+        smooth = whole.reshape(-1, width, 2).mean(axis=1)
+        steps = width * np.arange(1, len(smooth) + 1)
+        curves.plot(steps, smooth, label=["generator", "discriminator"])
+        curves.set(xlabel="step", ylabel="loss")
+        curves.legend()
+        curves.grid(alpha=0.3)
+        padded = np.pad(images.reshape(5, 10, 8, 8), [(0, 0), (0, 0), (1, 1), (1, 1)])
+        digits.imshow(padded.swapaxes(1, 2).reshape(50, 100), cmap="gray_r")
+        digits.set_title("Generated digits")
+        digits.set_axis_off()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A GAN on digits.")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    console = Console()
-
+    args = options(__doc__, steps=1500, batch_size=64)
     pixels, _ = load_digits(return_X_y=True)
     real = jnp.asarray(pixels, jnp.float32).reshape(-1, 1, 8, 8) / 16
     key1, key2, key3, key4 = jr.split(jr.key(args.seed), 4)
@@ -218,32 +174,23 @@ def main() -> None:
     rngs = rx.Rngs(key3)
     for name, player in (("generator", generator), ("discriminator", discriminator)):
         number = rx.count(player.model, "params")
-        console.print(f"{name}: {number:,} numbers in parameters")
+        print(f"{name}: {number:,} numbers in parameters")
 
-    columns = (
-        "{task.description}",
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
     rng = np.random.default_rng(args.seed)
     losses = []
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("compiling", total=args.steps)
+    with progress(args.steps) as report:
         for _ in range(args.steps):
             rows = rng.integers(0, len(real), args.batch_size)
             step_losses = train_step(generator, discriminator, rngs, real[rows])
             losses.append([float(loss) for loss in step_losses])
-            text = f"generator {losses[-1][0]:.2f}, discriminator {losses[-1][1]:.2f}"
-            progress.update(bar, advance=1, description=text)
+            report(f"generator {losses[-1][0]:.2f}, discriminator {losses[-1][1]:.2f}")
 
     images = np.asarray(generate(generator.model, jr.normal(key4, (500, LATENT))))
     seen, sure = digits_seen(images)
-    picture = args.out / "gan.png"
-    plot(picture, np.asarray(losses), images[:50])
-    console.print(f"A classifier of real digits sees {seen} of the 10 digits.")
-    console.print(f"It is sure of them by {sure:.1%} on average.")
-    console.print(f"Written: {picture}")
+    print(f"A classifier of real digits sees {seen} of the 10 digits.")
+    print(f"It is sure of them by {sure:.1%} on average.")
+    if args.picture:
+        plot(args.picture, np.asarray(losses), images[:50])
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from ._filters._as_refs import snapshot
 from ._filters._filters import FilterLike
 from ._filters._select import choose, leaves_with_paths
 from ._filters._update import aligned, check_and_write
-from ._trained import Trained, with_update
+from ._trained import as_weak_as, Trained, with_update
 from ._trees._closure import by_name
 from ._trees._paths import path_text
 
@@ -253,7 +253,7 @@ def _writes_to_slots(slots: Any, opt_state: Any) -> list[tuple[Ref, Any]]:
     writes = []
     for (path, slot), new in zip(leaves, new_leaves):
         if isinstance(slot, Ref):
-            writes.append((slot, jnp.asarray(new)))
+            writes.append((slot, as_weak_as(slot.value, new)))
         elif slot is not new and slot != new:
             raise MismatchError(
                 f"Cannot update the optimizer: at {path_text(path)} of its state is "

@@ -20,9 +20,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
+from ._core import _trace
 from ._core._deref import deref, reref
 from ._core._errors import describe, MismatchError, StructureError
 from ._core._nodes import is_node, Value
@@ -61,7 +63,9 @@ class Trained:
         for name, ref in places.items():
             arrays = eqx.filter(split_value(ref.value)[0], is_inexact)
             if jtu.tree_leaves(arrays):
-                self.refs[name], self.values[name] = ref, arrays
+                # A number of Python too: Optax asks arrays for what it does not have.
+                self.refs[name] = ref
+                self.values[name] = jtu.tree_map(jnp.asarray, arrays)
         if not self.refs:
             raise StructureError(
                 f"Cannot train the model: wrt={wrt!r} selects no ref of it that holds a "
@@ -206,6 +210,16 @@ def _with_arrays(node: Value, arrays: Any) -> Value:
     return node.with_value(value)
 
 
+def as_weak_as(old: Any, new: Any) -> Any:
+    """`new`, weakly typed if `old` is. To JAX that is a part of the type: a step that
+    changed it would be compiled again, and `jnp.array(0.0)` is weakly typed."""
+    is_weak = jax.typeof(old).weak_type
+    new = jnp.asarray(new)
+    if new.weak_type == is_weak:
+        return new
+    return _trace.as_weak(new) if is_weak else new.astype(new.dtype)
+
+
 def with_update(ref: Ref, value: Any, update: Any, where: str) -> Any:
     """The value of a ref with an update added, of the dtype that it has: as
     `optax.apply_updates`. What has no update stays.
@@ -223,7 +237,7 @@ def with_update(ref: Ref, value: Any, update: Any, where: str) -> Any:
             raise ValueError(
                 f"{jnp.shape(old)} and {jnp.shape(change)} are not one shape."
             )
-        return new
+        return as_weak_as(old, new)
 
     try:
         return jtu.tree_map(add, update, value, is_leaf=lambda x: x is None)

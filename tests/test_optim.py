@@ -480,6 +480,23 @@ def test_a_step_traces_once_for_equal_models(trace_counter):
     assert counted.counter.count == 1
 
 
+@pytest.mark.parametrize("start", [0.0, jnp.array(0.0), np.float32(0.0)])
+@pytest.mark.parametrize("tx", [optax.adam(0.1), optax.contrib.schedule_free_adamw()])
+def test_a_number_to_train_is_traced_once(start, tx, trace_counter):
+    model = {"weight": rx.Ref(start, "params"), "other": rx.Ref(jnp.ones(2), "params")}
+    optimizer = rx.Optimizer(model, tx)
+    counted = trace_counter(lambda m: jnp.sum(m["weight"].value - m["other"][...]) ** 2)
+
+    @rx.filter_jit(donate="refs")
+    def step(model, optimizer):
+        optimizer.update(model, rx.filter_grad(counted)(model))
+
+    for _ in range(4):
+        step(model, optimizer)
+    assert counted.counter.count == 1
+    assert model["weight"].value != 0
+
+
 def test_scan_makes_the_same_steps():
     model = make()
     optimizer = rx.Optimizer(model, optax.adam(0.1))

@@ -74,8 +74,9 @@ class ByCall(Generic[T]):
     def _new(self, derefed: Call) -> "_ByRefs[T]":
         key, mine = program_key(derefed), weakref.ref(self)
 
-        def forget(_: Any) -> None:
-            alive = mine()
+        def forget(_: Any, exits: Callable[[], bool] = sys.is_finalizing) -> None:
+            # At exit modules are emptied: then keys cannot be compared any more.
+            alive = None if exits() else mine()
             if alive is not None:
                 alive._kept.pop(key, None)
 
