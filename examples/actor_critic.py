@@ -9,7 +9,7 @@ What to look at:
 - The environment is a module too. Its state and its randomness are refs, so `step` takes an
   action and nothing else. `rx.filter_vmap` makes many of them, and steps them all.
 - The target network is `rx.nn.EMA`: the critic, of some updates ago.
-- An update is one compiled function: `rx.scan` plays, what it has seen is learnt from, and
+- An update is one compiled function: `rx.scan` plays, what it has seen is learned from, and
   environments, networks, target and optimizer are written in place.
 """
 

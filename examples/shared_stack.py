@@ -1,6 +1,6 @@
 """A stack of attention layers that share one feed-forward network learns to sort numbers.
 
-    python examples/shared_stack.py --steps 1000 --picture shared_stack.png
+    python examples/shared_stack.py --steps 600 --picture shared_stack.png
 
 What to look at:
 
@@ -125,7 +125,7 @@ def plot(path: pathlib.Path, losses: list[float], one: Array, guess: Array) -> N
 
 def main() -> None:
     args = options(
-        __doc__, steps=1000, batch_size=64, length=12, vocab=32, dim=48, depth=6
+        __doc__, steps=600, batch_size=64, length=12, vocab=32, dim=48, depth=6
     )
     key = jr.key(args.seed)
     model = Sorter(args.vocab, args.length, args.dim, args.depth, key=key)

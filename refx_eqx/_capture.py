@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ._core._errors import CarryError, StructureError
 from ._core._ref import Ref
+from ._fields._referenced import plain_class, subclass_of
 from ._transforms._lift import lift
 from ._trees._paths import key_text
 
@@ -59,9 +60,11 @@ def capture(
         assert jnp.allclose(grads["layers.1"][0], 2 * seen["layers.1"][0])
         ```
 
-    It works under the lifted transforms, and in a model that uses them, or those of JAX: a
-    layer under `vmap` has outputs with the mapped axis. Refs are carried as by every lifted transform. The function is traced at each
-    call: put the call under [`refx_eqx.filter_jit`][].
+    It works under the lifted transforms, and in a model that uses them, or those of JAX. A
+    layer under `vmap` has outputs with the mapped axis, and one that a `scan` or a `map` calls
+    has outputs with an axis of the steps in front: so has each block of a stack. Refs are
+    carried as by every lifted transform. The function is traced at each call: put the call
+    under [`refx_eqx.filter_jit`][].
 
     **Arguments:**
 
@@ -81,8 +84,8 @@ def capture(
     When the function is called:
 
     - `StructureError`: if a submodule is called where its output cannot be brought out: in
-        the body of a loop, a branch of a `cond`, a function with a derivative rule of its
-        own; or if `add` has other calls than there are.
+        the body of a `while_loop`, a branch of a `cond`, a function with a derivative rule of
+        its own; or if `add` has other calls than there are.
     """
 
     @functools.wraps(fn, updated=())
@@ -136,6 +139,10 @@ def _renamed(model: Any, where: Callable[[eqx.Module], bool]) -> Any:
 
 @functools.lru_cache(maxsize=4096)  # equal structures are not traced again
 def _naming(cls: type, path: str) -> type:
+    plain = plain_class(cls)
+    if plain is not None:  # below what shows the values of refs to the methods
+        return subclass_of(_naming(plain, path))
+
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         out = super(naming, self).__call__(*args, **kwargs)
         arrays, rest = eqx.partition(out, eqx.is_array)
@@ -273,6 +280,10 @@ def _evaluate(
                     added,
                 )
             noted += inner
+        elif kind == "scan":
+            with eqn.ctx.manager:
+                inner, outs = _evaluate_scan(eqn, inputs, added)
+            noted += inner
         else:
             path = next(n for x in _jaxprs_of(eqn) for n in _names(x)).split(":", 3)[-1]
             raise CarryError(
@@ -282,3 +293,30 @@ def _evaluate(
             )
         values.update(zip(eqn.outvars, outs))
     return noted, [read(var) for var in jaxpr.outvars]
+
+
+def _evaluate_scan(
+    eqn: Any, inputs: list[Any], added: Iterator[Any]
+) -> tuple[list[tuple[str, Any]], list[Any]]:
+    """A scan whose steps bring out what has a name, too. What is noted, and what is added, has
+    an axis in front, of the steps."""
+    closed = eqn.params["jaxpr"]
+    body, consts = closed.jaxpr, closed.consts
+    # What is sliced and stacked is what has one axis more outside. (JAX says so in the
+    # parameters, in another way in 0.12 than in 0.10.)
+    rank = lambda variables: [len(var.aval.shape) for var in variables]
+    n_xs = sum(a > b for a, b in zip(rank(eqn.invars), rank(body.invars)))
+    n_carry = sum(a == b for a, b in zip(rank(eqn.outvars), rank(body.outvars)))
+    n_consts = len(inputs) - n_carry - n_xs
+    fixed, init = inputs[:n_consts], inputs[n_consts : n_consts + n_carry]
+    names = list(_names(body))
+
+    def step(carry: list[Any], xs: Any) -> tuple[list[Any], Any]:
+        sliced, extra = xs
+        noted, outs = _evaluate(body, consts, [*fixed, *carry, *sliced], iter(extra))
+        return outs[:n_carry], (outs[n_carry:], [value for _, value in noted])
+
+    xs = inputs[n_consts + n_carry :], [next(added) for _ in names]
+    how = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}
+    carry, (ys, values) = jax.lax.scan(step, init, xs, **how)
+    return list(zip(names, values)), [*carry, *ys]

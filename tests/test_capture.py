@@ -79,6 +79,36 @@ def test_a_model_can_be_given_itself():
     assert type(model.first) is Linear  # the model is as it was
 
 
+def test_layers_of_equinox_with_refs():
+    plain = eqx.nn.MLP(3, 2, 8, 1, key=jr.key(0))
+    model = rx.as_refs(plain, "params")
+    run = lambda model, x: jax.vmap(model)(x)
+    out, seen = rx.filter_jit(rx.capture(run))(model, X[None])
+    assert close((out, seen), rx.capture(run)(plain, X[None]))
+    assert seen.keys() == {"layers.0", "layers.1"}
+    _, of_snapshot = rx.capture(lambda m, x: rx.snapshot(m)(x))(model, X)
+    assert close(of_snapshot["layers.1"][0], seen["layers.1"][0][0])
+    where = lambda module: isinstance(module, rx.nn.Linear)
+    assert rx.capture(model, where=where)(X)[1].keys() == seen.keys()
+
+
+def test_layers_that_keep_a_state():
+    keys = jr.split(jr.key(0))
+    layers = [
+        rx.nn.Linear(3, 4, key=keys[0]),
+        rx.nn.BatchNorm(4, axis_name="batch"),
+        rx.nn.Dropout(0.5, rngs=rx.Rngs(0)),
+        rx.nn.GRUCell(4, 2, key=keys[1]),
+    ]
+    model = rx.nn.Sequential(layers)
+    axes = rx.axes(cache=0, default=None)
+    run = rx.filter_vmap(lambda m, x: m(x), in_axes=(axes, 0), axis_name="batch")
+    batched = rx.add_axis(model, 5, "cache")
+    out, seen = rx.capture(run)(batched, jr.normal(keys[0], (5, 3)))
+    assert close(out, seen["layers.3"][0]) and seen["layers.1"][0].shape == (5, 4)
+    assert batched[1].count.value == 1 and close(batched[3].hidden.value, out)
+
+
 def test_only_what_is_asked_for():
     def is_ours(module):
         return isinstance(module, Linear)
@@ -170,14 +200,60 @@ def test_equal_calls_are_not_traced_again_under_jit(trace_counter):
     assert counted.counter.count == 1
 
 
-@pytest.mark.parametrize("kind", ["scan", "while", "cond", "custom_jvp_call"])
+def test_what_a_scan_calls_has_an_axis_of_the_steps_in_front():
+    blocks = rx.filter_vmap(Linear)(jr.split(jr.key(0), 4))
+    weights = blocks.weight.value
+
+    def forward(blocks, x):
+        step = lambda x, block: (jnp.tanh(block(x)), x[0])
+        return rx.scan(step, x, blocks, reverse=True)
+
+    run = lambda model, x: forward(model["blocks"], x)
+    (out, _), seen = rx.filter_jit(rx.capture(run))({"blocks": blocks}, X)
+    x, outs = X, []
+    for i in reversed(range(4)):
+        outs.append(weights[i] @ x)
+        x = jnp.tanh(outs[-1])
+    assert close(out, x)
+    assert close(seen, {"blocks": (jnp.stack(outs[::-1]),)})
+    assert (blocks.uses.value == 1).all()
+
+
+def test_the_gradient_of_what_a_scan_calls():
+    layers = {"layer": Linear(jr.key(0))}
+
+    def loss(layers, xs):
+        return jnp.sum(rx.map(layers["layer"], xs) ** 2)
+
+    xs = jr.normal(jr.key(1), (5, 3))
+    _, seen = rx.capture(loss)(layers, xs)
+    zeros = jax.tree.map(jnp.zeros_like, seen)
+    perturbed = lambda zeros: rx.capture(loss, add=zeros)(layers, xs)[0]
+    grads = rx.filter_grad(perturbed)(zeros)
+    assert close(grads, {"layer": (2 * seen["layer"][0],)})
+    assert layers["layer"].uses.value == 10
+
+
+def test_a_scan_in_a_scan_of_anybody():
+    layer = eqx.nn.Linear(3, 3, key=jr.key(0))
+
+    def fn(layers, xs):
+        one = lambda x, y: (layers[0](x), y)
+        row = lambda x, y: jax.lax.scan(one, x, y)
+        return jax.lax.scan(row, X, xs)
+
+    xs = jnp.ones((2, 4))
+    (x, ys), seen = rx.capture(fn)([layer], xs)
+    assert close((x, ys), fn([layer], xs))
+    assert seen["0"][0].shape == (2, 4, 3) and close(seen["0"][0][-1, -1], x)
+
+
+@pytest.mark.parametrize("kind", ["while", "cond", "custom_jvp_call"])
 def test_where_an_output_cannot_be_brought_out_the_place_is_named(kind):
     layer = eqx.nn.Linear(3, 3, key=jr.key(0))
 
     def fn(layers, x):
         layer = layers[0]
-        if kind == "scan":
-            return jax.lax.scan(lambda c, _: (layer(c), None), x, length=2)[0]
         if kind == "while":
             return jax.lax.while_loop(lambda c: c[0] < 0, lambda c: layer(c), x)
         if kind == "cond":

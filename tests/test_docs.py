@@ -233,7 +233,7 @@ def test_every_page_is_in_the_navigation_and_every_example_has_one():
     site = (ROOT / "mkdocs.yml").read_text()
     for page in (ROOT / "docs").rglob("*.md"):
         assert site.count(f" {page.relative_to(ROOT / 'docs')}\n") == 1
-    for example in (ROOT / "examples").glob("*.py"):
+    for example in (ROOT / "examples").glob("[!_]*.py"):
         for page in (
             "README.md",
             "docs/examples.md",

@@ -78,6 +78,18 @@ def test_the_first_argument_is_kept_also_by_keyword(donate):
     assert second.is_deleted() and not first.is_deleted()
 
 
+@pytest.mark.parametrize("value, old", [(False, True), (2, 1), (2.0, 1.0), (2.0, 1)])
+def test_a_number_is_written_to_a_donated_ref(value, old):
+    ref = rx.Ref(jnp.array(old))
+
+    def write(ref):
+        ref.value = value
+
+    rx.filter_jit(write, donate="refs")(ref)
+    rx.filter_jit(write, donate="refs")(ref)
+    assert ref.value == value
+
+
 def test_donated_calls_follow_one_another():
     a, b = make_ref(0.0), make_ref(1.0)
     step = rx.filter_jit(_step, donate="refs")

@@ -79,7 +79,7 @@ def test_train_digits_learns_and_its_checkpoint_has_the_same_accuracy(tmp_path):
 
 def test_ema_and_lora_adapts_to_the_mirror_and_averages_both_ways(tmp_path):
     printed = run("ema_and_lora.py", tmp_path)
-    rows = re.findall(r"│ +([\d,]*) │ +([\d.]+)% │ +([\d.]+)%", printed)
+    rows = re.findall(r"│ +([\d,]*) +│ +([\d.]+)% │ +([\d.]+)%", printed)
     trained, average, adapted, adapted_average, merged = rows
     assert (trained[0], adapted[0]) == ("26,122", "4,688")
     for _, plain, mirrored in (trained, average):

@@ -130,6 +130,7 @@ TRANSFORMATIONS = {
     "several steps": optax.MultiSteps(optax.adam(0.1), 2),
     "a learning rate in the state": optax.inject_hyperparams(optax.adam)(0.1),
     "schedule-free": optax.contrib.schedule_free_adamw(0.1, warmup_steps=2),
+    "a flag in the state": optax.optimistic_gradient_descent(0.1),
     "noise": optax.noisy_sgd(0.1, key=jr.key(1), eta=0.1),
     "a rule by label": optax.partition(
         {"a": optax.adam(0.1), "b": optax.sgd(0.01)}, {"first": "a", "bias": "b"}

@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "refx_eqx"
 
 
-def run_python(code: str) -> str:
+def run_python(code: str, stderr: str | None = None) -> str:
     """Runs `code` in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
@@ -29,6 +29,7 @@ def run_python(code: str) -> str:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    assert stderr is None or done.stderr == stderr
     return done.stdout
 
 
@@ -62,6 +63,31 @@ def test_importing_takes_no_longer_than_importing_equinox():
     runs = [tuple(map(float, run_python(code).split())) for _ in range(4)]
     equinox, ours = (min(times) for times in zip(*runs))
     assert ours < equinox
+
+
+def test_nothing_is_printed_at_exit_by_what_forgets_dead_functions():
+    run_python(
+        """
+        import sys
+        import jax.numpy as jnp
+        import refx_eqx as rx
+        from refx_eqx._core import _structure
+
+        init = _structure.Key.__init__
+
+        def with_one_hash(self, *args):  # so that keys are compared
+            init(self, *args)
+            self._hash = 0
+
+        _structure.Key.__init__ = with_one_hash
+        call = rx.filter_jit(lambda fn, x: fn(x))
+        fns = [lambda x: x + 1, lambda x: x + 2]
+        for fn in fns:
+            call(fn, jnp.ones(2))
+        sys.modules["builtins"].kept = call, fns  # until all else is gone
+        """,
+        stderr="",
+    )
 
 
 def test_importing_changes_nothing_for_others():

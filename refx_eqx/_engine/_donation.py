@@ -48,8 +48,8 @@ def what_to_donate(structure: Structure, donate: str) -> tuple[list[int], set[in
 
 
 def same_buffer_type(old: Any, new: Any) -> bool:
-    # A constant of the program is a number here, not an array.
-    return old.shape == np.shape(new) and old.dtype == new.dtype
+    new = jax.typeof(new)  # a constant of the program may be a number of Python
+    return old.shape == new.shape and old.dtype == new.dtype
 
 
 def apart(

@@ -40,6 +40,11 @@ def is_referenced(x: Any) -> bool:
     return type(x) in _bases
 
 
+def plain_class(cls: type) -> type | None:
+    """The class that a module of this one had without refs, if methods see values in it."""
+    return _bases.get(cls)
+
+
 def as_referenced(module: eqx.Module) -> eqx.Module:
     """The same module, with methods that see the values of its refs."""
     cls = type(module)
