@@ -14,7 +14,7 @@ What to look at:
 """
 
 import pathlib
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -79,11 +79,10 @@ class Head(rx.Module):
     last: eqx.nn.Linear
 
     def __init__(
-        self, trunk: eqx.nn.MLP, n_out: int | str, scale: float, *, key: PRNGKeyArray
+        self, trunk: eqx.nn.MLP, n_out: int | Literal["scalar"], *, key: PRNGKeyArray
     ):
         self.trunk = trunk
         self.last = rx.nn.Linear(trunk.out_size, n_out, key=key)
-        self.last.weight.value *= scale
 
     def __call__(self, state: State) -> Array:
         return self.last(self.trunk(state))
@@ -98,8 +97,8 @@ class Agent(rx.Module):
         trunk = rx.nn.MLP(
             4, width, width, 1, jnp.tanh, final_activation=jnp.tanh, key=key1
         )
-        self.actor = Head(trunk, 2, 0.01, key=key2)
-        self.critic = Head(trunk, "scalar", 1.0, key=key3)
+        self.actor = Head(trunk, 2, key=key2)
+        self.critic = Head(trunk, "scalar", key=key3)
 
 
 class Played(NamedTuple):
@@ -178,7 +177,7 @@ def balance(agent: Agent, env: CartPole) -> tuple[Array, Array]:
 
     def step(goes_on: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
         state = env.state.value
-        _, _, is_last = env.step(jnp.argmax(agent.actor(state)))
+        is_last = env.step(jnp.argmax(agent.actor(state)))[2]
         return goes_on & ~is_last, (state, goes_on)
 
     return rx.scan(step, jnp.array(True), length=STEPS_AT_MOST)[1]

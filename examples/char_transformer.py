@@ -101,7 +101,8 @@ class Transformer(rx.Module):
         self, tokens: Int[Array, " time"], cache: bool = False
     ) -> Float[Array, "time vocab"]:
         """The logits of each next character. With `cache`, of a text that goes on."""
-        start = self.blocks[0].attention.cache_length[...] if cache else 0
+        length = self.blocks[0].attention.cache_length
+        start = length[...] if cache and length is not None else 0
         x = self.embed[tokens] + self.positions[start + jnp.arange(len(tokens))]
         for block in self.blocks:
             x = block(x, cache)

@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.tree_util as jtu
-import numpy as np
 
 from .._core import _trace
 from .._core._nodes import is_node

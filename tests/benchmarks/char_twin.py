@@ -30,7 +30,7 @@ from refx_eqx._engine._rng_split import fold_in
 
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples"))
-import char_transformer as example
+import char_transformer as example  # type: ignore
 
 
 class TwinBlock(eqx.Module):
