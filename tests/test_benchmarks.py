@@ -2,7 +2,8 @@
 
 import itertools
 
-from benchmarks import _report
+import numpy as np
+from benchmarks import _report, char_twin
 from benchmarks._harness import quieter_half, ratios
 
 
@@ -17,6 +18,15 @@ def test_ratios_are_to_the_first_contender():
 def test_the_quieter_half_is_of_whole_rounds():
     times = {"a": [1.0, 5.0, 1.1, 1.0], "b": [20.0, 20.0, 20.0, 90.0]}
     assert quieter_half(times) == {"a": [1.0, 1.1], "b": [20.0, 20.0]}
+
+
+def test_the_twin_of_the_character_model_has_its_losses():
+    sizes = {"batch_size": 4, "context": 16, "dim": 16, "depth": 2, "heads": 2}
+    done = char_twin.run(6, characters=20_000, dropout=0.5, **sizes)
+    ours, theirs = done.losses.T
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    np.testing.assert_allclose(*done.held_out, rtol=1e-5)
+    assert ours[0] != ours[1] and (done.seconds > 0).all()
 
 
 def test_the_page_is_what_was_measured():

@@ -62,20 +62,16 @@ tx = optax.adamw(optax.cosine_decay_schedule(1e-2, 20))
 
 @rx.filter_jit
 def step(state):
-    model, opt_state = state["model"], state["opt_state"]
+    model = state["model"]
     x = jr.normal(model.rngs.default(), (8, 40))
     grads = rx.filter_grad(lambda model: jnp.mean((model(x) - x) ** 2), wrt="params")(model)
-    params = {"embed": model.embed.value}
-    grads = {"embed": grads.embed.value}
-    updates, new = tx.update(grads, rx.snapshot(opt_state), params)
-    model.embed.value = optax.apply_updates(params, updates)["embed"]
-    rx.update_refs(opt_state, new)
+    state["optimizer"].update(model, grads)
     state["step"].value += 1
 
 
 model = Model(0)
-opt_state = rx.as_refs(tx.init({"embed": model.embed.value}), "opt_state")
-state = {"model": model, "opt_state": opt_state, "step": rx.Ref(0, "counts")}
+optimizer = rx.Optimizer(model, tx)
+state = {"model": model, "optimizer": optimizer, "step": rx.Ref(0, "counts")}
 if path.exists():
     rx.load(path, state)
 while state["step"].value < last:
