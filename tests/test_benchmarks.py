@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import numpy as np
 from benchmarks import _report, char_twin
 from benchmarks._harness import quieter_half, ratios
@@ -22,7 +23,8 @@ def test_the_quieter_half_is_of_whole_rounds():
 
 def test_the_twin_of_the_character_model_has_its_losses():
     sizes = {"batch_size": 4, "context": 16, "dim": 16, "depth": 2, "heads": 2}
-    done = char_twin.run(6, characters=20_000, dropout=0.5, **sizes)
+    with jax.numpy_dtype_promotion("standard"):  # as Optax 0.2 needs
+        done = char_twin.run(6, characters=20_000, dropout=0.5, **sizes)
     ours, theirs = done.losses.T
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
     np.testing.assert_allclose(*done.held_out, rtol=1e-5)
