@@ -221,6 +221,31 @@ def test_a_file_that_is_named_is_there(file):
         assert any((folder / path).exists() for folder in folders), path
 
 
+LINK = re.compile(r"\]\((?!https?:)(?P<path>[^)#\s]+)(?:#(?P<anchor>[^)]+))?\)")
+
+
+def anchors_of(file: Path) -> set[str]:
+    """As GitHub and MkDocs make them of headings."""
+    titles = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+    return {
+        re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-")
+        for title in titles
+    }
+
+
+# MkDocs checks those of the pages.
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "refx_eqx/_core/README.md"]
+)
+def test_the_links_of_a_file_lead_somewhere(name):
+    found = list(LINK.finditer((ROOT / name).read_text()))
+    assert found
+    for link in found:
+        target = (ROOT / name).parent / link["path"]
+        assert target.exists(), link[0]
+        assert link["anchor"] is None or link["anchor"] in anchors_of(target), link[0]
+
+
 def test_the_site_shows_the_version_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     site = (ROOT / "mkdocs.yml").read_text()
