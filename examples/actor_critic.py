@@ -38,7 +38,7 @@ TRUST = 0.95  # in what was seen, rather than in the critic: the lambda of TD(la
 
 
 class CartPole(rx.Module):
-    """The classic control problem, of Barto, Sutton and Anderson. It begins anew by itself."""
+    """The classic control problem, of Barto, Sutton and Anderson. It starts again by itself."""
 
     state: rx.Ref[State] = rx.field(collection="environment")
     age: rx.Ref[Int[Array, ""]] = rx.field(collection="environment")

@@ -234,7 +234,7 @@ def test_the_gradient_of_what_a_scan_calls():
     assert layers["layer"].uses.value == 10
 
 
-def test_a_scan_in_a_scan_of_anybody():
+def test_a_scan_in_any_scan():
     layer = eqx.nn.Linear(3, 3, key=jr.key(0))
 
     def fn(layers, xs):

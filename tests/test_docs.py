@@ -204,6 +204,18 @@ def test_the_spelling_is_american(file):
     assert BRITISH.findall(NOT_OURS.sub("", file.read_text())) == []
 
 
+# Turns that are right and stop a reader.
+TURNS = re.compile(
+    r"\b(?:[Bb]eside|[Aa]nybody|[Nn]obody|[Aa]new|[Hh]itherto|[Ii]n place of)\b"
+    r'|(?:# |""")Of (?:an?|the|each|what|all|those|these)\b'
+)
+
+
+@pytest.mark.parametrize("file", WRITTEN, ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_prose_is_plain(file):
+    assert TURNS.findall(file.read_text()) == []
+
+
 def test_british_spelling_is_found():
     for word in ("optimiser", "Initialised", "behaviour", "deserialising", "labelled"):
         assert BRITISH.search(f"a {word}.")

@@ -57,7 +57,7 @@ def percentages(text: str) -> dict[str, float]:
 
 
 def numbers(pattern: str, text: str) -> list[float]:
-    """The numbers in a line that has each in place of a `#`."""
+    """The numbers in a line that has each where there is a `#`."""
     (found,) = re.findall(pattern.replace("#", r"([\d.e+-]*\d)"), text)
     return list(map(float, found if isinstance(found, tuple) else [found]))
 

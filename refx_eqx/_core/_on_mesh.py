@@ -14,7 +14,7 @@ __tracebackhide__ = True
 
 
 Shardings = tuple[Any, ...]
-"""Of each array in the refs of a call, where it is: `None` if that is one device. Empty if it is
+"""Where each array in the refs of a call is: `None` if that is one device. Empty if it is
 for all. On a mesh with explicit axes it is a part of the types of arrays, and `None` here too."""
 
 

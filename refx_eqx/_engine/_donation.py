@@ -91,7 +91,7 @@ def apart(
 
 
 class Packed:
-    """In the result of a program: its treedef, beside a list of its leaves. So no code in
+    """In the result of a program: its treedef, next to a list of its leaves. So no code in
     Python runs between the end of a donating call, when its buffers are gone, and the moment
     when what it returned is kept: a signal could come there."""
 

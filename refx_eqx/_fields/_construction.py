@@ -28,9 +28,9 @@ class _Log(NamedTuple):
 
 class _Here(threading.local):
     def __init__(self):
-        # Of the modules that are being made, one inside of the other.
+        # One for each module that is being made, the outermost first.
         self.logs: list[_Log] = []
-        # Of the fields of a bare `equinox.Module` that are converted already.
+        # Those fields of a bare `equinox.Module` that are converted already.
         self.converted: list[_State] = []
 
 

@@ -155,7 +155,7 @@ def names_of_instance(instance: Any) -> AxisNames:
             continue  # in `__init__` still, or in a tree that is being manipulated
         for declared, ref, _ in refs:
             if isinstance(ref, Ref):
-                # Of a part the sizes are others (which it is in a body alone).
+                # A part has other sizes (and there are parts in a body alone).
                 found.extend(
                     bound.names
                     for bound in ref._declared or ()

@@ -49,7 +49,7 @@ def only_answering() -> contextlib.AbstractContextManager[None]:
 
 class _Guard:
     """What may be written while it lasts; and what was read that may not, and could be
-    changed in place, which nobody sees before the end."""
+    changed in place, which is not seen before the end."""
 
     __slots__ = ("_home", "_read", "allows", "where")
 
