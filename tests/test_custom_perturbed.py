@@ -322,6 +322,28 @@ def test_a_backward_rule_may_not_write_what_is_immutable(grad, by_tree):
     assert state[0].value == 0.0
 
 
+def test_a_limit_inside_a_backward_rule_holds_there():
+    w = rx.Ref(jnp.array(2.0), "params")
+    state = rx.Ref(jnp.array(0.0), "fp8")
+
+    @rx.filter_custom_vjp
+    def limited(x, state):
+        return x
+
+    limited.def_fwd(lambda perturbed, x, state: (x, None))
+
+    @limited.def_bwd
+    def _(residuals, grad, perturbed, x, state):
+        with rx.mutable("params"):
+            state.value = grad
+        return grad
+
+    with jax.check_tracer_leaks(False):
+        with pytest.raises(rx.ImmutableError, match=r"Cannot write .*'fp8'"):
+            rx.filter_grad(lambda w, state: limited(w.value, state))(w, state)
+    assert state.value == 0.0
+
+
 def test_the_error_for_a_lost_write_shows_as_a_public_one():
     w = rx.Ref(jnp.array(2.0), "params")
     state = [rx.Ref(jnp.array(0.0), "fp8")]

@@ -98,12 +98,12 @@ def check_writable(ref: Any) -> None:
 
 def why_immutable(ref: Any) -> str | None:
     """Where this code runs, for messages, if `mutable` allows no write there; or `None`."""
-    if ref._body is not None and ref._outer is None:
-        return (
-            None  # It is not known which ref this is: asked where the write comes out.
-        )
+    # A rule that runs after its call does not know which ref it is given. What is around the
+    # rule is asked where the write comes out.
+    body = ref._body
+    depth = 0 if body is None or ref._outer is not None else body.depth
     for guard in _trace.guards.get():
-        if not guard.allows(ref):
+        if guard.depth >= depth and not guard.allows(ref):
             return guard.where
     return None
 

@@ -25,7 +25,7 @@ _SYMBOLS = {
     "add": "+", "sub": "-", "mul": "*", "matmul": "@", "truediv": "/", "floordiv": "//",
     "mod": "%", "pow": "**", "lshift": "<<", "rshift": ">>", "and": "&", "or": "|",
     "xor": "^", "neg": "-", "pos": "+", "invert": "~", "lt": "<", "le": "<=", "gt": ">",
-    "ge": ">=",
+    "ge": ">=", "contains": "in",
 }  # fmt: skip
 
 

@@ -49,13 +49,15 @@ def only_answering() -> contextlib.AbstractContextManager[None]:
 
 class _Guard:
     """What may be written while it lasts; and what was read that may not, and could be
-    changed in place, which is not seen before the end."""
+    changed in place, which is not seen before the end. `depth` is the number of bodies that
+    it was opened in."""
 
-    __slots__ = ("_home", "_read", "allows", "where")
+    __slots__ = ("_home", "_read", "allows", "depth", "where")
 
     def __init__(self, allows: Callable[[Ref], bool], where: str):
         self.allows = allows
         self.where = where
+        self.depth = len(_trace.thread.state.bodies)
         self._home = _trace.current_trace_ref()
         # By the id of the ref: it, its value, and a copy of that.
         self._read: dict[int, tuple[Ref, Any, Any]] = {}
