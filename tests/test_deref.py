@@ -247,7 +247,7 @@ def test_opened_nodes_compare_by_value_and_structure():
         "Value(1, index=0, collection='params', ref_type=Ref)"
     )
     assert repr(rx.Index(2)) == "Index(index=2, collection=None, ref_type=Ref)"
-    assert "Label(None)" in str(jax.tree.structure(rx.Value(1)))
+    assert "Label(None)" in str(jax.tree.structure(rx.Value(1, 0)))
 
 
 def test_dag_carries_refs_through_plain_jit():

@@ -314,17 +314,53 @@ def test_an_error_in_the_function_changes_nothing(transform, error):
     assert values(refs) == NEW
 
 
-def test_a_failing_callback_changes_nothing():
-    refs = make()
+def check_fails(x):
+    return eqx.error_if(x, x > 0, "too much")
 
+
+def callback_fails(x):
     def fail(x):
-        raise MemoryError("no more")
+        raise MemoryError("too much")
 
-    @rx.filter_jit
-    def f(refs, x):
-        step(refs, x)
-        return jax.pure_callback(fail, x, x)
+    return jax.pure_callback(fail, x, x, vmap_method="sequential")
 
-    with pytest.raises(Exception, match="no more"):
-        f(refs, ONE)
+
+def failing(fails):
+    def run(refs, x):
+        return fails(step(refs, x))
+
+    return run
+
+
+def failing_rule(run):
+    custom = rx.filter_custom_jvp(lambda x, *, refs: run(refs, x))
+    custom.def_jvp(lambda primals, _, *, refs: (run(refs, *primals),) * 2)
+    return custom
+
+
+FAILING = {
+    "filter_jit": lambda run, refs: rx.filter_jit(run)(refs, ONE),
+    "filter_grad": lambda run, refs: rx.filter_grad(lambda x: x * run(refs, ONE))(ONE),
+    "filter_vmap": lambda run, refs: rx.filter_vmap(run, in_axes=None, axis_size=2)(
+        refs, ONE
+    ),
+    "filter_checkpoint": lambda run, refs: rx.filter_checkpoint(run)(refs, ONE),
+    "filter_custom_jvp": lambda run, refs: failing_rule(run)(ONE, refs=refs),
+    "scan": lambda run, refs: rx.scan(lambda c, x: (c, run(refs, ONE)), None, XS),
+    "while_loop": lambda run, refs: rx.while_loop(
+        lambda x: x < 2, lambda x: x + 1 + 0 * run(refs, ONE), ONE
+    ),
+    "cond": lambda run, refs: rx.cond(True, run, run, refs, ONE),
+    "lift": lambda run, refs: rx.lift(jax.jit)(run)(refs, ONE),
+}
+
+
+@pytest.mark.parametrize("fails", [check_fails, callback_fails])
+@pytest.mark.parametrize("name", FAILING)
+@pytest.mark.parametrize("wrap", [lambda f: f, rx.filter_jit], ids=["eager", "jit"])
+@jax.check_tracer_leaks(False)  # `eqx.error_if` leaks one, whoever calls it
+def test_what_fails_at_run_time_changes_nothing(wrap, name, fails):
+    refs, run = make(), failing(fails)
+    with pytest.raises(Exception, match="too much"):
+        wrap(lambda refs: FAILING[name](run, refs))(refs)
     assert values(refs) == OLD and is_clean()
