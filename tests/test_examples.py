@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 
@@ -65,6 +66,36 @@ def numbers(pattern: str, text: str) -> list[float]:
 def test_every_example_is_run_here():
     programs = {path.name for path in EXAMPLES.glob("*.py")} - {"_run.py"}
     assert programs == QUICK.keys()
+
+
+def required(project: dict, extra: str) -> set[str]:
+    """The packages that an extra installs, those of the library included."""
+    names = set()
+    extras = project["optional-dependencies"]
+    for requirement in [*project["dependencies"], *extras[extra]]:
+        (name,) = re.findall(r"^[\w.-]+", requirement)
+        if name == project["name"]:
+            others = re.findall(r"\w+", requirement.partition("[")[2])
+            names.update(*(required(project, other) for other in others))
+        else:
+            names.add(name)
+    return names
+
+
+def test_the_extra_installs_all_that_the_examples_need():
+    root = EXAMPLES.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    called = {"sklearn": "scikit-learn"}
+    needed = set()
+    for file in EXAMPLES.glob("*.py"):
+        text = file.read_text()
+        for name in re.findall(r"^ *(?:import|from) ([a-z]\w*)", text, re.MULTILINE):
+            if name not in sys.stdlib_module_names | {"refx_eqx"}:
+                needed.add(called.get(name, name))
+        if "rx.save(" in text or "rx.load(" in text:
+            needed.add("safetensors")
+    assert "safetensors" in needed and "jax" in needed
+    assert needed - {"numpy"} <= required(project, "examples")  # JAX brings NumPy
 
 
 def test_train_digits_learns_and_its_checkpoint_has_the_same_accuracy(tmp_path):
