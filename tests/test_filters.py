@@ -284,7 +284,7 @@ def test_mutable_limits_what_is_written():
             match=(
                 r"Cannot write an unnamed ref \(collection 'params'\): this code runs "
                 r"under `rx.mutable\(rx.collection\('counts'\)\)`, which does not select "
-                r"it. Widen the filter, or write the ref outside of the `with` block."
+                r"it. Widen the filter, or write the ref outside the `with` block."
             ),
         ):
             tree["enc"][0]["w"].value = 5.0
