@@ -411,9 +411,8 @@ def as_filter(filter: Any) -> Filter:
         return _OfType(filter)
     if isinstance(filter, type):
         raise TypeError(
-            f"The class `{filter.__name__}` is not a filter: a filter selects leaves, and of "
-            "the classes only subclasses of `rx.Ref` have them. For the refs of a module, "
-            "pass the module itself, or `rx.path(...)`."
+            f"The class `{filter.__name__}` is not a filter: only subclasses of `rx.Ref` "
+            "are. To select the refs of a module, pass the module itself, or `rx.path(...)`."
         )
     if _is_tree(filter):
         these = _these(filter)
