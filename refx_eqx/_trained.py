@@ -63,9 +63,8 @@ class Trained:
         for name, ref in places.items():
             arrays = eqx.filter(split_value(ref.value)[0], is_inexact)
             if jtu.tree_leaves(arrays):
-                # A number of Python too: Optax asks arrays for what it does not have.
                 self.refs[name] = ref
-                self.values[name] = jtu.tree_map(jnp.asarray, arrays)
+                self.values[name] = jtu.tree_map(_as_array, arrays)
         if not self.refs:
             raise StructureError(
                 f"Cannot train the model: wrt={wrt!r} selects no ref of it that holds a "
@@ -169,6 +168,11 @@ class Trained:
             (ref, with_update(ref, ref.value, updates[name], f"at `{name}`"))
             for name, ref in self.refs.items()
         ]
+
+
+def _as_array(x: Any) -> Any:
+    """An array also for a number of Python, which has no methods for Optax to call."""
+    return jnp.asarray(x) if isinstance(x, float | complex) else x
 
 
 def _check_in_refs(model: Any, wrt: Any) -> None:

@@ -313,6 +313,13 @@ def test_a_model_can_be_one_ref():
     assert ref.value == 0.5
 
 
+def test_a_model_of_shapes_has_slots():
+    shapes = rx.filter_eval_shape(make)
+    optimizer = rx.Optimizer(shapes, optax.adam(0.1))
+    expected = rx.Optimizer(make(), optax.adam(0.1))
+    close(rx.state_dict(optimizer), rx.state_dict(expected))
+
+
 def test_weights_keep_their_dtype():
     model = {"w": rx.Ref(jnp.ones(2, jnp.bfloat16), "params")}
     optimizer = rx.Optimizer(model, optax.adam(optax.constant_schedule(0.1)))
