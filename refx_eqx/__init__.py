@@ -54,9 +54,9 @@ from ._filters._filters import (
 from ._filters._mutable import mutable as mutable
 from ._filters._partition import (
     combine as combine,
+    FlatPartition as FlatPartition,
     get_partition as get_partition,
     merge_partitions as merge_partitions,
-    Partition as Partition,
     partition as partition,
     tree_partition as tree_partition,
 )

@@ -148,12 +148,12 @@ def test_a_partition_is_an_immutable_mapping():
     assert len(part) == 5
     assert ("b",) in part
     assert part.get(("z",)) is None
-    assert repr(rx.Partition({("a",): 1})) == "Partition({('a',): 1})"
+    assert repr(rx.FlatPartition({("a",): 1})) == "FlatPartition({('a',): 1})"
 
 
 def test_a_partition_does_not_follow_the_dict_it_was_made_of():
     leaves = {("a",): 1}
-    part = rx.Partition(leaves)
+    part = rx.FlatPartition(leaves)
     leaves["a",] = 2
     assert part["a",] == 1
 

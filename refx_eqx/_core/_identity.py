@@ -71,7 +71,7 @@ def is_same(a: Any, b: Any) -> bool:
             a, b = b, a
         if not a._body.running:
             return False
-        _ask(a, {Identity(_climb(b))})
+        _note(a, {Identity(_climb(b))})
         a = a._outer
     return True
 
@@ -82,12 +82,12 @@ def _depth(ref: Any) -> int:
 
 def _climb(ref: Any, asking: Set[Any] = frozenset()) -> Any:
     while ref._body is not None:
-        _ask(ref, asking)
+        _note(ref, asking)
         ref = ref._outer
     return ref
 
 
-def _ask(ref: Any, asking: Set[Any]) -> None:
+def _note(ref: Any, asking: Set[Any]) -> None:
     """Notes that the body of an inner ref asks this of it."""
     body, outer = ref._body, ref._outer
     if outer is None:

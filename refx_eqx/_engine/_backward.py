@@ -209,7 +209,7 @@ def written_by_rule(
     `which` says who wrote what."""
     if end is None:
         raise BackwardWrite(which, collection)
-    if _types(value) != _types(old):
+    if _types_in(value) != _types_in(old):
         raise MismatchError(
             f"{which} with {eqx.tree_pformat(value)}, where it holds "
             f"{eqx.tree_pformat(old)}. A write in a backward rule keeps the structure, the "
@@ -232,7 +232,7 @@ def _mapped(channel: Any) -> list[tuple[bool, ...]]:
     return [_trace.mapped_over(x) for x in jtu.tree_leaves(channel)]
 
 
-def _types(arrays: Any) -> Any:
+def _types_in(arrays: Any) -> Any:
     types = [(jnp.shape(x), jnp.result_type(x)) for x in jtu.tree_leaves(arrays)]
     return jtu.tree_structure(arrays), types
 

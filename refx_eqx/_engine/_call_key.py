@@ -175,7 +175,7 @@ def _leaf(x: Any, kind: type) -> Any:
     return static_key(x)
 
 
-class Given(int):
+class GivenArray(int):
     """Stands for an array of the call, by its position, while a plan is made."""
 
     __slots__ = ()
@@ -196,7 +196,7 @@ def mark(args: tuple, kwargs: dict, read: Read) -> tuple[tuple, dict]:
             return x
         if _kinds.get(kind) == _ARRAY:
             n += 1
-            return Given(n - 1)
+            return GivenArray(n - 1)
         if kind is functools.partial:
             func, its_args, keywords = mark_tree((x.func, x.args, x.keywords))
             return functools.partial(func, *its_args, **keywords)

@@ -31,7 +31,7 @@ from .._core._ref import commits, one_step, Ref, set_value
 from .._core._structure import Outcome, OutcomeInfo
 from .._core._values import is_traced, split_value
 from .._trees._keys import static_keys
-from ._call_key import Given, mark, Read, read
+from ._call_key import GivenArray, mark, Read, read
 from ._flat import flat_of, forget_values
 from ._program import Program, Variant
 from ._run_time_errors import explain
@@ -255,7 +255,7 @@ class Plan:
         if self.order is not None:
             refs = [refs[i] for i in self.order]
         if self.outside is not None:
-            arrays = [arrays[x] if type(x) is Given else x for x in self.outside]
+            arrays = [arrays[x] if type(x) is GivenArray else x for x in self.outside]
         running = (self.derefed, refs) if given else self.derefed
         calls = state.calls
         depth = len(calls)
@@ -376,7 +376,7 @@ def make_plan(
     _, arrays, refs, held, _ = found
     marked, marked_kwargs = mark(args, kwargs, found)
     derefed = Call(
-        fn, marked, marked_kwargs, lambda x: type(x) is Given or is_traced(x)
+        fn, marked, marked_kwargs, lambda x: type(x) is GivenArray or is_traced(x)
     )
     if any(ref._channel is not None for ref in derefed.refs):
         return None

@@ -62,17 +62,18 @@ class ByCall(Generic[T]):
 
     def get(self, derefed: Call, make: Callable[[Call], T]) -> T:
         """What is kept for this call; made if need be."""
-        by_refs = self._kept.get(program_key(derefed))
+        structure = program_key(derefed)
+        by_refs = self._kept.get(structure)
         if by_refs is None:
-            by_refs = self._new(derefed)
+            by_refs = self._new(structure, derefed.structure.mortal())
         key = answers_for(by_refs.questions, derefed.refs)
         found = by_refs.kept.get(key)
         if found is None:
             found = by_refs.put(key, make(derefed))
         return found[0]
 
-    def _new(self, derefed: Call) -> "_ByRefs[T]":
-        key, mine = program_key(derefed), weakref.ref(self)
+    def _new(self, key: Hashable, mortal: list[Any]) -> "_ByRefs[T]":
+        mine = weakref.ref(self)
 
         def forget(_: Any, exits: Callable[[], bool] = sys.is_finalizing) -> None:
             # At exit modules are emptied: then keys cannot be compared any more.
@@ -80,7 +81,7 @@ class ByCall(Generic[T]):
             if alive is not None:
                 alive._kept.pop(key, None)
 
-        guards = [weakref.ref(x, forget) for x in derefed.structure.mortal()]
+        guards = [weakref.ref(x, forget) for x in mortal]
         by_refs = self._kept[key] = _ByRefs(guards)
         return by_refs
 
@@ -165,8 +166,9 @@ class Program:
     def variant(self, derefed: Call) -> tuple["Variant", list[Any]]:
         """The program for the structure of a call, and for its refs if it matters which
         they are; and the flat arrays to run it on."""
-        variants = self._variants.setdefault(flat_of(derefed).shardings, ByCall())
-        return variants.get(derefed, self._new_variant), flat_of(derefed).arrays
+        flat = flat_of(derefed)
+        variants = self._variants.setdefault(flat.shardings, ByCall())
+        return variants.get(derefed, self._new_variant), flat.arrays
 
     def _new_variant(self, derefed: Call) -> "Variant":
         return Variant(self, derefed.structure, flat_of(derefed).treedef)

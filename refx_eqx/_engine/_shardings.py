@@ -20,10 +20,10 @@ from ._keep_in_place import keep_in_place
 __tracebackhide__ = True
 
 
-Body = Callable[[Call, list[Leaves]], Outcome]
+ProgramBody = Callable[[Call, list[Leaves]], Outcome]
 
 
-def with_shardings(body: Body, of_args: Any, of_result: Any) -> Body:
+def with_shardings(body: ProgramBody, of_args: Any, of_result: Any) -> ProgramBody:
     """The body with its arguments and its result where these say; itself if they say nothing.
 
     **Arguments:**

@@ -49,7 +49,7 @@ def read_tangents(
     found = {i: jtu.tree_map(lambda _: None, value) for i, value in likes.items()}
     read = []
     for part, mine, tree in zip(parts, like, trees):
-        given = _leaves_up_to(part, tree, what)
+        given = _given_leaves(part, tree, what)
         read.append([])
         for k, (leaf, x) in enumerate(zip(mine, given)):
             if is_node(leaf):
@@ -61,7 +61,7 @@ def read_tangents(
     return [map_values(lambda i, _: found[i], leaves) for leaves in read]
 
 
-def _leaves_up_to(part: Part, tree: Any, what: str) -> list[Any]:
+def _given_leaves(part: Part, tree: Any, what: str) -> list[Any]:
     if tree is None:
         return [None] * part.treedef.num_leaves
     try:

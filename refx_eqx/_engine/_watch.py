@@ -82,7 +82,7 @@ class Watch:
                 parts = _flatten_one_level(x)
                 if parts is not None:
                     children, static = parts
-                    if _is_same(x, children, static):
+                    if _makes_the_same(x, children, static):
                         self._nodes.append((x, tuple(children), static))
                     else:
                         found = False
@@ -133,7 +133,7 @@ class Watch:
             if items != then:
                 return False
         for node, children, static in self._nodes:
-            if not _is_same(node, children, static):
+            if not _makes_the_same(node, children, static):
                 return False
         for leaf, then in self._statics:
             if hash(leaf) != then:
@@ -161,7 +161,7 @@ class Watch:
         return True
 
 
-def _is_same(node: Any, children: Any, static: Any) -> bool:
+def _makes_the_same(node: Any, children: Any, static: Any) -> bool:
     now, static_now = _flatten_one_level(node)
     return (
         len(now) == len(children)

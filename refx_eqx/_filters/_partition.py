@@ -163,7 +163,7 @@ def _whole(treedef: Any, leaves: list[Any]) -> Any:
     return tree if any(map(is_node, leaves)) else closed(tree)
 
 
-class Partition(Mapping[Path, Any]):
+class FlatPartition(Mapping[Path, Any]):
     """An immutable mapping from path to leaf: a part of a tree, and a pytree itself.
 
     Made by [`refx_eqx.tree_partition`][] and [`refx_eqx.get_partition`][]. Equal to a dict
@@ -177,7 +177,7 @@ class Partition(Mapping[Path, Any]):
 
         w = rx.Ref(1.0, "params")
         part = rx.get_partition({"w": w, "n": 3}, "params")
-        assert isinstance(part, rx.Partition) and part["w",] is w
+        assert isinstance(part, rx.FlatPartition) and part["w",] is w
         assert list(part) == [("n",), ("w",)]
         assert jax.tree.leaves(part) == [w]
         ```
@@ -202,20 +202,20 @@ class Partition(Mapping[Path, Any]):
         return len(self._leaves)
 
     def __repr__(self) -> str:
-        return f"Partition({self._leaves!r})"
+        return f"FlatPartition({self._leaves!r})"
 
 
 jtu.register_pytree_with_keys(
-    Partition,
+    FlatPartition,
     lambda p: ([(jtu.DictKey(k), v) for k, v in p.items()], tuple(p)),
-    lambda paths, leaves: Partition(dict(zip(paths, leaves))),
+    lambda paths, leaves: FlatPartition(dict(zip(paths, leaves))),
     lambda p: (tuple(p.values()), tuple(p)),
 )
 
 
 def tree_partition(
     tree: PyTree, *filters: FilterLike
-) -> tuple[tuple[Partition, ...], Hashable]:
+) -> tuple[tuple[FlatPartition, ...], Hashable]:
     """Takes a tree apart into flat mappings from path to leaf.
 
     !!! Example
@@ -258,10 +258,10 @@ def tree_partition(
             "of the tree."
         )
     parts = _split(leaves, chosen, len(filters) + 1)
-    return tuple(Partition(dict(zip(paths, part))) for part in parts), treedef
+    return tuple(FlatPartition(dict(zip(paths, part))) for part in parts), treedef
 
 
-def get_partition(tree: PyTree, filter: FilterLike) -> Partition:
+def get_partition(tree: PyTree, filter: FilterLike) -> FlatPartition:
     """The first mapping of `tree_partition`: what `filter` selects.
 
     !!! Example

@@ -89,7 +89,7 @@ def _run_branches(
 
     avals = jtu.tree_map(jax.typeof, arrays)
     found = [completed(branch.avals, avals) for branch in staged]
-    whats = _places(info.result.parts[0], found[0][0])
+    whats = _places_in_result(info.result.parts[0], found[0][0])
     for i in written:
         ref = derefed.refs[i]
         values = [updates[i] for _, updates in found]
@@ -99,7 +99,7 @@ def _run_branches(
         whats += [which_ref] * len(jtu.tree_leaves(values[0]))
         info.written.setdefault(i, nodes[i].value)
     kinds = [
-        _joined([kind_of(x) for x in each], names, what, name)
+        _joined_kind([kind_of(x) for x in each], names, what, name)
         for what, *each in zip(whats, *map(jtu.tree_leaves, found))
     ]
     treedef = jtu.tree_structure(found[0])
@@ -116,7 +116,7 @@ def _run_branches(
     return Outcome(out, updates, info)
 
 
-def _joined(kinds: list[Kind], names: list[str], what: str, name: str) -> Kind:
+def _joined_kind(kinds: list[Kind], names: list[str], what: str, name: str) -> Kind:
     kind = join_kinds(kinds)
     if kind is None:
         i = next(i for i, k in enumerate(kinds) if join_kinds([kinds[0], k]) is None)
@@ -229,7 +229,7 @@ def _structure_text(structure: Structure) -> str:
     return text.removeprefix("PyTreeDef(").removesuffix(")")
 
 
-def _places(part: Part, out: Leaves) -> list[str]:
+def _places_in_result(part: Part, out: Leaves) -> list[str]:
     """Where each array of a result is."""
     found = []
     for k, leaf in enumerate(out):

@@ -177,7 +177,7 @@ class filter_custom_vjp(Custom[P, T]):
             carriers = eqx.filter(plain.arrays, is_inexact)
             if channels:
                 carriers = mapped_with(plain.arrays, carriers)
-            flat = _joined(_Parts(frame))
+            flat = _with_rules(_Parts(frame))
             out, updates, threaded = flat(plain.arrays, carriers, channels)
             assert frame.info is not None
             # What is written is not differentiated; the channels are.
@@ -230,7 +230,7 @@ class _Forward:
     written: Set[int]
 
 
-def _joined(parts: "_Parts") -> Callable:
+def _with_rules(parts: "_Parts") -> Callable:
     flat = jax.custom_vjp(parts.function)
     flat.defvjp(parts.forward, parts.backward, symbolic_zeros=True)
     return flat

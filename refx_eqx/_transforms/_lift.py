@@ -90,7 +90,7 @@ class _Transformed:
                 self._failed_inside = True
                 raise
             traced = _what_was_traced(now.arrays, arrays, outcome)
-            self.traced[_types(now.arrays)] = traced
+            self.traced[_types_of_arrays(now.arrays)] = traced
             probes = [jnp.zeros((0,) * rank) for rank in traced.ranks]
             return Outcome([*outcome.out, *probes], outcome.updates, outcome.info)
 
@@ -140,7 +140,7 @@ def _ours(name: str) -> str:
     return next(found, "rx.functionalize")
 
 
-def _types(arrays: list[Leaves]) -> tuple:
+def _types_of_arrays(arrays: list[Leaves]) -> tuple:
     leaves = jtu.tree_leaves(arrays)
     return tuple((jnp.shape(x), getattr(x, "dtype", type(x))) for x in leaves)
 
@@ -222,7 +222,7 @@ class _Call(Lifted):
                 "the function it was given returns. For a transform that does not (such "
                 "as one that differentiates), write an adapter on `rx.functionalize`."
             )
-        traced = transformed.traced[_types(derefed.arrays)]
+        traced = transformed.traced[_types_of_arrays(derefed.arrays)]
         return _with_axes_in_place(derefed, outcome, traced, self.name)
 
 

@@ -133,7 +133,10 @@ class ClosureConverted(eqx.Module, Generic[P, T]):
 
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> T:
         def transform(derefed: Call) -> Outcome:
-            if derefed.structure.key != self.key or _types(derefed) != self.types:
+            if (
+                derefed.structure.key != self.key
+                or _types_of_call(derefed) != self.types
+            ):
                 raise MismatchError(
                     f"`{self.name}` was closure-converted for arguments of another "
                     f"structure: it was called with {eqx.tree_pformat((args, kwargs))}. "
@@ -168,7 +171,7 @@ class _Jaxpr:
         return jax.extend.core.ClosedJaxpr(self.jaxpr, consts)
 
 
-def _types(derefed: Call) -> tuple[jax.ShapeDtypeStruct, ...]:
+def _types_of_call(derefed: Call) -> tuple[jax.ShapeDtypeStruct, ...]:
     shapes = jax.eval_shape(lambda x: x, derefed.arrays)
     return tuple(
         jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jtu.tree_leaves(shapes)
@@ -242,7 +245,7 @@ def filter_closure_convert(
         list(jaxpr.consts),
         _Jaxpr(jaxpr.jaxpr),
         Call(held, args, kwargs).structure.key,
-        _types(derefed),
+        _types_of_call(derefed),
         info,
         jtu.tree_structure((out, updates)),
         part,

@@ -112,7 +112,7 @@ def _leaves(tree: Any) -> list[Any]:
     if holds_itself(tree):
         return []
     try:
-        return jtu.tree_leaves(tree, is_leaf=_is_whole)
+        return jtu.tree_leaves(tree, is_leaf=_is_opaque)
     except (ValueError, TypeError):
         return []
 
@@ -147,7 +147,7 @@ def holds_itself(tree: Any) -> bool:
 def _is_container(x: Any) -> bool:
     kind = type(x)
     # The second question is for speed: `issubclass` by itself asks Python's `abc`.
-    return kind in _CONTAINERS or (
+    return kind in _MAY_HOLD_ITSELF or (
         hasattr(kind, "__dataclass_fields__") and issubclass(kind, eqx.Module)
     )
 
@@ -155,13 +155,13 @@ def _is_container(x: Any) -> bool:
 def _items(x: Any) -> Any:
     if type(x) is dict:
         return x.values()
-    return x if type(x) in _CONTAINERS else vars(x).values()
+    return x if type(x) in _MAY_HOLD_ITSELF else vars(x).values()
 
 
-_CONTAINERS = frozenset((list, dict, tuple))
+_MAY_HOLD_ITSELF = frozenset((list, dict, tuple))
 
 
-def _is_whole(x: Any) -> bool:
+def _is_opaque(x: Any) -> bool:
     # A state that was consumed does not let itself be flattened, and holds no refs.
     return isinstance(x, eqx.nn.State) or is_lookup(x)
 

@@ -21,7 +21,7 @@ from ._cells import (
     rebound_cells,
 )
 from ._equality import Identity, Ignored
-from ._keys import content_key
+from ._keys import content_key, gone
 
 
 __tracebackhide__ = True
@@ -197,7 +197,3 @@ def origin_of(fn: types.FunctionType) -> types.FunctionType:
     """
     origin = _origins.get(fn, gone)()
     return fn if origin is None else origin
-
-
-def gone() -> None:
-    return None

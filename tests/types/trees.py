@@ -26,7 +26,7 @@ def partitions(model: Linear) -> None:
     assert_type(params, Linear)
     assert_type(rx.combine(params, rest), Linear)
     part = rx.get_partition(model, rx.collection("params") | rx.path("**.weight"))
-    assert_type(part, rx.Partition)
+    assert_type(part, rx.FlatPartition)
     assert_type(rx.aliases(model), dict[rx.Ref[Any], tuple[str, ...]])
 
 
