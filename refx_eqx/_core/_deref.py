@@ -39,7 +39,8 @@ T = TypeVar("T")
 
 
 class _Nothing:
-    """The type of [`refx_eqx.NOTHING`][]."""
+    """What is at a place of a tree that has no leaf there: a pytree without leaves. There is
+    one of it, [`refx_eqx.NOTHING`][]."""
 
     __slots__ = ()
 
