@@ -57,7 +57,10 @@ class Changes:
             if not isinstance(obj, tuple):
                 seen.add(id(obj))
                 is_copy = is_copy and type(obj) in _COPIES
-                self._nodes.append(_Node(obj, part, is_copy, children, rest))
+                node = _Node(obj, part, is_copy, children, rest)
+                # What makes its children when it is flattened has others each time.
+                if type(obj) in _COPIES or not _differs(node):
+                    self._nodes.append(node)
             todo.extend((child, part, is_copy) for child in children)
 
     def any(self) -> bool:

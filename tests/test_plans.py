@@ -1,0 +1,109 @@
+"""What a repeated call notices below a module or a function that it knows already."""
+
+import types
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import pytest
+
+import refx_eqx as rx
+
+
+class Box:
+    """A node that may change."""
+
+    def __init__(self, x):
+        self.x = x
+
+
+class Fresh(Box):
+    """One whose children are new each time that it is flattened."""
+
+
+jax.tree_util.register_pytree_node(Box, lambda b: ((b.x,), None), lambda _, c: Box(*c))
+jax.tree_util.register_pytree_node(
+    Fresh, lambda b: ((jnp.array(b.x),), None), lambda _, c: Fresh(*c)
+)
+
+
+class Holder(eqx.Module):
+    held: Any
+    ref: rx.Ref
+
+
+@pytest.mark.parametrize("make", [Box, Fresh])
+def test_a_node_that_changes_below_a_module(make, trace_counter):
+    f = trace_counter(lambda holder: holder.ref.value * holder.held.x)
+    step = rx.filter_jit(f)
+    holder = Holder(make(jnp.array(2.0)), rx.Ref(jnp.array(1.0)))
+    for _ in range(4):
+        assert step(holder) == 2.0
+    holder.held.x = jnp.array(3.0)
+    for _ in range(3):
+        assert step(holder) == 3.0
+    assert f.counter.count == 1
+
+
+def test_a_default_that_is_another_ref(trace_counter):
+    two, three = rx.Ref(jnp.array(2.0)), rx.Ref(jnp.array(3.0))
+
+    def scale(x, by=two):
+        return x * by.value
+
+    f = trace_counter(lambda fn, x: fn(x))
+    step = rx.filter_jit(f)
+    for _ in range(4):
+        assert step(scale, jnp.array(1.0)) == 2.0
+    scale.__defaults__ = (three,)
+    for _ in range(3):
+        assert step(scale, jnp.array(1.0)) == 3.0
+    assert f.counter.count == 1
+
+
+def test_a_closure_variable_that_is_deleted():
+    y = 2.0
+
+    def scale(x):
+        return x * y
+
+    def forget():
+        nonlocal y
+        del y
+
+    step, ref = rx.filter_jit(lambda fn, ref: fn(ref.value)), rx.Ref(jnp.array(1.0))
+    for _ in range(4):
+        assert step(scale, ref) == 2.0
+    forget()
+    with pytest.raises(NameError, match="'y'"):
+        step(scale, ref)
+
+
+def test_a_ref_that_gets_a_collection_between_two_calls():
+    ref = rx.Ref(jnp.array(1.0))
+
+    @rx.filter_jit
+    def step(ref):
+        return ref.value * (2.0 if ref.collection == "params" else 1.0)
+
+    class Model(rx.Module):
+        w: rx.Param[jax.Array]
+
+    for _ in range(4):
+        assert step(ref) == 1.0
+    Model(ref)
+    for _ in range(3):
+        assert step(ref) == 2.0
+
+
+def test_a_bound_method_of_a_list(trace_counter):
+    f = trace_counter(lambda method, x: method(x))
+    step, refs = rx.filter_jit(f), [rx.Ref(jnp.array(2.0))]
+    method = types.MethodType(lambda refs, x: refs[0].value * x, refs)
+    for i in range(4):
+        assert step(method, jnp.array(float(i))) == 2.0 * i
+    refs[0] = rx.Ref(jnp.array(3.0))
+    for i in range(4):
+        assert step(method, jnp.array(float(i))) == 3.0 * i
+    assert f.counter.count == 1
