@@ -65,7 +65,9 @@ def pointers(ref: rx.Ref) -> set[int]:
 
 
 every = list(batches())
-losses = [train(model, optimizer, whole(mine(x)), whole(mine(y))) for x, y in every]
+losses = [
+    float(train(model, optimizer, whole(mine(x)), whole(mine(y)))) for x, y in every
+]
 x, y = every[-1]
 before = pointers(model.weight)
 train(model, optimizer, whole(mine(x)), whole(mine(y)))

@@ -26,6 +26,7 @@ QUICK = {
         *("--steps", "100", "--depth", "2", "--length", "4", "--vocab", "6"),
     ),
     "stream.py": ("--steps", "150"),
+    "sharded_transformer.py": ("--steps", "5", "--dim", "32", "--depth", "2"),
 }
 
 
@@ -170,3 +171,13 @@ def test_stream_is_forecast_from_where_the_training_left_it(tmp_path):
     printed = run("stream.py", tmp_path)
     assert numbers(r"  #, 1 ahead", printed) < [0.025]
     assert numbers(r"  #, 20 ahead", printed) < numbers("varies by #", printed)
+
+
+def test_sharded_transformer_trains_as_on_one_device_and_is_restored_on_fewer(tmp_path):
+    printed = run("sharded_transformer.py", tmp_path)
+    assert "P(None, 'tensor', 'fsdp')" in printed  # a weight of the stack
+    first, last = numbers("loss: # at first, # at last", printed)
+    assert last < first - 1
+    differences = re.findall(r"differs? by (?:at most )?([\d.e+-]+)", printed)
+    assert len(differences) == 5  # on one device; restored on 8, 4 and 1; exported
+    assert all(float(x) < 1e-5 for x in differences)

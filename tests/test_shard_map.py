@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import optax
 import pytest
 from beartype import beartype
 from jax import P
@@ -128,6 +129,26 @@ def test_a_tree_of_the_derefed_form_says_each_spec_of_a_ref_once():
     run(step, model, in_specs=(specs,))
     assert shapes == [((2,), (1,))]
     assert pair.value["a"].tolist() == [0.0, -1.0, -2.0, -3.0]
+
+
+def test_two_arguments_that_share_a_ref_may_each_have_a_tree_of_specs():
+    model = Linear(3, 8, jr.key(0))
+    optimizer = rx.Optimizer(model, optax.sgd(0.1, momentum=0.9))
+    rules = rx.axis_rules(out="data")
+    args = (model, {"same": model.bias, "optimizer": optimizer})
+    shapes = []
+
+    def step(model, rest):
+        slots = filter(rx.is_ref, jax.tree.leaves(rest["optimizer"]))
+        shapes.append((rest["same"].shape, sorted(ref.shape for ref in slots)))
+        rest["same"].value += 1.0
+
+    run(step, *args, in_specs=tuple(map(rules.specs, args)))
+    run(step, *args, in_specs=rules.specs(args))
+    assert (
+        shapes == [((2,), [(2,), (2, 3)])] * 2
+        and model.bias.value.tolist() == [2.0] * 8
+    )
 
 
 def test_the_rules_for_axis_names_give_specs_too():
@@ -610,7 +631,7 @@ def test_specs_that_are_none_are_refused_where_they_are_given():
     with pytest.raises(
         TypeError, match=r"as in `rx.specs\(\{'params': P\('data'\)\}\)`"
     ):
-        rx.specs(P("data"))
+        rx.specs(P("data"))  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match=r"default='data'"):
         rx.specs(default="data")
     assert rx.specs(params=P()) == rx.specs(params=None) != rx.specs(params=P("data"))

@@ -89,7 +89,7 @@ def call_specs(
     **Arguments:**
 
     - `in_specs`: a prefix of `args`.
-    - `mesh`: what is split over; `None` if it is not known.
+    - `mesh`: what is split over.
     - `manual`: those of its axes that the function is manual over.
 
     **Raises:**
@@ -99,7 +99,7 @@ def call_specs(
         split so.
     """
     # With explicit axes a type says how an array is split, and nothing else can be right.
-    is_typed = mesh is not None and _types_say(mesh, manual)
+    is_typed = _types_say(mesh, manual)
     unsaid = AS_TYPED if is_typed else None
     if in_specs is AS_TYPED and not is_typed:
         raise TypeError(
@@ -124,7 +124,7 @@ def call_specs(
     for i, value in values_of(derefed.arrays).items():
         ref = derefed.refs[i]
         if i in said:
-            given = _agreed(ref, said[i], name)
+            given = _agreed(ref, value, said[i], name)
         else:
             given = _reached(reached.get(i, ()), unsaid)
         own = _specs_of_value(ref, given, value, manual, name)
@@ -149,13 +149,21 @@ def _reached(places: Iterable[Place], unsaid: Any) -> Any:
     return SAME if SAME in given else (given[0] if given else unsaid)
 
 
-def _agreed(ref: Ref, places: list[Place], name: str) -> Any:
+def _agreed(ref: Ref, value: Any, places: list[Place], name: str) -> Any:
     """The spec that all arguments with this ref give it."""
+
+    def in_full(given: Any) -> Any:
+        own = specs_of_arrays(
+            given, value.value if type(value) is Channeled else value, "in_specs"
+        )
+        return given is SAME, [_by_dimension(spec) for spec in jtu.tree_leaves(own)]
+
     remedy = (
         "give it one spec, for example by its collection, as in "
         f"`{specs_text(ref, 'P(...)')}`."
     )
-    return agreed(ref, places, lambda a, b: a == b, name, "specs", remedy)
+    is_same = lambda a, b: a is b or in_full(a) == in_full(b)
+    return agreed(ref, places, is_same, name, "specs", remedy)
 
 
 def _specs_of_value(

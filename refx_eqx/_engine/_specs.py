@@ -105,6 +105,9 @@ class _AsTyped:
     """The spec of an array of which none is given, under a mesh of explicit axes: that of
     its type."""
 
+    def __reduce__(self) -> str:
+        return "AS_TYPED"
+
     def __repr__(self) -> str:
         return "the sharding of its type"
 

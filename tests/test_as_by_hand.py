@@ -1,5 +1,8 @@
-"""What a training step needs on each device is what the hand-written JAX program needs."""
+"""A training step needs the memory on each device, and the collectives, of the hand-written JAX
+program."""
 
+import math
+import re
 from typing import Any
 
 import jax
@@ -14,7 +17,7 @@ from jaxtyping import Array, Float
 import refx_eqx as rx
 
 
-MESH = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+MESH = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
 DEPTH, DIM, BATCH = 4, 128, 64
 
 
@@ -35,9 +38,12 @@ class Layer(rx.Module):
         return x + jax.nn.gelu(x @ self.up.value.T) @ self.down.value.T
 
 
-def make() -> Layer:
+RULES = rx.axis_rules(hidden="tensor", dim="fsdp")
+
+
+def make(rules: rx.axis_rules = RULES) -> Layer:
     layers = rx.filter_vmap(Layer)(jr.split(jr.key(0), DEPTH))
-    rx.filter_shard(layers, rx.axis_rules(hidden="fsdp").shardings(layers, MESH))
+    rx.filter_shard(layers, rules.shardings(layers, MESH))
     return layers
 
 
@@ -78,12 +84,30 @@ def peak(compiled: Any) -> int:
     )
 
 
+COLLECTIVE = re.compile(
+    r"= (?P<types>[^=]*?) (?P<kind>all-gather|all-reduce|all-to-all|reduce-scatter|"
+    r"collective-permute)(?:-start)?\("
+)
+SIZES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1}
+
+
+def collectives(compiled: Any) -> dict[str, int]:
+    """The bytes that each kind of collective makes."""
+    found: dict[str, int] = {}
+    for types, kind in COLLECTIVE.findall(compiled.as_text()):
+        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", types):
+            size = math.prod(int(n) for n in shape.split(",") if n) * SIZES[dtype]
+            found[kind] = found.get(kind, 0) + size
+    return found
+
+
 def assert_as_by_hand(compiled: Any, compiled_by_hand: Any) -> None:
+    assert collectives(compiled) == collectives(compiled_by_hand)
     assert peak(compiled) <= 1.03 * peak(compiled_by_hand)
 
 
 def batch(*shape: int) -> jax.Array:
-    spec = (*[None] * (len(shape) - 2), "data")
+    spec = (*[None] * (len(shape) - 2), "fsdp")
     return put(jr.normal(jr.key(1), shape), *spec)
 
 
@@ -175,6 +199,47 @@ def test_bfloat16_with_masters():
     np.testing.assert_allclose(layers.up.value, masters["up"], rtol=1e-5, atol=1e-6)
     assert low.up.dtype == jnp.bfloat16
     assert low.up.value.sharding == layers.up.value.sharding
+
+
+# Ways to split the work.
+
+
+SPLITS = {
+    "data parallel": rx.axis_rules(),
+    "FSDP": rx.axis_rules(dim="fsdp"),
+    "tensor parallel": rx.axis_rules(hidden="tensor"),
+    "both": RULES,
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_the_split_of_the_work_costs_the_same_collectives(name):
+    layers, x = make(SPLITS[name]), batch(BATCH, DIM)
+    tx = optax.adam(1e-3)
+    optimizer = rx.Optimizer(layers, tx)
+
+    @rx.filter_jit(donate="refs")
+    def step(layers, optimizer, x):
+        value, grads = rx.filter_value_and_grad(loss, wrt="params")(layers, x)
+        optimizer.update(layers, grads)
+        return value
+
+    def step_by_hand(params, state, x):
+        value, grads = jax.value_and_grad(loss_by_hand)(params, x)
+        updates, state = tx.update(grads, state)
+        params = optax.apply_updates(params, updates)
+        # As the library does it: what is written stays where it was.
+        keep = jax.lax.with_sharding_constraint
+        return value, jax.tree.map(keep, params, places), state
+
+    params = by_hand(layers)
+    places = jax.tree.map(lambda x: x.sharding, params)
+    with jax.numpy_dtype_promotion("standard"):
+        compiled = step.lower(layers, optimizer, x).compile()
+        jitted = jax.jit(step_by_hand, donate_argnums=(0, 1))
+        by_jax = jitted.lower(params, tx.init(params), x).compile()
+    assert_as_by_hand(compiled, by_jax)
+    assert collectives(compiled)
 
 
 # Rematerialization, and donation.
