@@ -51,9 +51,11 @@ def run_body(
     both = [*inner.items(), *_withhold(structure, leaves, withheld).items()]
     for i, ref in both:
         ref._body, ref._outer = body, refs[i]
+    # A ref that comes back out is known by this number, a withheld one too.
     numbers = {id(ref): i for i, ref in both}
     trees = structure.trees(leaves)
     before = {i: (ref._collection, _Before(ref)) for i, ref in inner.items()}
+    # From here on: what the function does to what it is given would be lost, if it is no ref.
     changes = Changes(trees)
     *args, kwargs, fn = trees
 
@@ -76,6 +78,7 @@ def run_body(
                 f"{describe(ref._name, ref._collection)} had no collection when it came "
                 "in. Give it one where it is made: `rx.Ref(value, collection)`."
             )
+        # Always asked, as it also checks the type of what was changed in place.
         differs = earlier.differs(ref)
         if ref._written or differs:
             updates[i], written[i] = split_value(content(ref))

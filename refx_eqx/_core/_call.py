@@ -82,6 +82,7 @@ class Call:
         is_dynamic: Callable[[Any], bool] = is_traced,
     ):
         parts, self.leaves = [], []
+        # The function last, so that a ref is first where the arguments have it.
         for tree in (*args, kwargs, fn):
             leaves, part = flatten(tree)
             self.leaves.append(leaves)
@@ -101,6 +102,7 @@ class Call:
         self.values: list[Any] = []
 
         def read(ref: Ref) -> Any:
+            # Most refs are of the running trace, outside all bodies: nothing to ask.
             is_elsewhere = in_body or ref._trace() is not self.trace
             if is_elsewhere and type(ref._trace) is not Withheld:
                 check_readable(ref)

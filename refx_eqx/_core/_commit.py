@@ -63,11 +63,13 @@ def commit(
     - `updates`: the refs to write, with their new values.
     """
     trace, state = _trace.current_trace(), _trace.thread.state
+    # The common case, decided once for all refs: a step writes thousands.
     quiet = not state.bodies and not _trace.guards.get()
     for ref, _ in updates:
         if not (quiet and ref._trace() is trace):
             check_writable(ref)
     with commits.lock:
+        # The count first: only if another thread wrote something are the refs compared.
         if commits.count != started and not all(
             ref._value is value for ref, value in zip(refs, values)
         ):

@@ -187,6 +187,7 @@ class Key:
             if type(leaf) is Value
         )
         keys = tuple(map(static_key, statics))
+        # Declared types by themselves: in the treedef any two labels are equal.
         self._what = tuple(structure.parts), treedef, keys, declared
         try:
             self._hash = hash(self._what)

@@ -121,6 +121,7 @@ def _closed(tree: Any, made: dict[int, Any]) -> Any:
 def _closed_leaf(leaf: Any, made: dict[int, Any]) -> Any:
     if not is_closure(leaf):
         return leaf
+    # Not yet what it carries: a recursive function must be there before its own cells.
     return rebuilt(leaf.head, lambda: _closed(leaf.contents, made), made)
 
 
@@ -144,6 +145,10 @@ def _by_name(x: Any) -> Any:
 
 def _names_in(head: Any) -> Iterable[str]:
     return head if type(head) is _Names else names_in(head)
+
+
+# JAX compares the nodes of two treedefs by `==` of their heads, but hashes a treedef by its
+# shape alone (jaxlib 0.10 to 0.12): so functions that carry the same share a hash, no more.
 
 
 class Part(NamedTuple):

@@ -96,6 +96,7 @@ def head_of(
     number = numbers.get(id(leaf))
     if number is not None:
         return LaterPlace(number), []
+    # Before its contents are looked at: a recursive function is in one of its own cells.
     number = numbers[id(leaf)] = len(numbers)
     rebound = rebound_cells(reachable_functions(leaf))
     carried = carried_cells(leaf, is_wanted)
@@ -112,6 +113,8 @@ def head_of(
         extras.append(None if is_carried else _itself(defaults))
         if is_carried:
             contents.append(defaults)
+    # `functools.wraps` leaves the wrapped function here: it is in a cell as well, where what
+    # it holds is carried.
     extras += ((k, _itself(v)) for k, v in vars(leaf).items() if k != "__wrapped__")
     origin = Ignored((weakref.ref(origin_of(leaf)),))
     looks = (
@@ -167,6 +170,7 @@ def rebuilt(head: Any, contents: Callable[[], Any], made: dict[int, Any]) -> Any
         return functools.partial(func, *args, **keywords)
     number, code, globals_, kept, extras, (origin,) = head
     looks, defaults, kwdefaults, *own = extras
+    # Empty cells, filled below: a recursive function is needed to make what is in them.
     cells = tuple(types.CellType() if keep is None else keep.cell for keep in kept)
     fn = types.FunctionType(code, globals_.recall(), closure=cells)
     for name, value in looks:
