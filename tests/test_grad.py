@@ -5,6 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import refx_eqx as rx
@@ -219,3 +220,18 @@ def test_a_failure_writes_nothing():
     with pytest.raises(RuntimeError, match="no"):
         rx.filter_grad(fails)(model)
     assert model["count"].value == 0
+
+
+@pytest.mark.parametrize("number", [3.0, np.float32(3.0)], ids=["python", "numpy"])
+def test_what_is_made_of_a_number_is_an_array(number):
+    """JAX hands a number over to an eager derivative as a number of its own kind."""
+    w, copy = rx.Ref(number, "params"), rx.Ref(0.0)
+
+    def loss(w):
+        copy.value = w.value
+        return w.value**2, jax.lax.stop_gradient(w.value)
+
+    grads, aux = rx.filter_grad(loss, has_aux=True)(w)
+    assert grads.value == 6.0 and aux == copy.value == 3.0
+    assert isinstance(copy.value, jax.Array) and isinstance(aux, jax.Array)
+    assert w.value is number  # nothing has written it

@@ -16,7 +16,15 @@ import jax.tree_util as jtu
 from .._core._call import Call, call, close_result
 from .._core._deref import deref_leaves
 from .._core._errors import name_of, StructureError
-from .._core._structure import flatten, Leaves, Outcome, split, Structure, tree_of
+from .._core._structure import (
+    array_of,
+    flatten,
+    Leaves,
+    Outcome,
+    split,
+    Structure,
+    tree_of,
+)
 from .._core._values import is_traced_in_ref
 from .._filters._select import check_can_select, choose, leaves_with_paths
 from .._trees._closure import Part
@@ -59,8 +67,15 @@ def differentiable(
     `float` in a ref is one of them, because it is one under `jit`.
     """
     arrays = derefed.arrays[: len(trees)]
+    diff, rest = eqx.partition(arrays, _wanted(derefed, trees, wrt, by_first))
+    # An eager derivative would hand over numbers of Python and NumPy as they are.
+    return jtu.tree_map(array_of, diff), rest
+
+
+def _wanted(derefed: Call, trees: tuple, wrt: Any, by_first: bool) -> Any:
+    """Which of the arrays of these trees are differentiated: a filter spec for them."""
     if wrt is None:
-        return eqx.partition(arrays, is_inexact)
+        return is_inexact
     check_can_select(trees[0] if by_first else trees, wrt)
     found = [
         part.tree(leaves)
@@ -68,14 +83,13 @@ def differentiable(
     ]
     pairs, _ = leaves_with_paths(found[0] if by_first else found)
     answers = iter(choose([p for p, _ in pairs], [x for _, x in pairs], (wrt,)))
-    wanted = [
+    return [
         [
             jtu.tree_map(lambda x, ok=next(answers) == 0: ok and is_inexact(x), leaf)
             for leaf in leaves
         ]
-        for leaves in arrays
+        for leaves in derefed.arrays[: len(trees)]
     ]
-    return eqx.partition(arrays, wanted)
 
 
 def nothing_to_differentiate(name: str, fn: Any, wrt: Any) -> StructureError:
