@@ -107,3 +107,24 @@ def test_a_bound_method_of_a_list(trace_counter):
     for i in range(4):
         assert step(method, jnp.array(float(i))) == 3.0 * i
     assert f.counter.count == 1
+
+
+class Named(eqx.Module):
+    ref: rx.Ref
+    names: list[str] = eqx.field(static=True)
+
+
+def test_a_static_field_that_has_no_hash(trace_counter):
+    f = trace_counter(lambda named: named.ref.value * len(named.names))
+    step, named = rx.filter_jit(f), Named(rx.Ref(jnp.array(1.0)), ["a", "b"])
+    for _ in range(4):
+        assert step(named) == 2.0
+    assert step(Named(rx.Ref(jnp.array(1.0)), ["a"])) == 1.0
+    assert f.counter.count == 2
+
+
+def test_keys_that_cannot_be_sorted_are_refused_as_by_jax():
+    step = rx.filter_jit(lambda d: d[0])
+    for _ in range(3):
+        with pytest.raises(ValueError, match="sorting pytree dictionary keys"):
+            step({0: jnp.array(1.0), "x": jnp.array(2.0)})
