@@ -128,3 +128,11 @@ def test_keys_that_cannot_be_sorted_are_refused_as_by_jax():
     for _ in range(3):
         with pytest.raises(ValueError, match="sorting pytree dictionary keys"):
             step({0: jnp.array(1.0), "x": jnp.array(2.0)})
+
+
+def test_a_float_that_is_not_a_number_is_known_again():
+    step: Any = rx.filter_jit(lambda ref, x: ref.value + x)
+    ref = rx.Ref(jnp.array(1.0))
+    for _ in range(4):
+        assert jnp.isnan(step(ref, float("nan")))  # an object of its own each time
+    assert len(step._plans._plans) == 1
