@@ -178,7 +178,7 @@ def test_the_whole_of_what_is_mapped_is_withheld_and_the_remedies_run(touch):
 
     message = (
         r"`Layer.weight` \(collection 'params'\): `scan` maps it along axis 0, and hands "
-        r"the function a slice of it, in `xs` at `.weight`.*Use the slice.*read that before"
+        r"the function a slice of it, in `xs` at `weight`.*Use the slice.*read that before"
     )
     with pytest.raises(rx.TraceLevelError, match=message):
         rx.scan(step, x, model.layers)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from saved_models import make, make_tied
+from saved_models import Linear, make, make_tied
 
 import refx_eqx as rx
 

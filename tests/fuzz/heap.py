@@ -137,6 +137,8 @@ class Heap(Interpreter):
         found: dict[int, Any] = {}
         of_refs = [SAME if self.is_same_key(s, ref) else None for ref in refs]
         for ref, axis in zip([*refs, *sliced], [*of_refs, *axes]):
+            if isinstance(axis, int) and axis < 0:  # the last of one axis is its first
+                axis += jnp.ndim(self.heap[ref.i])
             if found.setdefault(ref.i, axis) != axis:
                 self.refuse("two axes")
         values, out = getattr(self, s.transform)(s, closed, refs, sliced, inputs)
