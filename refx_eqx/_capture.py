@@ -28,6 +28,10 @@ from ._trees._paths import key_text
 __tracebackhide__ = True
 
 
+# Public in JAX 0.12 too, though a checker does not see it exported.
+ClosedJaxpr = jex.core.ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
+
+
 def capture(
     fn: Callable[..., Any],
     *,
@@ -226,9 +230,9 @@ def _name_of(eqn: Any) -> str | None:
 def _jaxprs_of(eqn: Any) -> list[Any]:
     leaves = jtu.tree_leaves(
         eqn.params,
-        is_leaf=lambda x: isinstance(x, (jex.core.Jaxpr, jex.core.ClosedJaxpr)),
+        is_leaf=lambda x: isinstance(x, (jex.core.Jaxpr, ClosedJaxpr)),
     )
-    jaxprs = [x.jaxpr if isinstance(x, jex.core.ClosedJaxpr) else x for x in leaves]
+    jaxprs = [x.jaxpr if isinstance(x, ClosedJaxpr) else x for x in leaves]
     return [x for x in jaxprs if isinstance(x, jex.core.Jaxpr)]
 
 
@@ -271,7 +275,7 @@ def _evaluate(
             outs = outs if eqn.primitive.multiple_results else [outs]
         elif kind in _INLINED:
             (body,) = [x for k, x in eqn.params.items() if k in ("jaxpr", "call_jaxpr")]
-            closed = isinstance(body, jex.core.ClosedJaxpr)
+            closed = isinstance(body, ClosedJaxpr)
             with eqn.ctx.manager:
                 inner, outs = _evaluate(
                     body.jaxpr if closed else body,

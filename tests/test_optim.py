@@ -415,7 +415,7 @@ def test_optax_finds_and_maps_its_state():
     model = make()
     optimizer = rx.Optimizer(model, optax.adam(0.1))
     assert optax.tree.get(optimizer.opt_state, "count").value == 0
-    zeros = optax.tree_utils.tree_map_params(
+    zeros: Any = optax.tree_utils.tree_map_params(
         optimizer.tx, lambda ref: jnp.zeros(ref.shape), optimizer.opt_state
     )
     assert (zeros[0].mu["first"] == 0).all()

@@ -25,6 +25,10 @@ from .._trees._closure import Part
 __tracebackhide__ = True
 
 
+# Public in JAX 0.12 too, though a checker does not see it exported.
+ClosedJaxpr = jax.extend.core.ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
+
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -63,7 +67,7 @@ def _statics(outcome: Outcome) -> Any:
 
 def filter_make_jaxpr(
     fun: Callable[..., Any],
-) -> Callable[..., tuple[jax.extend.core.ClosedJaxpr, PyTree, PyTree]]:
+) -> Callable[..., tuple[ClosedJaxpr, PyTree, PyTree]]:
     """As `equinox.filter_make_jaxpr`, by reference: the program that a function is.
 
     Nothing is computed, and nothing is written.
@@ -168,7 +172,7 @@ class _Jaxpr:
         self.jaxpr = jaxpr
 
     def __call__(self, consts: list[Any]) -> Any:
-        return jax.extend.core.ClosedJaxpr(self.jaxpr, consts)
+        return ClosedJaxpr(self.jaxpr, consts)
 
 
 def _types_of_call(derefed: Call) -> tuple[jax.ShapeDtypeStruct, ...]:
