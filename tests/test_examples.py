@@ -35,6 +35,8 @@ def run(name: str, folder: Path, *arguments: str) -> str:
     strict = {"JAX_CHECK_TRACER_LEAKS", "XLA_FLAGS"}
     env = {k: v for k, v in os.environ.items() if k not in strict}
     terminal = {"PYTHONIOENCODING": "utf-8", "COLUMNS": "100"}
+    # XLA logs what takes long on a busy machine; an exception is printed by Python.
+    terminal["TF_CPP_MIN_LOG_LEVEL"] = "3"
     picture = folder / "some folder" / "picture.png"
     command = [sys.executable, EXAMPLES / name, *QUICK[name], "--picture", picture]
     done = subprocess.run(
