@@ -1,8 +1,8 @@
 """Shared, mutable, typed references for Equinox."""
 
 from importlib.metadata import version as _version
+from typing import Any as _Any, TYPE_CHECKING as _TYPE_CHECKING
 
-from . import nn as nn
 from ._capture import capture as capture
 from ._checkpoint._save import load as load, save as save
 from ._core._deref import (
@@ -115,4 +115,22 @@ from ._transforms import (
 from ._transforms._functionalize import functionalize as functionalize
 
 
+if _TYPE_CHECKING:
+    from . import nn as nn
+
+
 __version__ = _version("refx_eqx")
+
+
+def __getattr__(name: str) -> _Any:
+    # The layers are imported when one is asked for: to make their classes takes as long as to
+    # import all the rest.
+    if name == "nn":
+        import importlib
+
+        return importlib.import_module(f"{__name__}.nn")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "nn"})

@@ -101,13 +101,7 @@ def test_a_repeated_call_of_any_argument_runs_a_fixed_number_of_functions(row):
         return count(lambda: f(*args, **kwargs))
 
     few = of(10)
-    # What is written of a pytree is put together again.
-    limit = 60 if "pytrees" in row or "None" in row else 25
-    limit = 200 if "texts" in row else limit
-    assert few < limit
-    # The texts of a pytree are compared one by one.
-    if row not in _arguments.COMPANIONS and "texts" not in row:
-        assert of(40) == few
+    assert few <= 40 and of(20) == few
 
 
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs 8 devices")

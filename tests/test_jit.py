@@ -75,7 +75,7 @@ def test_only_what_was_written_is_an_output_of_the_program():
     linear, x = make_linear(), jnp.ones(3)
     lowered = filter_jit(lambda m, x: m(x)).lower(linear, x)
     shapes = [leaf.shape for leaf in jax.tree.leaves(lowered.out_info)]
-    assert shapes == [(2,), ()]  # the result and the counter, not the weight
+    assert shapes == [(), (2,)]  # the counter and the result, not the weight
     lowered = filter_jit(lambda m, x: m.weight.value @ x).lower(linear, x)
     assert [leaf.shape for leaf in jax.tree.leaves(lowered.out_info)] == [(2,)]
 

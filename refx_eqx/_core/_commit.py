@@ -85,16 +85,15 @@ def rescue(refs: list[Ref], values: list[Any], returned: list[Any]) -> bool:
     **Arguments:**
 
     - `refs`, `values`: the refs of the call, and what was read from them.
-    - `returned`: what the program returned, if it did: see `_engine/_donation.py`.
+    - `returned`: what the program returned, if it did, behind what makes an outcome of it.
     """
-    if not returned or not any(map(_trace.is_deleted, jtu.tree_leaves(values))):
+    if len(returned) < 2 or not any(map(_trace.is_deleted, jtu.tree_leaves(values))):
         return False
-    flat, packed = returned[-1]
-    _, updates, info = packed.treedef.unflatten(flat)
+    outcome = returned[0](returned[-1])
     with commits.lock:
         commits.store(
-            (refs[i], info.value(i, x))
-            for i, x in updates.items()
+            (refs[i], outcome.info.value(i, x))
+            for i, x in outcome.updates.items()
             if refs[i]._value is values[i]
         )
     return True

@@ -114,6 +114,9 @@ one_step = any
 
 commits = _Commits()
 
+# Negative, so that none is the address of anything.
+_numbers = itertools.count(-1, -1)
+
 
 class Ref(Shared, Generic[T]):
     """A shared, mutable, typed cell: a leaf of a pytree, held by identity.
@@ -171,6 +174,7 @@ class Ref(Shared, Generic[T]):
         "_declared",
         "_hashed",
         "_name",
+        "_number",
         "_outer",
         "_trace",
         "_value",
@@ -180,6 +184,8 @@ class Ref(Shared, Generic[T]):
     _value: Any
     _collection: Hashable
     _name: str | None
+    # Which ref it is, for the plans of `filter_jit`: no other had this number, or will.
+    _number: int
     # What a backward rule writes the ref by, if it may. See `_engine/_backward.py`.
     _channel: Any
     # For an inner ref: the body that it was made for, and the ref that it stands for there
@@ -203,6 +209,7 @@ class Ref(Shared, Generic[T]):
         self._declared = None
         self._trace = _trace.current_trace_ref()
         self._written = self._hashed = False
+        self._number = next(_numbers)
         self._channel = self._body = self._outer = None
         self._value = check_value(self, value)
 
@@ -502,6 +509,7 @@ def make_ref(
     ref._declared = declared
     ref._trace = value if type(value) is Withheld else _trace.current_trace_ref()
     ref._written = ref._hashed = False
+    ref._number = next(_numbers)
     return ref
 
 

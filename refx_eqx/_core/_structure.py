@@ -274,7 +274,8 @@ class OutcomeInfo:
 
     - `result`: the structure of the result;
     - `written`: of each ref that was written, the statics of its new value;
-    - `build`: makes the result of its arrays, if it has nothing else; or `None`.
+    - `build`: makes the result of its arrays, if it has nothing else; or `None`. `is_one`:
+        whether it is just one array.
     - `waits`: whether a call must wait for run-time checks. `filter_jit` finds out.
     - `in_place`: the refs in whose value something was changed in place.
     - `asked`: what was asked of the identity of the refs: for which the program is right.
@@ -282,7 +283,7 @@ class OutcomeInfo:
     By itself it is a pytree node without children, which is how it gets out of `jax.jit`.
     """
 
-    __slots__ = ("asked", "build", "in_place", "result", "waits", "written")
+    __slots__ = ("asked", "build", "in_place", "is_one", "result", "waits", "written")
 
     def __init__(
         self,
@@ -297,9 +298,10 @@ class OutcomeInfo:
         self.asked = NOTHING_ASKED
         ((part,), (statics,)) = result.parts, result.statics
         self.build: Callable[[list[Any]], Any] | None = None
+        self.is_one = False
         if all(x is None for x in statics) and not part.has_functions:
-            is_one = part.treedef == _ONE_ARRAY
-            self.build = itemgetter(0) if is_one else part.treedef.unflatten
+            self.is_one = part.treedef == _ONE_ARRAY
+            self.build = itemgetter(0) if self.is_one else part.treedef.unflatten
 
     def __hash__(self) -> int:
         key = self._key()

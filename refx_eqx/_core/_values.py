@@ -72,4 +72,7 @@ def join_value(arrays: Any, statics: Any) -> Any:
         return arrays
     if type(arrays) is Channeled:
         return Channeled(join_value(arrays.value, statics), arrays.channel)
-    return eqx.combine(arrays, statics)
+    # As `eqx.combine`, without a call of Python for each leaf.
+    leaves, treedef = _trace.flatten_with_none(statics)
+    both = zip(treedef.flatten_up_to(arrays), leaves)
+    return treedef.unflatten([x if static is None else static for x, static in both])

@@ -1,17 +1,15 @@
 """Donation: which buffers a call gives away, and never one that somebody else holds."""
 
-import functools
-import sys
-from collections.abc import Callable
-from operator import gt
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from sys import getrefcount
+from typing import Any, Literal
 
 import jax
-import jax.tree_util as jtu
 
 from .._core import _trace
 from .._core._nodes import is_node
 from .._core._structure import Structure
+from ._contents import picker
 
 
 __tracebackhide__ = True
@@ -20,19 +18,45 @@ __tracebackhide__ = True
 Donate = Literal["all", "all-except-first", "warn", "warn-except-first", "none", "refs"]
 
 
-class Split(NamedTuple):
+class Split:
     """Which of the flat arrays are donated.
 
-    The first `n_outside` of those that are donated are outside refs. `alone` says for each
-    how often Python counts it if nothing but its ref holds it (see `apart`). `trees` says
-    which of them are in a ref with a pytree: the number of the ref, and their positions.
+    - `donated`, `kept`: their positions;
+    - `n_outside`: so many of those that are donated, the first, are outside refs;
+    - `alone`: of each of the others, how often Python counts it if nothing but its ref holds
+        it (see `apart`);
+    - `trees`: which of them are in a ref with a pytree: the number of the ref, and their
+        positions.
     """
 
-    donated: tuple[int, ...]
-    kept: tuple[int, ...]
-    n_outside: int = 0
-    alone: tuple[int, ...] = ()
-    trees: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    __slots__ = (
+        "alone",
+        "donated",
+        "kept",
+        "n_outside",
+        "take_donated",
+        "take_kept",
+        "trees",
+    )
+
+    def __init__(
+        self,
+        donated: tuple[int, ...],
+        kept: tuple[int, ...],
+        n_outside: int = 0,
+        alone: Sequence[int] = (),
+        trees: tuple[tuple[int, tuple[int, ...]], ...] = (),
+    ):
+        self.donated, self.kept = donated, kept
+        self.take_donated, self.take_kept = picker(donated), picker(kept)
+        self.n_outside, self.alone, self.trees = n_outside, list(alone), trees
+
+    def joined(self, donated: Sequence[Any], kept: Sequence[Any]) -> list[Any]:
+        """The flat arrays again."""
+        flat: list[Any] = [None] * (len(donated) + len(kept))
+        for i, x in zip((*self.donated, *self.kept), (*donated, *kept)):
+            flat[i] = x
+        return flat
 
 
 def what_to_donate(structure: Structure, donate: str) -> tuple[list[int], set[int]]:
@@ -53,12 +77,12 @@ def same_buffer_type(old: Any, new: Any) -> bool:
 
 def apart(
     arrays: list[Any], values: list[Any], split: Split
-) -> tuple[list[Any], list[Any]]:
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The arrays that are donated, and those that are not.
 
     A buffer of a ref that somebody else holds too (a snapshot, a clone, another ref, a
     variable) is theirs to keep: a copy is donated in its stead. Python counts who holds an
-    object: the ref or the pytree in it, and `arrays`, `values` and the list made here.
+    object: the ref or the pytree in it, and `arrays`, `values` and the tuple made here.
 
     **Arguments:**
 
@@ -66,63 +90,48 @@ def apart(
     - `values`: of its refs.
     - `split`: which arrays to donate.
     """
-    donated = [arrays[i] for i in split.donated]
-    kept = [arrays[i] for i in split.kept]
+    donated, kept = split.take_donated(arrays), split.take_kept(arrays)
     if _trace.guards.get():
         # It may turn out that a ref may not be written here.
-        return list(map(_copy, donated)), kept
-    if any(map(gt, map(sys.getrefcount, donated), split.alone)):
-        for k, alone in enumerate(split.alone):
-            # Not through a generator or a variable, which are counted.
-            if sys.getrefcount(donated[k]) > alone:
-                donated[k] = _copy(donated[k])
-    for number, positions in split.trees:
-        if sys.getrefcount(values[number]) > _TREE_ALONE:
-            for k in positions:
-                donated[k] = _copy(donated[k])
-    if split.n_outside:
-        # The caller may donate what a ref has too, or one array twice.
-        seen = set(map(id, kept)) | set(map(id, donated[split.n_outside :]))
-        for k, x in enumerate(donated[: split.n_outside]):
-            if id(x) in seen:
-                donated[k] = _copy(x)
-            seen.add(id(x))
+        return tuple(map(_copy, donated)), kept
+    n = split.n_outside
+    in_refs = donated[n:] if n else donated
+    # A slice holds them once more.
+    counts = list(map(getrefcount, in_refs))
+    if (n or counts != split.alone or split.trees) and donated:
+        donated = _with_copies(donated, kept, counts, values, split)
     return donated, kept
 
 
-class Packed:
-    """In the result of a program: its treedef, next to a list of its leaves. So no code in
-    Python runs between the end of a donating call, when its buffers are gone, and the moment
-    when what it returned is kept: a signal could come there."""
-
-    __slots__ = ("treedef",)
-
-    def __init__(self, treedef: Any):
-        self.treedef = treedef
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Packed) and self.treedef == other.treedef
-
-    def __hash__(self) -> int:
-        return hash(self.treedef)
-
-
-# It is made again of itself and of `()`, of which only the first is true: by a function in C.
-_first: Any = functools.partial(max, key=bool)
-jtu.register_pytree_node(Packed, lambda packed: ((), packed), _first)
-
-
-def pack(outcome: Any) -> tuple[list[Any], Packed]:
-    """To be returned by a donating program: see `call_into`."""
-    flat, treedef = jtu.tree_flatten(outcome)
-    return flat, Packed(treedef)
+def _with_copies(
+    donated: tuple[Any, ...],
+    kept: tuple[Any, ...],
+    counts: list[int],
+    values: list[Any],
+    split: Split,
+) -> tuple[Any, ...]:
+    n = split.n_outside
+    held = [False] * n + [x > y + bool(n) for x, y in zip(counts, split.alone)]
+    for number, positions in split.trees:
+        if getrefcount(values[number]) > _TREE_ALONE:
+            for k in positions:
+                held[k] = True
+    # The caller may donate what a ref has too, or one array twice.
+    seen = set(map(id, (*kept, *donated[n:]))) if n else set()
+    for k, x in enumerate(donated[:n]):
+        held[k] = id(x) in seen
+        seen.add(id(x))
+    return tuple(_copy(x) if mine else x for x, mine in zip(donated, held))
 
 
-def call_into(returned: list[Any], program: Callable[..., Any], *args: Any) -> Any:
-    """What a donating program returns. It is kept in `returned`, packed: see `rescue`."""
+def call_into(
+    returned: list[Any], outcome_of: Callable, program: Callable, *args: Any
+) -> Any:
+    """What a donating program returns. It is kept in `returned`, behind what makes an outcome
+    of it, before any code in Python runs: see `rescue`."""
+    returned[:1] = [outcome_of]
     returned.extend(map(program, *zip(args)))
-    flat, packed = returned[-1]
-    return packed.treedef.unflatten(flat)
+    return returned[-1]
 
 
 def _copy(x: Any) -> Any:
@@ -133,10 +142,10 @@ def _count_alone() -> tuple[int, int]:
     """What `apart` counts for an array that only its ref holds, and for a pytree."""
     ref = [object()]
     values, arrays = ref[:], ref[:]
-    donated = [arrays[0]]
-    (of_array,) = map(sys.getrefcount, donated)
+    donated = tuple(arrays)
+    (of_array,) = map(getrefcount, donated)
     del arrays, donated
-    return of_array, sys.getrefcount(values[0])
+    return of_array, getrefcount(values[0])
 
 
 ALONE, _TREE_ALONE = _count_alone()

@@ -10,13 +10,12 @@ There is one mechanism, in three parts:
   it is given: see `_core/_identity.py`). A call is then: look up, read the
   values of the refs, call `jax.jit` on a flat list, write back;
 - `_watch` notices what has changed below something that is told by its identity. Then the
-  plan is made again. And where a ref has a value of another structure: see `_flat`.
+  plan is made again. And where a ref has a value of another structure: see `Contents`.
 
 A plan keeps nothing alive. The refs that it has are those of modules and functions that its
 key has by identity, it goes when one of these does, and a function keeps a bounded number.
 """
 
-import functools
 import weakref
 from typing import Any
 
@@ -28,10 +27,10 @@ from .._core._call import Call, close_result, with_refs
 from .._core._commit import commit, Disturbed, rescue, updates_of
 from .._core._on_mesh import on_mesh
 from .._core._ref import commits, one_step, Ref, set_value
-from .._core._structure import Outcome, OutcomeInfo
+from .._core._structure import Outcome
 from .._core._values import is_traced, split_value
-from .._trees._keys import static_keys
-from ._call_key import GivenArray, mark, Read, read
+from ._call_key import address, GivenArray, mark, Read, read
+from ._contents import Contents, is_one_array
 from ._flat import flat_of, forget_values
 from ._program import Program, Variant
 from ._run_time_errors import explain
@@ -59,7 +58,7 @@ class Plans:
         # The keys that were met once: most are never met again. And those for which there
         # can be no plan. By their hashes, which keep nothing alive.
         self._noted: dict[int, bool] = {}
-        # The modules that were met once, by their ids.
+        # The modules that were met once, by their addresses.
         self._known: dict[int, weakref.ref] = {}
 
     def call(self, args: tuple, kwargs: dict) -> Any:
@@ -79,7 +78,7 @@ class Plans:
             for module in found[4]:
                 self._know(module)
             return NO_PLAN
-        if plan is not None and plan.watch.holds():
+        if plan is not None and (plan.watch is None or plan.watch.holds()):
             out = plan.call(found[1], found[2], state)
             if out is not NO_PLAN:
                 return out
@@ -118,7 +117,7 @@ class Plans:
         return plan.call(arrays, refs, state)
 
     def _know(self, module: Any) -> None:
-        number, plans = id(module), weakref.ref(self)
+        number, plans = address(module), weakref.ref(self)
 
         def forget(_: Any) -> None:
             alive = plans()
@@ -131,7 +130,7 @@ class Plans:
         plans = weakref.ref(self)
 
         def forget(_: Any) -> None:
-            # An id may be used again as soon as its object is gone.
+            # An address may be used again as soon as its object is gone.
             alive = plans()
             if alive is not None:
                 alive._plans.pop(key, None)
@@ -146,20 +145,19 @@ class Plan:
     """One call, prepared. See the top of this file."""
 
     __slots__ = (
+        "contents",
         "derefed",
-        "donate",
+        "donates",
         "guards",
-        "last",
+        "known",
         "nodes",
         "order",
-        "others",
         "outside",
         "own",
         "program",
         "remade",
         "restructured",
         "run",
-        "statics",
         "variant",
         "watch",
     )
@@ -171,13 +169,12 @@ class Plan:
     # order of the refs among both, `None` if it is just that.
     own: list[Ref]
     order: list[int] | None
-    # The numbers of the refs whose value is not one JAX array.
-    others: list[int]
+    # `None` if each ref holds one JAX array.
+    contents: Contents | None
     # Weak references to what the key has by identity.
     guards: list[weakref.ref]
-    # About the last outcome: its info, and whether it writes anything else than JAX arrays. A
-    # tuple, as several threads may be here at once.
-    last: tuple[OutcomeInfo | None, bool]
+    # What the program did last: `_Known`. One object, as several threads may be here at once.
+    known: "_Known | None"
     remade: int
 
     def __init__(
@@ -198,25 +195,19 @@ class Plan:
         ]
         in_order = order == list(range(len(self.own) + len(given)))
         self.order = None if in_order else order
-        self.others = [
-            i
-            for i, value in enumerate(derefed.values)
-            if type(value) is not _trace.ConcreteArray
-        ]
-        # For each ref: its node, and what its value is equal by apart from its arrays.
+        self.contents = None
+        if not all(map(is_one_array, derefed.values)):
+            self.contents = Contents(derefed.values, variant.values, variant.n_outside)
+        # For each ref: its node.
         self.nodes = list(derefed.structure.refs().values())
-        self.statics = [static_keys(node.value) for node in self.nodes]
         self.program, self.variant = program, variant
         # Without donation there is nothing to decide on a call.
-        self.run = variant.plain
-        self.donate = (
-            functools.partial(variant.dispatch, derefed) if variant.donates else None
-        )
+        self.run, self.donates = variant.plain, variant.donates
         self.outside = outside
         self.guards = []
-        self.last = None, False
+        self.known = None
         self.restructured = restructured
-        self.watch = Watch()
+        self.watch: Watch | None = None
         # The plan must keep neither the values of this moment nor given refs alive.
         forget_values(derefed)
         derefed.refs = self.own if not given else []
@@ -224,17 +215,16 @@ class Plan:
 
     def fits(self, refs: list[Ref], values: list[Any]) -> bool:
         """Whether these refs, and their values, are such as the plan knows. (For those that
-        are not one JAX array, `_flat` sees.)"""
+        are not one JAX array, `Contents.flat` sees.)"""
         restructured = commits.restructured
-        others = set(self.others)
+        others = set(self.contents.numbers) if self.contents else ()
         for i, (ref, value, node) in enumerate(zip(refs, values, self.nodes)):
             if ref._collection != node.collection:
                 return False
             if ref._declared != node.label.declared:
                 return False
-            if i not in others and (
-                type(value) is not _trace.ConcreteArray
-                or type(ref._value) is not _trace.ConcreteArray
+            if i not in others and not (
+                is_one_array(value) and is_one_array(ref._value)
             ):
                 return False
         arrays = [split_value(value)[0] for value in values]
@@ -266,45 +256,50 @@ class Plan:
                 refs, values
             ):
                 return NO_PLAN
-            flat = values
-            if self.others:
-                flat = self._flat(arrays, values)
+            if self.contents is None:
+                flat = arrays + values
+            else:
+                flat = self.contents.flat(arrays, values)
                 if flat is None:
                     return NO_PLAN
-            elif arrays or self.donate is not None:
-                flat = arrays + values
             returned: list[Any] = []
             try:
                 try:
                     calls.append(running)
-                    if self.donate is None:
-                        out, updates, info = self.run(flat)
+                    if self.donates:
+                        result = self.variant.dispatch_donating(
+                            self.derefed, flat, values, returned
+                        )
                     else:
-                        out, updates, info = self.donate(flat, values, returned)
-                    if info.waits:
-                        jax.block_until_ready((out, updates))
+                        result = self.run(flat)
                 finally:
                     del calls[depth:]
-                known, in_general = self.last
-                if known is not info:
-                    if not info.asked.holds_for(refs):
-                        return NO_PLAN  # traced by another thread, for its own refs
-                    in_general = not all(
-                        type(x) is _trace.ConcreteArray and info.written[i] is None
-                        for i, x in updates.items()
-                    )
-                    self.last = info, in_general
-                outcome: Any = None
-                if info.build is None or in_general:
-                    outcome = Outcome(out, updates, info)
+                ((number, done),) = result.items()
+                known = self.known
+                if known is None or known.number != number:
+                    known = _Known(number, self, done)
+                    if not known.info.asked.holds_for(refs):
+                        # Traced by another thread, for its own refs.
+                        return NO_PLAN
+                    self.known = known
+                if known.waits:
+                    jax.block_until_ready(done)
+                updates, out, n = done, done, known.n
+                if n is None:
+                    updates, out = known.treedef.unflatten(done)
+                elif not known.is_one:
+                    out = done[n:]
                 # Before anything is written: to rebuild a class of the user's may raise.
-                if info.build is None:
-                    result = close_result(outcome, refs)
+                if known.is_one:
+                    answer = done[known.n]
+                elif known.build is None:
+                    answer = close_result(known.outcome(out, updates), refs)
                 else:
-                    result = info.build(out)
-                if in_general:
+                    answer = known.build(out)
+                if known.in_general:
+                    outcome = known.outcome(out, updates)
                     commit(refs, values, started, updates_of(outcome, refs))
-                    return result
+                    return answer
                 # Not `lock.acquire()`, which a signal may part from its `try`.
                 with commits.lock:
                     if commits.count != started and not all(
@@ -312,23 +307,23 @@ class Plan:
                     ):
                         continue
                     try:
-                        for number, value in updates.items():
-                            refs[number]._value = value
+                        for i, value in zip(known.written, updates):
+                            refs[i]._value = value
                     except BaseException:
                         # A signal, between two of them: first the others.
-                        get = refs.__getitem__
-                        one_step(map(set_value, map(get, updates), updates.values()))
+                        written = map(refs.__getitem__, known.written)
+                        one_step(map(set_value, written, updates))
                         raise
                     finally:
                         commits.count += 1
-                return result
+                return answer
             except Disturbed:
                 continue
             except BaseException as e:
                 if rescue(refs, values, returned):
                     raise
                 if isinstance(e, TypeError):
-                    if self.others or not all(map(is_traced, arrays)):
+                    if self.contents or not all(map(is_traced, arrays)):
                         # A tracer in a dict, an array of texts: it is told where.
                         return NO_PLAN
                 if isinstance(e, ValueError | RuntimeError):  # as JAX raises
@@ -338,34 +333,51 @@ class Plan:
                         continue
                 raise
 
-    def _flat(self, arrays: list[Any], values: list[Any]) -> list[Any] | None:
-        """All arrays of a call in which some ref has another value than one JAX array;
-        `None` if such a value has another structure than the plan knows."""
-        flat, start = list(arrays), 0
-        for number in self.others:
-            flat += values[start:number]
-            start = number + 1
-            value, treedef = values[number], self.variant.values[number]
-            if treedef == _ONE_ARRAY and type(value) in _one_array:
-                flat.append(value)
-                continue
-            its_arrays, found = jtu.tree_flatten(value)
-            if found != treedef or not set(map(type, its_arrays)) <= _ONLY_ARRAYS:
-                # Numbers, texts, functions, ...
-                of_arrays, statics = split_value(value)
-                its_arrays, found = jtu.tree_flatten(of_arrays)
-                if found != treedef or static_keys(statics) != self.statics[number]:
-                    return None
-                if of_arrays is value:
-                    _one_array.add(type(value))
-            flat += its_arrays
-        return flat + values[start:]
 
+class _Known:
+    """What a program does with what it returns.
 
-_ONE_ARRAY = jtu.tree_structure(0)
-_ONLY_ARRAYS = {_trace.ConcreteArray}
-# The types of which a value is one array, or a number. Filled as types are met.
-_one_array = {_trace.ConcreteArray}
+    - `number`, `info`, `written`, `treedef`: of the trace, as the `Variant` has them;
+    - `build`, `waits`: those of `info`;
+    - `n`: how many of the arrays, the first, are new values, if there is nothing to be made
+        of arrays; and `is_one`: whether the one behind them is the result;
+    - `in_general`: whether something is written that a plan cannot write by itself.
+    """
+
+    __slots__ = (
+        "build",
+        "in_general",
+        "info",
+        "is_one",
+        "n",
+        "number",
+        "treedef",
+        "waits",
+        "written",
+    )
+
+    n: Any
+
+    def __init__(self, number: int, plan: Plan, done: list[Any]):
+        self.number = number
+        self.info, self.written, self.treedef = plan.variant.traces[number]
+        self.build, self.waits = self.info.build, self.info.waits
+        updates, out = self.treedef.unflatten(done)
+        is_flat = len(out) + len(updates) == len(done) and all(
+            map(is_one_array, (*out, *updates))
+        )
+        self.n = len(updates) if is_flat else None
+        self.is_one = is_flat and self.info.is_one
+        # A tree may be written where a tree was: where there was one array, all plans must
+        # look again.
+        known_trees = plan.contents.numbers if plan.contents else ()
+        self.in_general = bool(self.info.in_place) or not all(
+            self.info.written[i] is None and (is_one_array(x) or i in known_trees)
+            for i, x in zip(self.written, updates)
+        )
+
+    def outcome(self, out: Any, updates: list[Any]) -> Outcome:
+        return Outcome(out, dict(zip(self.written, updates)), self.info)
 
 
 def make_plan(
@@ -387,8 +399,10 @@ def make_plan(
     if outside == list(range(len(arrays))):
         outside = None
     plan = Plan(derefed, program, variant, refs, outside, restructured)
-    if not all(map(plan.watch.tree, (fn, *held))):
+    watch = Watch()
+    if not all(map(watch.tree, (fn, *held))):
         return None
+    plan.watch = watch if watch.is_needed() else None
     return plan
 
 

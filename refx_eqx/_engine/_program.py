@@ -11,7 +11,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -22,15 +22,13 @@ from .._core._call import Call, dispatching, running_call
 from .._core._identity import Answers, answers_for, Asked, joined, Questions
 from .._core._on_mesh import Shardings
 from .._core._ref import commits, Ref
-from .._core._structure import Leaves, Outcome, Structure
+from .._core._structure import Leaves, Outcome, OutcomeInfo, Structure
 from .._trees._functions import origin_of
 from ._donation import (
     ALONE,
     apart,
     call_into,
     Donate,
-    pack,
-    Packed,
     same_buffer_type,
     Split,
     what_to_donate,
@@ -182,25 +180,42 @@ class Program:
             with dispatching(derefed):
                 while True:
                     variant, flat = self.variant(derefed)
-                    out, updates, info = variant.dispatch(
+                    result = variant.dispatch(
                         derefed, flat, derefed.values, derefed.returned
                     )
+                    outcome = variant.outcome(result)
                     # Another thread may have traced it in between, for its own refs.
-                    if info.asked.holds_for(derefed.refs):
+                    if outcome.info.asked.holds_for(derefed.refs):
                         break
-            if info.waits and _trace.is_evaluating():
+            if outcome.info.waits and _trace.is_evaluating():
                 # A failed check must leave every ref at its old value.
-                jax.block_until_ready((out, updates))
+                jax.block_until_ready(result)
         except (ValueError, RuntimeError) as e:
             explain(e, derefed.refs, derefed.values)
             raise
-        return Outcome(out, updates, info)
+        return outcome
+
+
+# What the functions of `jax.jit` return: see `Variant`.
+Result = dict[int, list[Any]]
+
+
+class Trace(NamedTuple):
+    """What one trace of a program did: its info, the numbers of the refs that it wrote, and
+    the structure of their new values and the result, `(updates, out)`."""
+
+    info: OutcomeInfo
+    written: tuple[int, ...]
+    treedef: Any
 
 
 class Variant:
-    """A program for one structure: two functions of `jax.jit` on flat lists of arrays.
+    """A program for one structure: functions of `jax.jit` on flat lists of arrays.
 
-    Both return the parts of an `Outcome` as a tuple, which JAX builds fastest.
+    Such a function returns `{number: arrays}`, where `traces` has by this number all that is
+    no array. JAX makes that without a call of Python: it takes least time, and no signal comes
+    between the end of a donating call, when its buffers are gone, and the moment when what it
+    returned is kept.
     """
 
     def __init__(self, program: Program, structure: Structure, treedef: Any):
@@ -215,17 +230,20 @@ class Variant:
         )
         self._spans = [range(*both) for both in itertools.pairwise(ends)]
         self._in_donated = what_to_donate(structure, program.donate)
-        # What to donate, as far as is known; see `split`. And where it is another: by the
-        # types of the arrays, so that calls of two types do not trace in turns.
-        self._split: Split | None = None
-        self._other_splits: dict[tuple, Split] = {}
+        self.traces: dict[int, Trace] = {}
+        self._numbers = itertools.count()
+        # What to donate, as far as is known; see `_donation`. And where it is another: by
+        # the types of the arrays, so that calls of two types do not trace in turns.
+        self._usual: _Donation | None = None
+        self._others: dict[tuple, _Donation] = {}
         self._quiet: list[warnings.catch_warnings] = []
+        self._jitkwargs = program.jitkwargs
         body = program.body
         # Not a cycle, which would keep what the function closes over, such as tracers,
         # until Python looks for cycles. Who calls has both.
         mine, owner = weakref.ref(self), weakref.ref(program)
 
-        def traced(flat: list[Any]) -> tuple[Leaves, dict[int, Any], Any]:
+        def traced(flat: list[Any]) -> Result:
             # Where the stack of a failed `eqx.error_if` is cut: see `_run_time_errors.py`.
             __equinox_jit_id__ = JIT_ID  # noqa: F841
             derefed = running_call()
@@ -238,72 +256,70 @@ class Variant:
             variant, its_program = mine(), owner()
             assert variant is not None and its_program is not None
             outcome.info.asked = its_program.traced(variant, derefed)
-            return outcome.out, outcome.updates, outcome.info
-
-        def donating(
-            split: Split, donated: list[Any], kept: list[Any]
-        ) -> tuple[list[Any], Packed]:
-            variant = mine()
-            assert variant is not None
-            variant._be_quiet()
-            flat: list[Any] = [None] * (len(donated) + len(kept))
-            for i, x in zip(split.donated, donated):
-                flat[i] = x
-            for i, x in zip(split.kept, kept):
-                flat[i] = x
-            derefed = running_call()
-            if derefed.traced is None:
-                outcome = traced(flat)
-            else:
-                # Traced a moment ago, to find the split: not a second time.
-                jaxpr, out_treedef = derefed.traced
-                out = _trace.eval_jaxpr(jaxpr, flat)
-                outcome = jax.tree.unflatten(out_treedef, out)
-            right = variant._split_for(outcome, flat)
-            if right != split:
-                raise _Resplit(right)
-            return pack(outcome)
+            both = list(outcome.updates.values()), outcome.out
+            arrays_out, treedef_out = jax.tree.flatten(both)
+            trace = Trace(outcome.info, tuple(outcome.updates), treedef_out)
+            return {variant._number_of(trace): arrays_out}
 
         traced.__name__ = traced.__qualname__ = program.name
-        donating.__name__ = donating.__qualname__ = program.name
         self._traced = traced
         self.plain = jax.jit(traced, **program.jitkwargs)
-        self._donating = jax.jit(
-            donating, static_argnums=0, donate_argnums=1, **program.jitkwargs
-        )
+
+    def _number_of(self, trace: "Trace") -> int:
+        """The same for what is equal: caches of JAX keep one result for each number."""
+        for number, known in list(self.traces.items()):
+            if known == trace:
+                return number
+        number = next(self._numbers)
+        self.traces[number] = trace
+        return number
+
+    def outcome(self, result: "Result") -> Outcome:
+        """What a function of `jax.jit` returned, as an outcome."""
+        ((number, arrays),) = result.items()
+        info, written, treedef = self.traces[number]
+        updates, out = treedef.unflatten(arrays)
+        return Outcome(out, dict(zip(written, updates)), info)
 
     def dispatch(
         self, derefed: Call, arrays: list[Any], values: list[Any], returned: list[Any]
-    ) -> tuple[Leaves, dict, Any]:
+    ) -> "Result":
         """Calls the program; to be called while `derefed` is the running call.
 
         `arrays` and `values` are those of the call, instead of what `derefed` has. What is
         returned stands in `returned` too, if buffers were donated: see `call_into`.
         """
-        if self._donate == "none" or not _trace.is_evaluating():
-            return self.plain(arrays)
+        if self.donates and _trace.is_evaluating():
+            # Only `arrays` has them from here on: `apart` counts who else does.
+            derefed.arrays = []
+            return self.dispatch_donating(derefed, arrays, values, returned)
+        return self.plain(arrays)
+
+    def dispatch_donating(
+        self, derefed: Call, arrays: list[Any], values: list[Any], returned: list[Any]
+    ) -> "Result":
         if _trace.is_checking_results():
             # JAX finds a NaN when the buffers are gone, and would run on them once more.
             return self.plain(arrays)
-        # Only `arrays` has them from here on: `apart` counts who else does.
-        derefed.arrays = []
-        split = self.split(derefed, arrays)
+        donation = self._usual
+        if donation is None or self._others:
+            donation = self._donation(derefed, arrays)
         while True:
             try:
-                return self._donate_once(split, arrays, values, returned)
+                # In no variable, which would be counted at the second try.
+                return call_into(
+                    returned,
+                    self.outcome,
+                    donation.run,
+                    *apart(arrays, values, donation.split),
+                )
             except _Resplit as e:
-                split = self._other_splits[_types(arrays)] = e.split
+                donation = self._others[_types(arrays)] = _Donation(self, e.split)
+            finally:
+                if self._quiet:
+                    self._speak()
 
-    def _donate_once(
-        self, split: Split, arrays: list[Any], values: list[Any], returned: list[Any]
-    ) -> tuple[list, dict, Any]:
-        donated, kept = apart(arrays, values, split)
-        try:
-            return call_into(returned, self._donating, split, donated, kept)
-        finally:
-            self._speak()
-
-    def _be_quiet(self) -> None:
+    def be_quiet(self) -> None:
         """Until `_speak`: no word of an unused donation, where the mode wants none. JAX says
         it when it compiles, so this is asked for when it traces, and not at each call."""
         if self._donate in ("all", "all-except-first"):
@@ -320,41 +336,42 @@ class Variant:
     def lower(self, derefed: Call, arrays: list[Any]) -> tuple[Any, Split]:
         """The lowered program, and what of its arrays it donates."""
         with dispatching(derefed):
-            if self._donate == "none":
+            if not self.donates:
                 return self.plain.lower(arrays), Split((), tuple(range(len(arrays))))
             derefed.arrays = []
-            split = self.split(derefed, arrays)
+            donation = self._donation(derefed, arrays)
             while True:
+                split = donation.split
                 try:
-                    both = apart(arrays, derefed.values, split)
-                    return self._donating.lower(split, *both), split
+                    lowered = donation.run.lower(*apart(arrays, derefed.values, split))
+                    return lowered, split
                 except _Resplit as e:
-                    split = self._other_splits[_types(arrays)] = e.split
+                    donation = self._others[_types(arrays)] = _Donation(self, e.split)
                 finally:
                     self._speak()
 
-    def split(self, derefed: Call, arrays: list[Any]) -> Split:
+    def _donation(self, derefed: Call, arrays: list[Any]) -> "_Donation":
         """What to donate, as far as is known before the program is traced for its shapes.
 
         What is written is known once the function was traced for some. If it depends on
-        the shapes (in Python code it may), `donating` notices.
+        the shapes (in Python code it may), the function of a `_Donation` notices.
         """
-        if self._split is None:
-            jaxpr, outcome = jax.make_jaxpr(self._traced, return_shape=True)(arrays)
-            derefed.traced = jaxpr, jax.tree.structure(outcome)
-            self._split = self._split_for(outcome, arrays)
-        if self._other_splits:
-            return self._other_splits.get(_types(arrays), self._split)
-        return self._split
+        if self._usual is None:
+            jaxpr, result = jax.make_jaxpr(self._traced, return_shape=True)(arrays)
+            derefed.traced = jaxpr, jax.tree.structure(result)
+            self._usual = _Donation(self, self.split_for(result, arrays))
+        if self._others:
+            return self._others.get(_types(arrays), self._usual)
+        return self._usual
 
-    def _split_for(self, outcome: tuple, arrays: list[Any]) -> Split:
+    def split_for(self, result: "Result", arrays: list[Any]) -> Split:
         every = range(len(arrays))
-        _, updates, info = outcome
-        if info.waits:
+        outcome = self.outcome(result)
+        if outcome.info.waits:
             return Split((), tuple(every))
         outside, kept_refs = self._in_donated
         donated = set(outside)
-        for number, new in updates.items():
+        for number, new in outcome.updates.items():
             # A value of another structure has no buffer that could be matched with it.
             same = jax.tree.structure(new) == self.values[number]
             if number in kept_refs or not same:
@@ -374,11 +391,40 @@ class Variant:
             ordered,
             tuple(i for i in every if i not in donated),
             n_outside,
-            # What is outside refs the caller donates, who may well hold it.
-            (sys.maxsize,) * n_outside
-            + tuple(ALONE - (k in in_trees) for k in range(n_outside, len(ordered))),
+            [ALONE - (k in in_trees) for k in range(n_outside, len(ordered))],
             tuple((number, ks) for number, ks in trees.items() if ks),
         )
+
+
+class _Donation:
+    """What of its arrays a program donates, and the function of `jax.jit` that does."""
+
+    __slots__ = ("run", "split")
+
+    def __init__(self, variant: Variant, split: Split):
+        mine = weakref.ref(variant)
+
+        def donating(donated: tuple[Any, ...], kept: tuple[Any, ...]) -> Result:
+            variant = mine()
+            assert variant is not None
+            variant.be_quiet()
+            flat = split.joined(donated, kept)
+            derefed = running_call()
+            if derefed.traced is None:
+                result = variant._traced(flat)
+            else:
+                # Traced a moment ago, to find the split: not a second time.
+                jaxpr, out_treedef = derefed.traced
+                out = _trace.eval_jaxpr(jaxpr, flat)
+                result = jax.tree.unflatten(out_treedef, out)
+            right = variant.split_for(result, flat)
+            if right.donated != split.donated:
+                raise _Resplit(right)
+            return result
+
+        donating.__name__ = donating.__qualname__ = variant._traced.__name__
+        self.split = split
+        self.run = jax.jit(donating, donate_argnums=0, **variant._jitkwargs)
 
 
 _ONE_ARRAY = jax.tree.structure(0)

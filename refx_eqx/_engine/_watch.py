@@ -20,7 +20,8 @@ import dataclasses
 import enum
 import types
 import weakref
-from operator import is_
+from collections.abc import Callable
+from operator import attrgetter, is_
 from typing import Any
 
 import equinox as eqx
@@ -31,7 +32,8 @@ import numpy as np
 from .._core._access import refuse_cycle
 from .._core._ref import Ref
 from .._trees._cells import inside, is_lookup, may_carry, reaches
-from .._trees._keys import same_content, watched_cells
+from .._trees._keys import EMPTY, same_content, watched_cells
+from ._call_key import address
 from ._wrapper import Lifted
 
 
@@ -45,7 +47,6 @@ class Watch:
     """What was found below some trees, as it was then."""
 
     __slots__ = (
-        "_cells",
         "_dicts",
         "_functions",
         "_lists",
@@ -62,7 +63,7 @@ class Watch:
         self._sets: list[tuple[set, frozenset]] = []
         self._nodes: list[tuple[Any, tuple, Any]] = []
         self._statics: list[tuple[Any, int]] = []
-        self._functions: list[tuple[weakref.ref, tuple, list]] = []
+        self._functions: list[_Function] = []
         self._seen: set[int] = set()
 
     def tree(self, tree: Any) -> bool:
@@ -99,9 +100,9 @@ class Watch:
             if may_carry(leaf):
                 self._seen.add(id(leaf))
                 if type(leaf) is types.FunctionType:
-                    cells = watched_cells(leaf)
-                    given = leaf.__defaults__, leaf.__kwdefaults__
-                    self._functions.append((weakref.ref(leaf), given, cells))
+                    function = _Function(leaf)
+                    if function.is_needed():
+                        self._functions.append(function)
                 for held in inside(leaf):
                     # What has no refs in it is itself, in the structure of a call too.
                     if not self.tree(held) and reaches(held):
@@ -138,27 +139,85 @@ class Watch:
         for leaf, then in self._statics:
             if hash(leaf) != then:
                 return False
-        for function, (defaults, kwdefaults), watched in self._functions:
-            fn = function()
-            if fn is not None and not (
-                fn.__defaults__ is defaults and fn.__kwdefaults__ is kwdefaults
-            ):
-                return False
+        for function in self._functions:
+            fn = function.recall()
             # It is gone only if what held it has changed, which is watched as well.
-            cells: Any = () if fn is None else fn.__closure__ or ()
-            for i, key, then, recall in watched:
-                try:
-                    content = cells[i].cell_contents
-                except (IndexError, ValueError):
-                    content = None
-                # Most contents are objects that stay: that is quicker seen than keys
-                # compared.
-                if recall is not None:
-                    then = recall()
-                if content is None or content is not then:
-                    if fn is None or not same_content(cells[i], key):
-                        return False
+            if not (function.holds(fn) if fn is not None else not function.watched):
+                return False
         return True
+
+    def is_needed(self) -> bool:
+        """Whether there is anything to watch."""
+        mine = (self._lists, self._dicts, self._sets, self._nodes, self._statics)
+        return any((*mine, self._functions))
+
+
+class _Function:
+    """What a function closes over, and is given by default, as it was."""
+
+    __slots__ = (
+        "__weakref__",
+        "_addresses",
+        "_defaults",
+        "_held",
+        "_kwdefaults",
+        "recall",
+        "watched",
+    )
+
+    def __init__(self, fn: types.FunctionType):
+        self.recall = weakref.ref(fn)
+        self._defaults, self._kwdefaults = fn.__defaults__, fn.__kwdefaults__
+        cells = watched_cells(fn)
+        self.watched = [(i, key) for i, key, _ in cells]
+        # What is compared first, as most contents are objects that stay. An object that is
+        # gone may have left its address to another: then nothing is known by it any more.
+        self._addresses: list[int] | None = None
+        mine = weakref.ref(self)
+
+        def forget(_: Any) -> None:
+            alive = mine()
+            if alive is not None:
+                alive._addresses = None
+
+        contents = [content for *_, content in cells]
+        self._held = [_held(content, forget) for content in contents]
+        if not any(content is EMPTY for content in contents):
+            with contextlib.suppress(ValueError):
+                self._addresses = list(
+                    map(address, map(_content, fn.__closure__ or ()))
+                )
+
+    def is_needed(self) -> bool:
+        return bool(self.watched or self._defaults or self._kwdefaults)
+
+    def holds(self, fn: types.FunctionType) -> bool:
+        # Without defaults a function cannot have been called for want of some, so new ones
+        # mean nothing to a plan. (To ask for them is told to audit hooks, as `id` is.)
+        if self._defaults and fn.__defaults__ is not self._defaults:
+            return False
+        if self._kwdefaults and fn.__kwdefaults__ is not self._kwdefaults:
+            return False
+        if not self.watched:
+            return True
+        cells = fn.__closure__ or ()
+        try:
+            if list(map(address, map(_content, cells))) == self._addresses:
+                return True
+        except ValueError:  # a cell is empty
+            pass
+        return all(same_content(cells[i], key) for i, key in self.watched)
+
+
+def _held(x: Any, forget: Callable[[Any], None]) -> Any:
+    """Keeps the address of `x` from being another's: with it, or until `forget` is called."""
+    try:
+        return weakref.ref(x, forget)
+    except TypeError:
+        return x
+
+
+_content = attrgetter("cell_contents")
 
 
 def _makes_the_same(node: Any, children: Any, static: Any) -> bool:

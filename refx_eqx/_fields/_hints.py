@@ -4,8 +4,6 @@ import types
 from typing import Annotated, Any, get_args, get_origin, Union
 
 import jaxtyping
-from beartype.door import is_bearable
-from beartype.roar import BeartypeDecorHintException
 
 
 __tracebackhide__ = True
@@ -34,6 +32,10 @@ def conforms(value: Any, hint: Any) -> bool:
     items = _items(value, origin, args)
     if items is not None:
         return all(conforms(item, item_hint) for item, item_hint in items)
+    # Here, because beartype takes as long to import as this library.
+    from beartype.door import is_bearable
+    from beartype.roar import BeartypeDecorHintException
+
     try:
         # (pyright: `hint` may be any object that stands for a type.)
         return is_bearable(value, hint)  # pyright: ignore[reportArgumentType]

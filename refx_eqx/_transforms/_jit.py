@@ -16,7 +16,7 @@ from .._core._structure import Key, Leaves, Outcome
 from .._engine._donation import apart, call_into, Donate, Split
 from .._engine._fast_path import NO_PLAN, Plans
 from .._engine._flat import flat_of, flat_place
-from .._engine._program import Program, program_of
+from .._engine._program import Program, program_of, Variant
 from .._engine._run_time_errors import explain
 from .._engine._shardings import with_shardings
 from .._engine._wrapper import Lifted
@@ -73,7 +73,8 @@ class _Jit(Lifted):
         variant, flat = self._program.variant(derefed)
         lowered, split = variant.lower(derefed, flat)
         types = list(map(_type_text, flat))
-        return Lowered(self, lowered, derefed.structure.key, split, types)
+        key = derefed.structure.key
+        return Lowered(self, lowered, variant, key, split, types)
 
 
 class Lowered:
@@ -83,10 +84,16 @@ class Lowered:
     """
 
     def __init__(
-        self, jit: _Jit, lowered: Any, key: Key, split: Split, types: list[str]
+        self,
+        jit: _Jit,
+        lowered: Any,
+        variant: Variant,
+        key: Key,
+        split: Split,
+        types: list[str],
     ):
         self.lowered = lowered
-        self._rest = jit, key, split, types
+        self._rest = jit, variant, key, split, types
 
     def compile(
         self, compiler_options: dict[str, str | bool] | None = None
@@ -106,10 +113,17 @@ class Compiled:
     """
 
     def __init__(
-        self, compiled: Any, jit: _Jit, key: Key, split: Split, types: list[str]
+        self,
+        compiled: Any,
+        jit: _Jit,
+        variant: Variant,
+        key: Key,
+        split: Split,
+        types: list[str],
     ):
         self.compiled = compiled
         self._jit = jit
+        self._variant = variant
         self._key = key
         self._split = split
         self._types = types
@@ -128,13 +142,13 @@ class Compiled:
             self._check_types(derefed, flat)
             try:
                 if jit.options["donate"] == "none":
-                    outcome = Outcome(*self.compiled(flat))
+                    result = self.compiled(flat)
                 else:
                     derefed.arrays = []  # `apart` counts who holds a buffer
                     both = apart(flat, derefed.values, self._split)
-                    outcome = Outcome(
-                        *call_into(derefed.returned, self.compiled, *both)
-                    )
+                    make = self._variant.outcome
+                    result = call_into(derefed.returned, make, self.compiled, *both)
+                outcome = self._variant.outcome(result)
                 if not outcome.info.asked.holds_for(derefed.refs):
                     raise MismatchError(
                         f"`{name_of(jit.__wrapped__)}` was compiled for other refs: it "
@@ -144,7 +158,7 @@ class Compiled:
                         "must."
                     )
                 if outcome.info.waits:
-                    jax.block_until_ready((outcome.out, outcome.updates))
+                    jax.block_until_ready(result)
             except (ValueError, RuntimeError) as e:
                 explain(e, derefed.refs, derefed.values)
                 raise

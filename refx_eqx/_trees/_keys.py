@@ -2,7 +2,7 @@
 
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax.tree_util as jtu
@@ -99,14 +99,14 @@ def _closure_key(fn: types.FunctionType) -> tuple:
     )
 
 
-_EMPTY = object()
+EMPTY = object()
 
 
 def content_key(cell: types.CellType) -> Any:
     """What stands for the content of a cell. A container or an array is itself: like JAX,
     we do not notice a list that is appended to. But refs are taken into a set and out of
     it (layers that are frozen, and thawed one by one), so that is noticed."""
-    content: Any = cell.cell_contents if is_filled(cell) else _EMPTY
+    content: Any = cell.cell_contents if is_filled(cell) else EMPTY
     if type(content) in (set, frozenset) and is_lookup(content):
         return _Items(map(_object_key, content))
     if type(content) is dict and is_lookup(content):
@@ -127,9 +127,9 @@ def _object_key(obj: Any) -> Any:
     return Identity(obj)
 
 
-# The position of a cell in a closure; what stands for its content; and that content, if it
-# is a number or a text, or a function that returns it, or `None` if it is gone.
-Watched = tuple[int, Any, Any, Callable[[], Any] | None]
+# The position of a cell in a closure; what stands for its content; and that content itself, if
+# it is told by its identity. (If not: the refs in a set change, and the set does not.)
+Watched = tuple[int, Any, Any]
 
 
 def same_content(cell: types.CellType, key: Any) -> bool:
@@ -144,14 +144,8 @@ def watched_cells(fn: types.FunctionType) -> list[Watched]:
     for i, cell in enumerate(fn.__closure__ or ()):
         if id(cell) not in rebound:
             key = content_key(cell)
-            content, recall = None, None
-            if isinstance(key, Identity):
-                recall = key.recall
-            elif isinstance(key, _Items):
-                recall = gone  # the same object says nothing
-            else:
-                content = cell.cell_contents
-            watched.append((i, key, content, recall))
+            told = not isinstance(key, _Items) and is_filled(cell)
+            watched.append((i, key, cell.cell_contents if told else EMPTY))
     return watched
 
 

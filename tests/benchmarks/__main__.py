@@ -1,83 +1,112 @@
-"""`python -m tests.benchmarks [--quick] [--calls]`: runs everything, and writes the page.
+"""`python -m tests.benchmarks [GROUP ...]`: measures, and writes the page.
 
-Prints one line for each piece of work. The results are kept for each version of JAX, and
-`docs/benchmarks.md` and its picture are made of all of them. What `--only` runs takes the
-place of what was kept of the same work. `--calls` runs what is passed to a call, and the loops
-of users: a few minutes.
+Prints one line for each piece of work. The results are kept in `results/`, a file for each
+version of JAX and device, and `docs/benchmarks.md`, its picture and the sentence of the README
+are made of these files: by `python -m tests.benchmarks --page`, too, when files were put there
+that another machine has made.
 """
 
 import argparse
-import importlib.metadata
 import multiprocessing
+import pathlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
-from . import _compile, _kinds, _loops, _problems, _repeated, _report
+import jax
+
+from . import _compile, _kinds, _loops, _problems, _repeated, _report, bench_gpt
+from ._harness import clock_here
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("refx_eqx", "equinox", "flax"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+# The group; what it is called; and what measures it.
+Work = tuple[str, str, Callable[[], _report.Rows]]
+
+
+def _works(rounds: int, block: float, most: int) -> Iterator[Work]:
+    """All there is. What takes longest comes first, for those who run it in parts."""
+    clock = clock_here()
+    for name, run in _loops.rows(rounds, block, clock).items():
+        yield "loops", name, _bind(lambda name, run: {name: run()}, name, run)
+    yield "gpt", "GPT-2", bench_gpt.rows
+    for written in ("all", "one", "none"):
+        for n in (10, 100, 1000, 10_000):
+            if n <= most:
+                problem = _problems.calls(n, written)
+                run = lambda x: {x.name: _repeated.run_calls(x, rounds, block)}
+                yield "calls", problem.name, _bind(run, problem)
+    for problem in _repeated.steps():
+        run = lambda name: {name: _in_another_process(name, rounds, block)}
+        yield "steps", problem.name, _bind(run, problem.name)
+    n_layers = 50 if rounds < 10 else 200
+    yield "compilation", "tracing", lambda: _compile.compilation(n_layers, rounds // 6)
+    yield "compilation", "importing", lambda: _compile.imports(rounds // 3)
+    yield "memory", "memory", _compile.memory
+    seconds = 0.2 if rounds < 10 else 1.0
+    yield "dispatch", "dispatch", lambda: _compile.share_inside(seconds, rounds // 4)
+    for name, n, written in _kinds.table():
+        if n <= most:
+            full = f"{name}, {n} refs, {written} written"
+            run = lambda full, name, n, written: {
+                full: _kinds.run_kind(name, n, written, rounds // 3 + 3, block)
+            }
+            yield "kinds", full, _bind(run, full, name, n, written)
+
+
+def _bind(run: Callable, *args: Any) -> Callable[[], _report.Rows]:
+    return lambda: run(*args)
+
+
+def _in_another_process(name: str, rounds: int, block: float) -> dict[str, float]:
+    # That is on one core before JAX starts its threads.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_repeated.pin) as pool:
+        return pool.submit(_repeated.run_steps, name, rounds, block).result()
+
+
+# What is run if nothing is said. The others are for an accelerator.
+_USUAL = ("kinds", "loops", "calls", "steps", "compilation", "memory", "dispatch")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, no page")
+    parser.add_argument("groups", nargs="*", help=f"of {', '.join(_USUAL)}, gpt")
     parser.add_argument("--only", default="", help="a part of the name of what to run")
+    parser.add_argument("--quick", action="store_true", help="few rounds, no page")
     parser.add_argument("--dry", action="store_true", help="print, and keep nothing")
-    parser.add_argument("--calls", action="store_true", help="only the kinds of calls")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--most", type=int, default=10_000, help="refs in a call")
+    parser.add_argument("--part", default="0/1", help="I/N: of what is run, every Nth")
+    parser.add_argument("--results", type=pathlib.Path, help="keep them in this folder")
+    parser.add_argument("--page", action="store_true", help="only write the page")
     options = parser.parse_args()
-    quick = options.quick
-    rounds, block = (7, 0.01) if quick else (40, 0.03)
+    rounds, block = (7, 0.01) if options.quick else (options.rounds, 0.03)
+    keep = not (options.dry or options.quick)
+    part, n_parts = map(int, options.part.split("/"))
 
-    keep = not (options.dry or quick)
-
-    def show(kind: str, found: _report.Rows) -> None:
+    if options.page:
+        return _report.write_page()
+    found = [
+        work
+        for work in _works(rounds, block, options.most)
+        if work[0] in (options.groups or _USUAL) and options.only in work[1]
+    ]
+    for group, name, run in found[part::n_parts]:
+        try:
+            rows = run()
+        except (
+            Exception
+        ) as e:  # of a peer, on this version: the others are still measured
+            print(f"{name}: {type(e).__name__}: {e}", flush=True)
+            continue
         if keep:
-            _report.save(_versions(), kind, found)
-        for work, row in found.items():
+            name_of_part = f"-{part}" if n_parts > 1 else ""
+            _report.save(options.results or _report.RESULTS, name_of_part, group, rows)
+        for work, row in rows.items():
             text = ", ".join(f"{name} {value:.3f}" for name, value in row.items())
             print(f"{work}: {text}", flush=True)
-
-    for name, n, written in _kinds.table():
-        if options.only in name:
-            row = _kinds.run_kind(name, n, written, rounds // 3 + 3, block)
-            show("kinds", {f"{name}, {n} refs, {written} written": row})
-    for name, run in _loops.run_all(rounds, block).items():
-        if options.only in name:
-            show("loops", {name: run()})
-    if options.calls:
-        return _report.write_page() if keep else None
-
-    sizes = (10, 100, 1000) if quick else (10, 100, 1000, 10_000)
-    for written in ("all", "one", "none"):
-        for n in sizes:
-            problem = _problems.calls(n, written)
-            if options.only in problem.name:
-                show(
-                    "calls", {problem.name: _repeated.run_calls(problem, rounds, block)}
-                )
-    # In another process, which is on one core before JAX starts its threads.
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_repeated.pin) as pool:
-        for problem in _repeated.steps():
-            if options.only in problem.name:
-                row = pool.submit(
-                    _repeated.run_steps, problem.name, rounds, block
-                ).result()
-                show("steps", {problem.name: row})
-    if options.only in "compilation":
-        show("compilation", _compile.compilation(50 if quick else 200, rounds // 6))
-    if options.only in "memory":
-        show("memory", _compile.memory())
-    if options.only in "dispatch":
-        show("dispatch", _compile.share_inside(0.2 if quick else 1.0, rounds // 4))
-
-    if keep:
+        jax.clear_caches()
+    if keep and not options.results:
         _report.write_page()
 
 

@@ -1,6 +1,9 @@
 """What is not a repeated call: tracing, compilation, memory, and asynchronous dispatch."""
 
 import gc
+import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +17,7 @@ import refx_eqx as rx
 
 from ._contenders import BASE, OURS
 from ._harness import median_ratio
-from ._problems import Layers, mlp, Problem
+from ._problems import Layers, mlp, Problem, with_adam
 
 
 def _deep(n_layers: int) -> Any:
@@ -92,6 +95,24 @@ def compilation(n_layers: int, rounds: int) -> dict[str, dict[str, float]]:
     }
 
 
+def imports(rounds: int) -> dict[str, dict[str, float]]:
+    """Importing, in a new process each time; JAX included."""
+    times: dict[str, list[float]] = {"equinox": [], "refx_eqx": []}
+    for i in range(rounds + 1):
+        for name in times:
+            code = (
+                "import time; start = time.process_time(); "
+                f"import {name}; print(time.process_time() - start)"
+            )
+            command = [sys.executable, "-c", code]
+            out = subprocess.run(command, check=True, capture_output=True, text=True)
+            if i > 0:  # the first writes what is compiled
+                times[name].append(float(out.stdout))
+    base = statistics.median(times["equinox"])
+    row = {name: statistics.median(taken) / base for name, taken in times.items()}
+    return {"importing": {"eqx.filter_jit": row["equinox"], OURS: row["refx_eqx"]}}
+
+
 def _bytes(compiled: Any) -> int:
     stats = compiled.memory_analysis()
     return (
@@ -104,7 +125,7 @@ def _bytes(compiled: Any) -> int:
 
 def memory(problem: Problem | None = None) -> dict[str, dict[str, float]]:
     """The peak memory of a training step with Adam, as the compiler plans it."""
-    problem = mlp() if problem is None else problem
+    problem = with_adam(mlp()) if problem is None else problem
     layers = problem.make()
     places = [(i, name) for i, layer in enumerate(layers) for name in layer]
 

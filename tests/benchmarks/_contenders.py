@@ -17,6 +17,11 @@ import refx_eqx as rx
 from ._problems import Layers, Problem
 
 
+try:
+    from flax import nnx
+except ImportError:
+    nnx: Any = None
+
 Step = Callable[[], Any]
 BASE = "jax.jit"
 # The same once more: how far apart two are between which there is no difference.
@@ -28,7 +33,7 @@ def _class(base: type, names: tuple[str, ...], annotation: Any) -> Any:
     return type("Layer", (base,), {"__annotations__": dict.fromkeys(names, annotation)})
 
 
-def _modules(base: type, layers: Layers, annotation: Any) -> Any:
+def modules(base: type, layers: Layers, annotation: Any) -> Any:
     """The layers as modules of dataclass fields, in a module."""
     classes: dict[tuple[str, ...], Any] = {}
     made = []
@@ -67,7 +72,7 @@ def _jax_jit(problem: Problem) -> Step:
 
 
 def _refx(problem: Problem) -> Step:
-    model = _modules(rx.Module, problem.make(), rx.Param[jax.Array])
+    model = modules(rx.Module, problem.make(), rx.Param[jax.Array])
 
     @rx.filter_jit
     def step(model: Any, x: jax.Array) -> jax.Array:
@@ -84,7 +89,7 @@ def _refx(problem: Problem) -> Step:
 
 def _equinox(problem: Problem) -> Step:
     """The model comes back as a whole, if anything in it changes."""
-    state = {"model": _modules(eqx.Module, problem.make(), jax.Array)}
+    state = {"model": modules(eqx.Module, problem.make(), jax.Array)}
     changes: list[bool] = []
 
     @eqx.filter_jit
@@ -123,9 +128,7 @@ def _jax_ref(problem: Problem) -> Step:
     return lambda: step(layers, problem.x)
 
 
-def _nnx_model(problem: Problem) -> Any:
-    from flax import nnx
-
+def nnx_model(layers: Layers) -> Any:
     class Layer(nnx.Module):
         def __init__(self, arrays: dict):
             for name, value in arrays.items():
@@ -135,7 +138,7 @@ def _nnx_model(problem: Problem) -> Any:
         def __init__(self, layers: Layers):
             self.layers = nnx.List([Layer(arrays) for arrays in layers])
 
-    return Model(problem.make())
+    return Model(layers)
 
 
 def _nnx_step(problem: Problem) -> Callable:
@@ -155,24 +158,18 @@ def _nnx_step(problem: Problem) -> Callable:
 
 
 def _nnx_jit(problem: Problem) -> Step:
-    from flax import nnx
-
-    model, step = _nnx_model(problem), nnx.jit(_nnx_step(problem))
+    model, step = nnx_model(problem.make()), nnx.jit(_nnx_step(problem))
     return lambda: step(model, problem.x)
 
 
 def _nnx_tree_mode(problem: Problem) -> Step:
-    from flax import nnx
-
     step = nnx.jit(_nnx_step(problem), graph=False)
-    model = _nnx_model(problem)
+    model = nnx_model(problem.make())
     return lambda: step(model, problem.x)
 
 
 def _nnx_cached(problem: Problem) -> Step:
-    from flax import nnx
-
-    step = nnx.cached_partial(nnx.jit(_nnx_step(problem)), _nnx_model(problem))
+    step = nnx.cached_partial(nnx.jit(_nnx_step(problem)), nnx_model(problem.make()))
     return lambda: step(problem.x)
 
 
@@ -181,9 +178,7 @@ def contenders() -> dict[str, Callable[[Problem], Step]]:
     found = {BASE: _jax_jit, OURS: _refx, "eqx.filter_jit": _equinox}
     if hasattr(jax, "new_ref"):
         found["jax.Ref"] = _jax_ref
-    try:
-        from flax import nnx
-    except ImportError:
+    if nnx is None:
         return found
     if hasattr(nnx, "cached_partial"):
         found["nnx.cached_partial"] = _nnx_cached

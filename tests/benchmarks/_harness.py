@@ -17,11 +17,16 @@ import jax
 
 
 Runs = dict[str, Callable[[], Any]]
+Clock = Callable[[], float]
 
 
-def seconds(
-    run: Callable[[], Any], n: int, clock: Callable[[], float] = time.process_time
-) -> float:
+def clock_here() -> Clock:
+    """The processor's; where there is an accelerator, that of the wall: the processor waits
+    for it."""
+    return time.process_time if jax.default_backend() == "cpu" else time.perf_counter
+
+
+def seconds(run: Callable[[], Any], n: int, clock: Clock = time.process_time) -> float:
     """The time of one of `n` calls, until the last result is there."""
     out = None
     start = clock()
@@ -36,7 +41,7 @@ def ratios(
     rounds: int,
     block: float,
     limit: float,
-    clock: Callable[[], float] = time.process_time,
+    clock: Clock = time.process_time,
 ) -> dict[str, float]:
     """The time of each contender as a multiple of the first one's.
 

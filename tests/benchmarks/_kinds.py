@@ -10,7 +10,7 @@ import refx_eqx as rx
 
 from ._arguments import Arguments, CARRIERS, new_value, refs_inside, ROWS, step
 from ._contenders import BASE, OURS
-from ._harness import ratios
+from ._harness import clock_here, ratios
 
 
 _LIMIT = 3.0  # seconds for one row
@@ -59,4 +59,4 @@ def run_kind(row: str, n: int, written: str, rounds: int, block: float) -> dict:
         BASE: _by_hand(ROWS[row](n), written),
         OURS: _ours(ROWS[row](n), written),
     }
-    return ratios(runs, rounds, block, _LIMIT)
+    return ratios(runs, rounds, block, _LIMIT, clock_here())

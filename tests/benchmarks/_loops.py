@@ -1,6 +1,8 @@
-"""Loops as users write them: a decode loop with donated caches, the documented training
-loop, a loss that is a new lambda at each step, and the first call."""
+"""Loops as users write them: a decode loop with donated caches, the documented training loop,
+a function that is made anew at each step, and the first call. With every library that has
+the thing."""
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -8,44 +10,39 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 
 import refx_eqx as rx
 
-from ._contenders import BASE, OURS
-from ._harness import ratios
-from ._problems import decode, Layers
+from . import _contenders, _problems
+from ._contenders import BASE, modules, nnx, nnx_model, OURS, Step
+from ._harness import Clock, ratios
+from ._problems import Layers, Training
 
 
 _LIMIT = 15.0
+_CACHES = ("keys", "values", "position")
 Row = dict[str, float]
 
 
-def decode_loop(rounds: int, block: float) -> Row:
+def decode_loop(rounds: int, block: float, clock: Clock) -> Row:
     """A token: the caches are written and donated, the parameters only read."""
-    problem = decode()
+    problem = _problems.decode()
 
     def split(layers: Layers) -> tuple[Layers, Layers]:
-        caches = [
-            {k: x for k, x in layer.items() if k in ("keys", "values", "position")}
-            for layer in layers
-        ]
-        rest = [
-            {k: x for k, x in layer.items() if k not in cache}
-            for layer, cache in zip(layers, caches)
-        ]
+        caches = [{k: x for k, x in p.items() if k in _CACHES} for p in layers]
+        rest = [{k: x for k, x in p.items() if k not in _CACHES} for p in layers]
         return caches, rest
 
-    def by_hand() -> Callable[[], Any]:
+    def step(caches: Layers, rest: Layers, x: jax.Array) -> tuple[Any, Layers]:
+        layers = [{**a, **b} for a, b in zip(caches, rest)]
+        out, updates = problem.work(layers, x)
+        caches = [dict(cache) for cache in caches]
+        for (i, name), value in updates.items():
+            caches[i][name] = value
+        return out, caches
+
+    def by_hand() -> Step:
         caches, rest = split(problem.make())
-
-        def step(caches: Layers, rest: Layers, x: jax.Array) -> tuple[Any, Layers]:
-            layers = [{**a, **b} for a, b in zip(caches, rest)]
-            out, updates = problem.work(layers, x)
-            for (i, name), value in updates.items():
-                caches[i][name] = value
-            return out, caches
-
         compiled = jax.jit(step, donate_argnums=0)
 
         def run() -> Any:
@@ -55,114 +52,250 @@ def decode_loop(rounds: int, block: float) -> Row:
 
         return run
 
-    def by_reference() -> Callable[[], Any]:
-        layers = rx.as_refs(problem.make())
+    def equinox() -> Step:
+        caches, rest = split(problem.make())
 
+        @eqx.filter_jit(donate="all-except-first")
+        def compiled(kept: Any, caches: Layers) -> Any:
+            return step(caches, *kept)
+
+        def run() -> Any:
+            nonlocal caches
+            out, caches = compiled((rest, problem.x), caches)
+            return out
+
+        return run
+
+    def by_reference(model: Any, arrays_of: Callable) -> Step:
         @rx.filter_jit(donate="refs")
-        def step(layers: Any, x: jax.Array) -> Any:
-            values = [{k: ref.value for k, ref in layer.items()} for layer in layers]
-            out, updates = problem.work(values, x)
+        def step(model: Any, x: jax.Array) -> Any:
+            layers = arrays_of(model)
+            out, updates = problem.work(
+                [{k: ref.value for k, ref in layer.items()} for layer in layers], x
+            )
             for (i, name), value in updates.items():
                 layers[i][name].value = value
             return out
 
-        return lambda: step(layers, problem.x)
+        return lambda: step(model, problem.x)
 
-    return ratios({BASE: by_hand(), OURS: by_reference()}, rounds, block, _LIMIT)
+    in_modules = modules(rx.Module, problem.make(), rx.Param[jax.Array])
+    in_dicts = rx.as_refs(problem.make())
+    runs = {
+        BASE: by_hand(),
+        OURS: by_reference(in_modules, lambda model: list(map(vars, model.layers))),
+        f"{OURS}, refs in a list of dicts": by_reference(in_dicts, lambda model: model),
+        "eqx.filter_jit": equinox(),
+    }
+    runs |= {
+        name: make(problem)
+        for name, make in _contenders.contenders().items()
+        if name not in runs
+    }
+    return ratios(runs, rounds, block, _LIMIT, clock)
 
 
-def _mlp() -> Any:
-    return eqx.nn.MLP(16, "scalar", 32, 3, key=jr.key(0))
-
-
-def _loss(model: Any, x: jax.Array) -> jax.Array:
-    return jnp.mean(jax.vmap(model)(x) ** 2)
-
-
-def training_loop(rounds: int, block: float) -> Row:
-    """A step with Optax: by hand on flat arrays, and as the docs write it."""
+def training_loop(training: Training, rounds: int, block: float, clock: Clock) -> Row:
+    """A step with Adam of Optax: by hand on flat arrays, and as the docs of each library
+    write it."""
     import optax
 
-    transform, x = optax.adam(1e-3), jr.normal(jr.key(1), (8, 16))
+    tx, x = optax.adam(1e-3), training.x
+    loss = training.loss
 
-    def by_hand() -> Callable[[], Any]:
-        params, static = eqx.partition(_mlp(), eqx.is_inexact_array)
-        flat, treedef = jax.tree.flatten(params)
-        state = transform.init(flat)
+    def by_hand() -> Step:
+        flat, treedef = jax.tree.flatten(training.params())
+        state = tx.init(flat)
 
-        @jax.jit
         def step(flat: list, state: Any, x: jax.Array) -> Any:
-            def loss(flat: list) -> jax.Array:
-                return _loss(eqx.combine(treedef.unflatten(flat), static), x)
-
-            value, grads = jax.value_and_grad(loss)(flat)
-            updates, state = transform.update(grads, state)
+            of_flat = lambda flat: loss(treedef.unflatten(flat), x)
+            value, grads = jax.value_and_grad(of_flat)(flat)
+            updates, state = tx.update(grads, state)
             return value, optax.apply_updates(flat, updates), state
+
+        compiled = jax.jit(step, donate_argnums=(0, 1))
 
         def run() -> Any:
             nonlocal flat, state
-            value, flat, state = step(flat, state, x)
+            value, flat, state = compiled(flat, state, x)
             return value
 
         return run
 
-    def by_reference() -> Callable[[], Any]:
-        model = rx.as_refs(_mlp(), "params", eqx.is_inexact_array)
-        optimizer = rx.Optimizer(model, transform, wrt="params")
+    def by_reference() -> Step:
+        model = modules(rx.Module, training.params(), rx.Param[jax.Array])
+        optimizer = rx.Optimizer(model, tx)
 
-        @rx.filter_jit
+        @rx.filter_jit(donate="refs")
         def step(model: Any, optimizer: Any, x: jax.Array) -> Any:
-            loss = lambda model: _loss(rx.snapshot(model), x)
-            value, grads = rx.filter_value_and_grad(loss, wrt="params")(model)
+            def of_model(model: Any) -> jax.Array:
+                layers = [
+                    {k: ref.value for k, ref in vars(layer).items()}
+                    for layer in model.layers
+                ]
+                return loss(layers, x)
+
+            value, grads = rx.filter_value_and_grad(of_model)(model)
             optimizer.update(model, grads)
             return value
 
         return lambda: step(model, optimizer, x)
 
-    return ratios({BASE: by_hand(), OURS: by_reference()}, rounds, block, _LIMIT)
+    def equinox() -> Step:
+        model = modules(eqx.Module, training.params(), jax.Array)
+        state = tx.init(eqx.filter(model, eqx.is_inexact_array))
+
+        @eqx.filter_jit(donate="all-except-first")
+        def step(x: jax.Array, model: Any, state: Any) -> Any:
+            of_model = lambda model: loss(list(map(vars, model.layers)), x)
+            value, grads = eqx.filter_value_and_grad(of_model)(model)
+            updates, state = tx.update(grads, state)
+            return value, eqx.apply_updates(model, updates), state
+
+        def run() -> Any:
+            nonlocal model, state
+            value, model, state = step(x, model, state)
+            return value
+
+        return run
+
+    def of_nnx(jit: Callable, cached: bool = False) -> Step:
+        model = nnx_model(training.params())
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        names = [tuple(layer) for layer in training.params()]
+
+        def step(model: Any, optimizer: Any, x: jax.Array) -> Any:
+            def of_model(model: Any) -> jax.Array:
+                layers = [
+                    {name: getattr(layer, name)[...] for name in its_names}
+                    for layer, its_names in zip(model.layers, names)
+                ]
+                return loss(layers, x)
+
+            value, grads = nnx.value_and_grad(of_model)(model)
+            optimizer.update(model, grads)
+            return value
+
+        compiled = jit(step)
+        if cached:
+            compiled = nnx.cached_partial(compiled, model, optimizer)
+            return lambda: compiled(x)
+        return lambda: compiled(model, optimizer, x)
+
+    runs = {BASE: by_hand(), OURS: by_reference(), "eqx.filter_jit": equinox()}
+    if nnx is not None:
+        runs["nnx.cached_partial"] = of_nnx(nnx.jit, cached=True)
+        runs["nnx.jit"] = of_nnx(nnx.jit)
+    return ratios(runs, rounds, block, _LIMIT, clock)
 
 
-def fresh_lambda(rounds: int, block: float) -> Row:
-    """An eager gradient of a loss that is made again at each step."""
-    x = jr.normal(jr.key(1), (8, 16))
-    plain = _mlp()
-    model = rx.as_refs(plain, "params", eqx.is_inexact_array)
-    runs = {
-        "eqx.filter_grad": lambda: eqx.filter_grad(lambda m: _loss(m, x))(plain),
-        OURS: lambda: rx.filter_grad(lambda m: _loss(rx.snapshot(m), x))(model),
+def new_lambda(rounds: int, block: float, clock: Clock) -> Row:
+    """An eager gradient of a loss that is made anew at each step."""
+    training = _problems.mlp()
+    x, params = training.x, training.params()
+    plain = modules(eqx.Module, params, jax.Array)
+    model = modules(rx.Module, params, rx.Param[jax.Array])
+
+    def of_refs(model: Any) -> jax.Array:
+        return training.loss(
+            [
+                {k: ref.value for k, ref in vars(layer).items()}
+                for layer in model.layers
+            ],
+            x,
+        )
+
+    of_plain = lambda model: training.loss(list(map(vars, model.layers)), x)
+    runs: dict[str, Callable[[], Any]] = {
+        "eqx.filter_grad": lambda: eqx.filter_grad(lambda m: of_plain(m))(plain),
+        "rx.filter_grad": lambda: rx.filter_grad(lambda m: of_refs(m))(model),
+        "jax.grad": lambda: jax.grad(lambda p: training.loss(p, x))(params),
     }
-    return ratios(
-        {k: lambda run=run: jax.tree.leaves(run()) for k, run in runs.items()},
-        rounds,
-        block,
-        _LIMIT,
-    )
+    if nnx is not None:
+        theirs, names = nnx_model(params), [tuple(layer) for layer in params]
+
+        def of_nnx(model: Any) -> jax.Array:
+            return training.loss(
+                [
+                    {name: getattr(layer, name)[...] for name in its_names}
+                    for layer, its_names in zip(model.layers, names)
+                ],
+                x,
+            )
+
+        runs["nnx.grad"] = lambda: nnx.grad(lambda m: of_nnx(m))(theirs)
+    return ratios(_leaves_of(runs), rounds, block, _LIMIT, clock)
 
 
-def first_call(rounds: int) -> Row:
-    """Tracing, compiling and running for the first time."""
-    x = jr.normal(jr.key(1), (8, 16))
-    plain = _mlp()
-    model = rx.as_refs(plain, "params", eqx.is_inexact_array)
+def new_scan(rounds: int, block: float, clock: Clock) -> Row:
+    """An eager scan whose body is made anew at each step: it is traced and compiled."""
+    weights, x = [jnp.eye(8) for _ in range(4)], jnp.ones(8)
+    refs = [rx.Ref(w, "params") for w in weights]
+
+    def body(weights: list, carry: jax.Array) -> tuple[jax.Array, None]:
+        for w in weights:
+            carry = jnp.tanh(w @ carry)
+        return carry, None
+
+    runs: dict[str, Callable[[], Any]] = {
+        "jax.lax.scan": lambda: jax.lax.scan(
+            lambda c, _: body(weights, c), x, None, length=4
+        ),
+        "rx.scan": lambda: rx.scan(
+            lambda c, _: body([ref.value for ref in refs], c), x, None, length=4
+        ),
+    }
+    return ratios(_leaves_of(runs), rounds, block, _LIMIT, clock)
+
+
+def _leaves_of(runs: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], Any]]:
+    return {k: lambda run=run: jax.tree.leaves(run()) for k, run in runs.items()}
+
+
+def first_call(n_layers: int, rounds: int) -> Row:
+    """Tracing, compiling and running a transformer for the first time."""
+    training = _problems.transformer(n_layers)
+    x, params = training.x, training.params()
+    plain = modules(eqx.Module, params, jax.Array)
+    model = modules(rx.Module, params, rx.Param[jax.Array])
+
+    def of_refs(model: Any) -> jax.Array:
+        layers = [
+            {k: ref.value for k, ref in vars(layer).items()} for layer in model.layers
+        ]
+        return training.loss(layers, x)
+
+    of_plain = lambda model: training.loss(list(map(vars, model.layers)), x)
     runs = {
-        "eqx.filter_jit": lambda: eqx.filter_jit(lambda m: _loss(m, x))(plain),
-        OURS: lambda: rx.filter_jit(lambda m: _loss(rx.snapshot(m), x))(model),
+        "eqx.filter_jit": lambda: eqx.filter_jit(
+            lambda m: eqx.filter_value_and_grad(of_plain)(m)
+        )(plain),
+        OURS: lambda: rx.filter_jit(lambda m: rx.filter_value_and_grad(of_refs)(m))(
+            model
+        ),
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(rounds + 1):
-        for name, run in runs.items():
+        for name in list(runs)[:: 1 if i % 2 else -1]:
             start = time.process_time()
-            jax.block_until_ready(run())
-            if i > 0:
+            jax.block_until_ready(jax.tree.leaves(runs[name]()))
+            if i > 0:  # the first warms up
                 times[name].append(time.process_time() - start)
-    base = sorted(times["eqx.filter_jit"])[rounds // 2]
-    return {name: sorted(taken)[rounds // 2] / base for name, taken in times.items()}
+    base = statistics.median(times["eqx.filter_jit"])
+    return {name: statistics.median(taken) / base for name, taken in times.items()}
 
 
-def run_all(rounds: int, block: float) -> dict[str, Callable[[], Row]]:
-    return {
-        "a decode loop, caches donated": lambda: decode_loop(rounds, block),
-        "the documented training loop": lambda: training_loop(rounds, block),
-        "a gradient of a new lambda": lambda: fresh_lambda(rounds // 2, block),
-        "a first call": lambda: first_call(5),
+def rows(rounds: int, block: float, clock: Clock) -> dict[str, Callable[[], Row]]:
+    found: dict[str, Callable[[], Row]] = {
+        "a decode loop, caches donated": lambda: decode_loop(rounds, block, clock)
+    }
+    for make in (_problems.mlp, _problems.conv, _problems.transformer):
+        training = make()
+        found[f"the documented loop, {training.name}"] = lambda training=training: (
+            training_loop(training, rounds, block, clock)
+        )
+    return found | {
+        "a gradient of a new lambda": lambda: new_lambda(rounds // 2, block, clock),
+        "a scan of a new lambda": lambda: new_scan(rounds // 4, block, clock),
+        "a first call, 12 layers": lambda: first_call(12, rounds // 8),
     }

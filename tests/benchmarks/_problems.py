@@ -82,13 +82,19 @@ def decode() -> Problem:
     return Problem("a decode step", make, work, jnp.ones(width) * 0.1)
 
 
-def with_adam(
-    name: str,
-    params: Callable[[], Layers],
-    loss: Callable[[Layers, jax.Array], jax.Array],
-    x: jax.Array,
-) -> Problem:
-    """A training step: the gradient of `loss`, and Adam. Everything is written."""
+@dataclasses.dataclass
+class Training:
+    """What is trained: the parameters, and the loss of them and a batch."""
+
+    name: str
+    params: Callable[[], Layers]
+    loss: Callable[[Layers, jax.Array], jax.Array]
+    x: jax.Array
+
+
+def with_adam(training: Training) -> Problem:
+    """A training step: the gradient of the loss, and Adam. Everything is written."""
+    params, loss = training.params, training.loss
 
     def make() -> Layers:
         layers: Layers = [
@@ -119,10 +125,10 @@ def with_adam(
                 updates[i, "mean_" + k], updates[i, "square_" + k] = mean, square
         return value, updates
 
-    return Problem(name, make, work, x)
+    return Problem(training.name, make, work, training.x)
 
 
-def mlp() -> Problem:
+def mlp() -> Training:
     sizes = [64, *[128] * 6, 10]
 
     def params() -> Layers:
@@ -137,10 +143,10 @@ def mlp() -> Problem:
             x = jax.nn.relu(x @ layer["weight"] + layer["bias"][None])
         return jnp.mean(x**2)
 
-    return with_adam("training: MLP", params, loss, jr.normal(jr.key(1), (32, 64)))
+    return Training("training: MLP", params, loss, jr.normal(jr.key(1), (32, 64)))
 
 
-def conv() -> Problem:
+def conv() -> Training:
     channels = [1, 8, 16, 16, 10]
 
     def params() -> Layers:
@@ -156,13 +162,13 @@ def conv() -> Problem:
             x = jax.nn.relu(x + layer["bias"][None, :, None, None])
         return jnp.mean(x**2)
 
-    return with_adam(
+    return Training(
         "training: convolutional", params, loss, jr.normal(jr.key(1), (8, 1, 8, 8))
     )
 
 
-def transformer() -> Problem:
-    width, n_layers = 64, 4
+def transformer(n_layers: int = 4) -> Training:
+    width = 64
     shapes = {
         "query": (width, width),
         "key": (width, width),
@@ -197,6 +203,6 @@ def transformer() -> Problem:
             x = x + jax.nn.relu(normed(x, p["scale2"]) @ p["up"]) @ p["down"]
         return jnp.mean(x**2)
 
-    return with_adam(
+    return Training(
         "training: transformer", params, loss, jr.normal(jr.key(1), (4, 16, width))
     )

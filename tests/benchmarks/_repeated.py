@@ -7,7 +7,7 @@ import jax
 
 from . import _problems
 from ._contenders import AGAIN, BASE, contenders, OURS
-from ._harness import ratios
+from ._harness import clock_here, ratios
 from ._problems import Problem
 
 
@@ -21,7 +21,7 @@ def run_calls(problem: Problem, rounds: int, block: float) -> dict[str, float]:
     if problem.name.startswith("10000 refs"):
         makers = {name: makers[name] for name in _AT_10_000}
     runs = {name: make(problem) for name, make in makers.items()}
-    return ratios(runs, rounds, block, _LIMIT)
+    return ratios(runs, rounds, block, _LIMIT, clock_here())
 
 
 def pin() -> None:
@@ -40,7 +40,7 @@ def run_steps(name: str, rounds: int, block: float) -> dict[str, float]:
     found = []
     for _ in range(5):
         runs = {name: make(problem) for name, make in makers.items()}
-        found.append(ratios(runs, rounds // 2, block, _LIMIT))
+        found.append(ratios(runs, rounds // 2, block, _LIMIT, clock_here()))
         del runs
         jax.clear_caches()
     return {name: statistics.median(x[name] for x in found) for name in makers}
@@ -49,7 +49,7 @@ def run_steps(name: str, rounds: int, block: float) -> dict[str, float]:
 def steps() -> list[Problem]:
     return [
         _problems.decode(),
-        _problems.mlp(),
-        _problems.conv(),
-        _problems.transformer(),
+        _problems.with_adam(_problems.mlp()),
+        _problems.with_adam(_problems.conv()),
+        _problems.with_adam(_problems.transformer()),
     ]
