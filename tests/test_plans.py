@@ -136,3 +136,22 @@ def test_a_float_that_is_not_a_number_is_known_again():
     for _ in range(4):
         assert jnp.isnan(step(ref, float("nan")))  # an object of its own each time
     assert len(step._plans._plans) == 1
+
+
+def test_a_variable_that_a_function_inside_of_the_function_rebinds(trace_counter):
+    """A side effect, once a trace, and no input."""
+    count, ref = 0, rx.Ref(jnp.array(2.0))
+
+    def scale(x):
+        def note():
+            nonlocal count
+            count += 1
+
+        note()
+        return ref.value * x
+
+    f = trace_counter(lambda fn, x: fn(x))
+    step = rx.filter_jit(f)
+    for _ in range(4):
+        assert step(scale, jnp.array(1.0)) == 2.0
+    assert f.counter.count == count == 1

@@ -196,3 +196,13 @@ def test_the_type_of_what_a_backward_rule_writes_is_checked():
     with pytest.raises(rx.RefTypeError, match=r"`Watch.largest`.* is declared"):
         rx.filter_grad(lambda x, watch: jnp.sum(rule(x, watch)))(jnp.ones(2), watch)
     assert watch.largest.value == 0.0
+
+
+def test_a_scalar_that_is_stacked_twice_knows_its_stack():
+    class Scale(rx.Module):
+        x: rx.Param[Float[Array, ""]]
+
+    scales = rx.filter_vmap(rx.filter_vmap(Scale))(jnp.ones((2, 3)))
+    with pytest.raises(rx.RefTypeError, match=r"the sizes \(2, 3\) come on top"):
+        scales.x.value = jnp.zeros((2, 3, 4))
+    scales.x.value = jnp.zeros((2, 3))
