@@ -1,5 +1,7 @@
 """`filter_custom_jvp`, and `filter_custom_vjp` with a backward rule that writes refs."""
 
+import types
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -703,3 +705,20 @@ def test_update_refs_and_clones_inside():
     assert grads == 3.0 and model["n"].value == 1
     assert model["amax"].value == 3.0 and copy.value == 2.0
     assert type(copy) is rx.Ref
+
+
+@pytest.mark.parametrize("wrap", [bare, rx.filter_jit])
+def test_a_rule_may_not_reach_a_ref_that_it_is_not_given(wrap):
+    """It would be stale when the rule is not run again."""
+    plain = types.SimpleNamespace(ref=rx.Ref(jnp.array(2.0), "state"))
+
+    @rx.filter_custom_jvp
+    def f(x):
+        return 1.0 * x
+
+    @f.def_jvp
+    def _(primals, tangents):
+        return f(*primals), tangents[0] * plain.ref.value
+
+    with pytest.raises(rx.TraceLevelError, match="'state'.*was not passed in"):
+        wrap(rx.filter_grad(f))(jnp.array(1.0))
