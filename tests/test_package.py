@@ -288,7 +288,7 @@ def test_a_class_has_a_docstring_with_its_arguments(name):
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_class_has_an_example_and_its_public_methods_a_docstring(name):
     cls = getattr(rx, name)
-    assert "!!! Example" in inspect.getdoc(cls)
+    assert "!!! Example" in (inspect.getdoc(cls) or "")
     for method, function in vars(cls).items():
         if inspect.isfunction(function) and not method.startswith("_"):
             assert inspect.getdoc(function), f"{name}.{method}"
@@ -305,14 +305,14 @@ OWN_LAYERS = re.findall(
 @pytest.mark.parametrize("name", OWN_LAYERS)
 def test_a_layer_says_what_it_and_its_methods_take(name):
     cls = getattr(rx.nn, name)
-    text = inspect.getdoc(cls)
+    text = inspect.getdoc(cls) or ""
     for parameter in inspect.signature(cls).parameters:
         assert f"`{parameter}`" in text, f"{name}: `{parameter}`"
     for method, function in vars(cls).items():
         public = method == "__call__" or not method.startswith("_")
         if not inspect.isfunction(function) or not public:
             continue
-        text = inspect.getdoc(function)
+        text = inspect.getdoc(function) or ""
         signature = inspect.signature(function)
         for parameter in list(signature.parameters)[1:]:
             assert f"`{parameter}`" in text, f"{name}.{method}: `{parameter}`"
