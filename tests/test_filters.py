@@ -12,6 +12,7 @@ import pytest
 
 import refx_eqx as rx
 from refx_eqx._filters import _filters, _select
+from refx_eqx._trees import _paths
 
 
 class Lora(rx.Ref):
@@ -401,7 +402,7 @@ def nested(depth):
 
 def test_a_deep_tree_is_walked_once(monkeypatch):
     texts, steps = [], []
-    key_text, step = _select.key_text, _filters._Walk._step
+    key_text, step = _paths.key_text, _filters._Walk._step
 
     def counted_text(key):
         texts.append(key)
