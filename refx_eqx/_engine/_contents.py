@@ -62,7 +62,7 @@ class Contents:
             for i, (arrays, _) in zip(self.numbers, split)
             for x in jtu.tree_structure(values[i]).flatten_up_to(arrays)
         ]
-        # Of the static leaves: the position, what it is equal by, and itself if that is
+        # For the static leaves: the position, what it is equal by, and itself if that is
         # enough.
         self._statics = [
             (k, static_key(x), x if isinstance(x, _OF_ONE_KEY) else _NOTHING)

@@ -1,5 +1,5 @@
 """Loops as users write them: a decode loop with donated caches, the documented training loop,
-a function that is made anew at each step, and the first call. With every library that has
+a function that is made again at each step, and the first call. With every library that has
 the thing."""
 
 import statistics
@@ -190,7 +190,7 @@ def training_loop(training: Training, rounds: int, block: float, clock: Clock) -
 
 
 def new_lambda(rounds: int, block: float, clock: Clock) -> Row:
-    """An eager gradient of a loss that is made anew at each step."""
+    """An eager gradient of a loss that is made again at each step."""
     training = _problems.mlp()
     x, params = training.x, training.params()
     plain = modules(eqx.Module, params, jax.Array)
@@ -228,7 +228,7 @@ def new_lambda(rounds: int, block: float, clock: Clock) -> Row:
 
 
 def new_scan(rounds: int, block: float, clock: Clock) -> Row:
-    """An eager scan whose body is made anew at each step: it is traced and compiled."""
+    """An eager scan whose body is made again at each step: it is traced and compiled."""
     weights, x = [jnp.eye(8) for _ in range(4)], jnp.ones(8)
     refs = [rx.Ref(w, "params") for w in weights]
 

@@ -86,7 +86,7 @@ _NOTES = {
     "against what. A decode loop writes and donates its caches, and only reads its parameters: "
     "those of `jax.Ref` and nnx donate nothing. A documented loop is a gradient and Adam of "
     "Optax (`rx.Optimizer`, `nnx.Optimizer`), and donates; nnx does not. A gradient or a scan "
-    "of a new lambda is eager, and what it is given is made anew at each step. A first call "
+    "of a new lambda is eager, and what it is given is made again at each step. A first call "
     "traces, compiles and runs the gradient of a transformer.",
     "gpt": "A training step of 12 layers of width 768 with AdamW, in bfloat16, on 8 texts of 512 "
     "tokens: written by hand, with `rx.Optimizer`, and for `eqx.filter_jit`; all donate.",
