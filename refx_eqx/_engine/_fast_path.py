@@ -72,9 +72,8 @@ class Plans:
         key = tuple(found[0])
         try:
             plan = self._plans.get(key)
-        except (
-            TypeError
-        ):  # a part of a new module has no hash: told by identity from now on
+        except TypeError:
+            # A part of a new module has no hash: it is told by identity from now on.
             for module in found[4]:
                 self._know(module)
             return NO_PLAN
