@@ -38,6 +38,7 @@ import refx_eqx as rx
 # what is drawn seldom.
 SEEDS = [*range(36), 38, 50, 70, 79, 104, 161, 189, 192, 247, 307]
 CORPUS = [(seed, 1 + seed % 3) for seed in SEEDS]
+CORPUS.append((9200026, 3))  # axes of equal numbers, and of another sharing
 
 
 @functools.cache

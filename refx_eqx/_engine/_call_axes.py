@@ -46,8 +46,10 @@ class Axes:
 
     @property
     def key(self) -> tuple:
-        """What tells the axes of two calls of one structure apart. Hashable."""
-        flat = tuple(jtu.tree_leaves(self.trees, is_leaf=lambda x: x is None))
+        """What tells the axes of two calls apart. Hashable."""
+        # With their tree: two calls of different sharing may have the same numbers.
+        flat, treedef = jtu.tree_flatten(self.trees, is_leaf=lambda x: x is None)
+        flat = (*flat, treedef)
         withheld = tuple(self.withheld.items())
         return flat, self.split, self.kept, tuple(self.of_refs.items()), withheld
 
