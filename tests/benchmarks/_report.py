@@ -22,6 +22,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "benchmarks.md"
 PLOT = ROOT / "docs" / "img" / "benchmarks.svg"
+MARKERS = "os^vDPX*"
 
 Rows = dict[str, dict[str, float]]
 
@@ -354,7 +355,7 @@ def _draw(results: dict[str, Any]) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "benchmarks"
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True)
+    figure, panels = plt.subplots(1, 3, figsize=(11, 4.2), sharey=True)
     for panel, written in zip(panels, ("all", "one", "none")):
         chosen = {
             int(work.split()[0]): row
@@ -365,14 +366,17 @@ def _draw(results: dict[str, Any]) -> None:
             xs = [n for n, row in chosen.items() if name in row]
             ys = [chosen[n][name] for n in xs]
             width = 2.5 if name == OURS else 1.2
-            panel.plot(xs, ys, "o-", label=name, lw=width, ms=3)
+            # A marker of its own for each, where two lines are near.
+            marker = MARKERS[len(panel.lines)]
+            panel.plot(xs, ys, marker=marker, label=name, lw=width, ms=5)
         panel.set(xscale="log", yscale="log", title=f"{written} written", xlabel="refs")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("time / time of jax.jit")
-    panels[0].legend(fontsize=7)
     machine = results["machine"]
-    figure.suptitle(f"JAX {machine['jax']}, {machine['device']}", fontsize=9)
-    figure.tight_layout()
+    figure.suptitle(f"JAX {machine['jax']}, {machine['device']}", fontsize=10)
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
+    lines, names = panels[0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="lower center", ncols=len(names), fontsize=9)
     PLOT.parent.mkdir(exist_ok=True)
     figure.savefig(PLOT, metadata={"Date": None})
     # Matplotlib ends lines with blanks, which editors and hooks take away.
