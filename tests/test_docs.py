@@ -247,7 +247,13 @@ def anchors_of(file: Path) -> set[str]:
 
 # MkDocs checks those of the pages.
 @pytest.mark.parametrize(
-    "name", ["README.md", "CONTRIBUTING.md", "refx_eqx/_core/README.md"]
+    "name",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "refx_eqx/_core/README.md",
+        "refx_eqx/_calls/README.md",
+    ],
 )
 def test_the_links_of_a_file_lead_somewhere(name):
     found = list(LINK.finditer((ROOT / name).read_text()))

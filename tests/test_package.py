@@ -71,7 +71,7 @@ def test_nothing_is_printed_at_exit_by_what_forgets_dead_functions():
         import sys
         import jax.numpy as jnp
         import refx_eqx as rx
-        from refx_eqx._core import _structure
+        from refx_eqx._calls import _structure
 
         init = _structure.Key.__init__
 
@@ -130,6 +130,7 @@ def test_the_version_is_that_of_the_project():
 ROOMS = [
     "_trees",
     "_core",
+    "_calls",
     "_fields",
     "_filters",
     "_sharding",

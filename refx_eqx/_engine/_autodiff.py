@@ -13,10 +13,8 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._core._call import Call, call, close_result
-from .._core._deref import deref_leaves
-from .._core._errors import name_of, StructureError
-from .._core._structure import (
+from .._calls._call import Call, call, close_result
+from .._calls._structure import (
     array_of,
     flatten,
     Leaves,
@@ -25,6 +23,8 @@ from .._core._structure import (
     Structure,
     tree_of,
 )
+from .._core._deref import deref_leaves
+from .._core._errors import name_of, StructureError
 from .._core._values import is_traced_in_ref
 from .._filters._select import check_can_select, choose, leaves_with_paths
 from .._trees._closure import Part

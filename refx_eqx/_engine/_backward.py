@@ -31,12 +31,12 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
+from .._calls._call import Call
+from .._calls._structure import Leaves, map_values, Outcome, values_of
 from .._core import _trace
 from .._core._access import why_immutable
-from .._core._call import Call
 from .._core._errors import CarryError, ImmutableError, MismatchError
 from .._core._ref import Channeled
-from .._core._structure import Leaves, map_values, Outcome, values_of
 from ._channel import decode, encode, has_channel
 
 

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import jax.tree_util as jtu
 
-from .._core._call import Call, close_result
+from .._calls._call import Call, close_result
+from .._calls._structure import flatten, Leaves, Outcome
 from .._core._errors import describe, MismatchError
 from .._core._nodes import is_node, Value
 from .._core._ref import Ref
-from .._core._structure import flatten, Leaves, Outcome
 from .._trees._closure import is_closure, Part
 from ._by_filter import ELSEWHERE, Within
 

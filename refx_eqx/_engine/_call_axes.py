@@ -11,12 +11,12 @@ from typing import Any
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
+from .._calls._call import Call
+from .._calls._structure import Leaves, map_values, values_of
 from .._core._access import Withheld
-from .._core._call import Call
 from .._core._errors import CarryError, describe, MismatchError
 from .._core._nodes import is_node
 from .._core._ref import Ref
-from .._core._structure import Leaves, map_values, values_of
 from .._trees._paths import path_text
 from ._axes import array_axis, axes, axes_text, leaf_axes
 from ._by_filter import RNG, SAME

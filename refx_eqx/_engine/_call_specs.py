@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.sharding import AxisType, PartitionSpec
 
-from .._core._call import Call
+from .._calls._call import Call
+from .._calls._structure import Leaves, map_values, values_of
 from .._core._errors import CarryError, describe, MismatchError
 from .._core._ref import Channeled, Ref
-from .._core._structure import Leaves, map_values, values_of
 from .._sharding._mesh import check_spec, mesh_axes
 from ._by_filter import RNG, SAME
 from ._by_place import agreed, Place, read_places

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
+from .._calls._places import place_text
+from .._calls._structure import flatten
 from .._core._access import refuse_cycle
 from .._core._errors import describe, MismatchError
-from .._core._places import place_text
 from .._core._ref import Ref
-from .._core._structure import flatten
 from .._core._values import is_traced
 from .._trees._keys import static_keys
 

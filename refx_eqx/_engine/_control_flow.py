@@ -12,12 +12,9 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._core import _trace
-from .._core._call import Call
-from .._core._errors import describe, MismatchError
-from .._core._nodes import is_node
-from .._core._places import leaf_place
-from .._core._structure import (
+from .._calls._call import Call
+from .._calls._places import leaf_place
+from .._calls._structure import (
     arrays_of,
     Leaves,
     map_values,
@@ -25,6 +22,9 @@ from .._core._structure import (
     OutcomeInfo,
     values_of,
 )
+from .._core import _trace
+from .._core._errors import describe, MismatchError
+from .._core._nodes import is_node
 from .._trees._keys import static_keys
 from ._kinds import convert, join_kinds, kind_of
 

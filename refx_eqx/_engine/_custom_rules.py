@@ -14,14 +14,14 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
+from .._calls._body import run_body
+from .._calls._call import Call
+from .._calls._places import place
+from .._calls._structure import Leaves, Outcome, OutcomeInfo
 from .._core import _trace
-from .._core._body import run_body
-from .._core._call import Call
 from .._core._errors import describe, MismatchError, name_of, StructureError
 from .._core._nodes import Index, Value
-from .._core._places import place
 from .._core._ref import Ref
-from .._core._structure import Leaves, Outcome, OutcomeInfo
 
 
 __tracebackhide__ = True

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import jax
 
+from .._calls._structure import Structure
 from .._core import _trace
 from .._core._nodes import is_node
-from .._core._structure import Structure
 from ._contents import picker
 
 

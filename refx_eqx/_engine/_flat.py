@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import jax.tree_util as jtu
 
+from .._calls._call import Call
+from .._calls._places import place
+from .._calls._structure import Leaves, Structure, values_of
 from .._core import _trace
-from .._core._call import Call
 from .._core._errors import describe
 from .._core._nodes import Index, is_node, Value
 from .._core._on_mesh import on_mesh, Shardings
-from .._core._places import place
-from .._core._structure import Leaves, Structure, values_of
 from .._trees._keys import weakly
 
 

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
+from .._calls._structure import Leaves, Outcome, values_of
 from .._core._on_mesh import Shardings
-from .._core._structure import Leaves, Outcome, values_of
 
 
 __tracebackhide__ = True

@@ -17,12 +17,12 @@ import equinox as eqx
 import jax
 from jax.tree_util import tree_leaves as leaves
 
+from .._calls._call import Call, dispatching, running_call
+from .._calls._structure import Leaves, Outcome, OutcomeInfo, Structure
 from .._core import _trace
-from .._core._call import Call, dispatching, running_call
 from .._core._identity import Answers, answers_for, Asked, joined, Questions
 from .._core._on_mesh import Shardings
 from .._core._ref import commits, Ref
-from .._core._structure import Leaves, Outcome, OutcomeInfo, Structure
 from .._trees._functions import origin_of
 from ._donation import (
     ALONE,

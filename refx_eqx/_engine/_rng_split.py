@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 
-from .._core._structure import Leaves, map_values
+from .._calls._structure import Leaves, map_values
 
 
 __tracebackhide__ = True

@@ -11,8 +11,8 @@ import equinox as eqx
 from equinox import _jit as equinox_jit
 from jax.tree_util import tree_leaves as leaves
 
+from .._calls._commit import Disturbed
 from .._core import _trace
-from .._core._commit import Disturbed
 from .._core._errors import ConcurrencyError, describe, DonatedError
 from .._core._ref import Ref
 

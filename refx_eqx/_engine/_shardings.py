@@ -9,9 +9,9 @@ from typing import Any
 
 import jax.tree_util as jtu
 
-from .._core._call import Call
+from .._calls._call import Call
+from .._calls._structure import Leaves, Outcome, values_of
 from .._core._nodes import is_node, Value
-from .._core._structure import Leaves, Outcome, values_of
 from .._sharding._prefix import leaf_shardings
 from .._sharding._shard import placed_tree
 from ._keep_in_place import keep_in_place

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
+from .._calls._places import leaf_place
+from .._calls._structure import Leaves, map_values, values_of
 from .._core._errors import describe, MismatchError
 from .._core._nodes import Index, is_node, Value
-from .._core._places import leaf_place
 from .._core._ref import Ref
-from .._core._structure import Leaves, map_values, values_of
 from .._trees._closure import Part
 
 

@@ -1,4 +1,4 @@
-"""The lifted transforms: one file a family, each a thin adapter on `_core/_call.py`."""
+"""The lifted transforms: one file a family, each a thin adapter on `_calls/_call.py`."""
 
 from .._engine._axes import axes as axes
 from .._engine._specs import specs as specs

@@ -7,11 +7,11 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
-from .._core._call import Call, call
+from .._calls._call import Call, call
+from .._calls._places import place_text
+from .._calls._structure import Leaves, Outcome
 from .._core._errors import CarryError, describe, StructureError
-from .._core._places import place_text
 from .._core._ref import Ref
-from .._core._structure import Leaves, Outcome
 from .._core._values import is_traced
 from .._engine._carry import (
     as_callable,

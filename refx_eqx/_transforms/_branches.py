@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import ArrayLike, PyTree
 
-from .._core._call import Call, call
+from .._calls._call import Call, call
+from .._calls._places import leaf_place, ref_place
+from .._calls._structure import arrays_of, Leaves, Outcome, Structure, values_of
 from .._core._errors import describe, MismatchError
 from .._core._nodes import is_node, Value
-from .._core._places import leaf_place, ref_place
 from .._core._ref import Ref
-from .._core._structure import arrays_of, Leaves, Outcome, Structure, values_of
 from .._engine._carry import as_callable, numbers_to_arrays
 from .._engine._control_flow import runs_in_python, TracedBody
 from .._engine._kinds import convert, join_kinds, Kind, kind_of

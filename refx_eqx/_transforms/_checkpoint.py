@@ -6,9 +6,9 @@ from typing import Any, overload, ParamSpec, TypeVar
 
 import jax
 
-from .._core._call import Call, call
+from .._calls._call import Call, call
+from .._calls._structure import Leaves, Outcome
 from .._core._errors import name_of
-from .._core._structure import Leaves, Outcome
 from .._engine._program import Program, program_of
 from .._engine._wrapper import Lifted
 

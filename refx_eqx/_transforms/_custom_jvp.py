@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._core._call import Call, call
+from .._calls._call import Call, call
+from .._calls._structure import array_of, arrays_of, Leaves, Outcome, tree_of
 from .._core._deref import deref
 from .._core._errors import name_of
-from .._core._structure import array_of, arrays_of, Leaves, Outcome, tree_of
 from .._engine._autodiff import arrays_of_result, is_inexact
 from .._engine._backward import with_outer_channels, without_channels
 from .._engine._custom_rules import (

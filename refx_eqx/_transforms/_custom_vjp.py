@@ -11,10 +11,8 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._core._call import Call, call
-from .._core._errors import CarryError, describe, MismatchError, name_of
-from .._core._ref import Channeled, Ref
-from .._core._structure import (
+from .._calls._call import Call, call
+from .._calls._structure import (
     array_of,
     arrays_of,
     join,
@@ -24,6 +22,8 @@ from .._core._structure import (
     tree_of,
     values_of,
 )
+from .._core._errors import CarryError, describe, MismatchError, name_of
+from .._core._ref import Channeled, Ref
 from .._engine._autodiff import arrays_of_result, first_of, is_inexact
 from .._engine._backward import mapped_with, without_channels, written_by_rule
 from .._engine._channel import decode

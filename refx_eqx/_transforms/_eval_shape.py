@@ -5,8 +5,8 @@ from typing import Any, TypeVar
 
 import jax
 
-from .._core._call import Call, close_result
-from .._core._structure import Leaves, Outcome
+from .._calls._call import Call, close_result
+from .._calls._structure import Leaves, Outcome
 
 
 __tracebackhide__ = True

@@ -6,12 +6,12 @@ from typing import Any, ParamSpec, TypeVar
 
 from jaxtyping import PyTree
 
+from .._calls._call import Call, close_result
+from .._calls._structure import tree_of, values_of
 from .._core import _trace
-from .._core._call import Call, close_result
 from .._core._deref import deref, reref
 from .._core._errors import CarryError, describe, name_of
 from .._core._nodes import Index, Value
-from .._core._structure import tree_of, values_of
 
 
 __tracebackhide__ = True

@@ -7,9 +7,9 @@ from typing import Any, Concatenate, Literal, overload, ParamSpec, TypeVar
 import equinox as eqx
 import jax
 
-from .._core._call import Call, call
+from .._calls._call import Call, call
+from .._calls._structure import Leaves, Outcome, values_of
 from .._core._nodes import is_node
-from .._core._structure import Leaves, Outcome, values_of
 from .._engine._autodiff import (
     differentiable,
     first_of,

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import jax
 from jaxtyping import PyTree
 
-from .._core._call import Call, call
-from .._core._structure import Outcome
+from .._calls._call import Call, call
+from .._calls._structure import Outcome
 from .._engine._autodiff import (
     DifferentiableCall,
     first_of,

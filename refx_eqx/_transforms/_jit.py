@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from .._calls._call import Call, call
+from .._calls._structure import Key, Leaves, Outcome
 from .._core import _trace
-from .._core._call import Call, call
 from .._core._errors import MismatchError, name_of
-from .._core._structure import Key, Leaves, Outcome
 from .._engine._donation import apart, call_into, Donate, Split
 from .._engine._fast_path import NO_PLAN, Plans
 from .._engine._flat import flat_of, flat_place

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from .._calls._call import Call, call
+from .._calls._structure import Leaves, Outcome, tree_of
 from .._core import _trace
-from .._core._call import Call, call
 from .._core._errors import MismatchError
-from .._core._structure import Leaves, Outcome, tree_of
 from .._engine._autodiff import (
     arrays_of_result,
     DifferentiableCall,

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
+from .._calls._call import Call, call, dispatching, running_call
+from .._calls._structure import Leaves, Outcome, values_of
 from .._core import _trace
-from .._core._call import Call, call, dispatching, running_call
 from .._core._errors import describe, MismatchError, RefError, StructureError
 from .._core._ref import Ref
-from .._core._structure import Leaves, Outcome, values_of
 from .._engine._call_axes import check_axis
 from .._engine._program import ByCall
 from .._engine._wrapper import Lifted

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import ArrayLike
 
+from .._calls._call import Call, call
+from .._calls._structure import Leaves, Outcome
 from .._core import _trace
-from .._core._call import Call, call
 from .._core._errors import CarryError, describe, name_of
-from .._core._structure import Leaves, Outcome
 from .._engine._call_axes import no_axes
 from .._engine._carry import (
     as_callable,

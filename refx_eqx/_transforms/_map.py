@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .._core._call import Call, call
-from .._core._structure import Leaves, Outcome
+from .._calls._call import Call, call
+from .._calls._structure import Leaves, Outcome
 from .._engine._call_axes import Axes, call_axes, placed_update
 from .._engine._carry import as_callable, numbers_to_arrays, whole_number
 from .._engine._control_flow import with_values

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from .._calls._call import Call, call
+from .._calls._structure import Leaves, Outcome, values_of
 from .._core import _trace
-from .._core._call import Call, call
 from .._core._errors import CarryError, describe, MismatchError, name_of
 from .._core._nodes import is_node
-from .._core._structure import Leaves, Outcome, values_of
 from .._engine._call_axes import Axes, call_axes, placed_update, update_axes
 from .._engine._carry import (
     as_callable,

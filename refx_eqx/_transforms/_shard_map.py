@@ -11,12 +11,12 @@ import jax.tree_util as jtu
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import PyTree
 
+from .._calls._call import Call, call
+from .._calls._structure import arrays_of, Leaves, Outcome
 from .._core import _trace
-from .._core._call import Call, call
 from .._core._errors import CarryError, describe, MismatchError
 from .._core._nodes import Label, Value, value_node
 from .._core._ref import Ref
-from .._core._structure import arrays_of, Leaves, Outcome
 from .._core._values import join_value
 from .._engine._by_place import given_of_result
 from .._engine._call_specs import call_specs, check_known, part_of, Specs

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
-from .._core._structure import Outcome
+from .._calls._structure import Outcome
 from .._engine._autodiff import DifferentiableCall, TangentSpace, with_linear_map
 from .._filters._filters import FilterLike
 

@@ -12,11 +12,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
+from .._calls._call import Call, call
+from .._calls._structure import Leaves, Outcome
 from .._core import _trace
-from .._core._call import Call, call
 from .._core._errors import CarryError, describe
 from .._core._ref import Ref
-from .._core._structure import Leaves, Outcome
 from .._engine._axes import (
     array_axis,
     axes_text,

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from .._core._nodes import Value
 from .._trees._closure import Part
 from .._trees._paths import path_text
-from ._nodes import Value
 
 
 __tracebackhide__ = True

@@ -21,25 +21,25 @@ from collections.abc import (
 )
 from typing import Any, ParamSpec, TypeVar
 
-from .._trees._closure import Part
-from . import _trace
-from ._access import (
+from .._core import _trace
+from .._core._access import (
     check_readable,
     check_unleaked,
     Withheld,
 )
-from ._body import apply, run_body
-from ._commit import commit, Disturbed, rescue, updates_of
-from ._deref import deref_leaves
-from ._errors import (
+from .._core._deref import deref_leaves
+from .._core._errors import (
     ConcurrencyError,
     name_of,
     RefTypeError,
 )
-from ._identity import Asked, asked_of
-from ._ref import commits, content, IN_PLACE, Ref
+from .._core._identity import Asked, asked_of
+from .._core._ref import commits, content, IN_PLACE, Ref
+from .._core._values import is_traced
+from .._trees._closure import Part
+from ._body import apply, run_body
+from ._commit import commit, Disturbed, rescue, updates_of
 from ._structure import flatten, Leaves, Outcome, split, Structure, tree_of
-from ._values import is_traced
 
 
 __tracebackhide__ = True

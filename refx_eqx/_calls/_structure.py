@@ -21,17 +21,17 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
+from .._core._access import refuse_cycle
+from .._core._deref import make_ref_of, reref_leaves
+from .._core._errors import describe
+from .._core._identity import NOTHING_ASKED
+from .._core._nodes import Index, is_node, Value
+from .._core._ref import is_ref, Ref
+from .._core._values import is_traced, join_value, split_value
 from .._trees import _closure
 from .._trees._closure import Part, without_empty
 from .._trees._keys import identities_in, recalled, static_key, static_keys
-from ._access import refuse_cycle
-from ._deref import make_ref_of, reref_leaves
-from ._errors import describe
-from ._identity import NOTHING_ASKED
-from ._nodes import Index, is_node, Value
 from ._places import place
-from ._ref import is_ref, Ref
-from ._values import is_traced, join_value, split_value
 
 
 __tracebackhide__ = True

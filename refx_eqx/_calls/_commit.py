@@ -5,11 +5,11 @@ from typing import Any
 
 import jax.tree_util as jtu
 
+from .._core import _trace
+from .._core._access import check_writable
+from .._core._errors import describe, StructureError
+from .._core._ref import commits, Ref
 from .._trees._containers import containers
-from . import _trace
-from ._access import check_writable
-from ._errors import describe, StructureError
-from ._ref import commits, Ref
 from ._structure import Outcome
 
 
