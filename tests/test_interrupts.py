@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from injection import Injector
+from injection import Injector, moments, runs_of
+from jax.sharding import PartitionSpec
 from jaxtyping import _storage, Array, Float
 
 import refx_eqx as rx
@@ -25,7 +26,7 @@ from refx_eqx._core._ref import commits
 from refx_eqx._fields import _construction
 
 
-EVERY = int(os.environ.get("REFX_INTERRUPT_EVERY", "251"))
+EVERY = int(os.environ.get("REFX_INTERRUPT_EVERY", "97"))
 
 ONE = jnp.array(1.0)
 XS = jnp.arange(2.0)
@@ -113,6 +114,11 @@ def check(refs):
         checked(refs, ONE)
 
 
+def first_check(refs):
+    with jax.check_tracer_leaks(False):
+        rx.filter_jit(lambda r: eqx.error_if(step(r, ONE), ONE > 1, "too large"))(refs)
+
+
 def functionalized(refs):
     _, updates = rx.functionalize(step)(*rx.deref((refs, ONE)))
     rx.update_refs((refs, ONE), updates)
@@ -120,7 +126,10 @@ def functionalized(refs):
 
 def branch(refs):
     step(refs, ONE)
+    return ONE
 
+
+MESH = jax.sharding.Mesh(jax.devices()[:2], ("data",))
 
 jitted = rx.filter_jit(step)
 donating = rx.filter_jit(step, donate="refs")
@@ -164,6 +173,31 @@ CALLS = {
     ),
     "Optimizer": optimized,
     "typed": typed,
+    "filter_linearize": lambda refs: rx.filter_linearize(step, refs, ONE),
+    "filter_jacfwd": lambda refs: rx.filter_jacfwd(step)(refs, ONE),
+    "filter_jacrev": lambda refs: rx.filter_jacrev(step)(refs, ONE),
+    "filter_closure_convert": lambda refs: rx.filter_closure_convert(step, refs, ONE)(
+        refs, ONE
+    ),
+    "filter_shard_map": lambda refs: rx.filter_shard_map(
+        branch, mesh=MESH, in_specs=PartitionSpec(), out_specs=PartitionSpec()
+    )(refs),
+    "capture": lambda refs: rx.capture(step)(refs, ONE),
+    "a first donate": lambda refs: rx.filter_jit(
+        lambda refs: step(refs, ONE), donate="refs"
+    )(refs),
+    "a first compiled": lambda refs: (
+        rx.filter_jit(lambda refs: step(refs, ONE)).lower(refs).compile()(refs)
+    ),
+    "a first run-time check": first_check,
+    "a first filter_checkpoint": lambda refs: rx.filter_checkpoint(
+        lambda refs: step(refs, ONE)
+    )(refs),
+    "a first cond": lambda refs: rx.cond(True, lambda r: step(r, ONE), branch, refs),
+    "a first lift": lambda refs: rx.lift(jax.jit)(lambda r: step(r, ONE))(refs),
+    "a first nested": lambda refs: rx.filter_jit(
+        rx.filter_grad(lambda refs, x: step(refs, x))
+    )(refs, ONE),
 }
 
 
@@ -191,6 +225,14 @@ def learn(name, refs):
         jitted(refs, jnp.array(0.0))
 
 
+def chosen(runs):
+    """The moments to raise at: each `EVERY`-th, and some of a planned call, which runs few
+    lines."""
+    all_of_them = moments(runs)
+    stride = min(EVERY, len(all_of_them) // 5)
+    return all_of_them[stride // 2 :: stride]
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_an_exception_at_a_line_changes_all_or_nothing(name):
     call = CALLS[name]
@@ -198,42 +240,49 @@ def test_an_exception_at_a_line_changes_all_or_nothing(name):
         refs = make()
         call(refs)
         assert values(refs) == NEW
-    at, interrupted, wrong = 1 + EVERY // 20, 0, []
-    while True:
+    refs = make()
+    learn(name, refs)
+    runs = runs_of(lambda: call(refs))
+    broken_off, unseen, wrong = 0, 0, []
+    for line, n in chosen(runs):
         refs = make()
         learn(name, refs)
-        injector = Injector(at)
-        if not injector.run(lambda refs=refs: call(refs)):
-            break
+        injector = Injector(line, n)
+        if injector.run(lambda: call(refs)):
+            broken_off += 1
+            allowed = OLD, NEW
+        else:
+            allowed = (NEW,)
+            unseen += injector.came
         if not is_clean():
-            wrong.append((at, injector.where, "not clean"))
+            wrong.append((str(injector), "not clean"))
             break
-        if values(refs) not in (OLD, NEW):
-            wrong.append((at, injector.where, values(refs)))
+        if values(refs) not in allowed:
+            wrong.append((str(injector), values(refs)))
         refs = make()
         call(refs)
-        assert values(refs) == NEW, (at, injector.where)
-        interrupted += 1
-        # A planned call runs few lines.
-        at += EVERY if at > EVERY else max(1, EVERY // 5)
-    assert interrupted > 0 and not wrong
+        assert values(refs) == NEW, str(injector)
+    print(f"{name}: {len(runs)} lines, broken off {broken_off} times, {unseen} unseen")
+    assert broken_off > 0 and not wrong
 
 
 def test_an_exception_at_a_line_while_a_module_is_made_leaves_its_refs():
+    def new():
+        return [rx.Ref(1.0), rx.Ref(2.0)]
+
     def state(refs):
         return [(r.collection, r.name, bool(r._declared), r.value) for r in refs]
 
-    at, interrupted = 1 + EVERY // 20, 0
-    while True:
-        refs = [rx.Ref(1.0), rx.Ref(2.0)]
-        before = state(refs)
-        injector = Injector(at)
-        if not injector.run(lambda refs=refs: Typed(*refs)):
-            break
-        assert is_clean() and state(refs) == before, (at, injector.where)
-        interrupted += 1
-        at += max(1, EVERY // 10)
-    assert interrupted > 0 and state(refs)[1][:3] == ("params", "Typed.b", True)
+    broken_off, refs, before = 0, new(), state(new())
+    for line, n in chosen(runs_of(lambda: Typed(*refs))):
+        refs = new()
+        injector = Injector(line, n)
+        assert injector.run(lambda: Typed(*refs)) == injector.came
+        assert is_clean() and (state(refs) == before or not injector.came), injector
+        broken_off += injector.came
+    refs = new()
+    Typed(*refs)
+    assert broken_off > 0 and state(refs)[1][:3] == ("params", "Typed.b", True)
 
 
 def increment(refs):
