@@ -90,6 +90,7 @@ def capture(
     - `StructureError`: if a submodule is called where its output cannot be brought out: in
         the body of a `while_loop`, a branch of a `cond`, a function with a derivative rule of
         its own; or if `add` has other calls than there are.
+    - `TypeError`: if `fn` is no module, and there is no argument by position.
     """
 
     @functools.wraps(fn, updated=())

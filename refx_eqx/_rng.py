@@ -110,6 +110,8 @@ class Rngs(Module):
 
     - `AttributeError`: when there is no stream of the name asked for, and no
         default stream either.
+    - `TypeError`: if the default stream is given twice.
+    - `ValueError`: if a stream has the name of an attribute that modules have.
     """
 
     streams: dict[str, RngStream]

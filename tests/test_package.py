@@ -1,6 +1,7 @@
 """The package as a whole: what an import does, who imports whom, and what is public."""
 
 import ast
+import builtins
 import dataclasses
 import inspect
 import pathlib
@@ -249,6 +250,7 @@ def is_error(thing) -> bool:
     return isinstance(thing, type) and issubclass(thing, Exception)
 
 
+ERRORS = {getattr(rx, name) for name in PUBLIC if is_error(getattr(rx, name))}
 FUNCTIONS = [name for name in PUBLIC if inspect.isfunction(getattr(rx, name))]
 CLASSES = [
     name
@@ -293,6 +295,81 @@ def test_a_class_has_an_example_and_its_public_methods_a_docstring(name):
     for method, function in vars(cls).items():
         if inspect.isfunction(function) and not method.startswith("_"):
             assert inspect.getdoc(function), f"{name}.{method}"
+
+
+# They read no value, so there is nothing that they could refuse.
+NEVER_RAISE = {"aliases", "is_ref"}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_says_what_it_raises(name):
+    text = inspect.getdoc(getattr(rx, name)) or ""
+    assert (
+        "**Raises:**" in text
+        or re.search(r"as for\s+\[`refx_eqx", text)
+        or (name in NEVER_RAISE)
+    )
+
+
+def raised_by(function) -> set[type[Exception]]:
+    """What a function raises by itself, not in what it calls."""
+    function = inspect.unwrap(function)
+    if not pathlib.Path(function.__code__.co_filename).exists():
+        return set()  # a dataclass made it
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    inner = {
+        node
+        for inner in ast.walk(tree)
+        if isinstance(inner, ast.FunctionDef) and inner is not tree.body[0]
+        for node in ast.walk(inner)
+    }
+    names = {
+        ast.unparse(node.exc.func)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)
+        if node not in inner
+    }
+    scope = {**vars(builtins), **function.__globals__}
+    found = {eval(name, scope) for name in names if name != "NotImplementedError"}
+    return {error for error in found if is_error(error)}
+
+
+def own_methods(cls) -> list:
+    """The public methods of a class that are written in this package."""
+    functions = [getattr(f, "fget", f) for f in vars(cls).values()]
+    return [
+        f
+        for f in functions
+        if inspect.isfunction(f) and f.__module__.startswith("refx_eqx")
+        if f.__name__ in ("__init__", "__call__", "__setattr__", "__setitem__")
+        or not f.__name__.startswith("_")
+    ]
+
+
+RAISING = [
+    pytest.param(function, text, id=f"{prefix}{name}.{function.__name__}")
+    for prefix, room in (("", rx), ("nn.", rx.nn))
+    for name in dir(room)
+    if not name.startswith("_") and not is_error(public := getattr(room, name))
+    for functions in [own_methods(public) if inspect.isclass(public) else [public]]
+    for function in functions
+    if inspect.isfunction(function) and function.__module__.startswith("refx_eqx")
+    if raised_by(function)
+    for text in [(inspect.getdoc(function) or "") + (inspect.getdoc(public) or "")]
+]
+
+
+@pytest.mark.parametrize(("function", "text"), RAISING)
+def test_an_error_that_is_raised_is_in_the_docstring(function, text):
+    _, _, raises = text.partition("**Raises:**")
+    for error in raised_by(function):
+        # By its own name, or that of an error of the package that it is one of.
+        names = {c.__name__ for c in error.__mro__ if c is error or c in ERRORS}
+        assert any(f"{name}`" in raises for name in names), error
+
+
+def test_the_search_for_what_is_raised_finds_something():
+    assert len(RAISING) > 30
 
 
 # Those with a docstring of ours: the others have that of Equinox.

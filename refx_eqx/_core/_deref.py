@@ -361,6 +361,11 @@ def clone(tree: T) -> T:
     **Returns:**
 
     The same tree with new refs, owned by the running trace.
+
+    **Raises:**
+
+    - `StructureError`: if `tree` holds refs in a set or as the keys of a dict, or itself.
+    - `TraceLevelError`: if a ref may not be read here.
     """
     return reref(deref(tree))
 
@@ -396,6 +401,11 @@ def tree_equal(
 
     Whether all are equal: in structure, sharing, collections, ref types and values. A `bool`;
     inside a transform it may be a traced scalar, as in Equinox.
+
+    **Raises:**
+
+    - `StructureError`: if a tree holds refs in a set or as the keys of a dict, or itself.
+    - `TraceLevelError`: if a ref may not be read here.
     """
     derefed = [_derefed(tree) for tree in trees]
     return eqx.tree_equal(*derefed, typematch=typematch, rtol=rtol, atol=atol)
@@ -429,6 +439,11 @@ def block_until_ready(tree: T) -> T:
     **Returns:**
 
     The tree itself.
+
+    **Raises:**
+
+    - `StructureError`: if `tree` holds refs in a set or as the keys of a dict, or itself.
+    - `TraceLevelError`: if a ref may not be read here.
     """
     jax.block_until_ready(_derefed(tree))
     return tree

@@ -153,8 +153,8 @@ class Ref(Shared, Generic[T]):
     `in` or a look-up, never by `is` or `id`. A program that asks is used for no refs of
     which the answer would be another.
 
-    `copy.deepcopy` and `pickle` keep the sharing within what they copy. Subclasses survive `deref` and `reref`, but only their
-    type does: a subclass may add methods, not attributes.
+    `copy.deepcopy` and `pickle` keep the sharing within what they copy. Subclasses survive
+    `deref` and `reref`, but only their type does: a subclass may add methods, not attributes.
 
     **Arguments:**
 
@@ -164,6 +164,13 @@ class Ref(Shared, Generic[T]):
     **Raises:**
 
     - `StructureError`: if `value` holds a ref.
+
+    When it is read or written:
+
+    - `TraceLevelError`: in a trace where it may not be.
+    - `ImmutableError`: if it is written where [`refx_eqx.mutable`][] forbids it.
+    - `RefTypeError`: if what is written breaks the declared type, or is a part of a value
+        that is no array.
     """
 
     __slots__ = (

@@ -68,6 +68,16 @@ class Module(eqx.Module, metaclass=_ModuleMeta):
 
     After `__init__` a module is frozen, as in Equinox. To change a value, write to its
     ref; to change which ref a field holds, use `equinox.tree_at`.
+
+    **Raises:**
+
+    When it is made:
+
+    - `RefTypeError`: if a field is given what it does not declare.
+    - `CollectionError`: if a field is given a ref of another collection than its own.
+    - `TypeError`: if a field is annotated as refs in what is no pytree, such as a set.
+
+    And `dataclasses.FrozenInstanceError`: if a field is assigned to after `__init__`.
     """
 
     def __init_subclass__(cls, **kwargs: Any):

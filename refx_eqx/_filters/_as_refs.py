@@ -77,6 +77,7 @@ def as_refs(
 
     - `StructureError`: if a module in the tree uses `equinox.nn.State`.
     - `CollectionError`: if one array would be in two collections.
+    - `TypeError`: if `where` is no function.
     """
     if not callable(where):
         raise TypeError(

@@ -40,6 +40,10 @@ def filter_eval_shape(fun: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     **Returns:**
 
     The result of `fun`, with `jax.ShapeDtypeStruct` instead of arrays.
+
+    **Raises:**
+
+    - `TraceLevelError`: if `fun` touches a ref that it reaches through a global name.
     """
     derefed = Call(fun, args, kwargs)
 

@@ -273,6 +273,8 @@ def filter_jit(
 
     **Raises:**
 
+    - `ValueError`: if there is no such way to donate, or if `jitkwargs` say what is traced.
+
     When called:
 
     - `TraceLevelError`: if the function touches a ref that it reaches through a global name.

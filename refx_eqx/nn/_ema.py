@@ -64,6 +64,7 @@ class EMA(Module):
 
     - `StructureError`: if `wrt` selects no ref, or if a model of another structure is given
         to `update` or to `swap`.
+    - `ValueError`: if `decay` is a number that is not between 0 and 1.
     """
 
     model: Any

@@ -123,6 +123,10 @@ class Accuracy(_Metric):
         - `logits`: of shape `(..., n_classes)`; with a `threshold`, of the shape of `labels`.
         - `labels`: integers: the numbers of the right classes.
         - `mask`: an array of `bool` of the shape of `labels`: `False` for what does not count.
+
+        **Raises:**
+
+        - `ValueError`: if the guesses do not have the shape of the labels.
         """
         labels = jnp.asarray(labels)
         if self.threshold is None:
