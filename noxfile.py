@@ -72,11 +72,15 @@ def tests_matrix(session: nox.Session, dependencies: str) -> None:
 
 @nox.session
 def interrupts(session: nox.Session) -> None:
-    """An exception at every line of a lifted call, not only at some of them: minutes."""
+    """An exception in every line that a lifted call runs, not only in some: half an hour.
+
+    It prints how many lines each kind of call has. `-- -k scan` is for one kind.
+    """
     session.install("-e", ".[tests]")
     every = {"REFX_INTERRUPT_EVERY": "1"}
-    files = ("tests/test_interrupts.py",)
-    session.run("python", "-m", "pytest", *files, *session.posargs, env=every)
+    session.run(
+        *PYTEST[:3], "-s", "tests/test_interrupts.py", *session.posargs, env=every
+    )
 
 
 @nox.session

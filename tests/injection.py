@@ -67,7 +67,7 @@ class Injector:
     """
 
     def __init__(self, line: Line, n: int):
-        self.line, self.n = line, n
+        self.line, self.n, self.left = line, n, n
         self.came = self.went_unseen = False
 
     def __str__(self):
@@ -95,8 +95,8 @@ class Injector:
 
     def _on_line(self, frame: FrameType, event: str, arg: Any) -> Any:
         if event == "line" and frame.f_lineno == self.line[1] and _may_raise(frame):
-            self.n -= 1
-            if self.n == 0:
+            self.left -= 1
+            if self.left == 0:
                 self.came = True
                 raise Injected
         return self._on_line

@@ -1,6 +1,8 @@
 """An exception at any line of a lifted call: all refs are old, or all are new.
 
-The suite raises at some of the lines. `nox -s interrupts` raises at each of them.
+`nox -s interrupts` raises in every line of the package that a call runs, for each kind of
+call: the first time that it runs, the last time, and once between (see `injection.py`). The
+suite raises at each 97th of these moments, or as `REFX_INTERRUPT_EVERY` says.
 """
 
 # What is wrong on purpose here, or made at run time, is wrong to a static checker too.
@@ -124,6 +126,12 @@ def functionalized(refs):
     rx.update_refs((refs, ONE), updates)
 
 
+def evaluated(refs):
+    rx.filter_eval_shape(step, refs, ONE)
+    rx.filter_make_jaxpr(step)(refs, ONE)
+    jitted(refs, ONE)
+
+
 def branch(refs):
     step(refs, ONE)
     return ONE
@@ -182,6 +190,7 @@ CALLS = {
     "filter_shard_map": lambda refs: rx.filter_shard_map(
         branch, mesh=MESH, in_specs=PartitionSpec(), out_specs=PartitionSpec()
     )(refs),
+    "evaluated": evaluated,
     "capture": lambda refs: rx.capture(step)(refs, ONE),
     "a first donate": lambda refs: rx.filter_jit(
         lambda refs: step(refs, ONE), donate="refs"
@@ -256,7 +265,7 @@ def test_an_exception_at_a_line_changes_all_or_nothing(name):
             unseen += injector.came
         if not is_clean():
             wrong.append((str(injector), "not clean"))
-            break
+            _trace.thread.state = _trace.ThreadState()
         if values(refs) not in allowed:
             wrong.append((str(injector), values(refs)))
         refs = make()

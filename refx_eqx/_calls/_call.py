@@ -128,6 +128,7 @@ class Call:
         """The derefed tree number `i`, with other leaves: a gradient, say."""
         return tree_of(self.parts[i], leaves)
 
+    @_trace.tidying
     def run(
         self,
         name: str,

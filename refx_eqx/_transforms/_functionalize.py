@@ -8,7 +8,6 @@ from jaxtyping import PyTree
 
 from .._calls._call import Call, close_result
 from .._calls._structure import tree_of, values_of
-from .._core import _trace
 from .._core._deref import deref, reref
 from .._core._errors import CarryError, describe, name_of
 from .._core._nodes import Index, Value
@@ -61,7 +60,6 @@ def functionalize(fn: Callable[P, T]) -> Callable[P, tuple[T, PyTree]]:
     """
 
     @functools.wraps(fn)
-    @_trace.tidying
     def pure(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
         inner_args, inner_kwargs = reref((args, kwargs))
         derefed = Call(fn, inner_args, inner_kwargs)
