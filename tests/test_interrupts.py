@@ -6,7 +6,7 @@ suite raises at each 97th of these moments, or as `REFX_INTERRUPT_EVERY` says.
 """
 
 # What is wrong on purpose here, or made at run time, is wrong to a static checker too.
-# pyright: reportOptionalOperand=false
+# pyright: reportOptionalOperand=false, reportArgumentType=false
 
 import os
 import signal
