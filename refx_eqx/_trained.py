@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from ._core import _trace
+from ._core import _jax
 from ._core._deref import deref, reref
 from ._core._errors import describe, MismatchError, StructureError
 from ._core._nodes import is_node, Value
@@ -221,7 +221,7 @@ def as_weak_as(old: Any, new: Any) -> Any:
     new = jnp.asarray(new)
     if new.weak_type == is_weak:
         return new
-    return _trace.as_weak(new) if is_weak else new.astype(new.dtype)
+    return _jax.as_weak(new) if is_weak else new.astype(new.dtype)
 
 
 def with_update(ref: Ref, value: Any, update: Any, where: str) -> Any:

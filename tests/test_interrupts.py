@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import _storage, Array, Float
 
 import refx_eqx as rx
-from refx_eqx._core import _trace
+from refx_eqx._core import _jax, _trace
 from refx_eqx._core._ref import commits
 from refx_eqx._fields import _construction
 
@@ -211,7 +211,7 @@ CALLS = {
 
 
 def values(refs):
-    gone = _trace.is_deleted
+    gone = _jax.is_deleted
     return [None if gone(ref.value) else float(ref.value) for ref in refs]
 
 
@@ -220,7 +220,7 @@ def is_clean():
     clean = not state.bodies and not state.calls and not _construction._here.logs
     clean = clean and not _trace.guards.get() and not rx.config._here.get()
     clean = clean and not _storage._has_shape_memo()  # of jaxtyping
-    return clean and _trace.is_evaluating() and not commits.lock.locked()
+    return clean and _jax.is_evaluating() and not commits.lock.locked()
 
 
 OLD = [0.0, 1.0, 2.0]

@@ -5,7 +5,7 @@ from typing import Any
 
 import equinox as eqx
 
-from .._core import _trace
+from .._core import _jax, _trace
 from .._core._access import check_value, Withheld
 from .._core._deref import deref_leaves, make_ref_of
 from .._core._errors import CarryError, describe, TraceLevelError
@@ -137,7 +137,7 @@ class _Before:
 def is_ref_or_tracer(leaf: Any) -> bool:
     """What makes a node of a function that is returned: an array of the trace must come
     out as the other results do, and not stay behind in a cell."""
-    return isinstance(leaf, Ref) or _trace.is_tracer(leaf)
+    return isinstance(leaf, Ref) or _jax.is_tracer(leaf)
 
 
 def _deref_result(
@@ -147,7 +147,7 @@ def _deref_result(
     leaves, part = flatten(result, is_ref_or_tracer)
 
     def read(ref: Ref) -> Any:
-        if ref._trace() is not _trace.current_trace():
+        if ref._trace() is not _jax.current_trace():
             raise TraceLevelError(
                 f"`{name}` cannot return {describe(ref._name, ref._collection)}: it was "
                 "created outside the function and was not passed in. Pass the ref, or "

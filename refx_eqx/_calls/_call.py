@@ -21,7 +21,7 @@ from collections.abc import (
 )
 from typing import Any, ParamSpec, TypeVar
 
-from .._core import _trace
+from .._core import _jax, _trace
 from .._core._access import (
     check_readable,
     check_unleaked,
@@ -88,7 +88,7 @@ class Call:
             self.leaves.append(leaves)
             parts.append(part)
             _check_no_lost_write(fn, leaves)
-        self.trace = _trace.current_trace()
+        self.trace = _jax.current_trace()
         # What `filter_jit` learned of this call before it compiles.
         self.traced: Any = None
         # Its arrays as a program takes them: see `_engine/_flat.py`.
@@ -108,7 +108,7 @@ class Call:
                 check_readable(ref)
             self.refs.append(ref)
             self.values.append(ref._value)
-            if type(ref._value) is not _trace.ConcreteArray:
+            if type(ref._value) is not _jax.ConcreteArray:
                 check_unleaked(ref, ref._value)
             return content(ref)
 
@@ -160,7 +160,7 @@ def _check_no_lost_write(fn: Any, leaves: list[Any]) -> None:
     """JAX lets any attribute of an array be set. An array in the place of a ref (put there by
     `eqx.tree_at`, say) swallows what is written to it."""
     for leaf in leaves:
-        if type(leaf) is _trace.ConcreteArray and "value" in leaf.__dict__:
+        if type(leaf) is _jax.ConcreteArray and "value" in leaf.__dict__:
             raise RefTypeError(
                 f"`{name_of(fn)}` is called with {leaf.dtype}{list(leaf.shape)}, an array in "
                 "no ref, to which `.value = ...` was written: no ref took that. Put a ref "
@@ -209,7 +209,7 @@ _MAX_TRIES = 1000
 
 
 # JAX takes the frames of this library and its own out of a traceback that passes here.
-@_trace.api_boundary
+@_jax.api_boundary
 @_trace.tidying
 def call(
     fn: Any,
@@ -223,7 +223,7 @@ def call(
     If another thread wrote a ref of the call meanwhile, it starts again: the outcome of
     calls from several threads is that of some order of them.
     """
-    hook = _trace.debug_hook()
+    hook = _jax.debug_hook()
     for _ in range(_MAX_TRIES):
         derefed = None
         try:
@@ -236,7 +236,7 @@ def call(
                 rescue(derefed.refs, derefed.values, derefed.returned)
             raise
         finally:
-            _trace.restore_debug_hook(hook)
+            _jax.restore_debug_hook(hook)
     raise ConcurrencyError(
         f"Other threads changed the refs of `{name_of(fn)}` during each of {_MAX_TRIES} "
         "calls. Serialize the calls with a lock."

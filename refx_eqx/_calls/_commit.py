@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.tree_util as jtu
 
-from .._core import _trace
+from .._core import _jax, _trace
 from .._core._access import check_writable
 from .._core._errors import describe, StructureError
 from .._core._ref import commits, Ref
@@ -62,7 +62,7 @@ def commit(
     - `started`: `commits.count` before that.
     - `updates`: the refs to write, with their new values.
     """
-    trace, state = _trace.current_trace(), _trace.thread.state
+    trace, state = _jax.current_trace(), _trace.thread.state
     # The common case, decided once for all refs: a step writes thousands.
     quiet = not state.bodies and not _trace.guards.get()
     for ref, _ in updates:
@@ -87,7 +87,7 @@ def rescue(refs: list[Ref], values: list[Any], returned: list[Any]) -> bool:
     - `refs`, `values`: the refs of the call, and what was read from them.
     - `returned`: what the program returned, if it did, behind what makes an outcome of it.
     """
-    if len(returned) < 2 or not any(map(_trace.is_deleted, jtu.tree_leaves(values))):
+    if len(returned) < 2 or not any(map(_jax.is_deleted, jtu.tree_leaves(values))):
         return False
     outcome = returned[0](returned[-1])
     with commits.lock:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from .._core import _trace
+from .._core import _jax
 from .._core._errors import DonatedError, StructureError, TraceLevelError
 from ._file import has_dtype, METADATA, Stored
 
@@ -42,7 +42,7 @@ def encoded(name: str, value: Any) -> tuple[Stored | None, Note]:
             f"Cannot save: {name!r} cannot be a name in a safetensors file. Rename the key "
             "of the ref."
         )
-    if _trace.is_tracer(value):
+    if _jax.is_tracer(value):
         raise TraceLevelError(
             f"Cannot save: the value at `{shown}` is a tracer, which has no numbers yet. "
             "Save outside of the transformed function, when it has returned."
@@ -62,7 +62,7 @@ def encoded(name: str, value: Any) -> tuple[Stored | None, Note]:
 
 
 def _encoded_jax_array(name: str, value: jax.Array) -> tuple[Stored, Note]:
-    if _trace.is_deleted(value):
+    if _jax.is_deleted(value):
         raise DonatedError(
             f"Cannot save: the array at `{name}` was given away to a call that donates its "
             "arguments, and is deleted. Save what that call returned."
@@ -136,11 +136,11 @@ def decoded(array: np.ndarray | None, note: Note, old: Any) -> Any:
     if isinstance(old, np.generic):
         return array[()]
     if "weak" in note and isinstance(old, (jax.Array, jax.ShapeDtypeStruct)):
-        return _placed(_trace.as_weak(jnp.asarray(array)), old)
+        return _placed(_jax.as_weak(jnp.asarray(array)), old)
     return array  # `load_state_dict` makes of it what the ref holds
 
 
 def _placed(new: jax.Array, old: Any) -> jax.Array:
     # An array of keys is a `jax.Array` too, of a class of its own.
-    is_array = isinstance(old, jax.Array) and not _trace.is_tracer(old)
+    is_array = isinstance(old, jax.Array) and not _jax.is_tracer(old)
     return jax.device_put(new, old.sharding) if is_array and old.committed else new

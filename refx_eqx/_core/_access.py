@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 from .._trees._cells import holds_itself, is_lookup, shared_in
 from .._trees._containers import copied, is_writeable
 from .._trees._equality import Shared
-from . import _trace
+from . import _jax, _trace
 from ._errors import (
     CarryError,
     describe,
@@ -64,7 +64,7 @@ def check_readable(ref: Any) -> None:
 def check_unleaked(ref: Any, value: Any) -> None:
     """Notices what a function left in a list or a dict of the value, where it may read the
     ref and not write it."""
-    if _trace.is_tracer(value):
+    if _jax.is_tracer(value):
         return
     for leaf in jtu.tree_leaves(value):
         reason = _trace.why_not_alive(leaf)
@@ -113,7 +113,7 @@ def check_value(ref: Any, value: Any) -> Any:
 
     Returns what to store: a Python scalar becomes an array, if an array is declared.
     """
-    if type(value) is _trace.ConcreteArray:
+    if type(value) is _jax.ConcreteArray:
         check_not_deleted(ref, value)
     else:
         refuse_cycle(value)
@@ -156,7 +156,7 @@ def refuse_cycle(tree: Any) -> None:
 
 
 def check_not_deleted(ref: Any, leaf: Any) -> None:
-    if _trace.is_deleted(leaf):
+    if _jax.is_deleted(leaf):
         raise DonatedError(
             f"Cannot put a deleted array into {describe(ref._name, ref._collection)}: its "
             f"buffer ({leaf.dtype}{list(leaf.shape)}) was donated to a call, or deleted, "

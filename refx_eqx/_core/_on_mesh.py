@@ -7,7 +7,7 @@ import jax
 import jax.tree_util as jtu
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 
-from . import _trace
+from . import _jax
 
 
 __tracebackhide__ = True
@@ -25,7 +25,7 @@ def on_mesh(arrays: Iterable[Any]) -> Shardings:
 
 
 def _on_mesh(x: Any) -> Any:
-    if type(x) is not _trace.ConcreteArray and not isinstance(x, jax.ShapeDtypeStruct):
+    if type(x) is not _jax.ConcreteArray and not isinstance(x, jax.ShapeDtypeStruct):
         return None
     sharding = x.sharding
     if type(sharding) is not NamedSharding:
@@ -38,7 +38,7 @@ def _on_mesh(x: Any) -> Any:
 
 def has_moved(old: Any, new: Any) -> bool:
     """Whether a value is elsewhere than the one that it replaces."""
-    if type(old) is type(new) is _trace.ConcreteArray:
+    if type(old) is type(new) is _jax.ConcreteArray:
         before, after = old.sharding, new.sharding
         if before is after or type(before) is type(after) is SingleDeviceSharding:
             return False
@@ -52,7 +52,7 @@ def put(x: Any, sharding: Any) -> Any:
     `jax.device_put` shares a buffer that is already where it belongs. (With `may_alias=False`
     too, if an array of one device is replicated: seen in JAX 0.12.)
     """
-    if not isinstance(x, jax.Array) or _trace.is_tracer(x):
+    if not isinstance(x, jax.Array) or _jax.is_tracer(x):
         return jax.device_put(x, sharding)
     if x.sharding == sharding and getattr(x, "committed", False):
         return x  # the same object, and who holds that is known

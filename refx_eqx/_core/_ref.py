@@ -21,7 +21,7 @@ from jax import Array
 
 from .._trees._containers import owned
 from .._trees._equality import Shared
-from . import _trace
+from . import _jax, _trace
 from ._access import (
     check_readable,
     check_unleaked,
@@ -82,8 +82,8 @@ class _Commits:
         refs, values, channeled, channels = [], [], [], []
         for ref, value in updates:
             if (
-                type(value) is not _trace.ConcreteArray
-                and type(ref._value) is _trace.ConcreteArray
+                type(value) is not _jax.ConcreteArray
+                and type(ref._value) is _jax.ConcreteArray
             ) or has_moved(ref._value, value):
                 self.restructured += 1
             if type(value) is Channeled:
@@ -214,7 +214,7 @@ class Ref(Shared, Generic[T]):
         self._collection = collection
         self._name = None
         self._declared = None
-        self._trace = _trace.current_trace_ref()
+        self._trace = _jax.current_trace_ref()
         self._written = self._hashed = False
         self._number = next(_numbers)
         self._channel = self._body = self._outer = None
@@ -237,7 +237,7 @@ class Ref(Shared, Generic[T]):
         if not _trace.is_at_home(self._trace):
             check_readable(self)
         value: Any = self._value
-        if type(value) is not _trace.ConcreteArray:
+        if type(value) is not _jax.ConcreteArray:
             check_unleaked(self, value)
             for guard in _trace.guards.get():
                 guard.read(self, value)
@@ -278,7 +278,7 @@ class Ref(Shared, Generic[T]):
                     "write a new one, `ref.value = ...`."
                 )
             old = jnp.asarray(old)
-            value = old.at[index].set(value, out_sharding=_trace.typed_sharding(old))
+            value = old.at[index].set(value, out_sharding=_jax.typed_sharding(old))
         self.value = value
 
     @property
@@ -514,7 +514,7 @@ def make_ref(
     ref._collection = collection
     ref._name = name
     ref._declared = declared
-    ref._trace = value if type(value) is Withheld else _trace.current_trace_ref()
+    ref._trace = value if type(value) is Withheld else _jax.current_trace_ref()
     ref._written = ref._hashed = False
     ref._number = next(_numbers)
     return ref
@@ -570,5 +570,5 @@ def _refuse_as_array(ref: Ref) -> Any:
     )
 
 
-_trace.refuse_as_array(Ref, _refuse_as_array)
+_jax.refuse_as_array(Ref, _refuse_as_array)
 refuse_to_be_a_value(Ref)

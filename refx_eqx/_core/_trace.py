@@ -1,7 +1,5 @@
 """Which JAX trace is running, and may this ref be read or written here?
 
-This is the only file that touches the internals of JAX.
-
 JAX runs a Python function under a *trace*: the bottom one evaluates, a `jit`, `scan` or
 `cond` stages a program, a `vmap` batches, a `grad` linearizes. Each trace knows the one
 it was opened in, so the traces that are running form a chain, innermost first:
@@ -24,24 +22,22 @@ after a write. Plain `jax.grad` is refused because no gradient would flow to the
 
 import contextvars
 import functools
-import os
-import pathlib
 import threading
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
-import jax
-from jax._src import api, config, core
-from jax._src.array import ArrayImpl
-from jax._src.interpreters.ad import JVPTracer
-from jax._src.interpreters.batching import BatchTrace, BatchTracer
-from jax._src.lax.lax import _convert_element_type
-from jax._src.traceback_util import (
-    api_boundary as api_boundary,
-    register_exclusion,
+from ._jax import (
+    BatchTrace,
+    chain,
+    current_trace,
+    debug_hook,
+    eval_trace,
+    kind_of_trace,
+    restore_debug_hook,
+    trace_ctx,
+    Tracer,
+    TraceRef,
 )
-from jax._src.tree_util import default_registry, none_leaf_registry
 
 
 __tracebackhide__ = True
@@ -49,41 +45,6 @@ __tracebackhide__ = True
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-# JAX leaves the frames of these files out of a traceback: it compares by prefix, so the
-# folder of the package is enough.
-register_exclusion(f"{pathlib.Path(__file__).parents[1]}{os.sep}")
-
-# A ref holds its trace weakly: a strong reference would keep a finished trace alive, and
-# `JAX_CHECK_TRACER_LEAKS` would rightly call that a leak.
-TraceRef = Callable[[], Any]
-
-
-def current_trace() -> Any:
-    return core.trace_ctx.trace
-
-
-def current_trace_ref() -> TraceRef:
-    # No callback, so CPython hands back one weakref object per trace, however many refs.
-    trace = core.trace_ctx.trace
-    # JAX 0.12 has none while it asks a primitive for the types of its results.
-    return _nowhere if trace is None else weakref.ref(trace)
-
-
-def _nowhere() -> None:
-    return None
-
-
-def is_evaluating() -> bool:
-    """Whether no transform is running: the values here are arrays, not tracers."""
-    return core.trace_ctx.trace is core.eval_trace
-
-
-def _chain(trace: Any) -> Iterator[Any]:
-    while trace is not None:
-        yield trace
-        trace = getattr(trace, "parent_trace", None)
 
 
 class Body:
@@ -214,7 +175,7 @@ class running_body(pushed):
         asked: dict[int, set[Any]],
     ):
         opened = []
-        for trace in _chain(current_trace()):
+        for trace in chain(current_trace()):
             if trace is outer_trace:
                 break
             opened.append(trace)
@@ -234,25 +195,6 @@ class running_body(pushed):
         restore_debug_hook(self._hook)
 
 
-# What a trace is called in a message. A trace of a kind that is not listed here (JAX adds
-# one now and then) is named by its class.
-_KINDS = {
-    "DynamicJaxprTrace": "a function that JAX stages out (jit, scan, cond, while_loop, "
-    "checkpoint, ...)",
-    "JVPTrace": "a function under forward-mode differentiation (jvp, linearize, jacfwd)",
-    "LinearizeTrace": "a function that JAX differentiates (grad, vjp, linearize)",
-    "JaxprTrace": "a function that JAX differentiates (grad, vjp, linearize)",
-    "RematTrace": "a function under `jax.checkpoint`",
-    "BatchTrace": "a function under vmap",
-    "ShardMapTrace": "a function under shard_map",
-}
-
-
-def _kind(trace: Any) -> str:
-    name = type(trace).__name__
-    return _KINDS.get(name, f"a JAX trace of type {name}")
-
-
 def _body_of(trace: Any) -> Body | None:
     for body in reversed(thread.state.bodies):
         if any(trace is opened for opened in body.opened):
@@ -262,7 +204,7 @@ def _body_of(trace: Any) -> Body | None:
 
 def _where(trace: Any) -> str:
     body = _body_of(trace)
-    return _kind(trace) if body is None else f"the body of `{body.name}`"
+    return kind_of_trace(trace) if body is None else f"the body of `{body.name}`"
 
 
 _ENDED = (
@@ -285,14 +227,14 @@ def why_not_readable(ref: Any, owner: TraceRef) -> str | None:
     reason = _why_out_of_reach(ref, owner)
     if reason is not None:
         return reason
-    for trace in _chain(core.trace_ctx.trace):
+    for trace in chain(trace_ctx.trace):
         if trace is owner():
             return None
         body = _body_of(trace)
         if body is None:
             if not isinstance(trace, BatchTrace):
                 return (
-                    f"it is used inside {_kind(trace)}, which does not carry refs. Use the "
+                    f"it is used inside {kind_of_trace(trace)}, which does not carry refs. Use the "
                     "lifted transform of `refx_eqx` (`rx.filter_jit`, `rx.filter_grad`, "
                     "`rx.scan`, ...) and pass the ref, or the module that holds it, as an "
                     "argument. A third-party function takes `rx.snapshot(model)`, to read, "
@@ -314,7 +256,7 @@ def why_not_writable(ref: Any, owner: TraceRef) -> str | None:
     reason = _why_out_of_reach(ref, owner)
     if reason is not None:
         return reason
-    current = core.trace_ctx.trace
+    current = trace_ctx.trace
     if owner() is current:
         return None
     return (
@@ -334,13 +276,13 @@ def _why_out_of_reach(ref: Any, owner: TraceRef) -> str | None:
                 f"the ref that `{body.name}` hands to the function, not the outer name."
             )
     owner_trace = owner()
-    if owner_trace is core.trace_ctx.trace:
+    if owner_trace is trace_ctx.trace:
         return None
     if owner_trace is None or not owner_trace.is_valid():
         return _ENDED
     # The bottom trace always runs, also under one that does not say in which it was opened
     # (that of an eager `shard_map`).
-    running = [*_chain(core.trace_ctx.trace), core.eval_trace]
+    running = [*chain(trace_ctx.trace), eval_trace]
     if all(trace is not owner_trace for trace in running):
         return _UNRELATED
     return None
@@ -350,24 +292,20 @@ def undisturbed_state() -> ThreadState | None:
     """The state of this thread if nothing is going on in it: no transform, no body of a
     lifted one, no `mutable`. Else `None`."""
     state = thread.state
-    if _context.trace is _eval_trace and not state.bodies and not _get_guards():
+    if trace_ctx.trace is eval_trace and not state.bodies and not guards.get():
         return state
     return None
 
 
-# Names of this module are found sooner than those in `core`.
-_context, _eval_trace, _get_guards = core.trace_ctx, core.eval_trace, guards.get
-
-
 def is_at_home(owner: TraceRef) -> bool:
     """The common case, decided quickly: `owner` runs, and no lifted body does."""
-    return owner() is core.trace_ctx.trace and not thread.state.bodies
+    return owner() is trace_ctx.trace and not thread.state.bodies
 
 
 def outlives(owner: TraceRef, trace: TraceRef) -> bool:
     """Whether `owner` ends no sooner than `trace` does."""
     mine = owner()
-    return mine is not None and any(mine is x for x in _chain(trace()))
+    return mine is not None and any(mine is x for x in chain(trace()))
 
 
 def is_inner(owner: TraceRef) -> bool:
@@ -380,156 +318,14 @@ def why_not_alive(value: Any) -> str | None:
 
     A tracer is alive in the trace that made it and in those opened inside it.
     """
-    if not isinstance(value, core.Tracer):
+    if not isinstance(value, Tracer):
         return None
     trace = value._trace
-    if trace is core.trace_ctx.trace:
+    if trace is trace_ctx.trace:
         return None
-    if any(trace is running for running in _chain(core.trace_ctx.trace)):
+    if any(trace is running for running in chain(trace_ctx.trace)):
         return None
     return (
-        f"the value is a tracer of {_kind(trace)} that is not active here. Return the "
+        f"the value is a tracer of {kind_of_trace(trace)} that is not active here. Return the "
         "value from that function instead."
     )
-
-
-def staged_equations() -> Iterator[Any]:
-    """The equations that the running staged trace has recorded so far.
-
-    None under `jax.disable_jit`, where nothing is staged.
-    """
-    frame = getattr(core.trace_ctx.trace, "frame", None)
-    for equation in () if frame is None else frame.tracing_eqns:
-        # A weak reference, whose referent is `None` if nothing holds the results; an
-        # equation with effects as it is (JAX 0.10.1 on), or in a function (JAX 0.10.0).
-        if callable(equation):
-            equation = equation()
-        if equation is not None:
-            yield equation
-
-
-def eval_jaxpr(closed: Any, arrays: list[Any]) -> list[Any]:
-    """Runs a program on arrays.
-
-    As `jax.extend.core.jaxpr_as_fun`, but that one does so with `jax_debug_nans` off.
-    """
-    return core.eval_jaxpr(closed.jaxpr, closed.consts, *arrays)
-
-
-# What checks the results of compiled programs under `jax_debug_nans` and `jax_debug_infs`
-# is a hook, which JAX sets by thread. Where JAX switches the flag off for a moment (in
-# `jnp.var`, in the batching of a jitted function, under `checkpoint`), it leaves the hook
-# off for good: seen in JAX 0.10 and 0.12. So a call of ours puts it back.
-debug_hook = api._post_hook_state.get_local
-
-
-def restore_debug_hook(hook: Any) -> None:
-    if debug_hook() is not hook:
-        api._post_hook_state.set_local(hook)
-
-
-def is_checking_results() -> bool:
-    """Whether JAX looks for NaNs or infinities in what a program returns."""
-    return config.debug_nans.value or config.debug_infs.value
-
-
-def is_jit_disabled() -> bool:
-    return config.disable_jit.value
-
-
-def is_concrete(x: Any) -> bool:
-    """Whether the value of `x` is known: also that of a tracer of `jvp` may be."""
-    return core.is_concrete(x)
-
-
-def is_tracer(x: Any) -> bool:
-    return isinstance(x, core.Tracer)
-
-
-def is_deleted(x: Any) -> bool:
-    """Whether `x` is an array whose buffer is gone: it was donated, or deleted."""
-    return isinstance(x, _Array) and not isinstance(x, core.Tracer) and x.is_deleted()
-
-
-def as_weak(x: Any) -> Any:
-    """The same array, weakly typed. JAX has no public way to make one of a given value."""
-    return _convert_element_type(x, x.dtype, weak_type=True)
-
-
-def has_tangent(x: Any) -> bool:
-    """Whether `x` depends on an input of the `jvp` that is running innermost."""
-    return isinstance(x, JVPTracer) and x._trace is core.trace_ctx.trace
-
-
-def is_batched(x: Any) -> bool:
-    """Whether `x` differs along the axis of the vmap that is running innermost."""
-    return (
-        isinstance(x, BatchTracer)
-        and x._trace is core.trace_ctx.trace
-        and x.batch_dim is not None
-    )
-
-
-def batch_axis(x: Any) -> int | None:
-    """The axis along which the vmap that is running innermost maps `x`."""
-    return x.batch_dim if is_batched(x) else None
-
-
-def mapped_over(x: Any) -> tuple[bool, ...]:
-    """For each of the innermost vmaps that are running, from the inside out: whether `x`
-    differs along its axis."""
-    over = []
-    trace = core.trace_ctx.trace
-    while isinstance(trace, BatchTrace):
-        mine = isinstance(x, BatchTracer) and x._trace is trace
-        over.append(mine and x.batch_dim is not None)
-        x = x.val if mine else x
-        trace = trace.parent_trace
-    return tuple(over)
-
-
-def varies_over(aval: Any) -> frozenset[Any]:
-    """The axes of the mesh of a running `shard_map` along which an array of this type may
-    differ."""
-    mat = getattr(aval, "mat", None)
-    return frozenset() if mat is None else mat.varying
-
-
-def split_of(aval: Any) -> tuple[Any, ...]:
-    """How the type of an array says that it is split: for each of its axes, by which axes of
-    a mesh of explicit axes. `()` if it is not."""
-    sharding = getattr(aval, "sharding", None)
-    spec = getattr(sharding, "spec", None) or ()
-    return tuple(spec) if any(axes is not None for axes in spec) else ()
-
-
-def typed_sharding(x: Any) -> Any:
-    """How `x` is split, if its type says so; else `None`, and the compiler decides."""
-    return jax.typeof(x).sharding if split_of(jax.typeof(x)) else None
-
-
-def refuse_as_array(cls: type, refuse: Callable[[Any], Any]) -> None:
-    """Makes JAX call `refuse(x)` when it meets an `x` of type `cls` as an array.
-
-    Without it JAX says that the type is "not a valid JAX type", and no more. The table is
-    the one in which JAX looks up the abstract value of each type it knows.
-    """
-    core.pytype_aval_mappings[cls] = refuse
-
-
-# As `jax.tree.flatten`: with `None` as a leaf; and with everything as a leaf but the tuples,
-# lists and dicts of Python.
-flatten_with_none: Any = none_leaf_registry.flatten
-flatten_containers: Any = type(default_registry)(
-    enable_none=True,
-    enable_tuple=True,
-    enable_namedtuple=False,
-    enable_list=True,
-    enable_dict=True,
-).flatten
-
-# The class of a JAX array that is not a tracer. `type(x) is ConcreteArray` takes a tenth of
-# the time of `isinstance(x, jax.Array)`, which goes through a metaclass.
-ConcreteArray = ArrayImpl
-Tracer = core.Tracer
-_Array = jax.Array

@@ -8,7 +8,7 @@ import jax
 import jax.tree_util as jtu
 import numpy as np
 
-from . import _trace
+from . import _jax
 from ._ref import Channeled
 
 
@@ -17,7 +17,7 @@ __tracebackhide__ = True
 
 def is_traced(leaf: Any) -> bool:
     """Which leaves outside refs are traced: arrays, as in Equinox."""
-    if type(leaf) is _trace.ConcreteArray:
+    if type(leaf) is _jax.ConcreteArray:
         return True
     if isinstance(leaf, np.ndarray | np.generic):
         return eqx.is_array(leaf) and _is_of_numbers(leaf)
@@ -27,7 +27,7 @@ def is_traced(leaf: Any) -> bool:
 def is_traced_in_ref(leaf: Any) -> bool:
     """Which leaves of the value of a ref are traced: what JAX can trace. In a module that is
     in it, arrays alone: see `split_value`."""
-    if type(leaf) is _trace.ConcreteArray:
+    if type(leaf) is _jax.ConcreteArray:
         return True
     if isinstance(leaf, np.ndarray | np.generic):
         return _is_of_numbers(leaf)
@@ -73,6 +73,6 @@ def join_value(arrays: Any, statics: Any) -> Any:
     if type(arrays) is Channeled:
         return Channeled(join_value(arrays.value, statics), arrays.channel)
     # As `eqx.combine`, without a call of Python for each leaf.
-    leaves, treedef = _trace.flatten_with_none(statics)
+    leaves, treedef = _jax.flatten_with_none(statics)
     both = zip(treedef.flatten_up_to(arrays), leaves)
     return treedef.unflatten([x if static is None else static for x, static in both])

@@ -33,7 +33,7 @@ import jax.tree_util as jtu
 
 from .._calls._call import Call
 from .._calls._structure import Leaves, map_values, Outcome, values_of
-from .._core import _trace
+from .._core import _jax
 from .._core._access import why_immutable
 from .._core._errors import CarryError, ImmutableError, MismatchError
 from .._core._ref import Channeled
@@ -229,7 +229,7 @@ def written_by_rule(
 
 
 def _mapped(channel: Any) -> list[tuple[bool, ...]]:
-    return [_trace.mapped_over(x) for x in jtu.tree_leaves(channel)]
+    return [_jax.mapped_over(x) for x in jtu.tree_leaves(channel)]
 
 
 def _types_in(arrays: Any) -> Any:

@@ -26,9 +26,9 @@ import jax
 import jax.tree_util as jtu
 import numpy as np
 
-from .._core import _trace
+from .._core import _jax
+from .._core._jax import flatten_containers
 from .._core._ref import Ref
-from .._core._trace import flatten_containers
 from .._trees._cells import holds_itself
 from .._trees._keys import static_key
 
@@ -55,7 +55,7 @@ _flatten_one_level: Any = jtu.default_registry.flatten_one_level  # type: ignore
 # What the instances of a type are. Filled as types are met.
 _ARRAY, _REF, _MODULE, _FUNCTION, _LITERAL, _OTHER, _REFUSED = range(7)
 _kinds: dict[type, int] = {
-    _trace.ConcreteArray: _ARRAY,
+    _jax.ConcreteArray: _ARRAY,
     np.ndarray: _ARRAY,
     Ref: _REF,
     types.FunctionType: _FUNCTION,
@@ -69,7 +69,7 @@ def _kind_of(x: Any, kind: type) -> int:
         found = _REF
     elif issubclass(kind, eqx.Module):
         found = _MODULE
-    elif _trace.is_tracer(x) or isinstance(x, jax.ShapeDtypeStruct):
+    elif _jax.is_tracer(x) or isinstance(x, jax.ShapeDtypeStruct):
         found = _REFUSED
     elif isinstance(x, jax.Array | np.ndarray | np.generic):
         found = _ARRAY

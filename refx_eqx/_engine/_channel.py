@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._core import _trace
+from .._core import _jax
 
 
 __tracebackhide__ = True
@@ -44,7 +44,7 @@ def _decoded_like(like: Any, pieces: list[Any]) -> Any:
     like = jnp.asarray(like)
     decoded = _decode(pieces, like.dtype)
     # No cotangent is weakly typed; what no rule has written is to be what it was.
-    return _trace.as_weak(decoded) if jax.typeof(like).weak_type else decoded
+    return _jax.as_weak(decoded) if jax.typeof(like).weak_type else decoded
 
 
 def _decode(pieces: list[Any], dtype: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import jax.tree_util as jtu
 import numpy as np
 
-from .._core import _trace
+from .._core import _jax
 from .._core._values import split_value
 from .._trees._keys import static_key, static_keys
 
@@ -107,7 +107,7 @@ class Contents:
 
 
 def is_one_array(value: Any) -> bool:
-    return type(value) is _trace.ConcreteArray
+    return type(value) is _jax.ConcreteArray
 
 
 _MAX_TYPES = 100

@@ -22,7 +22,7 @@ from .._calls._structure import (
     OutcomeInfo,
     values_of,
 )
-from .._core import _trace
+from .._core import _jax
 from .._core._errors import describe, MismatchError
 from .._core._nodes import is_node
 from .._trees._keys import static_keys
@@ -50,14 +50,14 @@ class TracedBody:
         self._closed = closed
 
     def __call__(self, *args: Any) -> Outcome:
-        out = _trace.eval_jaxpr(self._closed, jtu.tree_leaves(args))
+        out = _jax.eval_jaxpr(self._closed, jtu.tree_leaves(args))
         return jtu.tree_unflatten(self._treedef, out)
 
 
 def runs_in_python(*decided_on: Any) -> bool:
     """Whether loops and branches run in Python here: under `jax.disable_jit`, if what they
     decide on is known."""
-    return _trace.is_jit_disabled() and all(map(_trace.is_concrete, decided_on))
+    return _jax.is_jit_disabled() and all(map(_jax.is_concrete, decided_on))
 
 
 def outside(leaves: Leaves) -> Leaves:

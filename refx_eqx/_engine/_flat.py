@@ -12,7 +12,7 @@ import jax.tree_util as jtu
 from .._calls._call import Call
 from .._calls._places import place
 from .._calls._structure import Leaves, Structure, values_of
-from .._core import _trace
+from .._core import _jax
 from .._core._errors import describe
 from .._core._nodes import Index, is_node, Value
 from .._core._on_mesh import on_mesh, Shardings
@@ -43,7 +43,7 @@ def flat_of(derefed: Call) -> Flat:
         values = list(values_of(derefed.arrays).values())
         flat, treedef = jtu.tree_flatten((outside, values))
         shardings: Shardings = ()
-        if _trace.is_evaluating():
+        if _jax.is_evaluating():
             shardings = on_mesh(flat[treedef.children()[0].num_leaves :])
         derefed.flat = Flat(flat, treedef, shardings)
     return derefed.flat

@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from .._core import _trace
+from .._core import _jax
 
 
 __tracebackhide__ = True
@@ -42,8 +42,8 @@ def kind_of(aval: Any) -> Kind:
         aval.shape,
         aval.dtype,
         getattr(aval, "weak_type", False),
-        _trace.varies_over(aval),
-        _trace.split_of(aval),
+        _jax.varies_over(aval),
+        _jax.split_of(aval),
     )
 
 

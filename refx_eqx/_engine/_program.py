@@ -19,7 +19,7 @@ from jax.tree_util import tree_leaves as leaves
 
 from .._calls._call import Call, dispatching, running_call
 from .._calls._structure import Leaves, Outcome, OutcomeInfo, Structure
-from .._core import _trace
+from .._core import _jax
 from .._core._identity import Answers, answers_for, Asked, joined, Questions
 from .._core._on_mesh import Shardings
 from .._core._ref import commits, Ref
@@ -187,7 +187,7 @@ class Program:
                     # Another thread may have traced it in between, for its own refs.
                     if outcome.info.asked.holds_for(derefed.refs):
                         break
-            if outcome.info.waits and _trace.is_evaluating():
+            if outcome.info.waits and _jax.is_evaluating():
                 # A failed check must leave every ref at its old value.
                 jax.block_until_ready(result)
         except (ValueError, RuntimeError) as e:
@@ -252,7 +252,7 @@ class Variant:
             shardings = flat_of(derefed).shardings
             if shardings:
                 keep_in_place(outcome, arrays, shardings)
-            outcome.info.waits = has_runtime_check(_trace.staged_equations())
+            outcome.info.waits = has_runtime_check(_jax.staged_equations())
             variant, its_program = mine(), owner()
             assert variant is not None and its_program is not None
             outcome.info.asked = its_program.traced(variant, derefed)
@@ -289,7 +289,7 @@ class Variant:
         `arrays` and `values` are those of the call, instead of what `derefed` has. What is
         returned stands in `returned` too, if buffers were donated: see `call_into`.
         """
-        if self.donates and _trace.is_evaluating():
+        if self.donates and _jax.is_evaluating():
             # Only `arrays` has them from here on: `apart` counts who else does.
             derefed.arrays = []
             return self.dispatch_donating(derefed, arrays, values, returned)
@@ -298,7 +298,7 @@ class Variant:
     def dispatch_donating(
         self, derefed: Call, arrays: list[Any], values: list[Any], returned: list[Any]
     ) -> "Result":
-        if _trace.is_checking_results():
+        if _jax.is_checking_results():
             # JAX finds a NaN when the buffers are gone, and would run on them once more.
             return self.plain(arrays)
         donation = self._usual
@@ -415,7 +415,7 @@ class _Donation:
             else:
                 # Traced a moment ago, to find the split: not a second time.
                 jaxpr, out_treedef = derefed.traced
-                out = _trace.eval_jaxpr(jaxpr, flat)
+                out = _jax.eval_jaxpr(jaxpr, flat)
                 result = jax.tree.unflatten(out_treedef, out)
             right = variant.split_for(result, flat)
             if right.donated != split.donated:

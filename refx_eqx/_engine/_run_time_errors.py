@@ -12,7 +12,7 @@ from equinox import _jit as equinox_jit
 from jax.tree_util import tree_leaves as leaves
 
 from .._calls._commit import Disturbed
-from .._core import _trace
+from .._core import _jax
 from .._core._errors import ConcurrencyError, describe, DonatedError
 from .._core._ref import Ref
 
@@ -60,7 +60,7 @@ def explain(error: Exception, refs: list[Ref], values: list[Any]) -> None:
     if "deleted" not in text and "donat" not in text.lower():
         return
     for ref, value in zip(refs, values):
-        if any(map(_trace.is_deleted, leaves(value))):
+        if any(map(_jax.is_deleted, leaves(value))):
             if ref._value is not value:
                 raise Disturbed from None
             gone = f"The buffer of {describe(ref._name, ref._collection)} is gone: "

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from .._core import _trace
+from .._core import _jax, _trace
 from .._core._ref import commits, Ref, set_content
 
 
@@ -23,7 +23,7 @@ class _Log(NamedTuple):
     """The states of refs, and the trace in which the module is made that they belong to."""
 
     states: list[_State]
-    trace: _trace.TraceRef
+    trace: _jax.TraceRef
 
 
 class _Here(threading.local):
@@ -77,7 +77,7 @@ def one_of_several(is_first: bool, is_last: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _logging(log: list[_State]) -> Iterator[list[_State]]:
-    mine = _Log(log, _trace.current_trace_ref())
+    mine = _Log(log, _jax.current_trace_ref())
     try:
         _here.logs.append(mine)
         yield log

@@ -14,7 +14,7 @@ import jax
 import jax.tree_util as jtu
 import numpy as np
 
-from .._core import _trace
+from .._core import _jax
 from .._core._access import refuse_cycle
 from .._core._deref import path_of
 from .._core._errors import RefTypeError
@@ -167,7 +167,7 @@ def names_of_instance(instance: Any) -> AxisNames:
 
 # What `__getattribute__` below asks on each access: real classes, so it is quick. (The
 # `jax.Array` of the annotations answers `isinstance` in Python.)
-_ARRAYS = (_trace.ConcreteArray, _trace.Tracer, np.ndarray)
+_ARRAYS = (_jax.ConcreteArray, _jax.Tracer, np.ndarray)
 MAY_HOLD_ARRAYS = (*_ARRAYS, tuple, list, dict)
 
 
@@ -194,7 +194,7 @@ def check_field(instance: Any, name: str, value: Any) -> None:
         lost = "value" in getattr(x, "__dict__", ())
         if lost or _has_refs(instance):
             raise _not_a_ref(x, where, declared, lost)
-        if type(x) is _trace.ConcreteArray:
+        if type(x) is _jax.ConcreteArray:
             _last_read.array = weakref.ref(x), where, declared
 
 

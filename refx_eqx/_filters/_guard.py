@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .._core import _trace
+from .._core import _jax, _trace
 from .._core._errors import describe, ImmutableError
 from .._core._ref import commits, Ref
 from .._trees._containers import containers, copied, is_same_value
@@ -58,7 +58,7 @@ class _Guard:
         self.allows = allows
         self.where = where
         self.depth = len(_trace.thread.state.bodies)
-        self._home = _trace.current_trace_ref()
+        self._home = _jax.current_trace_ref()
         # By the id of the ref: it, its value, and a copy of that.
         self._read: dict[int, tuple[Ref, Any, Any]] = {}
 

@@ -14,7 +14,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
-from .._core import _trace
+from .._core import _jax, _trace
 from .._core._access import check_value, check_writable
 from .._core._errors import describe, MismatchError, RefTypeError, StructureError
 from .._core._nodes import is_node
@@ -361,7 +361,7 @@ def _as_held(old: Any, new: Any) -> Any:
 
 
 def _leaf_as_held(old: Any, new: Any) -> Any:
-    if _trace.is_tracer(old) or _trace.is_tracer(new) or not eqx.is_array(new):
+    if _jax.is_tracer(old) or _jax.is_tracer(new) or not eqx.is_array(new):
         if not isinstance(new, np.generic):
             return new
     if not isinstance(old, (jax.Array, jax.ShapeDtypeStruct)):
@@ -424,7 +424,7 @@ def _is_same(a: Any, b: Any) -> bool:
 def _is_same_leaf(a: Any, b: Any) -> bool:
     if a is b:
         return True
-    if _trace.is_tracer(a) or _trace.is_tracer(b):
+    if _jax.is_tracer(a) or _jax.is_tracer(b):
         return False  # not known before the program runs
     if isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
         a, b = jr.key_data(a), jr.key_data(b)

@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
-from .._core import _trace
+from .._core import _jax
 from .._core._access import check_value, check_writable
 from .._core._deref import NOTHING
 from .._core._errors import CollectionError, describe, MismatchError, StructureError
@@ -204,7 +204,7 @@ def sharding_of(old: Any) -> Any:
     """Where what replaces `old` is to be: the sharding that it was given, or `None`."""
     if isinstance(old, jax.ShapeDtypeStruct):
         return old.sharding
-    placed = type(old) is _trace.ConcreteArray and old.committed
+    placed = type(old) is _jax.ConcreteArray and old.committed
     return old.sharding if placed else None
 
 

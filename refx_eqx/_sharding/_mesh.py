@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
-from .._core import _trace
+from .._core import _jax
 from .._core._errors import MismatchError
 
 
@@ -17,7 +17,7 @@ __tracebackhide__ = True
 def current_mesh() -> Any:
     """The mesh of `jax.set_mesh`; `None` if there is none. While a transform runs it is an
     abstract mesh, as JAX has it there."""
-    if _trace.is_evaluating():
+    if _jax.is_evaluating():
         mesh: Any = jax.sharding.get_mesh()
     else:
         mesh = jax.sharding.get_abstract_mesh()

@@ -7,7 +7,7 @@ import jax.tree_util as jtu
 from jax.sharding import NamedSharding, Sharding
 from jaxtyping import PyTree
 
-from .._core import _trace
+from .._core import _jax
 from .._core._access import check_writable
 from .._core._deref import closed, deref
 from .._core._nodes import Value
@@ -104,7 +104,7 @@ def _placed(x: Any, sharding: Sharding | None) -> Any:
         )
     if not isinstance(x, jax.Array):
         return x
-    if _trace.is_evaluating():
+    if _jax.is_evaluating():
         return put(x, sharding)
     if isinstance(sharding, NamedSharding) and is_explicit(sharding.mesh):
         return jax.sharding.reshard(x, sharding)

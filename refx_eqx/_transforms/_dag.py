@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 import equinox as eqx
 import jax.tree_util as jtu
 
-from .._core import _trace
+from .._core import _jax
 from .._core._access import check_readable
 from .._core._deref import deref, reref
 from .._core._errors import TraceLevelError
@@ -78,16 +78,16 @@ class Dag(ByValue, Generic[T]):
     def __init__(self, value: T):
         self._tree: Any = value
         self._derefed: Any = _MADE
-        self._home = _trace.current_trace_ref()
+        self._home = _jax.current_trace_ref()
 
     @property
     def value(self) -> T:
         """The tree, with refs that may be read and written here."""
         if self._derefed is _MADE:
-            if _trace.current_trace_ref() is not self._home:
+            if _jax.current_trace_ref() is not self._home:
                 self._check_reached()
             return self._tree
-        if _trace.current_trace_ref() is not self._home:
+        if _jax.current_trace_ref() is not self._home:
             return self._copy_here()
         if self._copy is not None:
             raise TraceLevelError(
@@ -119,7 +119,7 @@ class Dag(ByValue, Generic[T]):
         They are held weakly. What the body writes to them is its own, and may not stay
         behind in a `Dag` that outlives it.
         """
-        here = _trace.current_trace_ref()
+        here = _jax.current_trace_ref()
         if self._copy is None or self._copy[0] is not here:
             tree = reref(self._derefed)
             leaves, treedef = jtu.tree_flatten(tree)
@@ -159,7 +159,7 @@ def _flatten_with_keys(dag: Dag) -> tuple[tuple, None]:
 def _unflatten(_: None, children: Any) -> Dag:
     dag = object.__new__(Dag)
     (dag._derefed,) = children
-    dag._home = _trace.current_trace_ref()
+    dag._home = _jax.current_trace_ref()
     # For the last inner transform that asked: its trace, and the tree it was given.
     dag._copy = None  # pyright: ignore[reportAttributeAccessIssue] (a generic slot)
     return dag

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from .._calls._call import Call, call
 from .._calls._structure import Leaves, Outcome, tree_of
-from .._core import _trace
+from .._core import _jax
 from .._core._errors import MismatchError
 from .._engine._autodiff import (
     arrays_of_result,
@@ -114,7 +114,7 @@ def filter_jvp(
             found["part"], leaves = arrays_of_result(
                 derefed.structure, outcome, everything
             )
-            has_derivative = lambda x: _trace.has_tangent(x) and is_inexact(x)
+            has_derivative = lambda x: _jax.has_tangent(x) and is_inexact(x)
             return eqx.filter(leaves, has_derivative), outcome
 
         _, found["tangents"], outcome = jax.jvp(

@@ -17,7 +17,7 @@ import jax.tree_util as jtu
 
 from .._calls._call import Call, call, dispatching, running_call
 from .._calls._structure import Leaves, Outcome, values_of
-from .._core import _trace
+from .._core import _jax
 from .._core._errors import describe, MismatchError, RefError, StructureError
 from .._core._ref import Ref
 from .._engine._call_axes import check_axis
@@ -174,7 +174,7 @@ def _mapped_along(outside: Any, inside: Any) -> Any:
     missing = jnp.ndim(outside) - jnp.ndim(inside)
     if missing != 1:
         return _UNKNOWN if missing else None
-    known = _trace.batch_axis(inside)
+    known = _jax.batch_axis(inside)
     if known is not None:
         return known
     # As under `vmap(jit(fn))`: where the shape tells.

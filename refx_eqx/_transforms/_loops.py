@@ -12,7 +12,7 @@ from jaxtyping import ArrayLike
 
 from .._calls._call import Call, call
 from .._calls._structure import Leaves, Outcome
-from .._core import _trace
+from .._core import _jax
 from .._core._errors import CarryError, describe, name_of
 from .._engine._call_axes import no_axes
 from .._engine._carry import (
@@ -244,7 +244,7 @@ def fori_loop(
     - `ValueError`: if `unroll` is given and `lower` or `upper` is traced.
     """
     body_fun, init_val = as_callable(body_fun), numbers_to_arrays(init_val)
-    is_known = not (_trace.is_tracer(lower) or _trace.is_tracer(upper))
+    is_known = not (_jax.is_tracer(lower) or _jax.is_tracer(upper))
     if is_known:
         first = whole_number(lower, "fori_loop", "`lower`")
         length = max(whole_number(upper, "fori_loop", "`upper`") - first, 0)

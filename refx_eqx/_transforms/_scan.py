@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from .._calls._call import Call, call
 from .._calls._structure import Leaves, Outcome, values_of
-from .._core import _trace
+from .._core import _jax
 from .._core._errors import CarryError, describe, MismatchError, name_of
 from .._core._nodes import is_node
 from .._engine._call_axes import Axes, call_axes, placed_update, update_axes
@@ -167,7 +167,7 @@ def _check_whole_axis(derefed: Call, axes: Axes, name: str) -> None:
     ):
         flat, treedef = jtu.tree_flatten(node)
         for x, axis in zip(flat, treedef.flatten_up_to(of_node)):
-            split = _trace.split_of(jax.typeof(x))
+            split = _jax.split_of(jax.typeof(x))
             if axis is None or not split or split[axis] is None:
                 continue
             which = f"an array {jax.typeof(x).str_short()}"

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from .._calls._call import Call, call
 from .._calls._structure import arrays_of, Leaves, Outcome
-from .._core import _trace
+from .._core import _jax
 from .._core._errors import CarryError, describe, MismatchError
 from .._core._nodes import Label, Value, value_node
 from .._core._ref import Ref
@@ -232,7 +232,7 @@ def _check_results(
 def _differs_along(
     x: Any, spec: PartitionSpec, manual: tuple[Any, ...]
 ) -> tuple[Any, ...]:
-    varies = _trace.varies_over(jax.typeof(x)) - set(axes_in(spec))
+    varies = _jax.varies_over(jax.typeof(x)) - set(axes_in(spec))
     return tuple(axis for axis in manual if axis in varies)
 
 

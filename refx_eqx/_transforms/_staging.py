@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from .._calls._call import Call, call
 from .._calls._structure import arrays_of, Key, Leaves, Outcome, OutcomeInfo, tree_of
-from .._core import _trace
+from .._core import _jax, _trace
 from .._core._errors import CarryError, describe, MismatchError, name_of
 from .._core._nodes import is_node
 from .._core._ref import Ref
@@ -155,7 +155,7 @@ class ClosureConverted(eqx.Module, Generic[P, T]):
                     "with these arguments."
                 )
             arrays = jtu.tree_leaves(derefed.arrays)
-            out = _trace.eval_jaxpr(self.jaxpr(self.consts), arrays)
+            out = _jax.eval_jaxpr(self.jaxpr(self.consts), arrays)
             outs, updates = jtu.tree_unflatten(self.out_treedef, out)
             outcome = Outcome(outs, updates, self.info)
             return Outcome(*arrays_of(outcome), self.info)
@@ -328,7 +328,7 @@ def filter_pure_callback(
     @_trace.tidying
     def run_callback(arrays: list[Leaves]) -> Any:
         refs: dict[int, Ref] = {}
-        trace = _trace.current_trace()
+        trace = _jax.current_trace()
         with _trace.running_body("filter_pure_callback", (), trace, True, {}) as body:
             leaves = structure.leaves(arrays, refs)
             for ref in refs.values():
@@ -354,7 +354,7 @@ def filter_pure_callback(
     given = {key: x for key, x in options.items() if x is not None}
     try:
         arrays = jax.pure_callback(run, types, derefed.arrays, **given)
-        if _trace.is_evaluating():
+        if _jax.is_evaluating():
             jax.block_until_ready(arrays)
     except jax.errors.JaxRuntimeError as e:
         explain(e, derefed.refs, derefed.values)

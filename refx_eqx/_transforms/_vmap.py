@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from .._calls._call import Call, call
 from .._calls._structure import Leaves, Outcome
-from .._core import _trace
+from .._core import _jax
 from .._core._errors import CarryError, describe
 from .._core._ref import Ref
 from .._engine._axes import (
@@ -109,7 +109,7 @@ def vmapped(
         is_mapped = treedef.unflatten([axis is not None for axis in flat_axes])
         mapped, unmapped = eqx.partition(made, is_mapped)
         for x in jtu.tree_leaves(unmapped):
-            if _trace.is_batched(x):
+            if _jax.is_batched(x):
                 raise ValueError(
                     f"`{name}(..., out_axes=...)`: the result has a batched array where "
                     "`out_axes` is None. Give it an axis."
@@ -137,7 +137,7 @@ def _place(x: Any, axis: Any) -> Any:
 
 
 def _first(x: jax.Array) -> jax.Array:
-    split = _trace.split_of(jax.typeof(x))
+    split = _jax.split_of(jax.typeof(x))
     if split and split[0] is not None:
         # No part of an axis that is split may be taken, where types say how it is split.
         spec = jax.P(None, *split[1:])
@@ -151,10 +151,10 @@ def _places(arrays: list[Leaves], axes: Axes, size: int) -> jax.Array:
     places = jnp.arange(size)
     flat, treedef = jtu.tree_flatten(arrays)
     for x, axis in zip(flat, treedef.flatten_up_to(axes.trees)):
-        split = _trace.split_of(jax.typeof(x))
+        split = _jax.split_of(jax.typeof(x))
         if axis is not None and split and split[axis] is not None:
             # A concrete array knows its devices; a type knows the mesh alone.
-            known = jax.typeof(x) if _trace.is_tracer(x) else x
+            known = jax.typeof(x) if _jax.is_tracer(x) else x
             spec = jax.P(split[axis])
             return jax.sharding.reshard(
                 places, NamedSharding(known.sharding.mesh, spec)
@@ -218,7 +218,7 @@ def _update_axes(
 
     def of_array(i: int, x: Any, axis: int | None) -> Any:
         check_axis(derefed.refs[i], axis, jnp.ndim(x) + 1, name)
-        if axis is not None or not _trace.is_batched(x):
+        if axis is not None or not _jax.is_batched(x):
             return axis
         if i in axes.split and is_key(x):
             return FIRST

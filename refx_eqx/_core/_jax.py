@@ -1,0 +1,225 @@
+"""All that is used of the inside of JAX, which has no public name for it.
+
+No other file does. What a rule needs of it is in `_trace.py`.
+"""
+
+import os
+import pathlib
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax._src import api, config, core
+from jax._src.array import ArrayImpl
+from jax._src.interpreters.ad import JVPTracer
+from jax._src.interpreters.batching import BatchTrace as BatchTrace, BatchTracer
+from jax._src.lax.lax import _convert_element_type
+from jax._src.traceback_util import (
+    api_boundary as api_boundary,
+    register_exclusion,
+)
+from jax._src.tree_util import default_registry, none_leaf_registry
+
+
+__tracebackhide__ = True
+
+
+# JAX leaves the frames of these files out of a traceback: it compares by prefix, so the
+# folder of the package is enough.
+register_exclusion(f"{pathlib.Path(__file__).parents[1]}{os.sep}")
+
+# `trace_ctx.trace` is the innermost trace that is running; `eval_trace` the bottom one.
+trace_ctx, eval_trace = core.trace_ctx, core.eval_trace
+
+
+# A ref holds its trace weakly: a strong reference would keep a finished trace alive, and
+# `JAX_CHECK_TRACER_LEAKS` would rightly call that a leak.
+TraceRef = Callable[[], Any]
+
+
+def current_trace() -> Any:
+    return trace_ctx.trace
+
+
+def current_trace_ref() -> TraceRef:
+    # No callback, so CPython hands back one weakref object per trace, however many refs.
+    trace = trace_ctx.trace
+    # JAX 0.12 has none while it asks a primitive for the types of its results.
+    return _nowhere if trace is None else weakref.ref(trace)
+
+
+def _nowhere() -> None:
+    return None
+
+
+def is_evaluating() -> bool:
+    """Whether no transform is running: the values here are arrays, not tracers."""
+    return trace_ctx.trace is eval_trace
+
+
+def chain(trace: Any) -> Iterator[Any]:
+    while trace is not None:
+        yield trace
+        trace = getattr(trace, "parent_trace", None)
+
+
+# What a trace is called in a message. A trace of a kind that is not listed here (JAX adds
+# one now and then) is named by its class.
+_KINDS = {
+    "DynamicJaxprTrace": "a function that JAX stages out (jit, scan, cond, while_loop, "
+    "checkpoint, ...)",
+    "JVPTrace": "a function under forward-mode differentiation (jvp, linearize, jacfwd)",
+    "LinearizeTrace": "a function that JAX differentiates (grad, vjp, linearize)",
+    "JaxprTrace": "a function that JAX differentiates (grad, vjp, linearize)",
+    "RematTrace": "a function under `jax.checkpoint`",
+    "BatchTrace": "a function under vmap",
+    "ShardMapTrace": "a function under shard_map",
+}
+
+
+def kind_of_trace(trace: Any) -> str:
+    name = type(trace).__name__
+    return _KINDS.get(name, f"a JAX trace of type {name}")
+
+
+def staged_equations() -> Iterator[Any]:
+    """The equations that the running staged trace has recorded so far.
+
+    None under `jax.disable_jit`, where nothing is staged.
+    """
+    frame = getattr(trace_ctx.trace, "frame", None)
+    for equation in () if frame is None else frame.tracing_eqns:
+        # A weak reference, whose referent is `None` if nothing holds the results; an
+        # equation with effects as it is (JAX 0.10.1 on), or in a function (JAX 0.10.0).
+        if callable(equation):
+            equation = equation()
+        if equation is not None:
+            yield equation
+
+
+def eval_jaxpr(closed: Any, arrays: list[Any]) -> list[Any]:
+    """Runs a program on arrays.
+
+    As `jax.extend.core.jaxpr_as_fun`, but that one does so with `jax_debug_nans` off.
+    """
+    return core.eval_jaxpr(closed.jaxpr, closed.consts, *arrays)
+
+
+# What checks the results of compiled programs under `jax_debug_nans` and `jax_debug_infs`
+# is a hook, which JAX sets by thread. Where JAX switches the flag off for a moment (in
+# `jnp.var`, in the batching of a jitted function, under `checkpoint`), it leaves the hook
+# off for good: seen in JAX 0.10 and 0.12. So a call of ours puts it back.
+debug_hook = api._post_hook_state.get_local
+
+
+def restore_debug_hook(hook: Any) -> None:
+    if debug_hook() is not hook:
+        api._post_hook_state.set_local(hook)
+
+
+def is_checking_results() -> bool:
+    """Whether JAX looks for NaNs or infinities in what a program returns."""
+    return config.debug_nans.value or config.debug_infs.value
+
+
+def is_jit_disabled() -> bool:
+    return config.disable_jit.value
+
+
+def is_concrete(x: Any) -> bool:
+    """Whether the value of `x` is known: also that of a tracer of `jvp` may be."""
+    return core.is_concrete(x)
+
+
+def is_tracer(x: Any) -> bool:
+    return isinstance(x, core.Tracer)
+
+
+def is_deleted(x: Any) -> bool:
+    """Whether `x` is an array whose buffer is gone: it was donated, or deleted."""
+    return isinstance(x, _Array) and not isinstance(x, core.Tracer) and x.is_deleted()
+
+
+def as_weak(x: Any) -> Any:
+    """The same array, weakly typed. JAX has no public way to make one of a given value."""
+    return _convert_element_type(x, x.dtype, weak_type=True)
+
+
+def has_tangent(x: Any) -> bool:
+    """Whether `x` depends on an input of the `jvp` that is running innermost."""
+    return isinstance(x, JVPTracer) and x._trace is trace_ctx.trace
+
+
+def is_batched(x: Any) -> bool:
+    """Whether `x` differs along the axis of the vmap that is running innermost."""
+    return (
+        isinstance(x, BatchTracer)
+        and x._trace is trace_ctx.trace
+        and x.batch_dim is not None
+    )
+
+
+def batch_axis(x: Any) -> int | None:
+    """The axis along which the vmap that is running innermost maps `x`."""
+    return x.batch_dim if is_batched(x) else None
+
+
+def mapped_over(x: Any) -> tuple[bool, ...]:
+    """For each of the innermost vmaps that are running, from the inside out: whether `x`
+    differs along its axis."""
+    over = []
+    trace = trace_ctx.trace
+    while isinstance(trace, BatchTrace):
+        mine = isinstance(x, BatchTracer) and x._trace is trace
+        over.append(mine and x.batch_dim is not None)
+        x = x.val if mine else x
+        trace = trace.parent_trace
+    return tuple(over)
+
+
+def varies_over(aval: Any) -> frozenset[Any]:
+    """The axes of the mesh of a running `shard_map` along which an array of this type may
+    differ."""
+    mat = getattr(aval, "mat", None)
+    return frozenset() if mat is None else mat.varying
+
+
+def split_of(aval: Any) -> tuple[Any, ...]:
+    """How the type of an array says that it is split: for each of its axes, by which axes of
+    a mesh of explicit axes. `()` if it is not."""
+    sharding = getattr(aval, "sharding", None)
+    spec = getattr(sharding, "spec", None) or ()
+    return tuple(spec) if any(axes is not None for axes in spec) else ()
+
+
+def typed_sharding(x: Any) -> Any:
+    """How `x` is split, if its type says so; else `None`, and the compiler decides."""
+    return jax.typeof(x).sharding if split_of(jax.typeof(x)) else None
+
+
+def refuse_as_array(cls: type, refuse: Callable[[Any], Any]) -> None:
+    """Makes JAX call `refuse(x)` when it meets an `x` of type `cls` as an array.
+
+    Without it JAX says that the type is "not a valid JAX type", and no more. The table is
+    the one in which JAX looks up the abstract value of each type it knows.
+    """
+    core.pytype_aval_mappings[cls] = refuse
+
+
+# As `jax.tree.flatten`: with `None` as a leaf; and with everything as a leaf but the tuples,
+# lists and dicts of Python.
+flatten_with_none: Any = none_leaf_registry.flatten
+flatten_containers: Any = type(default_registry)(
+    enable_none=True,
+    enable_tuple=True,
+    enable_namedtuple=False,
+    enable_list=True,
+    enable_dict=True,
+).flatten
+
+# The class of a JAX array that is not a tracer. `type(x) is ConcreteArray` takes a tenth of
+# the time of `isinstance(x, jax.Array)`, which goes through a metaclass.
+ConcreteArray = ArrayImpl
+Tracer = core.Tracer
+_Array = jax.Array
