@@ -308,6 +308,15 @@ def test_a_block_of_code_fits_its_column(page):
         assert too_wide == [] or block.language in ("mermaid", "bash")
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_an_error_that_is_shown_is_indented_below_its_first_line(page):
+    for block in blocks_of(page.read_text()):
+        lines = iter(block.text.splitlines() if block.language == "text" else ())
+        for line in lines:
+            if re.match(r"\w+Error: ", line):
+                assert [x for x in lines if not x.startswith("    ")] == []
+
+
 @pytest.mark.parametrize(
     "page",
     [
