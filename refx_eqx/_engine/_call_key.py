@@ -214,30 +214,35 @@ class GivenArray(int):
 
 def mark(args: tuple, kwargs: dict, read: Read) -> tuple[tuple, dict]:
     """The arguments, with each array that a plan takes replaced by its position."""
-    held = set(map(id, read[3]))
-    n = 0
+    marker = _Marker(read)
+    # In the order in which `read` met them.
+    marked = tuple(map(marker.tree, args))
+    return marked, {name: marker.tree(x) for name, x in kwargs.items()}
 
-    def is_leaf(x: Any) -> bool:
-        return id(x) in held
 
-    def mark_leaf(x: Any) -> Any:
-        nonlocal n
+class _Marker:
+    # A class: two functions that call each other would be a cycle.
+
+    def __init__(self, read: Read):
+        self._held = set(map(id, read[3]))
+        self._count = 0
+
+    def tree(self, tree: Any) -> Any:
+        return jtu.tree_map(self._leaf, tree, is_leaf=self._is_held)
+
+    def _is_held(self, x: Any) -> bool:
+        return id(x) in self._held
+
+    def _leaf(self, x: Any) -> Any:
         kind = type(x)
-        if id(x) in held:
+        if self._is_held(x):
             return x
         if _kinds.get(kind) == _ARRAY:
-            n += 1
-            return GivenArray(n - 1)
+            self._count += 1
+            return GivenArray(self._count - 1)
         if kind is functools.partial:
-            func, its_args, keywords = mark_tree((x.func, x.args, x.keywords))
+            func, its_args, keywords = self.tree((x.func, x.args, x.keywords))
             return functools.partial(func, *its_args, **keywords)
         if kind is types.MethodType:
-            return types.MethodType(*mark_tree((x.__func__, x.__self__)))
+            return types.MethodType(*self.tree((x.__func__, x.__self__)))
         return x
-
-    def mark_tree(tree: Any) -> Any:
-        return jtu.tree_map(mark_leaf, tree, is_leaf=is_leaf)
-
-    # In the order in which `read` met them.
-    marked = tuple(map(mark_tree, args))
-    return marked, {name: mark_tree(x) for name, x in kwargs.items()}

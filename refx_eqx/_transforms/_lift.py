@@ -60,17 +60,26 @@ class _Traced(NamedTuple):
     ranks: list[int]
 
 
-class _Transformed:
-    """The function as the transform returns it, for calls of one structure.
+class _Seen:
+    """What was seen when the function ran, apart from the transformed function, which holds
+    it: no cycle keeps a program that nobody can call any more.
 
-    - `traced`: what was seen, by the types of the arrays outside: a transform that caches
-        does not run the function again for types that it knows.
+    - `traced`: by the types of the arrays outside: a transform that caches does not run the
+        function again for types that it knows;
+    - `failed`: whether the last call failed in the function.
     """
+
+    def __init__(self):
+        self.traced: dict[tuple, _Traced] = {}
+        self.failed = False
+
+
+class _Transformed:
+    """The function as the transform returns it, for calls of one structure."""
 
     def __init__(self, derefed: Call, of_call: "_Call"):
         self._name = name = of_call.name
-        self.traced: dict[tuple, _Traced] = {}
-        self._failed_inside = False
+        self.seen = seen = _Seen()
         # The arrays of the callable are constants to the transform; and keywords without
         # arrays are not handed over.
         parts, (of_kwargs, of_fn) = derefed.parts, derefed.arrays[-2:]
@@ -87,10 +96,10 @@ class _Transformed:
                 outcome = now.run(name, arrays, transparent=False)
                 outcome.info.asked = now.identities()
             except BaseException:
-                self._failed_inside = True
+                seen.failed = True
                 raise
             traced = _what_was_traced(now.arrays, arrays, outcome)
-            self.traced[_types_of_arrays(now.arrays)] = traced
+            seen.traced[_types_of_arrays(now.arrays)] = traced
             probes = [jnp.zeros((0,) * rank) for rank in traced.ranks]
             return Outcome([*outcome.out, *probes], outcome.updates, outcome.info)
 
@@ -106,7 +115,7 @@ class _Transformed:
         keywords = {}
         if jtu.tree_leaves(of_kwargs):
             keywords["carried_by_keyword"] = of_kwargs
-        self._failed_inside = False
+        self.seen.failed = False
         with dispatching(derefed):
             try:
                 return self._transformed(*args, **keywords)
@@ -114,7 +123,7 @@ class _Transformed:
                 is_of_spec = any(
                     word in str(e) for word in ("prefix", "pytree", "_specs")
                 )
-                if self._failed_inside or isinstance(e, RefError) or not is_of_spec:
+                if self.seen.failed or isinstance(e, RefError) or not is_of_spec:
                     raise
                 raise MismatchError(
                     f"`{self._name}`: the options do not fit what the transform is given. "
@@ -222,7 +231,7 @@ class _Call(Lifted):
                 "the function it was given returns. For a transform that does not (such "
                 "as one that differentiates), write an adapter on `rx.functionalize`."
             )
-        traced = transformed.traced[_types_of_arrays(derefed.arrays)]
+        traced = transformed.seen.traced[_types_of_arrays(derefed.arrays)]
         return _with_axes_in_place(derefed, outcome, traced, self.name)
 
 
