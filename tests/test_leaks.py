@@ -93,14 +93,18 @@ CYCLES = {"filter_custom_jvp", "associative_scan"}
 def test_fresh_functions_are_freed_before_python_looks_for_cycles(name):
     """A program waits for nobody: a cycle would keep it for hundreds of calls."""
     call, ref = CALLS[name], rx.Ref(jnp.array(1.0))
-    for _ in range(3):
-        call(ref)
-    gc.collect()
-    gc.disable()
-    try:
+
+    def cycles():
+        gc.collect()
         for _ in range(3):
             call(ref)
-        assert gc.collect() < 3
+        return gc.collect()
+
+    call(ref)
+    gc.disable()
+    try:
+        # The least of three, because what JAX did before may end only now.
+        assert min(cycles() for _ in range(3)) < 3
     finally:
         gc.enable()
 
