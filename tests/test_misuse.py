@@ -95,8 +95,15 @@ def test_a_ref_is_still_a_leaf_for_everybody():
     assert copy.deepcopy(ref) != ref
     assert pickle.loads(pickle.dumps(ref)).shape == (2, 2)
     assert "Ref" in repr(ref) and "Ref" in eqx.tree_pformat([ref])
-    with pytest.raises(rx.TraceLevelError, match="Cannot use ref as an array"):
-        jnp.sum(ref)  # type: ignore[arg-type]
+    for fn in (
+        jnp.sum,
+        jax.nn.relu,
+        jax.nn.logsumexp,
+        jax.lax.sin,
+        jax.lax.stop_gradient,
+    ):
+        with pytest.raises(rx.TraceLevelError, match="Cannot use ref as an array"):
+            fn(ref)  # type: ignore[arg-type]
 
 
 def test_equality_is_by_value_when_it_is_asked_for():

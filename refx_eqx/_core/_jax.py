@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax._src import api, config, core
+from jax._src import api, config, core, dtypes
 from jax._src.array import ArrayImpl
 from jax._src.interpreters.ad import JVPTracer
 from jax._src.interpreters.batching import BatchTrace as BatchTrace, BatchTracer
@@ -104,6 +104,33 @@ def eval_jaxpr(closed: Any, arrays: list[Any]) -> list[Any]:
     As `jax.extend.core.jaxpr_as_fun`, but that one does so with `jax_debug_nans` off.
     """
     return core.eval_jaxpr(closed.jaxpr, closed.consts, *arrays)
+
+
+def one_by_one(jitted: Any) -> Callable[[Any], Any]:
+    """Traces as `jitted`, a function of `jax.jit`, does, and as rarely. But the operations run
+    one by one, as JAX runs those of `jax.checkpoint` outside of `jit`.
+
+    A program that is compiled as a whole gives other last bits: a product and a sum are
+    fused, say. And it takes a hundred times as long to compile.
+    """
+
+    def run(arrays: Any) -> Any:
+        if is_jit_disabled():
+            return jitted(arrays)
+        traced = jitted.trace(arrays)
+        closed = traced.jaxpr
+        given = map(_as_array, jax.tree.leaves(arrays), closed.in_avals)
+        # A result may be a constant of the program, which is no array of JAX.
+        out = map(_as_array, eval_jaxpr(closed, list(given)), closed.out_avals)
+        return jax.tree.unflatten(jax.tree.structure(traced.out_info), out)
+
+    return run
+
+
+def _as_array(x: Any, aval: Any) -> Any:
+    if isinstance(x, jax.Array) or aval.dtype == jax.dtypes.float0:
+        return x
+    return _convert_element_type(x, aval.dtype, aval.weak_type)
 
 
 # What checks the results of compiled programs under `jax_debug_nans` and `jax_debug_infs`
@@ -201,10 +228,12 @@ def typed_sharding(x: Any) -> Any:
 def refuse_as_array(cls: type, refuse: Callable[[Any], Any]) -> None:
     """Makes JAX call `refuse(x)` when it meets an `x` of type `cls` as an array.
 
-    Without it JAX says that the type is "not a valid JAX type", and no more. The table is
-    the one in which JAX looks up the abstract value of each type it knows.
+    Without it JAX says that the type is "not a valid JAX type", and no more. The tables are
+    those in which JAX looks up the abstract value of each type that it knows, and, for the
+    operands of an eager operation, what makes an array of it.
     """
     core.pytype_aval_mappings[cls] = refuse
+    dtypes.canonicalize_value_handlers[cls] = refuse
 
 
 # As `jax.tree.flatten`: with `None` as a leaf; and with everything as a leaf but the tuples,

@@ -145,6 +145,8 @@ class Program:
     - `body`: what is compiled: from a call and arrays instead of its own, to an outcome.
         It is kept, so it must hold nothing of a single call.
     - `donate`, `jitkwargs`: as in `filter_jit`.
+    - `as_a_whole`: whether it is compiled as a whole. What JAX runs operation by operation
+        outside of `jit` is not, so that it gives the same bits.
     """
 
     def __init__(
@@ -152,8 +154,10 @@ class Program:
         name: str,
         body: Callable[[Call, list[Leaves]], Outcome],
         donate: Donate = "none",
+        as_a_whole: bool = True,
         **jitkwargs: Any,
     ):
+        self.as_a_whole = as_a_whole
         self.name = name
         self.body = body
         self.donate: Donate = donate
@@ -263,7 +267,8 @@ class Variant:
 
         traced.__name__ = traced.__qualname__ = program.name
         self._traced = traced
-        self.plain = jax.jit(traced, **program.jitkwargs)
+        jitted = jax.jit(traced, **program.jitkwargs)
+        self.plain: Any = jitted if program.as_a_whole else _jax.one_by_one(jitted)
 
     def _number_of(self, trace: "Trace") -> int:
         """The same for what is equal: caches of JAX keep one result for each number."""

@@ -109,7 +109,8 @@ def associative_scan(
 
     def transform(derefed: Call) -> Outcome:
         key = ("associative_scan", reverse, axis)
-        return program_of(fn, key, lambda: Program("associative_scan", run))(derefed)
+        make = lambda: Program("associative_scan", run, as_a_whole=False)
+        return program_of(fn, key, make)(derefed)
 
     return call(_combine, (fn, elems, elems), {}, transform)
 

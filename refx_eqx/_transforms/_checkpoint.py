@@ -42,7 +42,7 @@ class _Checkpoint(Lifted):
         self._program = program_of(
             fn,
             ("filter_checkpoint", prevent_cse, policy),
-            lambda: Program(name_of(fn), body),
+            lambda: Program(name_of(fn), body, as_a_whole=False),
         )
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:

@@ -153,6 +153,8 @@ def map(
             return _map_in_batches(derefed, arrays, axes, n, batch_size)
 
         key = ("map", axes.key, n, batch_size)
-        return program_of(f, key, lambda: Program("map", run))(derefed)
+        # JAX vectorizes what is left over outside of its scan.
+        make = lambda: Program("map", run, as_a_whole=batch_size is None)
+        return program_of(f, key, make)(derefed)
 
     return call(_map_step, (f, xs), {}, transform)
