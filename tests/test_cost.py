@@ -89,9 +89,10 @@ def quick():
 
 
 @pytest.mark.parametrize("row", _arguments.ROWS)
+@pytest.mark.parametrize("written", ["one", "all"])
 @pytest.mark.usefixtures("quick")
-def test_a_repeated_call_of_any_argument_runs_a_fixed_number_of_functions(row):
-    f = filter_jit(_arguments.step("one"))
+def test_a_repeated_call_of_any_argument_runs_a_fixed_number_of_functions(row, written):
+    f = filter_jit(_arguments.step(written))
 
     def of(n_refs):
         args, kwargs = _arguments.ROWS[row](n_refs)

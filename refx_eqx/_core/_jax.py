@@ -19,7 +19,7 @@ from jax._src.traceback_util import (
     api_boundary as api_boundary,
     register_exclusion,
 )
-from jax._src.tree_util import default_registry, none_leaf_registry
+from jax._src.tree_util import none_leaf_registry
 
 
 __tracebackhide__ = True
@@ -236,16 +236,8 @@ def refuse_as_array(cls: type, refuse: Callable[[Any], Any]) -> None:
     dtypes.canonicalize_value_handlers[cls] = refuse
 
 
-# As `jax.tree.flatten`: with `None` as a leaf; and with everything as a leaf but the tuples,
-# lists and dicts of Python.
+# As `jax.tree.flatten`, with `None` as a leaf.
 flatten_with_none: Any = none_leaf_registry.flatten
-flatten_containers: Any = type(default_registry)(
-    enable_none=True,
-    enable_tuple=True,
-    enable_namedtuple=False,
-    enable_list=True,
-    enable_dict=True,
-).flatten
 
 # The class of a JAX array that is not a tracer. `type(x) is ConcreteArray` takes a tenth of
 # the time of `isinstance(x, jax.Array)`, which goes through a metaclass.

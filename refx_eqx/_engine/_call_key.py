@@ -14,8 +14,9 @@ There is no third kind of thing, so what `jax.jit` can be called with has a key;
 has no hash has none, and no program either.
 """
 
+import enum
 import functools
-import gc
+import itertools
 import math
 import types
 from collections.abc import Callable
@@ -27,9 +28,8 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._core import _jax
-from .._core._jax import flatten_containers
 from .._core._ref import Ref
-from .._trees._cells import holds_itself
+from .._trees._cells import holds_itself, is_lookup
 from .._trees._keys import static_key
 
 
@@ -53,28 +53,32 @@ _BoundMethod = type(_WithMethod().method)
 _flatten_one_level: Any = jtu.default_registry.flatten_one_level  # type: ignore
 
 # What the instances of a type are. Filled as types are met.
-_ARRAY, _REF, _MODULE, _FUNCTION, _LITERAL, _OTHER, _REFUSED = range(7)
-_kinds: dict[type, int] = {
-    _jax.ConcreteArray: _ARRAY,
-    np.ndarray: _ARRAY,
-    Ref: _REF,
-    types.FunctionType: _FUNCTION,
-    _BoundMethod: _OTHER,
-    **dict.fromkeys((bool, int, str, bytes, type(None)), _LITERAL),
-}
+_ARRAY, _REF, _MODULE, _ITSELF, _LITERAL, _OTHER, _REFUSED = range(7)
+_kinds: dict[type, int] = {}
+_MAX_KINDS = 1000
+_LITERALS = (bool, int, str, bytes, type(None))
+# What is no pytree, and will be none: equal to itself alone, if it has no equality of its own.
+_NO_TREES = (type, enum.Enum, types.FunctionType, types.BuiltinFunctionType)
+_NO_TREES += (type(jax.jit(lambda: None)),)
 
 
 def _kind_of(x: Any, kind: type) -> int:
     if issubclass(kind, Ref):
         found = _REF
     elif issubclass(kind, eqx.Module):
-        found = _MODULE
+        found = _OTHER if kind is _BoundMethod else _MODULE
     elif _jax.is_tracer(x) or isinstance(x, jax.ShapeDtypeStruct):
         found = _REFUSED
     elif isinstance(x, jax.Array | np.ndarray | np.generic):
         found = _ARRAY
+    elif kind in _LITERALS:
+        found = _LITERAL
+    elif issubclass(kind, _NO_TREES) and kind.__eq__ is object.__eq__:
+        found = _ITSELF if kind.__weakrefoffset__ else _OTHER
     else:
         found = _OTHER
+    if len(_kinds) >= _MAX_KINDS:  # of classes that are made again and again
+        _kinds.clear()
     _kinds[kind] = found
     return found
 
@@ -83,12 +87,11 @@ def _kind_of(x: Any, kind: type) -> int:
 # (4.0), and JAX imports it: 0.3 us each time.
 address: Callable[[Any], int] = object.__hash__
 
-# A container of this many is looked at as a whole.
+# The children of a node that are so many, and all of one type, are read at once, by C.
 _MANY = 8
-_CONTAINERS = frozenset((tuple, list, dict))
-_DEPTH = 6
-_ONLY_REFS, _ONLY_ARRAYS = {_REF}, {_ARRAY}
-_ALL_ARRAYS = "arrays"
+_REFS, _ARRAYS, _DICTS = {Ref}, {_jax.ConcreteArray}, {dict}
+_ARRAYS_ALONE, _SEQUENCES = "arrays", ({list}, {tuple})
+_flattened = itertools.chain.from_iterable
 # A key of this length may be of a list that holds itself, and one of that surely is.
 _LARGE, _LARGER = 10_000, 10_000_000
 
@@ -108,9 +111,9 @@ def read(args: tuple, kwargs: dict, known: dict[int, Any]) -> Read | None:
     if kwargs:
         key.append(tuple(kwargs))
         todo = [*args, *kwargs.values()]
-        todo.reverse()
     else:
-        todo = list(args[::-1])
+        todo = [*args]
+    todo.reverse()
     limit = _LARGE
     while todo:
         x = todo.pop()
@@ -126,7 +129,7 @@ def read(args: tuple, kwargs: dict, known: dict[int, Any]) -> Read | None:
             key.append(x._number)
             refs.append(x)
             continue
-        if what == _FUNCTION:
+        if what == _ITSELF:
             key.append(address(x))
             held.append(x)
             continue
@@ -140,14 +143,10 @@ def read(args: tuple, kwargs: dict, known: dict[int, Any]) -> Read | None:
                 held.append(x)
                 continue
             new.append(x)
-        if kind in _CONTAINERS and len(x) >= _MANY and _has_end(x):
-            # As a whole, by JAX: `static` is its structure.
-            try:
-                children, static = flatten_containers(x)
-            except Exception:  # keys that cannot be sorted
-                return None
-        elif kind is tuple or kind is list:
+        if kind is tuple or kind is list:
             children, static = x, None
+        elif kind is dict:
+            children, static = list(x.values()), tuple(x)
         elif kind is functools.partial:
             children, static = (x.func, x.args, x.keywords), None
         elif kind is types.MethodType or kind is _BoundMethod:
@@ -155,7 +154,7 @@ def read(args: tuple, kwargs: dict, known: dict[int, Any]) -> Read | None:
         else:
             try:
                 parts = _flatten_one_level(x)
-            except Exception:  # of the user's, or keys that cannot be sorted
+            except Exception:  # of the user's
                 return None
             if parts is None:
                 if what == _REFUSED:
@@ -163,25 +162,34 @@ def read(args: tuple, kwargs: dict, known: dict[int, Any]) -> Read | None:
                 key.append(_leaf(x, kind))
                 continue
             children, static = parts
-        if len(key) > limit:
+        n = len(children)
+        key += kind, static, n
+        while n >= _MANY:
+            kinds = set(map(type, children))
+            if kinds == _REFS:
+                key += [ref._number for ref in children]
+                refs += children
+                children = ()
+            elif kinds == _ARRAYS:
+                key.append(_ARRAYS_ALONE)
+                arrays += children
+                children = ()
+            elif kinds == _DICTS:
+                key += dict, tuple(map(len, children)), tuple(_flattened(children))
+                children = list(_flattened(map(dict.values, children)))
+            elif kinds in _SEQUENCES:
+                key += *kinds, tuple(map(len, children))
+                children = list(_flattened(children))
+            else:
+                break
+            n = len(children)
+            if n > limit:
+                break
+        if len(key) + n > limit:
             if limit == _LARGER or any(map(holds_itself, (*args, *kwargs.values()))):
                 return None
             limit = _LARGER
-        n = len(children)
-        key.append(kind)
-        key.append(static)
-        key.append(n)
-        if n >= _MANY:
-            kinds = set(map(_kinds.get, set(map(type, children))))
-            if kinds == _ONLY_REFS:
-                key.extend([ref._number for ref in children])
-                refs.extend(children)
-                continue
-            if kinds == _ONLY_ARRAYS:
-                key.append(_ALL_ARRAYS)
-                arrays.extend(children)
-                continue
-        todo.extend(children[::-1])
+        todo += children[::-1]
     return key, arrays, refs, held, new
 
 
@@ -192,32 +200,20 @@ def _leaf(x: Any, kind: type) -> Any:
     return static_key(x)
 
 
-def _has_end(x: Any) -> bool:
-    """Whether what is in a container surely has an end: JAX must not be given what has none.
-    Level by level, all at once, which takes little time."""
-    level = [x]
-    for _ in range(_DEPTH):
-        level = gc.get_referents(*level)
-        kinds = set(map(type, level))
-        if kinds.isdisjoint(_CONTAINERS):
-            return True
-        if not kinds <= _CONTAINERS:
-            level = [x for x in level if type(x) in _CONTAINERS]
-    return False
-
-
 class GivenArray(int):
     """Stands for an array of the call, by its position, while a plan is made."""
 
     __slots__ = ()
 
 
-def mark(args: tuple, kwargs: dict, read: Read) -> tuple[tuple, dict]:
-    """The arguments, with each array that a plan takes replaced by its position."""
+def mark(args: tuple, kwargs: dict, read: Read) -> tuple[tuple, dict] | None:
+    """The arguments, with each array that a plan takes replaced by its position. `None` if
+    there is a dict in them that JAX takes for a leaf, to look up refs in."""
     marker = _Marker(read)
     # In the order in which `read` met them.
     marked = tuple(map(marker.tree, args))
-    return marked, {name: marker.tree(x) for name, x in kwargs.items()}
+    marked_kwargs = {name: marker.tree(x) for name, x in kwargs.items()}
+    return None if marker.has_lookup else (marked, marked_kwargs)
 
 
 class _Marker:
@@ -226,20 +222,25 @@ class _Marker:
     def __init__(self, read: Read):
         self._held = set(map(id, read[3]))
         self._count = 0
+        self.has_lookup = False
 
     def tree(self, tree: Any) -> Any:
-        return jtu.tree_map(self._leaf, tree, is_leaf=self._is_held)
+        return jtu.tree_map(self._leaf, tree, is_leaf=self._is_leaf)
 
-    def _is_held(self, x: Any) -> bool:
-        return id(x) in self._held
+    def _is_leaf(self, x: Any) -> bool:
+        return type(x) is dict or id(x) in self._held
 
     def _leaf(self, x: Any) -> Any:
         kind = type(x)
-        if self._is_held(x):
+        if id(x) in self._held:
             return x
-        if _kinds.get(kind) == _ARRAY:
+        if _kind_of(x, kind) == _ARRAY:
             self._count += 1
             return GivenArray(self._count - 1)
+        if kind is dict:
+            # In its own order, not in that of JAX.
+            self.has_lookup = self.has_lookup or is_lookup(x)
+            return {name: self.tree(item) for name, item in x.items()}
         if kind is functools.partial:
             func, its_args, keywords = self.tree((x.func, x.args, x.keywords))
             return functools.partial(func, *its_args, **keywords)

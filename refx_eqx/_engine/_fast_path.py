@@ -16,9 +16,11 @@ A plan keeps nothing alive. The refs that it has are those of modules and functi
 key has by identity, it goes when one of these does, and a function keeps a bounded number.
 """
 
+import itertools
 import weakref
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
@@ -30,7 +32,7 @@ from .._core._on_mesh import on_mesh
 from .._core._ref import commits, one_step, Ref, set_value
 from .._core._values import is_traced, split_value
 from ._call_key import address, GivenArray, mark, Read, read
-from ._contents import Contents, is_one_array
+from ._contents import Contents, is_one_array, picker
 from ._flat import flat_of, forget_values
 from ._program import Program, Variant
 from ._run_time_errors import explain
@@ -240,9 +242,9 @@ class Plan:
     ) -> Any:
         """Makes the call with these arrays and refs, on the thread of `state`; `NO_PLAN` if
         the refs are such as the plan does not know."""
-        refs = self.own + given if given else self.own
+        refs = self.own + given if given and self.own else given or self.own
         if self.order is not None:
-            refs = [refs[i] for i in self.order]
+            refs = list(map(refs.__getitem__, self.order))
         if self.outside is not None:
             arrays = [arrays[x] if type(x) is GivenArray else x for x in self.outside]
         running = (self.derefed, refs) if given else self.derefed
@@ -283,22 +285,18 @@ class Plan:
                     self.known = known
                 if known.waits:
                     jax.block_until_ready(done)
-                updates, out, n = done, done, known.n
-                if n is None:
-                    updates, out = known.treedef.unflatten(done)
-                elif not known.is_one:
-                    out = done[n:]
                 # Before anything is written: to rebuild a class of the user's may raise.
                 if known.is_one:
                     answer = done[known.n]
-                elif known.build is None:
-                    answer = close_result(known.outcome(out, updates), refs)
+                elif known.build is not None:
+                    answer = known.build(done[known.n :])
                 else:
-                    answer = known.build(out)
+                    answer = close_result(known.outcome(done), refs)
                 if known.in_general:
-                    outcome = known.outcome(out, updates)
-                    commit(refs, values, started, updates_of(outcome, refs))
+                    updates = updates_of(known.outcome(done), refs)
+                    commit(refs, values, started, updates)
                     return answer
+                updates = done if known.are_arrays else known.values(done)
                 # Not `lock.acquire()`, which a signal may part from its `try`.
                 with commits.lock:
                     if commits.count != started and not all(
@@ -336,46 +334,60 @@ class Plan:
 class _Known:
     """What a program does with what it returns.
 
-    - `number`, `info`, `written`, `treedef`: of the trace, as the `Variant` has them;
+    - `number`, `info`, `written`: of the trace, as the `Variant` has them;
     - `build`, `waits`: those of `info`;
-    - `n`: how many of the arrays, the first, are new values, if there is nothing to be made
-        of arrays; and `is_one`: whether the one behind them is the result;
+    - `n`: how many of the arrays, the first, are in new values; `are_arrays`: whether these
+        are the new values;
+    - `is_one`: whether the result is the one array behind them;
     - `in_general`: whether something is written that a plan cannot write by itself.
     """
 
     __slots__ = (
+        "_arrange",
+        "_statics",
+        "_treedef",
+        "_treedef_of_values",
+        "are_arrays",
         "build",
         "in_general",
         "info",
         "is_one",
         "n",
         "number",
-        "treedef",
         "waits",
         "written",
     )
 
-    n: Any
-
     def __init__(self, number: int, plan: Plan, done: list[Any]):
         self.number = number
-        self.info, self.written, self.treedef = plan.variant.traces[number]
+        self.info, self.written, self._treedef = plan.variant.traces[number]
         self.build, self.waits = self.info.build, self.info.waits
-        updates, out = self.treedef.unflatten(done)
-        is_flat = len(out) + len(updates) == len(done) and all(
-            map(is_one_array, (*out, *updates))
-        )
-        self.n = len(updates) if is_flat else None
-        self.is_one = is_flat and self.info.is_one
+        self.n: int = self._treedef.children()[0].num_leaves
+        self.is_one = self.info.is_one
+        updates, _ = self._treedef.unflatten(done)
+        values = list(map(self.info.value, self.written, updates))
+        self.are_arrays = all(map(is_one_array, values))
         # A tree may be written where a tree was: where there was one array, all plans must
         # look again.
         known_trees = plan.contents.numbers if plan.contents else ()
         self.in_general = bool(self.info.in_place) or not all(
-            self.info.written[i] is None and (is_one_array(x) or i in known_trees)
-            for i, x in zip(self.written, updates)
+            is_one_array(x) or i in known_trees for i, x in zip(self.written, values)
+        )
+        # What is static in the new values is the same each time.
+        leaves, self._treedef_of_values = jtu.tree_flatten(values)
+        at = {id(x): k for k, x in enumerate(done)}
+        self._statics = [x for x in leaves if id(x) not in at]
+        of_statics = itertools.count(len(done))
+        self._arrange = picker(
+            [at[id(x)] if id(x) in at else next(of_statics) for x in leaves]
         )
 
-    def outcome(self, out: Any, updates: list[Any]) -> Outcome:
+    def values(self, done: list[Any]) -> list[Any]:
+        """The new values, of what the program returned."""
+        return self._treedef_of_values.unflatten(self._arrange([*done, *self._statics]))
+
+    def outcome(self, done: list[Any]) -> Outcome:
+        updates, out = self._treedef.unflatten(done)
         return Outcome(out, dict(zip(self.written, updates)), self.info)
 
 
@@ -385,10 +397,10 @@ def make_plan(
     """A plan for this call; `None` if something in it can change unseen."""
     restructured = commits.restructured
     _, arrays, refs, held, _ = found
-    marked, marked_kwargs = mark(args, kwargs, found)
-    derefed = Call(
-        fn, marked, marked_kwargs, lambda x: type(x) is GivenArray or is_traced(x)
-    )
+    marked = mark(args, kwargs, found)
+    if marked is None:
+        return None
+    derefed = Call(fn, *marked, lambda x: type(x) is GivenArray or is_traced(x))
     if any(ref._channel is not None for ref in derefed.refs):
         return None
     if not all(map(_is_complete, held)):
@@ -407,5 +419,5 @@ def make_plan(
 
 def _is_complete(held: Any) -> bool:
     """Whether a module has all of its fields: else its `__init__` is running."""
-    fields = getattr(held, "__dataclass_fields__", ())
+    fields = held.__dataclass_fields__ if isinstance(held, eqx.Module) else ()
     return all(name in vars(held) for name in fields)

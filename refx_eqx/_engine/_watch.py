@@ -18,10 +18,11 @@ guard of its own type, by `object.__setattr__` on a module, is not noticed.
 import contextlib
 import dataclasses
 import enum
+import itertools
 import types
 import weakref
 from collections.abc import Callable
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any
 
 import equinox as eqx
@@ -32,8 +33,7 @@ import numpy as np
 from .._core._access import refuse_cycle
 from .._core._ref import Ref
 from .._trees._cells import inside, is_lookup, may_carry, reaches
-from .._trees._keys import EMPTY, same_content, watched_cells
-from ._call_key import address
+from .._trees._keys import same_content, watched_cells
 from ._wrapper import Lifted
 
 
@@ -155,38 +155,16 @@ class Watch:
 class _Function:
     """What a function closes over, and is given by default, as it was."""
 
-    __slots__ = (
-        "__weakref__",
-        "_addresses",
-        "_defaults",
-        "_held",
-        "_kwdefaults",
-        "recall",
-        "watched",
-    )
+    __slots__ = ("_defaults", "_kwdefaults", "_recalls", "recall", "watched")
 
     def __init__(self, fn: types.FunctionType):
         self.recall = weakref.ref(fn)
         self._defaults, self._kwdefaults = fn.__defaults__, fn.__kwdefaults__
         cells = watched_cells(fn)
         self.watched = [(i, key) for i, key, _ in cells]
-        # What is compared first, as most contents are objects that stay. An object that is
-        # gone may have left its address to another: then nothing is known by it any more.
-        self._addresses: list[int] | None = None
-        mine = weakref.ref(self)
-
-        def forget(_: Any) -> None:
-            alive = mine()
-            if alive is not None:
-                alive._addresses = None
-
-        contents = [content for *_, content in cells]
-        self._held = [_held(content, forget) for content in contents]
-        if not any(content is EMPTY for content in contents):
-            with contextlib.suppress(ValueError):
-                self._addresses = list(
-                    map(address, map(_content, fn.__closure__ or ()))
-                )
+        # What is asked first, as most contents are objects that stay: whether they are the
+        # same. What there is for it returns one, or `None` if it is gone.
+        self._recalls = [(i, _recalling(content)) for i, _, content in cells]
 
     def is_needed(self) -> bool:
         return bool(self.watched or self._defaults or self._kwdefaults)
@@ -198,26 +176,25 @@ class _Function:
             return False
         if self._kwdefaults and fn.__kwdefaults__ is not self._kwdefaults:
             return False
-        if not self.watched:
-            return True
         cells = fn.__closure__ or ()
         try:
-            if list(map(address, map(_content, cells))) == self._addresses:
+            for i, recall in self._recalls:
+                if cells[i].cell_contents is not recall():
+                    break
+            else:
                 return True
         except ValueError:  # a cell is empty
             pass
         return all(same_content(cells[i], key) for i, key in self.watched)
 
 
-def _held(x: Any, forget: Callable[[Any], None]) -> Any:
-    """Keeps the address of `x` from being another's: with it, or until `forget` is called."""
+def _recalling(x: Any) -> Callable[[], Any]:
+    """Returns `x` when it is called, which takes no call of Python. Holds it weakly, if it
+    can be."""
     try:
-        return weakref.ref(x, forget)
+        return weakref.ref(x)
     except TypeError:
-        return x
-
-
-_content = attrgetter("cell_contents")
+        return itertools.repeat(x).__next__
 
 
 def _makes_the_same(node: Any, children: Any, static: Any) -> bool:
