@@ -2,7 +2,8 @@
 
 `nox -s interrupts` raises in every line of the package that a call runs, for each kind of
 call: the first time that it runs, the last time, and once between (see `injection.py`). The
-suite raises at each 97th of these moments, or as `REFX_INTERRUPT_EVERY` says.
+suite raises at each 97th of these moments, or as `REFX_INTERRUPT_EVERY` says. In the lines of
+JAX, which are many more, both raise at fewer.
 """
 
 # What is wrong on purpose here, or made at run time, is wrong to a static checker too.
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from injection import Injector, moments, runs_of
+from injection import Injector, JAX, moments, PACKAGE, runs_of
 from jax.sharding import PartitionSpec
 from jaxtyping import _storage, Array, Float
 
@@ -223,6 +224,7 @@ def is_clean():
     return clean and _jax.is_evaluating() and not commits.lock.locked()
 
 
+FIRST = [name for name in CALLS if name.startswith("a first ")]
 OLD = [0.0, 1.0, 2.0]
 NEW = [1.0, 2.0, 3.0]
 
@@ -234,16 +236,15 @@ def learn(name, refs):
         jitted(refs, jnp.array(0.0))
 
 
-def chosen(runs):
-    """The moments to raise at: each `EVERY`-th, and some of a planned call, which runs few
+def chosen(runs, every=EVERY):
+    """The moments to raise at: each `every`-th, and some of a planned call, which runs few
     lines."""
     all_of_them = moments(runs)
-    stride = min(EVERY, len(all_of_them) // 5)
+    stride = max(1, min(every, len(all_of_them) // 5))
     return all_of_them[stride // 2 :: stride]
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_an_exception_at_a_line_changes_all_or_nothing(name):
+def check_all_or_nothing(name, root, every):
     call = CALLS[name]
     for _ in range(3):  # and later by a plan, where there is one
         refs = make()
@@ -251,9 +252,9 @@ def test_an_exception_at_a_line_changes_all_or_nothing(name):
         assert values(refs) == NEW
     refs = make()
     learn(name, refs)
-    runs = runs_of(lambda: call(refs))
+    runs = runs_of(lambda: call(refs), root)
     broken_off, unseen, wrong = 0, 0, []
-    for line, n in chosen(runs):
+    for line, n in chosen(runs, every):
         refs = make()
         learn(name, refs)
         injector = Injector(line, n)
@@ -273,6 +274,16 @@ def test_an_exception_at_a_line_changes_all_or_nothing(name):
         assert values(refs) == NEW, str(injector)
     print(f"{name}: {len(runs)} lines, broken off {broken_off} times, {unseen} unseen")
     assert broken_off > 0 and not wrong
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_exception_at_a_line_changes_all_or_nothing(name):
+    check_all_or_nothing(name, PACKAGE, EVERY)
+
+
+@pytest.mark.parametrize("name", ["filter_grad", "scan", "while_loop", *FIRST])
+def test_an_exception_inside_jax_changes_all_or_nothing(name):
+    check_all_or_nothing(name, JAX, 13 * EVERY)
 
 
 def test_an_exception_at_a_line_while_a_module_is_made_leaves_its_refs():
