@@ -106,6 +106,21 @@ def test_a_ref_is_still_a_leaf_for_everybody():
             fn(ref)  # type: ignore[arg-type]
 
 
+def test_jax_and_equinox_may_compare_a_ref_with_a_number():
+    ref = make()
+    # Each has a cache, of which a key with the one is compared with a key with the other.
+    same = eqx.filter_jit(lambda x: x)
+    assert same(1.0) == 1.0 and same(ref) is ref
+    assert eqx.filter_eval_shape(lambda: 1.0) == 1.0
+    assert eqx.filter_eval_shape(lambda: ref) is ref
+    assert not eqx.tree_equal([ref], [1.0]) and not eqx.tree_equal([1.0], [ref])
+
+    zeros = lambda model: jax.tree.map(lambda leaf: leaf == 0, model)
+    for compare in (lambda: ref == 0, lambda: ref in [0], lambda: zeros([ref])):
+        with pytest.raises(rx.RefTypeError, match="`==` was asked of"):
+            compare()
+
+
 def test_equality_is_by_value_when_it_is_asked_for():
     a = Linear(jnp.ones((2, 2)))
     assert rx.tree_equal(a, rx.clone(a)) and rx.tree_equal(a, rx.deref(a))

@@ -4,6 +4,7 @@ Python's own message for `ref + 1` says that there is no `+` for a `Ref`. Ours s
 it is, and how its value is read.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +59,16 @@ def misuse(ref: Any, what: str, name: str = "") -> RefTypeError:
         f"A ref is not the value that it holds: {what} was asked of "
         f"{describe(ref._name, ref._collection)}. To use the value, {remedy}"
     )
+
+
+def is_compared_by_a_library() -> bool:
+    """Whether it is JAX or Equinox that asks for `ref == x`, in a `Ref.__eq__` that asks this.
+
+    They compare any leaf with any other: the trees that are keys of their caches, and those
+    of `eqx.tree_equal`. What runs in C has the frame of who called it.
+    """
+    caller = sys._getframe(2).f_globals.get("__name__", "")
+    return caller.partition(".")[0] in ("jax", "equinox")
 
 
 def missing_attribute(ref: Any, name: str) -> AttributeError:

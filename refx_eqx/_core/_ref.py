@@ -37,7 +37,12 @@ from ._errors import (
     TraceLevelError,
 )
 from ._identity import is_same, outermost
-from ._misuse import missing_attribute, misuse, refuse_to_be_a_value
+from ._misuse import (
+    is_compared_by_a_library,
+    missing_attribute,
+    misuse,
+    refuse_to_be_a_value,
+)
 from ._on_mesh import has_moved
 from ._trace import Body
 
@@ -321,7 +326,7 @@ class Ref(Shared, Generic[T]):
             return True
         if isinstance(other, Ref):
             return is_same(self, other)
-        if eqx.is_array_like(other):
+        if eqx.is_array_like(other) and not is_compared_by_a_library():
             raise misuse(self, "`==`")
         return NotImplemented
 
