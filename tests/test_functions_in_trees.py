@@ -238,3 +238,13 @@ def test_a_module_with_a_function_for_a_field():
     tangent = rx.filter_grad(lambda m: m(1.0))(block)
     _out, moved = rx.filter_jvp(lambda m: m(1.0), (block,), (tangent,))
     assert moved == 2.0**2 + 2.0**2 + 8.0**2
+
+
+def test_the_later_place_of_a_function_alone_is_refused():
+    f = with_closure(rx.Ref(2.0), rx.Ref(1.0))
+    derefed = rx.deref({"first": f, "later": f})
+    with pytest.raises(
+        rx.StructureError, match="at the later one alone.*the whole tree"
+    ):
+        rx.reref(derefed["later"])
+    assert rx.reref(derefed)["later"](1.0) == f(1.0)

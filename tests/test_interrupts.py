@@ -351,6 +351,8 @@ def test_a_real_signal_changes_all_or_nothing(name):
                 hits += 1
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
+            # JAX 0.12 has none while an operation begins or ends, and a signal then leaves it so.
+            _jax.trace_ctx.set_trace(_jax.eval_trace)
             assert is_clean()
             assert len(set(values(refs))) == 1 and None not in values(refs)
     finally:

@@ -3,11 +3,13 @@
 import concurrent.futures
 import contextlib
 import threading
+import weakref
 
 import jax.numpy as jnp
 import pytest
 
 import refx_eqx as rx
+from refx_eqx._calls import _call
 from refx_eqx._core._ref import commits
 
 
@@ -208,6 +210,33 @@ def test_an_eager_write_meanwhile_is_not_lost():
 
     _in_threads(work, 2)
     assert ref.value == 20
+
+
+def test_a_call_that_is_always_disturbed_gives_up_and_writes_nothing(monkeypatch):
+    monkeypatch.setattr(_call, "_MAX_TRIES", 3)
+    ref, tries, is_busy = rx.Ref(jnp.array(0)), 0, True
+    outer = weakref.ref(ref)  # which is not carried
+
+    def write_meanwhile(_):
+        nonlocal tries
+        tries += 1
+        outer().value = jnp.array(tries)
+
+    @rx.filter_grad
+    def double(x, inner):
+        if is_busy:
+            _in_threads(write_meanwhile, 1)
+        inner.value *= 2
+        return x
+
+    with pytest.raises(
+        rx.ConcurrencyError, match="each of 3 calls. Serialize the calls"
+    ):
+        double(jnp.array(1.0), ref)
+    assert tries == 3 and ref.value == 3
+    is_busy = False
+    double(jnp.array(1.0), ref)
+    assert ref.value == 6
 
 
 def test_donating_threads_are_right_or_refused():

@@ -528,6 +528,17 @@ def test_a_global_is_refused_in_a_lifted_jit():
     assert rx.filter_jit(loss)(GLOBAL, ONE) == 2.0  # the remedy
 
 
+@pytest.mark.parametrize("transform", [rx.filter_jit, rx.filter_vmap])
+def test_a_global_that_is_returned_untouched_is_refused(transform):
+    with pytest.raises(rx.TraceLevelError, match="cannot return `Scale.factor`.*Pass"):
+        transform(lambda x: (x, GLOBAL.factor))(jnp.ones(2))
+    axes = (
+        {} if transform is rx.filter_jit else {"in_axes": (0, None), "out_axes": None}
+    )
+    returned = transform(lambda x, ref: ref, **axes)(jnp.ones(2), GLOBAL.factor)
+    assert returned is GLOBAL.factor
+
+
 def test_a_global_may_be_read_where_nothing_is_cached():
     assert rx.filter_vmap(lambda x: GLOBAL(x))(jnp.ones(2)).tolist() == [2.0, 2.0]
     assert rx.filter_grad(lambda x: GLOBAL(x))(ONE) == 2.0
