@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import threading
 import weakref
+from typing import Any
 
 import jax.numpy as jnp
 import pytest
@@ -215,7 +216,7 @@ def test_an_eager_write_meanwhile_is_not_lost():
 def test_a_call_that_is_always_disturbed_gives_up_and_writes_nothing(monkeypatch):
     monkeypatch.setattr(_call, "_MAX_TRIES", 3)
     ref, tries, is_busy = rx.Ref(jnp.array(0)), 0, True
-    outer = weakref.ref(ref)  # which is not carried
+    outer: Any = weakref.ref(ref)  # which is not carried
 
     def write_meanwhile(_):
         nonlocal tries
