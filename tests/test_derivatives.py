@@ -195,6 +195,27 @@ def test_linearize(wrap):
     check_state(model)
 
 
+def test_a_tangent_of_a_ref_has_the_structure_of_its_value():
+    ref = rx.Ref({"a": jnp.array(2.0), "b": jnp.array(3.0)}, "params")
+
+    def product(ref):
+        return ref.value["a"] * ref.value["b"]
+
+    with pytest.raises(rx.MismatchError, match="the value of an unnamed ref.*'params'"):
+        rx.filter_jvp(product, (ref,), ([jnp.array(1.0)],))
+    tangent = {"a": jnp.array(1.0), "b": None}
+    assert rx.filter_jvp(product, (ref,), (tangent,)) == (6.0, 3.0)
+
+
+def test_a_number_in_a_primal_is_differentiated_where_it_has_a_tangent():
+    def product(pair):
+        return pair[0] * pair[1]
+
+    assert rx.filter_jvp(product, ((2.0, 3.0),), ((1.0, None),)) == (6.0, 3.0)
+    with pytest.raises(rx.MismatchError, match="structure"):
+        rx.filter_jvp(product, ((2.0, 3.0),), ((1.0,),))
+
+
 def test_linearize_aux_and_its_errors():
     w, n = rx.Ref(jnp.array(2.0), "params"), rx.Ref(jnp.array(2), "counts")
     out, f_jvp, aux = rx.filter_linearize(

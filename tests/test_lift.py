@@ -117,6 +117,26 @@ def test_a_mapped_ref_is_written_lane_by_lane():
     assert jnp.array_equal(w.value, jnp.arange(3.0) + 1.0)
 
 
+def test_a_mapped_ref_may_be_written_with_a_value_of_another_structure():
+    def add(ref):
+        ref.value = {"sum": ref.value["a"] + ref.value["b"]}
+
+    def stats():
+        return rx.Ref({"a": jnp.arange(3.0), "b": jnp.ones(3)}, "stats")
+
+    ref = stats()
+    rx.lift(jax.vmap)(add)(ref)
+    assert ref.value["sum"].tolist() == [1.0, 2.0, 3.0]
+    # Which axis the new one has cannot be told if the old ones do not agree.
+    ref = stats()
+    axes = rx.deref(ref).with_value({"a": 0, "b": None})
+    with pytest.raises(
+        rx.StructureError, match="which one it is the shapes do not tell"
+    ):
+        rx.lift(jax.vmap)(add, in_axes=(axes,))(ref)
+    assert ref.value.keys() == {"a", "b"}
+
+
 def test_a_broadcast_ref_that_comes_back_mapped_is_refused():
     count = rx.Ref(jnp.array(0), "counts")
 

@@ -648,6 +648,51 @@ def test_keywords_are_refused_as_in_jax():
         fn(ref=rx.Ref(1.0))
 
 
+def test_axis_names_must_be_those_of_the_mesh():
+    with pytest.raises(ValueError, match="has 'other', and the mesh has 'data'"):
+        run(lambda x: x, jnp.ones(4), in_specs=P(), axis_names={"other"})
+
+
+def test_options_alone_give_a_decorator():
+    @rx.filter_shard_map(mesh=MESH, in_specs=P("data"), out_specs=P("data"))
+    def halve(x):
+        return x / 2
+
+    assert halve(jnp.ones(4)).tolist() == [0.5] * 4
+
+
+def test_a_part_that_is_written_keeps_its_rank():
+    ref = rx.Ref(jnp.arange(4.0), "params")
+
+    def total(ref):
+        ref.value = jnp.sum(ref.value)
+
+    with pytest.raises(rx.CarryError, match="'params'.* rank 0. Keep the rank"):
+        run(total, ref, in_specs=P("data"))
+    assert ref.value.tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_a_value_of_another_structure_goes_out_by_the_one_spec_of_the_old():
+    def swap(ref):
+        ref.value = {"sum": ref.value["a"] + ref.value["b"]}
+
+    def stats(specs):
+        a, b = jnp.arange(4.0), jnp.ones(4)
+        ref = rx.Ref({"a": a, "b": b}, "stats")
+        node = rx.deref(ref)
+        return ref, (node.with_value(specs),)
+
+    ref, specs = stats({"a": P("data"), "b": P("data")})
+    run(swap, ref, in_specs=specs)
+    assert ref.value["sum"].tolist() == [1.0, 2.0, 3.0, 4.0]
+    ref, specs = stats({"a": P("data"), "b": P()})
+    with pytest.raises(
+        rx.CarryError, match="another structure.*Keep the structure, or"
+    ):
+        run(lambda ref: setattr(ref, "value", ref.value["b"]), ref, in_specs=specs)
+    assert ref.value["b"].shape == (4,)
+
+
 def test_a_failed_call_changes_nothing():
     ref = rx.Ref(jnp.arange(4.0), "params")
 

@@ -145,6 +145,23 @@ def test_a_stack_that_is_not_stacked_in_front(mesh):
     assert RULES.specs(stack, mesh).value == P("tensor", None, "fsdp")
 
 
+def test_one_ref_in_two_fields_of_two_shardings_is_refused_until_it_is_given_one():
+    class Rows(rx.Module):
+        weight: rx.Param[Array] = rx.field(sharding=P("fsdp"))
+
+    class Columns(rx.Module):
+        weight: rx.Param[Array] = rx.field(sharding=P(None, "fsdp"))
+
+    rows = Rows(jnp.ones((4, 4)))
+    tied = [rows, Columns(rows.weight)]
+    with pytest.raises(
+        rx.StructureError, match=r"one ref in two fields.*Give it one: "
+    ):
+        rx.axis_rules().specs(tied)
+    rules = rx.axis_rules({rx.path("*.weight"): P("fsdp")})
+    assert rules.specs(tied)[0].weight.value == P("fsdp")
+
+
 def test_filters_come_first_then_the_field_then_names_then_the_default():
     class Layer(rx.Module):
         weight: rx.Param[Float[Array, "out in"]]
