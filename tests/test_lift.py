@@ -1,6 +1,7 @@
 """`lift`: a transform of somebody else, by reference."""
 
 import functools
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -129,7 +130,8 @@ def test_a_mapped_ref_may_be_written_with_a_value_of_another_structure():
     assert ref.value["sum"].tolist() == [1.0, 2.0, 3.0]
     # Which axis the new one has cannot be told if the old ones do not agree.
     ref = stats()
-    axes = rx.deref(ref).with_value({"a": 0, "b": None})
+    node: Any = rx.deref(ref)
+    axes = node.with_value({"a": 0, "b": None})
     with pytest.raises(
         rx.StructureError, match="which one it is the shapes do not tell"
     ):

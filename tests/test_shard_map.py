@@ -679,7 +679,7 @@ def test_a_value_of_another_structure_goes_out_by_the_one_spec_of_the_old():
     def stats(specs):
         a, b = jnp.arange(4.0), jnp.ones(4)
         ref = rx.Ref({"a": a, "b": b}, "stats")
-        node = rx.deref(ref)
+        node: Any = rx.deref(ref)
         return ref, (node.with_value(specs),)
 
     ref, specs = stats({"a": P("data"), "b": P("data")})
