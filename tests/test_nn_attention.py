@@ -49,6 +49,29 @@ def window(n, size=None):
     return jnp.asarray((age >= 0) & (age < (size or n)))
 
 
+def test_the_compiled_layer_has_the_numbers_of_equinox_to_the_last_bit():
+    ours = rx.nn.MultiheadAttention(2, 8, key=KEY)
+    theirs = eqx.nn.MultiheadAttention(2, 8, key=KEY)
+    batch = jr.normal(KEY, (3, 12, 8))
+
+    def both(layer):
+        def loss(layer):
+            out = jax.vmap(lambda xs: layer(xs, xs, xs, window(12)))(batch)
+            return jnp.sum(out**2), out
+
+        return eqx.filter_value_and_grad(loss, has_aux=True)(layer)
+
+    (_, out), grads = eqx.filter_jit(both)(theirs)
+    (_, found), found_grads = rx.filter_jit(lambda layer: both(rx.snapshot(layer)))(
+        ours
+    )
+    np.testing.assert_array_equal(found, out)
+    for name in ("query_proj", "key_proj", "value_proj", "output_proj"):
+        np.testing.assert_array_equal(
+            getattr(found_grads, name).weight, getattr(grads, name).weight
+        )
+
+
 @pytest.mark.parametrize("sizes", [{}, SIZES])
 @pytest.mark.parametrize("mask", [None, "shared", "of heads"])
 def test_without_a_cache_it_is_that_of_equinox(sizes, mask):

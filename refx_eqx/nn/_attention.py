@@ -202,7 +202,9 @@ class MultiheadAttention(Module):
         if cache:
             k, v, mask = self._extend(q, k, v, mask)
         weights = self._drop(_weights(q, k, mask), key, inference)
-        attended = jnp.einsum("hsS,Shd->shd", weights, v)
+        # In this order `einsum` makes the product that Equinox makes for each head, and so the
+        # same numbers to the last bit. (In the other it exchanges the two.)
+        attended = jnp.einsum("Shd,hsS->shd", v, weights)
         return _each(self.output_proj, attended.reshape(query.shape[0], -1))
 
     def reset_cache(self) -> None:

@@ -110,6 +110,13 @@ def evaluate_twin(twin: Twin, batch: Array) -> Array:
     return twin_loss(eqx.nn.inference_mode(twin), batch, None, None)
 
 
+def by_name(twin: Any) -> dict[str, Array]:
+    """The arrays of a twin as Optax is given those of the model, so that it takes them in the
+    same order: a global norm is a sum over them."""
+    pairs = jtu.tree_leaves_with_path(eqx.filter(twin, eqx.is_inexact_array))
+    return {jtu.keystr(path, simple=True, separator="."): x for path, x in pairs}
+
+
 def twin_step(tx: optax.GradientTransformation) -> Callable:
     @eqx.filter_jit(donate="all-except-first")
     def step(given: Any, twin: Twin, opt_state: Any, count: Array) -> Any:
@@ -117,9 +124,9 @@ def twin_step(tx: optax.GradientTransformation) -> Callable:
         places = jnp.arange(len(batch))
         keys = jax.vmap(fold_in, in_axes=(None, 0))(key, places)
         loss, grads = eqx.filter_value_and_grad(twin_loss)(twin, batch, keys, count)
-        params = eqx.filter(twin, eqx.is_inexact_array)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        twin = eqx.apply_updates(twin, updates)
+        updates, opt_state = tx.update(by_name(grads), opt_state, by_name(twin))
+        leaves = [updates[name] for name in by_name(grads)]
+        twin = eqx.apply_updates(twin, jtu.tree_structure(grads).unflatten(leaves))
         return loss, twin, opt_state, count + 2 * len(twin.blocks)
 
     return step
@@ -160,7 +167,7 @@ def run(
     is_decayed = lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
     tx = example.optimizer_of(steps, is_decayed)
     stream = model.rngs.dropout
-    state = [twin, tx.init(eqx.filter(twin, eqx.is_inexact_array)), stream.count.value]
+    state = [twin, tx.init(by_name(twin)), stream.count.value]
     state = jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, state)
     step, draw = twin_step(tx), jnp.copy(stream.key.value)
 
