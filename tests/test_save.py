@@ -35,10 +35,10 @@ def values_of(tree):
 
 def refuses(path, tree, error, text, **kwargs):
     """`load` raises this text, and has written nothing."""
-    before = rx.state_dict(tree)
+    before = rx.state_dict(tree, rx.Ref)
     with pytest.raises(error, match=re.escape(text)) as caught:
         rx.load(path, tree, **kwargs)
-    after = rx.state_dict(tree)
+    after = rx.state_dict(tree, rx.Ref)
     assert all(after[key] is before[key] for key in before)
     return caught.value
 
