@@ -644,9 +644,54 @@ def test_batched_as_a_field():
     with pytest.raises(rx.RefTypeError, match=r"`Deep.scale` .*depth=4"):
         Deep(stack, jnp.ones(3))
     with pytest.raises(
-        rx.RefTypeError, match=r"`Deep.layers` .*`Linear.weight` in it is"
+        rx.RefTypeError, match=r"`Deep.layers` .*: no array in it is stacked along one"
     ):
         Deep(linear(), jnp.ones(4))
+
+
+def test_a_part_of_a_stack_may_be_one_for_all():
+    class Block(rx.Module):
+        own: Linear
+        shared: Linear
+
+    class Deep(rx.Module):
+        blocks: rx.Batched[Block, "depth"]
+
+    make = rx.filter_vmap(lambda shared, _: Block(linear(), shared), in_axes=(None, 0))
+    shared = linear()
+    deep = Deep(make(shared, jnp.arange(4)))
+    assert deep.blocks.shared.weight is shared.weight
+    one_for_all = rx.axes({rx.path("shared.**"): None}, default=0)
+    shapes = []
+
+    def step(_, block):
+        shapes.append((block.own.weight.shape, block.shared.weight.shape))
+        return None, None
+
+    rx.scan(step, None, deep.blocks, in_axes=one_for_all)
+    assert set(shapes) == {(shared.weight.shape,) * 2}
+    # As many axes as the stack has, or none.
+    partly = Block(
+        rx.filter_vmap(lambda _: make(shared, jnp.arange(4)).own)(jnp.arange(2)),
+        rx.filter_vmap(lambda _: linear())(jnp.arange(2)),
+    )
+    assert not isinstance(partly, rx.Batched[Block, "a b"])
+    assert not isinstance(Block(linear(), shared), rx.Batched[Block, "a"])
+
+
+def test_what_is_one_for_all_is_not_known_of_modules_that_declare_nothing():
+    class Deep(rx.Module):
+        blocks: rx.Batched[tuple, "depth"]
+        shared: eqx.nn.Linear | None = None
+
+    stack = rx.filter_vmap(lambda key: rx.nn.Linear(3, 2, key=key))(
+        jr.split(jr.key(0), 4)
+    )
+    shared = rx.nn.Linear(3, 2, key=jr.key(0))
+    text = r"different sizes, 4 of `.*` and 2 of `.*`: .* hold it in a field next to"
+    with pytest.raises(rx.RefTypeError, match=text):
+        Deep((stack, shared))
+    assert Deep((stack,), shared).shared is shared  # the remedy
 
 
 def test_batched_of_modules_that_declare_nothing_goes_by_leading_axes():

@@ -30,14 +30,19 @@ class BatchedHint(type):
         found: dict[tuple[int, ...], str] = {}
         for leaf in jtu.tree_leaves(obj):
             sizes = _sizes_of(leaf, n)
+            what = f"`{leaf._name}`" if isinstance(leaf, Ref) else "an array"
             if sizes is None:
-                what = f"`{leaf._name}`" if isinstance(leaf, Ref) else "an array"
                 return f"{what} in it is not stacked along {_count(n)}"
             if sizes:
-                found.setdefault(sizes, "")
-        if len(found) != 1:
+                found.setdefault(sizes, what)
+        if not found:
+            return f"no array in it is stacked along {_count(n)}"
+        if len(found) > 1:
+            texts = [f"{_size_text(sizes)} of {what}" for sizes, what in found.items()]
             return (
-                "its arrays are stacks of different sizes" if found else "it is empty"
+                f"its arrays are stacks of different sizes, {' and '.join(texts[:2])}: what is "
+                "one for the whole stack is known by the axes that its fields declare; if they "
+                "declare none, hold it in a field next to the stack"
             )
         (sizes,) = found
         stand_in = np.broadcast_to(np.zeros((), np.int8), sizes)
@@ -54,13 +59,17 @@ class BatchedHint(type):
         return operator.getitem, (Batched, (cls.inside, cls.axes))
 
 
+def _size_text(sizes: tuple[int, ...]) -> str:
+    return "x".join(map(str, sizes))
+
+
 def _count(n: int) -> str:
     return "one axis" if n == 1 else f"{n} axes"
 
 
 def _sizes_of(leaf: Any, n: int) -> tuple[int, ...] | None:
     """The sizes of the first `n` axes of the stack that a leaf is. `()` for a leaf that
-    cannot be stacked; `None` for one that is not."""
+    cannot be stacked, or is one for the whole stack; `None` for one that is neither."""
     value = leaf._value if isinstance(leaf, Ref) else leaf
     types = leaf._declared or () if isinstance(leaf, Ref) else ()
     found: tuple[int, ...] = ()
@@ -68,6 +77,8 @@ def _sizes_of(leaf: Any, n: int) -> tuple[int, ...] | None:
         if not isinstance(array, (jax.Array, jax.ShapeDtypeStruct)):
             continue
         axes = _stacked_along(value, n, types)
+        if axes is None and all(bound.why_not(value) is None for bound in types):
+            return ()
         if axes is None or len(array.shape) < n:
             return None
         shape = list(array.shape)
@@ -122,9 +133,11 @@ else:
             assert not isinstance(Linear(jr.key(0)), rx.Batched[Linear, "n"])
             ```
 
-        A stack is told from a plain module by the declared types of its refs: all of them
-        must have these axes on top of what they declare. In a module whose fields do not
-        say how many axes they have, any arrays of equal leading sizes are a stack.
+        A stack is told from a plain module by the declared types of its refs: they have
+        these axes on top of what they declare. A ref without them is one for the whole
+        stack, such as a feed-forward network that all layers share; not all refs may be. In
+        a module whose fields do not say how many axes they have, any arrays of equal
+        leading sizes are a stack.
 
         **Arguments:**
 
