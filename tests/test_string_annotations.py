@@ -137,3 +137,9 @@ def test_a_bare_equinox_module():
         uses: rx.Ref[Array] = rx.field(collection="counts")
 
     assert Bare(jnp.array(0)).uses.collection == "counts"
+
+
+def test_a_class_of_no_module():
+    names: dict = {"__name__": "nowhere", "rx": rx, "jax": jax}
+    exec('class Made(rx.Module):\n    w: "rx.Param[jax.Array]"', names)
+    assert names["Made"](jnp.ones(2)).w.collection == "params"

@@ -44,7 +44,7 @@ class _Namespace(dict):
 
     def __init__(self, owner: type):
         super().__init__()
-        module = vars(sys.modules[owner.__module__])
+        module = _globals_around(owner)
         self.scopes = [vars(owner), *_enclosing_locals(module), module, vars(builtins)]
 
     def __missing__(self, name: str) -> Any:
@@ -52,6 +52,16 @@ class _Namespace(dict):
             if name in scope:
                 return scope[name]
         return _Unknown()
+
+
+def _globals_around(owner: type) -> dict:
+    """Those of the module of a class; of one that `exec` makes, those that it was given."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "builtins") == owner.__module__:
+            return frame.f_globals
+        frame = frame.f_back
+    return vars(sys.modules[owner.__module__])
 
 
 def _enclosing_locals(module: dict) -> list[dict]:
