@@ -15,7 +15,16 @@ from typing import Any
 
 import jax
 
-from . import _compile, _kinds, _loops, _problems, _repeated, _report, bench_gpt
+from . import (
+    _compile,
+    _kinds,
+    _loops,
+    _problems,
+    _repeated,
+    _report,
+    _sharded,
+    bench_gpt,
+)
 from ._harness import clock_here
 
 
@@ -36,8 +45,9 @@ def _works(rounds: int, block: float, most: int) -> Iterator[Work]:
                 run = lambda x: {x.name: _repeated.run_calls(x, rounds, block)}
                 yield "calls", problem.name, _bind(run, problem)
     for problem in _repeated.steps():
-        run = lambda name: {name: _in_another_process(name, rounds, block)}
-        yield "steps", problem.name, _bind(run, problem.name)
+        yield "steps", problem.name, _apart(_repeated, problem.name, rounds, block)
+    for name in _sharded.NAMES:
+        yield "sharded", name, _apart(_sharded, name, rounds, block)
     n_layers = 50 if rounds < 10 else 200
     yield "compilation", "tracing", lambda: _compile.compilation(n_layers, rounds // 6)
     yield "compilation", "importing", lambda: _compile.imports(rounds // 3)
@@ -57,15 +67,32 @@ def _bind(run: Callable, *args: Any) -> Callable[[], _report.Rows]:
     return lambda: run(*args)
 
 
-def _in_another_process(name: str, rounds: int, block: float) -> dict[str, float]:
-    # That is on one core before JAX starts its threads.
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_repeated.pin) as pool:
-        return pool.submit(_repeated.run_steps, name, rounds, block).result()
+def _apart(
+    module: Any, name: str, rounds: int, block: float
+) -> Callable[[], _report.Rows]:
+    """In a process of its own, which is prepared before JAX asks for devices."""
+
+    def run() -> _report.Rows:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(
+            1, mp_context=spawn, initializer=module.prepare
+        ) as pool:
+            return {name: pool.submit(module.run, name, rounds, block).result()}
+
+    return run
 
 
 # What is run if nothing is said. The others are for an accelerator.
-_USUAL = ("kinds", "loops", "calls", "steps", "compilation", "memory", "dispatch")
+_USUAL = (
+    "kinds",
+    "loops",
+    "calls",
+    "steps",
+    "sharded",
+    "compilation",
+    "memory",
+    "dispatch",
+)
 
 
 def main() -> None:

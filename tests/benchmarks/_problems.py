@@ -25,11 +25,13 @@ class Problem:
     x: jax.Array
 
 
-def calls(n: int, written: str) -> Problem:
+def calls(n: int, written: str, shape: tuple[int, ...] = (1,)) -> Problem:
     """A call with `n` refs and next to no computation."""
 
     def make() -> Layers:
-        return [{"weight": jnp.ones(1), "bias": jnp.zeros(1)} for _ in range(n // 2)]
+        return [
+            {"weight": jnp.ones(shape), "bias": jnp.zeros(shape)} for _ in range(n // 2)
+        ]
 
     def work(layers: Layers, x: jax.Array) -> tuple[jax.Array, Updates]:
         updates = {}

@@ -24,14 +24,14 @@ def run_calls(problem: Problem, rounds: int, block: float) -> dict[str, float]:
     return ratios(runs, rounds, block, _LIMIT, clock_here())
 
 
-def pin() -> None:
-    # How the threads of a step share the cores differs from start to start, by more than
-    # what is to be measured.
+def prepare() -> None:
+    # On one core, before JAX starts its threads. How the threads of a step share the cores
+    # differs from start to start, by more than what is to be measured.
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
-def run_steps(name: str, rounds: int, block: float) -> dict[str, float]:
+def run(name: str, rounds: int, block: float) -> dict[str, float]:
     """Several times from the start: by chance, what is made once runs some hundredths
     quicker or slower than what is made again. `AGAIN` shows how much."""
     problem = next(problem for problem in steps() if problem.name == name)

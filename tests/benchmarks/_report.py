@@ -73,6 +73,9 @@ _NOTES = {
     "written by hand; everything is written. The models are small, so that the call still counts. A number is the median "
     "of five starts with half of the rounds each: what is made again runs some hundredths faster "
     f"or slower, by chance, and the column `{AGAIN}` shows by how much.",
+    "sharded": "Calls and a training step as above, with the arrays split over a mesh of 2 x 4 "
+    "devices that a CPU simulates, and all of them written; the others are told to keep them "
+    "where they are. The processor time is that of all devices.",
     "compilation": "Tracing and compiling a training step of a deep network, and importing the "
     "library in a new process: processor time as a multiple of that of plain Equinox, over a "
     "few rounds only.",
@@ -100,6 +103,7 @@ _TITLES = {
     "loops": "Loops as users write them",
     "gpt": "A step of the size of GPT-2",
     "steps": "Steps",
+    "sharded": "Calls and steps on a mesh",
     "compilation": "Tracing and compiling",
     "memory": "Memory",
     "dispatch": "Asynchronous dispatch",
