@@ -26,6 +26,7 @@ from helpers import (
     trees,
     TreeSpec,
 )
+from jax.sharding import AxisType, PartitionSpec as P
 
 import refx_eqx as rx
 
@@ -298,6 +299,9 @@ class WriteIfSame:
             refs[self.a % len(refs)].value += 1.0
 
 
+MESH = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
+
+
 @dataclasses.dataclass(frozen=True)
 class Nested:
     """Instructions in a lifted transform of their own."""
@@ -317,6 +321,7 @@ class Nested:
             rx.filter_jit(inner),
             rx.filter_vmap(inner, in_axes=None, out_axes=None, axis_size=2),
             rx.lift(jax.checkpoint)(inner),
+            rx.filter_shard_map(inner, mesh=MESH, in_specs=P(), out_specs=P()),
         ][self.transform]
         refs[: self.n] = lifted(tuple(refs[: self.n]), x)[: self.n]
 
@@ -335,7 +340,7 @@ nested_instruction = st.builds(
     Nested,
     st.lists(plain_instruction, min_size=1, max_size=3).map(tuple),
     st.integers(1, 4),
-    st.integers(0, 2),
+    st.integers(0, 3),
 )
 programs = st.tuples(
     st.lists(

@@ -161,9 +161,27 @@ def test_the_rules_for_axis_names_give_specs_too():
 
     run(step, model, in_specs=(rx.axis_rules(out="data"),))
     assert shapes == [((2, 3), (2,))] and model.bias.value.tolist() == [1.0] * 8
-    # What is made inside is not known before: its specs are given one by one.
-    with pytest.raises(ValueError, match="`out_specs` must consist of .*axis_rules"):
-        run(lambda: None, in_specs=(), out_specs=rx.axis_rules(out="data"))
+
+
+def test_rules_in_out_specs_are_refused_with_those_of_a_tree_as_the_remedy():
+    rules = rx.axis_rules(out="data")
+
+    def make(key):
+        return Linear(3, 2, jr.fold_in(key, jax.lax.axis_index("data")))
+
+    with pytest.raises(ValueError, match=r"`out_specs` has .*rules.specs\(model\)"):
+        run(make, jr.key(0), in_specs=P(), out_specs=rules)
+    of_whole = rules.specs(rx.filter_eval_shape(Linear, 3, 8, jr.key(0)))
+    model = run(make, jr.key(0), in_specs=P(), out_specs=of_whole)
+    assert model.weight.shape == (8, 3)
+    assert model.weight.value.sharding.spec == P("data")
+
+
+def test_gradients_go_out_by_the_specs_of_their_model():
+    rules, model = rx.axis_rules(out="data"), Linear(3, 8, jr.key(0))
+    grad = rx.filter_grad(lambda model: jnp.sum(model.bias.value**2), wrt="params")
+    grads = run(grad, model, in_specs=rules, out_specs=rules.specs(model))
+    assert grads.bias.value.tolist() == (2 * model.bias.value).tolist()
 
 
 def test_what_functions_close_over_is_replicated_unless_an_argument_or_specs_say_more():

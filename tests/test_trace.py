@@ -544,13 +544,37 @@ def test_a_global_may_be_read_where_nothing_is_cached():
     assert rx.filter_grad(lambda x: GLOBAL(x))(ONE) == 2.0
 
 
+def over_mesh(f):
+    mesh = jax.make_mesh((1,), ("x",))
+    return rx.filter_shard_map(f, mesh=mesh, in_specs=jax.P(), out_specs=jax.P())
+
+
+def test_a_global_that_a_shard_reaches_raises():
+    for touch in (
+        lambda x: GLOBAL(x),
+        lambda x: setattr(GLOBAL.factor, "value", x),
+    ):
+        with pytest.raises(rx.TraceLevelError, match=r"body of `filter_shard_map`"):
+            over_mesh(touch)(ONE)
+    assert GLOBAL.factor.value == 2.0
+    assert over_mesh(loss)(GLOBAL, ONE) == 2.0  # the remedy
+
+
 def test_the_outer_name_of_what_is_carried_raises():
     # In a loss that uses the outer name of the model, its gradient would be zero.
     def wrong(model, x):
         return GLOBAL(x)
 
-    for lifted in (rx.filter_grad, rx.filter_value_and_grad, rx.filter_jit):
+    transforms = (
+        rx.filter_grad,
+        rx.filter_value_and_grad,
+        rx.filter_jit,
+        rx.filter_shard_map,
+    )
+    for lifted in transforms:
         name = lifted.__name__
+        if lifted is rx.filter_shard_map:
+            lifted = over_mesh
         with pytest.raises(
             rx.TraceLevelError,
             match=(
@@ -594,11 +618,11 @@ def test_a_body_that_raises_leaves_no_mark():
         raise ZeroDivisionError
 
     vmap = rx.filter_vmap(in_axes=None, axis_size=2)
-    for lifted in (rx.filter_jit, rx.filter_grad, vmap):
+    for lifted in (rx.filter_jit, rx.filter_grad, vmap, over_mesh):
         with pytest.raises(ZeroDivisionError):
             lifted(fails)(model)
         model.factor.value = model.factor.value + 1.0
-    assert model.factor.value == 5.0
+    assert model.factor.value == 6.0
 
 
 def test_deref_clone_and_dag_obey_the_rule():
@@ -654,6 +678,7 @@ def test_shard_map_is_named_in_the_message():
         rx.TraceLevelError, match=r"used inside a function under shard_map,"
     ):
         mapped(ONE)
+    assert over_mesh(model)(ONE) == 2.0
 
 
 def test_ensure_compile_time_eval_does_not_go_round_the_rule():

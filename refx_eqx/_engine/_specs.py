@@ -138,6 +138,13 @@ def _as_spec(one: Any, what: str) -> PartitionSpec:
         return PartitionSpec()
     if isinstance(one, NamedSharding):
         return one.spec
+    if isinstance(one, axis_rules) and what == "out_specs":
+        raise NotGiven(
+            f"`out_specs` has `{one!r}`, and rules are read for a tree: JAX asks how a result "
+            "is split before it is known. Give the specs of a tree of its form, "
+            "`out_specs=rules.specs(model)`; `rx.filter_eval_shape` makes one of shapes. "
+            "(Refs that the function is given and returns need none.)"
+        )
     if not isinstance(one, PartitionSpec):
         also = ", `rx.axis_rules`" if what == "in_specs" else ""
         raise NotGiven(

@@ -29,6 +29,10 @@ def filter_shard(x: T, device_or_shardings: PyTree) -> T:
     """As `equinox.filter_shard`, by reference: the values of the refs of a tree are put where
     they are to be, in place. Inside a transform their shardings are constrained.
 
+    A ref that is on a mesh when a compiled function is called is there when it returns: a
+    constraint inside says where the values in between are. To move it, call this outside of
+    the function. (One that is on no mesh is moved from the inside, too.)
+
     (`equinox.filter_shard` itself sees no arrays in a tree of refs: it does nothing to one.)
 
     !!! Example
@@ -53,7 +57,8 @@ def filter_shard(x: T, device_or_shardings: PyTree) -> T:
 
     - `x`: any pytree. Its refs must be writable here. Arrays are moved. A tracer is
         constrained (`jax.lax.with_sharding_constraint`; on an explicit mesh
-        `jax.sharding.reshard`), and a `jax.ShapeDtypeStruct` gets the sharding. All else, numbers and NumPy arrays among it, stays as it is.
+        `jax.sharding.reshard`), and a `jax.ShapeDtypeStruct` gets the sharding. All else,
+        numbers and NumPy arrays among it, stays as it is.
     - `device_or_shardings`: a device; a `jax.sharding.Sharding`; an
         [`refx_eqx.axis_rules`][], under `jax.set_mesh`; or a tree of shardings that is a
         prefix of `rx.deref(x)`, such as `rules.shardings(x, mesh)`, with `None` for what

@@ -263,7 +263,8 @@ def filter_jit(
         A ref on a mesh stays where it is, whatever is written to it; one that is on none
         goes to its sharding when it is written.
     - `out_shardings`: the same for the result. So `filter_jit(Model, out_shardings=rules)`
-        makes a model that is never on one device.
+        makes a model that is never on one device. Refs of the caller that are returned stay
+        where they are.
     - `**jitkwargs`: passed on to `jax.jit`, such as `compiler_options`.
 
     **Returns:**
