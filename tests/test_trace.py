@@ -565,16 +565,13 @@ def test_the_outer_name_of_what_is_carried_raises():
     def wrong(model, x):
         return GLOBAL(x)
 
-    transforms = (
-        rx.filter_grad,
-        rx.filter_value_and_grad,
-        rx.filter_jit,
-        rx.filter_shard_map,
-    )
-    for lifted in transforms:
-        name = lifted.__name__
-        if lifted is rx.filter_shard_map:
-            lifted = over_mesh
+    transforms = {
+        "filter_grad": rx.filter_grad,
+        "filter_value_and_grad": rx.filter_value_and_grad,
+        "filter_jit": rx.filter_jit,
+        "filter_shard_map": over_mesh,
+    }
+    for name, lifted in transforms.items():
         with pytest.raises(
             rx.TraceLevelError,
             match=(

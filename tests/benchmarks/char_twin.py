@@ -5,8 +5,7 @@
 The twin has the same layers, without refs: the embedding is one array that is used twice, a
 key is threaded to each dropout, and model and optimizer go in and out of a step. It starts
 with the same numbers, is given the same texts, and draws the same masks. So the losses are
-the same, to the rounding of float32 at first, and later as near as such a rounding leaves
-two runs. The steps of both are run in turns, and their times compared.
+the same, to the last bit. The steps of both are run in turns, and their times compared.
 """
 
 import argparse
@@ -124,6 +123,7 @@ def twin_step(tx: optax.GradientTransformation) -> Callable:
         places = jnp.arange(len(batch))
         keys = jax.vmap(fold_in, in_axes=(None, 0))(key, places)
         loss, grads = eqx.filter_value_and_grad(twin_loss)(twin, batch, keys, count)
+        updates: Any
         updates, opt_state = tx.update(by_name(grads), opt_state, by_name(twin))
         leaves = [updates[name] for name in by_name(grads)]
         twin = eqx.apply_updates(twin, jtu.tree_structure(grads).unflatten(leaves))
