@@ -122,6 +122,21 @@ def test_a_mesh_axis_may_be_several_and_a_name_may_have_none():
     assert specs.down.value == P(None, ("fsdp", "tensor"))
 
 
+def test_a_part_that_is_one_for_a_whole_stack_has_no_axis_of_it():
+    class Block(rx.Module):
+        own: rx.Param[Float[Array, "embed"]]
+        shared: FeedForward
+
+    class Tied(rx.Module):
+        blocks: rx.Batched[Block, "depth"]
+
+    make = rx.filter_vmap(lambda shared, own: Block(own, shared), in_axes=(None, 0))
+    tied = Tied(make(FeedForward(jr.key(0)), jnp.ones((2, 8))))
+    specs = rx.axis_rules(depth="fsdp", ffn="tensor").specs(tied)
+    assert specs.blocks.own.value == P("fsdp")
+    assert specs.blocks.shared.up.value == P("tensor")
+
+
 def test_a_stack_has_its_axis_in_front_and_batched_names_it():
     deep = rx.filter_eval_shape(Deep, jr.key(0))
     specs = RULES.specs(deep)

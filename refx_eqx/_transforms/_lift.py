@@ -62,7 +62,7 @@ class _Traced(NamedTuple):
 
 class _Seen:
     """What was seen when the function ran, apart from the transformed function, which holds
-    it: no cycle keeps a program that nobody can call any more.
+    it: no cycle keeps a program that cannot be called any more.
 
     - `traced`: by the types of the arrays outside: a transform that caches does not run the
         function again for types that it knows;
