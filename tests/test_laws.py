@@ -299,9 +299,6 @@ class WriteIfSame:
             refs[self.a % len(refs)].value += 1.0
 
 
-MESH = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
-
-
 @dataclasses.dataclass(frozen=True)
 class Nested:
     """Instructions in a lifted transform of their own."""
@@ -321,7 +318,6 @@ class Nested:
             rx.filter_jit(inner),
             rx.filter_vmap(inner, in_axes=None, out_axes=None, axis_size=2),
             rx.lift(jax.checkpoint)(inner),
-            rx.filter_shard_map(inner, mesh=MESH, in_specs=P(), out_specs=P()),
         ][self.transform]
         refs[: self.n] = lifted(tuple(refs[: self.n]), x)[: self.n]
 
@@ -340,7 +336,7 @@ nested_instruction = st.builds(
     Nested,
     st.lists(plain_instruction, min_size=1, max_size=3).map(tuple),
     st.integers(1, 4),
-    st.integers(0, 3),
+    st.integers(0, 2),
 )
 programs = st.tuples(
     st.lists(
@@ -395,6 +391,21 @@ def test_a_program_gives_under_filter_jit_what_plain_python_gives(carry, spec, p
         lifted_seen.append(call(X))
         assert_same_tree(plain_seen, lifted_seen)
     assert traces == 1
+
+
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs 2 devices")
+@pytest.mark.parametrize("jit", [False, True])
+@law(10)
+@hypothesis.given(spec=program_specs, program=programs)
+def test_a_program_gives_in_each_shard_what_plain_python_gives(jit, spec, program):
+    plain, tree = build(spec), build(spec)
+    expected = interpret(program, plain, X), plain
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    sharded = rx.filter_shard_map(
+        functools.partial(interpret, program), mesh=mesh, in_specs=P(), out_specs=P()
+    )
+    found = (rx.filter_jit(sharded) if jit else sharded)(tree, X)
+    assert_same_tree((found, tree), expected)
 
 
 @law(10)
