@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from jaxtyping import Array, Float
 
 import refx_eqx as rx
 
@@ -60,6 +61,39 @@ def test_a_default_that_is_another_ref(trace_counter):
     for _ in range(3):
         assert step(scale, jnp.array(1.0)) == 3.0
     assert f.counter.count == 1
+
+
+def test_a_keyword_default_that_is_another_ref():
+    one, five = rx.Ref(jnp.array(1.0)), rx.Ref(jnp.array(5.0))
+
+    def add(x, *, to=one):
+        to.value = to.value + x
+
+    step = rx.filter_jit(add)
+    for _ in range(4):
+        step(jnp.array(1.0))
+    add.__kwdefaults__ = {"to": five}
+    step(jnp.array(1.0))
+    assert one.value == 5.0 and five.value == 6.0
+
+
+class Two(rx.Module):
+    array: rx.Param[Float[Array, "2"]]
+
+
+def test_a_ref_that_is_declared_between_two_calls():
+    @rx.filter_jit
+    def lengthen(ref):
+        ref.value = jnp.zeros(3)
+
+    ref = rx.Ref(jnp.ones(2), "params")
+    for _ in range(4):
+        lengthen(ref)
+        ref.value = jnp.ones(2)
+    Two(ref)
+    with pytest.raises(rx.RefTypeError, match=r"`Two.array`.*cannot hold f32\[3\]"):
+        lengthen(ref)
+    assert ref.value.tolist() == [1.0, 1.0]
 
 
 def test_a_closure_variable_that_is_deleted():
