@@ -35,10 +35,10 @@ def values_of(tree):
 
 def refuses(path, tree, error, text, **kwargs):
     """`load` raises this text, and has written nothing."""
-    before = rx.state_dict(tree, rx.Ref)
+    before = rx.state_dict(tree)
     with pytest.raises(error, match=re.escape(text)) as caught:
         rx.load(path, tree, **kwargs)
-    after = rx.state_dict(tree, rx.Ref)
+    after = rx.state_dict(tree)
     assert all(after[key] is before[key] for key in before)
     return caught.value
 

@@ -17,16 +17,17 @@ import os
 from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
+import jax
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
 from .._core._errors import CheckpointError, RefError, StructureError
 from .._core._ref import Ref
-from .._filters._filters import FilterLike
-from .._filters._select import aliases, selected_refs
-from .._filters._state_dict import check_in_refs, load_state_dict, state_dict
-from .._trees._paths import key_text
+from .._filters._filters import as_filter, FilterLike
+from .._filters._select import aliases, leaves_with_paths, selected_refs
+from .._filters._state_dict import check_all_in_tree, load_state_dict, state_dict
+from .._trees._paths import key_text, path_text
 from . import _file
 from ._file import Stored, TensorFile
 from ._values import decoded, encoded, Note
@@ -44,8 +45,8 @@ Rename = Mapping[str, str | None] | Callable[[str], str | None]
 def save(path: str | os.PathLike, tree: PyTree, filter: FilterLike = True) -> None:
     """Saves the values of the refs of a tree to a file, by name.
 
-    An array that is in no ref is an error: nothing is left out in silence. (With `rx.Ref` as
-    `filter` the refs alone are saved, on purpose.)
+    An array that is in no ref is an error, so nothing is left out in silence. (With `rx.Ref`
+    as `filter` the refs alone are saved, on purpose.)
 
     The file is in the safetensors format, which many tools read. It is written next to
     `path`, flushed to the disk, and renamed: if the process is killed meanwhile, what was
@@ -93,7 +94,7 @@ def save(path: str | os.PathLike, tree: PyTree, filter: FilterLike = True) -> No
     - `OSError`: if the file cannot be written. Then what was at `path` is there still.
     """
     _file.safetensors()
-    check_in_refs(tree, filter, "Cannot save", "would not be in the file")
+    _check_in_refs(tree, filter, "Cannot save", "would not be in the file")
     arrays: dict[str, Stored] = {}
     notes: dict[str, Note] = {}
     places = _places(tree, filter)
@@ -175,7 +176,7 @@ def load(
     - `TraceLevelError`, `ImmutableError`: if a ref may not be written here.
     - `OSError`: if the file cannot be read.
     """
-    check_in_refs(tree, filter, "Cannot load", "would not be loaded")
+    _check_in_refs(tree, filter, "Cannot load", "would not be loaded")
     with _file.opened(path) as file:
         content = _Content(file, path)
         places = _places(tree, filter)
@@ -189,6 +190,20 @@ def load(
                 "other ones on purpose, say so by `rename=` and `convert=`."
             )
             raise
+
+
+def _check_in_refs(tree: Any, filter: Any, failure: str, fate: str) -> None:
+    selected = as_filter(filter)
+    pairs, _ = leaves_with_paths(tree)
+    check_all_in_tree(pairs, failure)
+    for path, leaf in pairs:
+        is_array = isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
+        if is_array and selected.matches(path, leaf):
+            raise StructureError(
+                f"{failure}: the array at {path_text(path)} is not in a ref, so it {fate}. "
+                "Put it in one (`rx.as_refs(tree)` does so for all arrays of a tree), or "
+                "pass `rx.Ref` as `filter`, which selects the refs alone."
+            )
 
 
 def _places(tree: Any, filter: Any) -> dict[Ref, tuple[str, ...]]:

@@ -25,8 +25,9 @@ def check(tree: PyTree, constants: FilterLike = False) -> None:
     """That every array of a model is in a ref: for the end of an `__init__`, or a test.
 
     An array in a field that is not declared a ref is a constant. It stays as it is when
-    `wrt="params"` is trained, [`refx_eqx.update_refs`][] leaves it, and no state dict has
-    it. If it was meant to be a parameter, nothing says so.
+    `wrt="params"` is trained, [`refx_eqx.update_refs`][] leaves it, and
+    [`refx_eqx.state_dict`][] does not have it. If it was meant to be a parameter, nothing
+    says so.
 
     !!! Example
 

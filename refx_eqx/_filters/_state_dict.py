@@ -23,7 +23,7 @@ from .._core._ref import is_ref, Ref
 from .._fields._instance import check_refs_in_place
 from .._trees._cells import is_lookup
 from .._trees._paths import key_text, Path, path_text
-from ._filters import as_filter, FilterLike
+from ._filters import FilterLike
 from ._select import choose, leaves_with_paths
 from ._update import check_fits, sharding_of, write_all
 
@@ -34,9 +34,9 @@ __tracebackhide__ = True
 def state_dict(tree: PyTree, filter: FilterLike = True) -> dict[str, Any]:
     """The values of the refs of a tree, each by the first place of its ref.
 
-    Only what is in a ref has an entry. So that nothing is lost in silence, an array in no ref
-    is an error, unless the filter leaves it out: `rx.state_dict(tree, rx.Ref)` is of the refs
-    alone, and [`refx_eqx.as_refs`][] makes refs of the arrays of a plain tree.
+    Only what is in a ref is in the dict. An array in no ref is a constant of the tree and is
+    left out: [`refx_eqx.check`][] names such arrays, [`refx_eqx.save`][] refuses them, and
+    [`refx_eqx.as_refs`][] makes refs of them.
 
     !!! Example
 
@@ -73,13 +73,12 @@ def state_dict(tree: PyTree, filter: FilterLike = True) -> dict[str, Any]:
 
     **Raises:**
 
-    - `StructureError`: if `tree` is derefed; if `filter` selects an array that is in no ref,
-        or a ref at one of its places and not at another; if two refs have the same path.
+    - `StructureError`: if `tree` is derefed, if `filter` selects a ref at one of its places
+        and not at another, or if two refs have the same path.
     - `RefTypeError`: if a field that is declared a ref holds an array.
     - `TraceLevelError`: if a ref may not be read here.
     """
     places = places_of(tree, filter, "Cannot make a state dict")
-    check_in_refs(tree, filter, "Cannot make a state dict", "would not be in it")
     if "allow_pickle" in places:
         raise StructureError(
             "Cannot make a state dict: `allow_pickle` is the path of "
@@ -145,8 +144,8 @@ def load_state_dict(
     **Raises:**
 
     - `StructureError`: if refs or keys are left over, if a value has another shape than
-        what it replaces, or a dtype that changes its numbers, or if two keys give different
-        values for one ref. Also whenever [`refx_eqx.state_dict`][] raises it.
+        what it replaces, or a dtype that changes its numbers, or if two keys give different values for one ref. Also
+        whenever [`refx_eqx.state_dict`][] raises it.
     - `RefTypeError`: if a value breaks the declared type of its ref.
     - `TraceLevelError`, `ImmutableError`: if a ref may not be written here.
     - `TypeError`: if `state` is no mapping.
@@ -157,7 +156,6 @@ def load_state_dict(
             f"`{type(state).__name__}`. For a tree of values, use `rx.update_refs`."
         )
     places = places_of(tree, filter, "Cannot load the state")
-    check_in_refs(tree, filter, "Cannot load the state", "would not be loaded")
     slots = _slots(places, "Cannot load the state")
     if strict:
         _check_complete(places, slots, state)
@@ -194,21 +192,6 @@ def _new_value(ref: Ref, given: dict[int, list[str]], state: Mapping[str, Any]) 
                     "or untie the ref: put `rx.clone(ref)` at one of its places."
                 )
     return value
-
-
-def check_in_refs(tree: Any, filter: Any, failure: str, fate: str) -> None:
-    """That the filter selects no array that is in no ref: it would be lost in silence."""
-    selected = as_filter(filter)
-    pairs, _ = leaves_with_paths(tree)
-    check_all_in_tree(pairs, failure)
-    for path, leaf in pairs:
-        is_array = isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
-        if is_array and selected.matches(path, leaf):
-            raise StructureError(
-                f"{failure}: the array at {path_text(path)} is not in a ref, so it {fate}. "
-                "Put it in one (`rx.as_refs(tree)` does so for all arrays of a tree), or "
-                "pass `rx.Ref` as `filter`, which selects the refs alone."
-            )
 
 
 def check_all_in_tree(pairs: list[tuple[Path, Any]], failure: str) -> None:
