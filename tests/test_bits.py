@@ -90,3 +90,22 @@ def test_numbers_given_to_a_checkpoint_are_arrays():
 
     assert isinstance(same(count, n), jax.Array)
     assert isinstance(count.value, jax.Array) and count.value.weak_type
+
+
+def test_what_is_not_compiled_as_a_whole_may_close_over_a_tracer():
+    def total(x):
+        combined = rx.associative_scan(lambda a, b: a + b * x, XS)
+        mapped = rx.map(lambda row: row * x, XS, batch_size=2)
+        return jnp.sum(rx.filter_checkpoint(lambda y: y * x)(combined + mapped))
+
+    def plainly(x):
+        combined = jax.lax.associative_scan(lambda a, b: a + b * x, XS)
+        return jnp.sum((combined + XS * x) * x)
+
+    for transform in (
+        jax.jit,
+        jax.grad,
+        lambda f: jax.vmap(f, axis_size=2, in_axes=None),
+    ):
+        ours, theirs = transform(total)(2.0), transform(plainly)(2.0)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)

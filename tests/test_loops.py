@@ -160,6 +160,15 @@ def test_fori_loop_without_refs_is_jaxs():
     assert rx.fori_loop(0, 5, body, (0, 1.0), unroll=2)[1] == 32.0
 
 
+def test_a_while_loop_keeps_a_weakly_typed_carry_as_jax_does():
+    # Of a weak `x`, the product is a `bfloat16`, as it was; of a `float32` it would not be.
+    body = lambda val: (val[0] + 1, val[1] + jnp.float32(1), val[1] * jnp.bfloat16(3))
+    init = 0, 0.1, jnp.bfloat16(0)
+    ours = rx.while_loop(lambda val: val[0] < 3, body, init)
+    theirs = jax.lax.while_loop(lambda val: val[0] < 3, body, init)
+    assert eqx.tree_equal(ours, theirs)
+
+
 def test_the_counter_of_a_fori_loop_is_weakly_typed_as_in_jax():
     half = jnp.array(0.5, jnp.bfloat16)
     assert rx.fori_loop(0, 3, lambda i, x: x + i, half) == 3.5

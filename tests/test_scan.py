@@ -84,6 +84,41 @@ def test_a_weakly_typed_carry_becomes_what_a_step_makes_of_it():
     assert ref.value.dtype == jnp.bfloat16 and ref.value == 3
 
 
+def test_a_weakly_typed_carry_of_the_dtype_of_a_step_stays_so_in_it_as_in_jax():
+    xs = jnp.arange(3, dtype=jnp.bfloat16) + 1
+    traces = []
+
+    def step(c, x):
+        traces.append("traced")
+        return c + jnp.float32(0.1), c * x  # of a weak `c`, a `bfloat16`
+
+    ours, theirs = rx.scan(step, 0.1, xs), jax.lax.scan(step, 0.1, xs)
+    assert eqx.tree_equal(ours, theirs) and ours[1].dtype == jnp.bfloat16
+    assert len(traces) == 2  # once each
+
+    ref: rx.Ref[Any] = rx.Ref(jnp.array(0.1))  # JAX makes a weakly typed one
+
+    def write(ref, x):
+        ref.value, y = step(ref.value, x)
+        return ref, y
+
+    _, ys = rx.scan(write, ref, xs)
+    assert eqx.tree_equal((ref.value, ys), theirs)
+
+
+def test_scans_in_each_other_trace_their_step_once():
+    traces = []
+
+    def nested(depth):
+        if depth == 0:
+            return lambda c, x: (traces.append("traced"), (c + x, None))[1]
+        inner = nested(depth - 1)
+        return lambda c, _: (rx.scan(inner, c, jnp.ones(2))[0], None)
+
+    assert rx.scan(nested(3), 0.0, jnp.ones(2))[0] == 16
+    assert traces == ["traced"]
+
+
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("place", ["carry", "closure", "method", "xs"])
 def test_a_ref_that_is_not_sliced_is_carried_from_step_to_step(place, jit):

@@ -119,7 +119,9 @@ def one_by_one(jitted: Any) -> Callable[[Any], Any]:
             return jitted(arrays)
         traced = jitted.trace(arrays)
         closed = traced.jaxpr
-        given = map(_as_array, jax.tree.leaves(arrays), closed.in_avals)
+        # What the function closes over of a trace that is running comes first.
+        given = [*traced._consts, *jax.tree.leaves(arrays)]
+        given = map(_as_array, given, closed.in_avals)
         # A result may be a constant of the program, which is no array of JAX.
         out = map(_as_array, eval_jaxpr(closed, list(given)), closed.out_avals)
         return jax.tree.unflatten(jax.tree.structure(traced.out_info), out)

@@ -178,7 +178,8 @@ def stage_loop(
     """Finds what a loop carries: the arrays of its carry, and the refs written.
 
     A step must leave them with the shapes and dtypes that they had. A weakly typed one, as
-    a Python scalar is, becomes what the step makes of it; then the step is traced again.
+    a Python scalar is, becomes of the dtype that the step makes of it; then the step is
+    traced again. If that is its own dtype, it stays weakly typed within the loop, as in JAX.
 
     **Arguments:**
 
@@ -211,6 +212,8 @@ def stage_loop(
             if kind is None:
                 raise MismatchError(_changed_kind(*what, old, new, name))
             kinds.append(kind)
+            if kind.dtype == old.dtype:
+                kind = kind._replace(weak=old.weak)
             promoted.append(x if kind == old else convert(x, kind))
         if all(x is y for x, y in zip(before, promoted)):
             break
