@@ -423,6 +423,14 @@ def test_inside_of_a_transform_refs_are_constrained(mesh):
     assert model.up.value.sharding.is_equivalent_to(
         NamedSharding(mesh, P("tensor", "fsdp")), 2
     )
+    # One that is on a mesh is constrained inside, and comes back to where it was.
+    model = FeedForward(jr.key(0))
+    rx.filter_shard(model, NamedSharding(mesh, P()))
+    with jax.set_mesh(mesh):
+        place(model)
+        assert spec_of(model.up) == P()
+        rx.filter_shard(model, RULES)  # the way to move it
+    assert spec_of(model.up) == P("tensor", "fsdp")
 
 
 def test_shapes_are_annotated(mesh):
