@@ -305,3 +305,12 @@ def test_types_are_checked_in_every_other_task():
 
     asyncio.run(main())
     assert rx.config.check_types
+
+
+def test_a_filter_that_selects_nothing_names_a_few_of_many_places():
+    model = [rx.Ref(1.0, "params") for _ in range(12)]
+    with pytest.raises(
+        rx.StructureError, match=r"leaves at `0`, .*`7`, 4 more. Correct"
+    ):
+        rx.filter_spec(model, "parms")
+    assert rx.filter_spec(model, rx.collection("parms") | False) == [False] * 12

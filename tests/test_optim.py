@@ -846,3 +846,14 @@ def test_a_number_in_the_place_of_a_slot_is_named():
     optimizer.opt_state.hyperparams["learning_rate"] = rate  # the remedy
     optimizer.opt_state.hyperparams["learning_rate"].value = 0.05
     optimizer.update(model, grads)
+
+
+def test_an_update_that_would_broadcast_what_it_is_added_to_is_refused():
+    model = {"a": rx.Ref(jnp.ones(1), "params")}
+    with pytest.raises(
+        rx.MismatchError, match=r"at `a`: .*\(1,\) and \(2,\) are not one"
+    ):
+        rx.apply_updates(model, {"a": jnp.ones(2)})
+    assert model["a"].shape == (1,)
+    rx.apply_updates(model, {"a": jnp.ones(1)})
+    assert model["a"].value.tolist() == [2.0]

@@ -160,6 +160,18 @@ def test_a_stack_that_is_not_stacked_in_front(mesh):
     assert RULES.specs(stack, mesh).value == P("tensor", None, "fsdp")
 
 
+def test_a_rule_for_these_very_refs_is_for_a_tree_of_refs():
+    a, b = rx.Ref(jnp.ones(4), "params"), rx.Ref(jnp.ones(4), "params")
+    given: Any = rx.collection("params") & ~rx.path("1") & [a]
+    rules = rx.axis_rules({given: P("fsdp")}, default=P("data"))
+    assert repr(rules).endswith(f"default={P('data')!r})")
+    assert [x.value for x in rules.specs([a, b])] == [P("fsdp"), P("data")]
+    with pytest.raises(
+        rx.StructureError, match="the tree is derefed.*the tree of refs"
+    ):
+        rules.specs(rx.deref([a, b]))
+
+
 def test_one_ref_in_two_fields_of_two_shardings_is_refused_until_it_is_given_one():
     class Rows(rx.Module):
         weight: rx.Param[Array] = rx.field(sharding=P("fsdp"))
