@@ -15,8 +15,8 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from ._core._errors import MismatchError, StructureError
+from ._core._nodes import is_traced_in_ref
 from ._core._ref import declare, Ref
-from ._core._values import is_traced_in_ref
 from ._fields._axis_names import NO_NAMES
 from ._fields._bound import BoundType
 from ._fields._declared import DeclaredRef

@@ -9,11 +9,9 @@ from .._core import _jax, _trace
 from .._core._access import check_value, Withheld
 from .._core._deref import deref_leaves, make_ref_of
 from .._core._errors import CarryError, describe, TraceLevelError
-from .._core._nodes import value_node
+from .._core._nodes import is_traced_in_ref, split_value, value_node
 from .._core._ref import content, IN_PLACE, Ref, set_value
-from .._core._values import is_traced_in_ref, split_value
-from .._trees._changes import Changes, place_of
-from .._trees._containers import owned
+from .._trees._changes import Changes, owned, place_of
 from ._structure import flatten, Leaves, Outcome, OutcomeInfo, split, Structure
 
 

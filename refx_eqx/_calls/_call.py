@@ -34,8 +34,8 @@ from .._core._errors import (
     RefTypeError,
 )
 from .._core._identity import Asked, asked_of
+from .._core._nodes import is_traced
 from .._core._ref import commits, content, IN_PLACE, Ref
-from .._core._values import is_traced
 from .._trees._closure import Part
 from ._body import apply, run_body
 from ._commit import commit, Disturbed, rescue, updates_of

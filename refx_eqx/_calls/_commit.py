@@ -9,7 +9,7 @@ from .._core import _jax, _trace
 from .._core._access import check_writable
 from .._core._errors import describe, StructureError
 from .._core._ref import commits, Ref
-from .._trees._containers import containers
+from .._trees._changes import containers
 from ._structure import Outcome
 
 

@@ -25,9 +25,8 @@ from .._core._access import refuse_cycle
 from .._core._deref import make_ref_of, reref_leaves
 from .._core._errors import describe
 from .._core._identity import NOTHING_ASKED
-from .._core._nodes import Index, is_node, Value
+from .._core._nodes import Index, is_node, is_traced, join_value, split_value, Value
 from .._core._ref import is_ref, Ref
-from .._core._values import is_traced, join_value, split_value
 from .._trees import _closure
 from .._trees._closure import Part, without_empty
 from .._trees._keys import identities_in, recalled, static_key, static_keys

@@ -7,7 +7,7 @@ from typing import Any
 import jax.tree_util as jtu
 
 from .._trees._cells import holds_itself, is_lookup, shared_in
-from .._trees._containers import copied, is_writeable
+from .._trees._changes import copied, is_writeable
 from .._trees._equality import Shared
 from . import _jax, _trace
 from ._errors import (

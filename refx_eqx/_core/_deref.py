@@ -16,8 +16,8 @@ from jaxtyping import Array, ArrayLike, PyTree
 
 from .._trees import _closure
 from .._trees._cells import is_lookup, shared_in
+from .._trees._changes import owned
 from .._trees._closure import opened
-from .._trees._containers import owned
 from .._trees._functions import FirstPlaceGone
 from .._trees._paths import path_text
 from . import _trace

@@ -19,7 +19,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jax import Array
 
-from .._trees._containers import owned
+from .._trees._changes import owned
 from .._trees._equality import Shared
 from . import _jax, _trace
 from ._access import (

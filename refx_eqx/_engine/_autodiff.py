@@ -25,7 +25,7 @@ from .._calls._structure import (
 )
 from .._core._deref import deref_leaves
 from .._core._errors import name_of, StructureError
-from .._core._values import is_traced_in_ref
+from .._core._nodes import is_traced_in_ref
 from .._filters._select import check_can_select, choose, leaves_with_paths
 from .._trees._closure import Part
 from ._backward import apart_from_channels

@@ -13,8 +13,8 @@ from .._calls._places import place_text
 from .._calls._structure import flatten
 from .._core._access import refuse_cycle
 from .._core._errors import describe, MismatchError
+from .._core._nodes import is_traced
 from .._core._ref import Ref
-from .._core._values import is_traced
 from .._trees._keys import static_keys
 
 

@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._core import _jax
-from .._core._values import split_value
+from .._core._nodes import split_value
 from .._trees._keys import static_key, static_keys
 
 

@@ -28,9 +28,9 @@ from .._calls._call import Call, close_result, with_refs
 from .._calls._commit import commit, Disturbed, rescue, updates_of
 from .._calls._structure import Outcome
 from .._core import _trace
+from .._core._nodes import is_traced, split_value
 from .._core._on_mesh import on_mesh
 from .._core._ref import commits, one_step, Ref, set_value
-from .._core._values import is_traced, split_value
 from ._call_key import address, GivenArray, mark, Read, read
 from ._contents import Contents, is_one_array, picker
 from ._flat import flat_of, forget_values

@@ -24,8 +24,8 @@ import jax.tree_util as jtu
 from .._core._deref import closed
 from .._core._ref import Ref
 from .._trees._cells import may_carry, reaches
+from .._trees._changes import owned
 from .._trees._closure import opened
-from .._trees._containers import owned
 
 
 __tracebackhide__ = True

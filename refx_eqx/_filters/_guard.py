@@ -7,7 +7,7 @@ from typing import Any
 from .._core import _jax, _trace
 from .._core._errors import describe, ImmutableError
 from .._core._ref import commits, Ref
-from .._trees._containers import containers, copied, is_same_value
+from .._trees._changes import containers, copied, is_same_value
 
 
 __tracebackhide__ = True

@@ -9,9 +9,15 @@ from jax.sharding import PartitionSpec
 
 from .._core._deref import deref
 from .._core._errors import describe, MismatchError, StructureError
-from .._core._nodes import Index, is_node, Value, value_node
+from .._core._nodes import (
+    Index,
+    is_node,
+    is_traced,
+    is_traced_in_ref,
+    Value,
+    value_node,
+)
 from .._core._ref import make_ref, Ref
-from .._core._values import is_traced, is_traced_in_ref
 from .._fields._axes_of_values import declared_axes, stacks_in
 from .._fields._following import DeclaredAxes, followed
 from .._filters._filters import as_filter, asks_identity

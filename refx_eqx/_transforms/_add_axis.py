@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._core._errors import describe, StructureError
+from .._core._nodes import is_traced_in_ref
 from .._core._ref import make_ref, Ref
-from .._core._values import is_traced_in_ref
 from .._engine._by_filter import RNG
 from .._engine._rng_split import fold_in, is_key
 from .._filters._filters import FilterLike

@@ -11,8 +11,8 @@ from .._calls._call import Call, call
 from .._calls._places import place_text
 from .._calls._structure import Leaves, Outcome
 from .._core._errors import CarryError, describe, StructureError
+from .._core._nodes import is_traced
 from .._core._ref import Ref
-from .._core._values import is_traced
 from .._engine._carry import (
     as_callable,
     CarryBefore,

@@ -15,9 +15,8 @@ from .._calls._call import Call, call
 from .._calls._structure import arrays_of, Leaves, Outcome
 from .._core import _jax
 from .._core._errors import CarryError, describe, MismatchError
-from .._core._nodes import Label, Value, value_node
+from .._core._nodes import join_value, Label, Value, value_node
 from .._core._ref import Ref
-from .._core._values import join_value
 from .._engine._by_place import given_of_result
 from .._engine._call_specs import call_specs, check_known, part_of, Specs
 from .._engine._rng_split import is_key, split_keys

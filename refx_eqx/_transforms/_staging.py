@@ -13,9 +13,8 @@ from .._calls._call import Call, call
 from .._calls._structure import arrays_of, Key, Leaves, Outcome, OutcomeInfo, tree_of
 from .._core import _jax, _trace
 from .._core._errors import CarryError, describe, MismatchError, name_of
-from .._core._nodes import is_node
+from .._core._nodes import is_node, is_traced
 from .._core._ref import Ref
-from .._core._values import is_traced
 from .._engine._autodiff import arrays_of_result, derefed_result
 from .._engine._run_time_errors import CallbackFailed, explain
 from .._engine._wrapper import Lifted

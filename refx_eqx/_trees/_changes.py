@@ -1,4 +1,4 @@
-"""What a function changed in place in what it was given.
+"""What may be changed in place in a tree, and what a function changed of what it was given.
 
 A function is given trees that are rebuilt for it. What it changes in them in place is not
 seen by the caller, as in JAX:
@@ -12,6 +12,7 @@ seen by the caller, as in JAX:
 Only what could have changed is looked at again.
 """
 
+import copy
 import functools
 import types
 from collections import defaultdict, OrderedDict
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.tree_util as jtu
+import numpy as np
 
 from ._cells import carried_cells, may_carry, reachable
 from ._equality import ByValue, Shared
@@ -27,6 +29,62 @@ from ._paths import path_text
 
 
 __tracebackhide__ = True
+
+
+_CONTAINERS = frozenset((list, dict, OrderedDict, defaultdict))
+
+
+def _may_change(x: Any) -> bool:
+    return type(x) in _CONTAINERS or is_writeable(x)
+
+
+def is_writeable(leaf: Any) -> bool:
+    return type(leaf) is np.ndarray and leaf.flags.writeable
+
+
+def containers(value: Any) -> dict[int, Any]:
+    """What in a value may be changed in place, by its `id`."""
+    found: dict[int, Any] = {}
+
+    def visit(x: Any) -> bool:
+        if _may_change(x):
+            found[id(x)] = x
+        return False
+
+    jtu.tree_leaves(value, is_leaf=visit)
+    return found
+
+
+def owned(value: Any) -> Any:
+    """The value with lists, dicts and NumPy arrays of its own; itself if it has none."""
+    return copied(value) if containers(value) else value
+
+
+def copied(value: Any) -> Any:
+    return jtu.tree_map(_copied_one, value, is_leaf=_may_change)
+
+
+def _copied_one(x: Any) -> Any:
+    if type(x) is list:
+        return list(map(copied, x))
+    if type(x) in _CONTAINERS:
+        # Not by JAX, which puts the keys in order.
+        new = copy.copy(x)
+        new.update((key, copied(item)) for key, item in x.items())
+        return new
+    # A NumPy array that its giver cannot change: a change there would be no write.
+    return x.copy() if is_writeable(x) else x
+
+
+def is_same_value(a: Any, b: Any) -> bool:
+    a_leaves, a_def = jtu.tree_flatten(a)
+    b_leaves, b_def = jtu.tree_flatten(b)
+    return a_def == b_def and all(map(_is_same_leaf, a_leaves, b_leaves))
+
+
+def _is_same_leaf(a: Any, b: Any) -> bool:
+    both = type(a) is type(b) is np.ndarray
+    return a is b or (both and a.dtype == b.dtype and a.tobytes() == b.tobytes())
 
 
 class _Node(NamedTuple):
@@ -56,10 +114,10 @@ class Changes:
             children, rest = opened
             if not isinstance(obj, tuple):
                 seen.add(id(obj))
-                is_copy = is_copy and type(obj) in _COPIES
+                is_copy = is_copy and type(obj) in _CONTAINERS
                 node = _Node(obj, part, is_copy, children, rest)
                 # What makes its children when it is flattened has others each time.
-                if type(obj) in _COPIES or not _differs(node):
+                if type(obj) in _CONTAINERS or not _differs(node):
                     self._nodes.append(node)
             todo.extend((child, part, is_copy) for child in children)
 
@@ -70,12 +128,11 @@ class Changes:
         """Something whose change would be lost, of a function that returns `result`."""
         found = [x for x in self._nodes if _differs(x) and _matters(x)]
         if found:
-            returned = _containers(result)
+            returned = _nodes_in(result)
             found = [node for node in found if id(node.obj) not in returned]
         return found[0] if found else None
 
 
-_COPIES = (list, dict, OrderedDict, defaultdict)
 # An `equinox.nn.State` is consumed by a function that is given one, and may not be
 # flattened then.
 _OPAQUE = (Shared, ByValue, eqx.nn.State)
@@ -121,7 +178,7 @@ def _refs(trees: list[Any]) -> list[int]:
     return sorted(id(leaf) for leaf in leaves if isinstance(leaf, Shared))
 
 
-def _containers(tree: Any) -> set[int]:
+def _nodes_in(tree: Any) -> set[int]:
     found: set[int] = set()
 
     def visit(x: Any) -> bool:
