@@ -721,6 +721,15 @@ def test_a_compiled_program_refuses_another_sharing():
     assert jitted(a, a) == 0  # the remedy
 
 
+def test_a_compiled_program_refuses_a_value_of_another_structure():
+    one, two = rx.Ref((jnp.ones(2),)), rx.Ref((jnp.ones(2), jnp.ones(3)))
+    jitted = filter_jit(lambda ref: ref.value[0])
+    compiled = jitted.lower(one).compile()
+    with pytest.raises(rx.StructureError, match="arguments of another structure"):
+        compiled(two)
+    assert jitted(two).tolist() == [1.0, 1.0]  # the remedy
+
+
 def test_lowering_writes_nothing_and_takes_keywords():
     count = make_count()
 

@@ -27,6 +27,13 @@ class Lifted:
         self.options = options
         functools.update_wrapper(self, fn, updated=())
 
+    @classmethod
+    def of(cls, fn: Any, **options: Any) -> Any:
+        """The lifted function; or, if there is none yet, a decorator with these options."""
+        if fn is None:
+            return functools.partial(cls, **options)
+        return cls(fn, **options)
+
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else eqx.Partial(self, instance)
 

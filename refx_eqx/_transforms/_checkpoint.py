@@ -1,6 +1,5 @@
 """`filter_checkpoint`."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, overload, ParamSpec, TypeVar
 
@@ -117,8 +116,4 @@ def filter_checkpoint(
     - `TraceLevelError`: if the function touches a ref that it reaches through a global name.
     - `StructureError`: if it changes a list, a dict or a closure variable that it was given.
     """
-    if fun is None:
-        return functools.partial(
-            filter_checkpoint, prevent_cse=prevent_cse, policy=policy
-        )
-    return _Checkpoint(fun, prevent_cse=prevent_cse, policy=policy)
+    return _Checkpoint.of(fun, prevent_cse=prevent_cse, policy=policy)

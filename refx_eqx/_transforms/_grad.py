@@ -1,6 +1,5 @@
 """`filter_grad` and `filter_value_and_grad`."""
 
-import functools
 from collections.abc import Callable, Hashable
 from typing import Any, Concatenate, Literal, overload, ParamSpec, TypeVar
 
@@ -41,9 +40,6 @@ Aux = TypeVar("Aux")
 
 class _ValueAndGrad(Lifted):
     transform_name = "filter_value_and_grad"
-
-    def __init__(self, fn: Any, *, wrt: Any, has_aux: bool, gradkwargs: dict):
-        super().__init__(fn, wrt=wrt, has_aux=has_aux, gradkwargs=gradkwargs)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         name, options = self.transform_name, self.options
@@ -292,14 +288,12 @@ def filter_grad(
     return _lift_grad(_Grad, fun, wrt, has_aux, gradkwargs)
 
 
-def _lift_grad(cls: Callable, fun: Any, wrt: Any, has_aux: bool, kwargs: dict) -> Any:
+def _lift_grad(
+    cls: type[Lifted], fun: Any, wrt: Any, has_aux: bool, kwargs: dict
+) -> Any:
     if "argnums" in kwargs:
         raise ValueError(
             "`argnums` is not taken: the first argument is differentiated. To "
             "differentiate several, pass them as a tuple."
         )
-    if fun is None:
-        return functools.partial(
-            _lift_grad, cls, wrt=wrt, has_aux=has_aux, kwargs=kwargs
-        )
-    return cls(fun, wrt=as_option(wrt), has_aux=has_aux, gradkwargs=kwargs)
+    return cls.of(fun, wrt=as_option(wrt), has_aux=has_aux, gradkwargs=kwargs)

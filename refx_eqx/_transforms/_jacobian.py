@@ -28,9 +28,6 @@ class _Jacobian(Lifted):
     # The transforms of JAX that take it, one after the other.
     steps: ClassVar[tuple[Callable[..., Any], ...]]
 
-    def __init__(self, fn: Any, *, has_aux: bool, wrt: Any, holomorphic: bool):
-        super().__init__(fn, has_aux=has_aux, wrt=wrt, holomorphic=holomorphic)
-
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         name, has_aux = self.transform_name, self.options["has_aux"]
         first = first_of(args, name)

@@ -1,8 +1,9 @@
 """`filter_jit`: one compiled program for each structure, called with flat arrays."""
 
+import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, overload, ParamSpec, TypeVar
 
 import jax
@@ -10,12 +11,12 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from .._calls._call import Call, call
-from .._calls._structure import Key, Leaves, Outcome
+from .._calls._structure import Leaves, Outcome
 from .._core import _trace
 from .._core._errors import MismatchError, name_of
 from .._engine._donation import apart, call_into, Donate, Split
 from .._engine._fast_path import NO_PLAN, Plans
-from .._engine._flat import flat_of, flat_place
+from .._engine._flat import flat_of, flat_place, program_key
 from .._engine._program import Program, program_of, Variant
 from .._engine._run_time_errors import explain
 from .._engine._shardings import with_shardings
@@ -73,36 +74,71 @@ class _Jit(Lifted):
         variant, flat = self._program.variant(derefed)
         lowered, split = variant.lower(derefed, flat)
         types = list(map(_type_text, flat))
-        key = derefed.structure.key
-        return Lowered(self, lowered, variant, key, split, types)
+        return Lowered(self, lowered, variant, program_key(derefed), split, types)
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class Lowered:
     """A lowered `filter_jit` function: what `.lower(...)` returns.
 
     It has the attributes of `jax.stages.Lowered`; `compile` is aware of refs.
     """
 
-    def __init__(
-        self,
-        jit: _Jit,
-        lowered: Any,
-        variant: Variant,
-        key: Key,
-        split: Split,
-        types: list[str],
-    ):
-        self.lowered = lowered
-        self._rest = jit, variant, key, split, types
+    _jit: _Jit
+    lowered: Any
+    _variant: Variant
+    _key: Hashable
+    _split: Split
+    _types: list[str]
 
     def compile(
         self, compiler_options: dict[str, str | bool] | None = None
     ) -> "Compiled":
         compiled = self.lowered.compile(compiler_options=compiler_options)
-        return Compiled(compiled, *self._rest)
+        return Compiled(self, compiled)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.lowered, name)
+
+    def _run(self, compiled: Any, derefed: Call) -> Outcome:
+        if program_key(derefed) != self._key:
+            raise self._misfit(
+                "arguments of another structure (another sharing of refs, other static "
+                "values, ...)"
+            )
+        flat = flat_of(derefed).arrays
+        for k, (x, known) in enumerate(zip(flat, self._types)):
+            if _type_text(x) != known:
+                where = flat_place(derefed, k)
+                raise self._misfit(
+                    f"{known} in {where}, and is called with {_type_text(x)} there"
+                )
+        try:
+            if self._jit.options["donate"] == "none":
+                result = compiled(flat)
+            else:
+                derefed.arrays = []  # `apart` counts who holds a buffer
+                both = apart(flat, derefed.values, self._split)
+                make = self._variant.outcome
+                result = call_into(derefed.returned, make, compiled, *both)
+            outcome = self._variant.outcome(result)
+            if not outcome.info.asked.holds_for(derefed.refs):
+                raise self._misfit(
+                    "other refs: it asks which refs it is given (it looks them up in a set "
+                    "or dict, or compares them), and the answer would be another for these"
+                )
+            if outcome.info.waits:
+                jax.block_until_ready(result)
+        except (ValueError, RuntimeError) as e:
+            explain(e, derefed.refs, derefed.values)
+            raise
+        return outcome
+
+    def _misfit(self, what: str) -> MismatchError:
+        return MismatchError(
+            f"`{name_of(self._jit.__wrapped__)}` was compiled for {what}. Call the "
+            "`filter_jit` function itself, which compiles when it must."
+        )
 
 
 class Compiled:
@@ -112,70 +148,15 @@ class Compiled:
     It has the attributes of `jax.stages.Compiled`.
     """
 
-    def __init__(
-        self,
-        compiled: Any,
-        jit: _Jit,
-        variant: Variant,
-        key: Key,
-        split: Split,
-        types: list[str],
-    ):
+    def __init__(self, lowered: Lowered, compiled: Any):
+        self._lowered = lowered
         self.compiled = compiled
-        self._jit = jit
-        self._variant = variant
-        self._key = key
-        self._split = split
-        self._types = types
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        jit = self._jit
-
-        def run(derefed: Call) -> Outcome:
-            if derefed.structure.key != self._key:
-                raise MismatchError(
-                    f"`{name_of(jit.__wrapped__)}` was compiled for arguments of another "
-                    "structure (another sharing of refs, other static values, ...). Call "
-                    "the `filter_jit` function itself, which compiles when it must."
-                )
-            flat = flat_of(derefed).arrays
-            self._check_types(derefed, flat)
-            try:
-                if jit.options["donate"] == "none":
-                    result = self.compiled(flat)
-                else:
-                    derefed.arrays = []  # `apart` counts who holds a buffer
-                    both = apart(flat, derefed.values, self._split)
-                    make = self._variant.outcome
-                    result = call_into(derefed.returned, make, self.compiled, *both)
-                outcome = self._variant.outcome(result)
-                if not outcome.info.asked.holds_for(derefed.refs):
-                    raise MismatchError(
-                        f"`{name_of(jit.__wrapped__)}` was compiled for other refs: it "
-                        "asks which refs it is given (it looks them up in a set or dict, "
-                        "or compares them), and the answer would be another for these. "
-                        "Call the `filter_jit` function itself, which compiles when it "
-                        "must."
-                    )
-                if outcome.info.waits:
-                    jax.block_until_ready(result)
-            except (ValueError, RuntimeError) as e:
-                explain(e, derefed.refs, derefed.values)
-                raise
-            return outcome
-
-        return call(jit.__wrapped__, *jit._bind(args, kwargs), run)
-
-    def _check_types(self, derefed: Call, flat: list[Any]) -> None:
-        types = list(map(_type_text, flat))
-        if types == self._types:
-            return
-        k = next(k for k, x in enumerate(types) if x != self._types[k])
-        raise MismatchError(
-            f"`{name_of(self._jit.__wrapped__)}` was compiled for {self._types[k]} in "
-            f"{flat_place(derefed, k)}, and is called with {types[k]} there. Call the "
-            "`filter_jit` function itself, which compiles when it must."
-        )
+        jit: _Jit = self._lowered._jit
+        args, kwargs = jit._bind(args, kwargs)
+        run = functools.partial(self._lowered._run, self.compiled)
+        return call(jit.__wrapped__, args, kwargs, run)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.compiled, name)
@@ -286,14 +267,6 @@ def filter_jit(
     - `ConcurrencyError`: if another thread wrote a ref whose buffer was donated.
     - `DonatedError`: if the array in a ref was donated or deleted elsewhere.
     """
-    if fun is None:
-        return functools.partial(
-            filter_jit,
-            donate=donate,
-            in_shardings=in_shardings,
-            out_shardings=out_shardings,
-            **jitkwargs,
-        )
     modes = Donate.__args__  # type: ignore[attr-defined]
     if donate not in modes:
         raise ValueError(
@@ -307,7 +280,7 @@ def filter_jit(
             "traced and what is static is decided by the filter. Use `donate=` to donate."
         )
     shardings = in_shardings, out_shardings
-    return _Jit(fun, donate=donate, shardings=shardings, jitkwargs=jitkwargs)
+    return _Jit.of(fun, donate=donate, shardings=shardings, jitkwargs=jitkwargs)
 
 
 _UNSUPPORTED: frozenset[str] = frozenset(

@@ -1,6 +1,5 @@
 """`filter_shard_map`."""
 
-import functools
 from collections.abc import Callable, Hashable, Set
 from typing import Any, overload, ParamSpec, TypeVar
 
@@ -42,9 +41,6 @@ _NAME = "filter_shard_map"
 
 class _ShardMap(Lifted):
     transform_name = _NAME
-
-    def __init__(self, fn: Any, **options: Any):
-        super().__init__(fn, **options)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         if kwargs:
@@ -354,13 +350,11 @@ def filter_shard_map(
         specs.
     - `TypeError`: if a spec is none; if `in_specs` was left out, and axes are not explicit.
     """
-    options = dict(
+    return _ShardMap.of(
+        f,
         mesh=mesh,
         in_specs=in_specs,
         out_specs=out_specs,
         axis_names=frozenset(axis_names),
         check_vma=check_vma,
     )
-    if f is None:
-        return functools.partial(_ShardMap, **options)
-    return _ShardMap(f, **options)

@@ -1,6 +1,5 @@
 """`filter_vmap`."""
 
-import functools
 from collections.abc import Callable, Hashable
 from typing import Any, overload, ParamSpec, TypeVar
 
@@ -38,9 +37,6 @@ T = TypeVar("T")
 
 class _Vmap(Lifted):
     transform_name = "filter_vmap"
-
-    def __init__(self, fn: Any, **options: Any):
-        super().__init__(fn, **options)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         if kwargs:
@@ -355,13 +351,11 @@ def filter_vmap(
         the mapped axis, if one ref is met with two axes, or if sizes differ.
     - `TraceLevelError`: if the function touches the whole of a ref of which it has a slice.
     """
-    options = dict(
+    return _Vmap.of(
+        fun,
         in_axes=in_axes,
         out_axes=out_axes,
         axis_name=axis_name,
         axis_size=axis_size,
         vmapkwargs=vmapkwargs,
     )
-    if fun is None:
-        return functools.partial(_Vmap, **options)
-    return _Vmap(fun, **options)
