@@ -75,7 +75,7 @@ class Trained:
     def which(self, name: str) -> str:
         """How messages refer to a ref."""
         ref = self.refs[name]
-        return f"`{name}`, {describe(ref._name, ref._collection)}"
+        return f"`{name}`, {describe(ref)}"
 
     def followed(self) -> dict[tuple, tuple[Any, Following]]:
         """Each array of each ref, by its place in `values`, with the type of what follows
@@ -246,7 +246,7 @@ def with_update(ref: Ref, value: Any, update: Any, where: str) -> Any:
         return jtu.tree_map(add, update, value, is_leaf=lambda x: x is None)
     except (ValueError, TypeError) as e:
         raise MismatchError(
-            f"Cannot update {describe(ref._name, ref._collection)} {where}: it holds "
+            f"Cannot update {describe(ref)} {where}: it holds "
             f"{eqx.tree_pformat(value)}, and the update is {eqx.tree_pformat(update)}: {e} "
             "An update has the structure and the shape of what it is added to."
         ) from None

@@ -73,7 +73,7 @@ def run_body(
         if ref._collection != collection:
             raise CarryError(
                 f"`{name}` cannot carry a change of collection: "
-                f"{describe(ref._name, ref._collection)} had no collection when it came "
+                f"{describe(ref)} had no collection when it came "
                 "in. Give it one where it is made: `rx.Ref(value, collection)`."
             )
         # Always asked, as it also checks the type of what was changed in place.
@@ -147,7 +147,7 @@ def _deref_result(
     def read(ref: Ref) -> Any:
         if ref._trace() is not _jax.current_trace():
             raise TraceLevelError(
-                f"`{name}` cannot return {describe(ref._name, ref._collection)}: it was "
+                f"`{name}` cannot return {describe(ref)}: it was "
                 "created outside the function and was not passed in. Pass the ref, or "
                 "the module that holds it, as an argument."
             )

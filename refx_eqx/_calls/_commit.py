@@ -34,7 +34,7 @@ def _check_unshared(refs: list[Ref], in_place: Set[int]) -> None:
         for other, theirs in zip(refs, held):
             shared = [x for key, x in theirs.items() if key in held[i]]
             if shared and other is not refs[i]:
-                both = [describe(r._name, r._collection) for r in (refs[i], other)]
+                both = [describe(r) for r in (refs[i], other)]
                 raise StructureError(
                     f"Cannot write {both[0]}: the function changed a "
                     f"{type(shared[0]).__name__} in its value in place, and {both[1]} holds "

@@ -219,8 +219,7 @@ def _not_hashable(structure: Structure) -> TypeError:
                 except TypeError:
                     where = place(structure.parts, i, k)
                     if type(static) is Value:
-                        name, collection = static.label.name, static.collection
-                        where = f"{describe(name, collection)}, in {where}"
+                        where = f"{describe(static)}, in {where}"
                     return TypeError(
                         f"Cannot cache on the static value {leaf!r} ({where}): "
                         f"{_why_not_hashable(leaf)}"

@@ -55,7 +55,7 @@ def check_readable(ref: Any) -> None:
     else:
         reason = _trace.why_not_readable(ref, owner)
     if reason is not None:
-        which = describe(ref._name, ref._collection)
+        which = describe(ref)
         raise TraceLevelError(
             f"Cannot read ref from different trace level: {which}: {reason}"
         )
@@ -69,7 +69,7 @@ def check_unleaked(ref: Any, value: Any) -> None:
     for leaf in jtu.tree_leaves(value):
         reason = _trace.why_not_alive(leaf)
         if reason is not None:
-            which = describe(ref._name, ref._collection)
+            which = describe(ref)
             raise TraceLevelError(
                 f"Cannot read ref from different trace level: {which}: a list or a dict in "
                 f"its value was changed in place, where it may only be read: {reason} And "
@@ -86,13 +86,13 @@ def check_writable(ref: Any) -> None:
         else:
             reason = _trace.why_not_writable(ref, owner)
         if reason is not None:
-            which = describe(ref._name, ref._collection)
+            which = describe(ref)
             raise TraceLevelError(
                 f"Cannot mutate ref from different trace level: {which}: {reason}"
             )
     where = why_immutable(ref)
     if where is not None:
-        which = describe(ref._name, ref._collection)
+        which = describe(ref)
         raise ImmutableError(f"Cannot write {which}: this code runs {where}")
 
 
@@ -125,15 +125,15 @@ def check_value(ref: Any, value: Any) -> Any:
             if inside is not None:
                 raise StructureError(
                     "The value of a ref cannot hold a ref: "
-                    f"{describe(ref._name, ref._collection)} was given one that holds "
-                    f"{describe(inside._name, inside._collection)}. Put the two refs side "
+                    f"{describe(ref)} was given one that holds "
+                    f"{describe(inside)}. Put the two refs side "
                     "by side in a tuple or a module."
                 )
             reason = _trace.why_not_alive(leaf)
             if reason is not None:
                 raise TraceLevelError(
                     "Cannot mutate ref from different trace level: "
-                    f"{describe(ref._name, ref._collection)}: {reason}"
+                    f"{describe(ref)}: {reason}"
                 )
             check_not_deleted(ref, leaf)
     for bound in ref._declared or ():
@@ -158,7 +158,7 @@ def refuse_cycle(tree: Any) -> None:
 def check_not_deleted(ref: Any, leaf: Any) -> None:
     if _jax.is_deleted(leaf):
         raise DonatedError(
-            f"Cannot put a deleted array into {describe(ref._name, ref._collection)}: its "
+            f"Cannot put a deleted array into {describe(ref)}: its "
             f"buffer ({leaf.dtype}{list(leaf.shape)}) was donated to a call, or deleted, "
             "and its numbers are gone. Give that call a copy: `jnp.array(x, copy=True)`."
         )

@@ -156,7 +156,7 @@ def refuse_lookups(tree: Any, leaves: list[Any], verb: str) -> None:
         if looked_up is not None:
             raise StructureError(
                 f"Cannot {verb} a {type(leaf).__name__} of refs, such as "
-                f"{describe(looked_up._name, looked_up._collection)} at "
+                f"{describe(looked_up)} at "
                 f"{path_of(tree, lambda x: x is leaf)}: what is in a set, or a key of a dict, is "
                 "no part of a tree, and would stay the ref that it is. Hold the refs in a "
                 "list or a tuple, and make the set of them where you look one up."
@@ -257,7 +257,7 @@ def reref(tree: T) -> T:
             if leaf.index in refs:
                 raise StructureError(
                     f"Cannot reref: two values for ref {leaf.index} "
-                    f"({describe(leaf.label.name, leaf.collection)}). Were two trees put "
+                    f"({describe(leaf)}). Were two trees put "
                     "together after they were derefed? Deref the whole of them at once: "
                     "`rx.deref((tree1, tree2))`."
                 )
@@ -270,7 +270,7 @@ def reref(tree: T) -> T:
         elif isinstance(leaf, Ref):
             raise StructureError(
                 "Cannot reref a tree that holds refs already: "
-                f"{describe(leaf._name, leaf._collection)} found at "
+                f"{describe(leaf)} found at "
                 f"{path_of(tree, is_ref)}. Call `rx.deref` on the whole tree first."
             )
         else:
@@ -280,7 +280,7 @@ def reref(tree: T) -> T:
 
 def _check_node(tree: Any, node: Value) -> None:
     """What the value of a ref must be, of a node that any code may have made."""
-    which = describe(node.label.name, node.collection)
+    which = describe(node)
     if not (isinstance(node.ref_type, type) and issubclass(node.ref_type, Ref)):
         raise StructureError(
             f"Cannot reref: the Value of {which} at {path_of(tree, lambda x: x is node)} "
@@ -321,7 +321,7 @@ def _close(node: Value) -> Ref:
 
 def _resolve(tree: Any, node: Value | Index, refs: dict[int, Ref]) -> Ref:
     ref = refs.get(node.index)
-    which = describe(node.label.name, node.collection)
+    which = describe(node)
     if ref is None:
         where = path_of(tree, lambda x: isinstance(x, Index) and x.index == node.index)
         raise StructureError(
@@ -333,7 +333,7 @@ def _resolve(tree: Any, node: Value | Index, refs: dict[int, Ref]) -> Ref:
         raise StructureError(
             f"Cannot reref: Index {node.index} is of {node.ref_type.__name__} {which}, but "
             f"its Value is of {type(ref).__name__} "
-            f"{describe(ref._name, ref._collection)}. Were two trees put together after "
+            f"{describe(ref)}. Were two trees put together after "
             "they were derefed? Deref the whole of them at once: `rx.deref((tree1, tree2))`."
         )
     return ref

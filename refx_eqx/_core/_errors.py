@@ -261,8 +261,13 @@ for _error in (
     _error.__module__ = "refx_eqx"
 
 
-def describe(name: str | None, collection: Hashable) -> str:
-    """How every message refers to a ref: `` `Linear.weight` (collection 'params')``."""
+def describe(ref: Any) -> str:
+    """How every message refers to a ref, or to a node that stands for one:
+    `` `Linear.weight` (collection 'params')``."""
+    return describe_named(ref._name, ref._collection)
+
+
+def describe_named(name: str | None, collection: Hashable) -> str:
     which = "an unnamed ref" if name is None else f"`{name}`"
     if collection is None:
         return f"{which} (no collection)"

@@ -92,7 +92,7 @@ def _note(ref: Any, asking: Set[Any]) -> None:
     body, outer = ref._body, ref._outer
     if outer is None:
         raise TraceLevelError(
-            f"Cannot tell which ref this is: {describe(ref._name, ref._collection)} was "
+            f"Cannot tell which ref this is: {describe(ref)} was "
             f"compared or looked up by `{body.name}` in code that JAX runs after the call "
             "(a rule of a custom derivative, a callback), for whichever refs the program "
             "is used. Decide it before the call, and close over the answer."

@@ -57,7 +57,7 @@ def misuse(ref: Any, what: str, name: str = "") -> RefTypeError:
         )
     return RefTypeError(
         f"A ref is not the value that it holds: {what} was asked of "
-        f"{describe(ref._name, ref._collection)}. To use the value, {remedy}"
+        f"{describe(ref)}. To use the value, {remedy}"
     )
 
 
@@ -75,8 +75,5 @@ def missing_attribute(ref: Any, name: str) -> AttributeError:
     """The error for an attribute that a ref has not; its value may have it."""
     text = f"{type(ref).__name__!r} object has no attribute {name!r}"
     if not name.startswith("_") and hasattr(type(ref._value), name):
-        text += (
-            f". The value of {describe(ref._name, ref._collection)} has it: read it, "
-            f"`ref[...].{name}`."
-        )
+        text += f". The value of {describe(ref)} has it: read it, `ref[...].{name}`."
     return AttributeError(text, name=name, obj=ref)

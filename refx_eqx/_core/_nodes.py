@@ -50,7 +50,28 @@ def label_of(ref: Ref) -> Label:
     return Label((ref._name, ref._declared))
 
 
-class Value:
+class Node:
+    """What `Value` and `Index` have in common: all that there is of a ref but its value."""
+
+    __slots__ = ("collection", "index", "label", "ref_type")
+
+    def __init__(self, index: int, collection: Hashable, ref_type: type[Ref]):
+        which = f"rx.{type(self).__name__}"
+        check_hashable(which, index=index, collection=collection)
+        self.index = index
+        self.collection = collection
+        self.ref_type = ref_type
+        self.label = _NO_LABEL
+
+    # As a ref has them, for messages.
+    _name = property(lambda self: self.label.name)
+    _collection = property(lambda self: self.collection)
+
+    def structure(self) -> tuple[int, Hashable, type[Ref]]:
+        return self.index, self.collection, self.ref_type
+
+
+class Value(Node):
     """A ref at its first place in a derefed tree: a pytree node with the value as child.
 
     Made by [`refx_eqx.deref`][]. Everything but the value is structure: two treedefs are
@@ -75,7 +96,7 @@ class Value:
         ```
     """
 
-    __slots__ = ("collection", "index", "label", "ref_type", "value")
+    __slots__ = ("value",)
 
     def __init__(
         self,
@@ -84,12 +105,8 @@ class Value:
         collection: Hashable = None,
         ref_type: type[Ref] = Ref,
     ):
-        check_hashable("rx.Value", index=index, collection=collection)
+        super().__init__(index, collection, ref_type)
         self.value = value
-        self.index = index
-        self.collection = collection
-        self.ref_type = ref_type
-        self.label = _NO_LABEL
 
     def with_value(self, value: Any) -> "Value":
         """The same node, with another value."""
@@ -104,7 +121,7 @@ class Value:
     __hash__ = None  # type: ignore[assignment]
 
 
-class Index:
+class Index(Node):
     """A ref at a later place in a derefed tree: a pytree node without children.
 
     Made by [`refx_eqx.deref`][]. The value is in the `Value` of the same `index`.
@@ -130,25 +147,18 @@ class Index:
         ```
     """
 
-    __slots__ = ("collection", "index", "label", "ref_type")
+    __slots__ = ()
 
     def __init__(
-        self,
-        index: int,
-        collection: Hashable = None,
-        ref_type: type[Ref] = Ref,
+        self, index: int, collection: Hashable = None, ref_type: type[Ref] = Ref
     ):
-        check_hashable("rx.Index", index=index, collection=collection)
-        self.index = index
-        self.collection = collection
-        self.ref_type = ref_type
-        self.label = _NO_LABEL
+        super().__init__(index, collection, ref_type)
 
     @property
     def value(self) -> Any:
         raise ValueError(
             f"Cannot get value of Index {self.index} "
-            f"({describe(self.label.name, self.collection)}): a shared ref keeps its value "
+            f"({describe(self)}): a shared ref keeps its value "
             "at its first place in the tree. Call `rx.reref` on the whole tree."
         )
 
@@ -156,14 +166,10 @@ class Index:
         return _node_repr(self, "")
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is Index and _structure(self) == _structure(other)
+        return type(other) is Index and self.structure() == other.structure()
 
     def __hash__(self) -> int:
-        return hash(_structure(self))
-
-
-def _structure(node: "Value | Index") -> tuple[int, Hashable, type[Ref]]:
-    return node.index, node.collection, node.ref_type
+        return hash(self.structure())
 
 
 def _node_repr(node: "Value | Index", value: str) -> str:
@@ -175,7 +181,7 @@ def _node_repr(node: "Value | Index", value: str) -> str:
 
 def is_node(x: Any) -> "TypeIs[Value | Index]":
     """Whether `x` is a `Value` or an `Index`. For use as an `is_leaf`."""
-    return isinstance(x, (Value, Index))
+    return isinstance(x, Node)
 
 
 # Past `__init__`: what is in a node already is not checked again, and a label is no argument
@@ -210,13 +216,13 @@ def _unflatten_value(aux: tuple, children: Iterable[Any]) -> Value:
 
 jtu.register_pytree_with_keys(
     Value,
-    lambda node: (((_VALUE_KEY, node.value),), (*_structure(node), node.label)),
+    lambda node: (((_VALUE_KEY, node.value),), (*node.structure(), node.label)),
     _unflatten_value,
-    lambda node: ((node.value,), (*_structure(node), node.label)),
+    lambda node: ((node.value,), (*node.structure(), node.label)),
 )
 jtu.register_pytree_with_keys(
     Index,
-    lambda node: ((), (*_structure(node), node.label)),
+    lambda node: ((), (*node.structure(), node.label)),
     lambda aux, _: index_node(*aux),
 )
 

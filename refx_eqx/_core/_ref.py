@@ -278,7 +278,7 @@ class Ref(Shared, Generic[T]):
             if not eqx.is_array_like(old):
                 raise RefTypeError(
                     f"`ref[i] = x` sets a part of an array, and "
-                    f"{describe(self._name, self._collection)} holds a "
+                    f"{describe(self)} holds a "
                     f"{type(old).__name__}. Change it in place, `ref.value[i] = x`, or "
                     "write a new one, `ref.value = ...`."
                 )
@@ -485,7 +485,7 @@ def _array_like(ref: Ref) -> Any:
     value = ref.value
     if not eqx.is_array_like(value) and not hasattr(value, "dtype"):
         raise AttributeError(
-            f"{describe(ref._name, ref._collection)} holds {type(value).__name__}, which "
+            f"{describe(ref)} holds {type(value).__name__}, which "
             "has no shape and no dtype."
         )
     return value
@@ -541,7 +541,7 @@ def check_no_attributes(ref: Ref) -> None:
     if own:
         raise StructureError(
             f"Cannot carry the attribute `{next(iter(own))}` of a {type(ref).__name__}, "
-            f"{describe(ref._name, ref._collection)}: a subclass of `rx.Ref` may add "
+            f"{describe(ref)}: a subclass of `rx.Ref` may add "
             "methods, and its type is kept, but nothing else of it. Put what it is into the "
             "value, or into a module that has the ref; what all have, into the class."
         )
@@ -567,7 +567,7 @@ def _unpickle(
 
 def _refuse_as_array(ref: Ref) -> Any:
     raise TraceLevelError(
-        f"Cannot use ref as an array: {describe(ref._name, ref._collection)} was given to "
+        f"Cannot use ref as an array: {describe(ref)} was given to "
         "JAX or NumPy as if it were one. In a computation, read it: `ref.value` or `ref[...]`. As "
         "an argument of a transform, use the lifted one of the same name "
         "(`rx.filter_jit`, `rx.filter_grad`, `rx.filter_vmap`, `rx.scan`, ...), or open "

@@ -110,7 +110,7 @@ class ByFilter:
             default = self.default
             return self.ask(default, leaf) if callable(default) else default
         if isinstance(leaf, Ref):
-            which = describe(leaf._name, leaf._collection)
+            which = describe(leaf)
         elif eqx.is_array(leaf):
             which = f"the array {eqx.tree_pformat(leaf)}"
         else:

@@ -132,7 +132,7 @@ def agreed(
     for other in others:
         if not is_same(first.what, other.what):
             raise MismatchError(
-                f"`{name}` met {describe(ref._name, ref._collection)} with two {what}: "
+                f"`{name}` met {describe(ref)} with two {what}: "
                 f"{first.what!r} in {first.where}, {other.what!r} in {other.where}. One "
                 f"ref is one parameter: {remedy}"
             )
@@ -172,7 +172,7 @@ def given_of_result(
             if of_refs.setdefault(leaf.index, mine) != mine:
                 raise MismatchError(
                     f"`{name}(..., {option}=...)` gives "
-                    f"{describe(leaf.label.name, leaf.collection)} two "
+                    f"{describe(leaf)} two "
                     f"{option.removeprefix('out_')}, "
                     f"{of_refs[leaf.index]} and {mine}: it is one new ref at two places of "
                     "the result. Give both places the same."

@@ -208,7 +208,7 @@ def _check_sizes(derefed: Call, axes: Axes, name: str) -> None:
         which = "an array"
         if is_node(node):
             ref = derefed.refs[node.index]
-            which = describe(ref._name, ref._collection)
+            which = describe(ref)
         arrays, treedef = jtu.tree_flatten(node)
         for array, axis in zip(arrays, treedef.flatten_up_to(of_node)):
             if axis is None:
@@ -247,7 +247,7 @@ def update_axes(derefed: Call, axes: Axes, number: int, new: Any, name: str) -> 
     if len(set(flat)) > 1:
         ref = derefed.refs[number]
         raise CarryError(
-            f"{describe(ref._name, ref._collection)} holds arrays that `{name}` maps along "
+            f"{describe(ref)} holds arrays that `{name}` maps along "
             f"the axes {flat}, and was written with a value of another structure, for which "
             "no axes are given. Keep the structure, or use one axis for all of its arrays."
         )
@@ -277,7 +277,7 @@ def check_axis(ref: Ref, axis: int | None, ndim: int, name: str) -> None:
     """
     if axis is not None and not -ndim <= axis < ndim:
         raise CarryError(
-            f"{describe(ref._name, ref._collection)} is mapped by `{name}` along axis "
+            f"{describe(ref)} is mapped by `{name}` along axis "
             f"{axis}, and was written with a value of rank {ndim - 1}: stacked, it has no "
             f"axis {axis}. Keep the rank of the slice, or map the ref along axis 0 or -1."
         )

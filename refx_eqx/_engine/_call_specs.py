@@ -67,7 +67,7 @@ class Specs:
         if len(found) > 1:
             ref = derefed.refs[number]
             raise CarryError(
-                f"{describe(ref._name, ref._collection)} holds arrays that `{name}` splits "
+                f"{describe(ref)} holds arrays that `{name}` splits "
                 f"by the specs {sorted(map(str, found))}, and was written with a value of "
                 "another structure, for which no specs are given. Keep the structure, or use "
                 "one spec for all of its arrays."
@@ -176,7 +176,7 @@ def _specs_of_value(
         if not set(manual) <= set(axes_in(spec)):
             # Each shard has a cotangent of its own, and JAX adds them up.
             raise CarryError(
-                f"`{name}` cannot carry {describe(ref._name, ref._collection)} out of a "
+                f"`{name}` cannot carry {describe(ref)} out of a "
                 f"backward rule that writes it: it is not split over all of {manual}, and "
                 "what the shards write would be added up. Take the gradient inside the "
                 f"function, `rx.filter_grad` in `{name}`, and write one value, such as a "
@@ -239,7 +239,7 @@ def _check_fit(
                 which = f"the array {jax.typeof(x).str_short()} that `{name}` is given"
             else:
                 ref = derefed.refs[number]
-                which = f"{describe(ref._name, ref._collection)} in `{name}`"
+                which = f"{describe(ref)} in `{name}`"
             check_spec(spec, jnp.shape(x), mesh, which)
             of_type = part_of(jax.typeof(x).sharding.spec, typed)
             if typed and _by_dimension(of_type) != _by_dimension(part_of(spec, typed)):

@@ -162,7 +162,7 @@ def _path(tree: Any, i: int) -> str:
 
 def _text(leaf: Any) -> str:
     if isinstance(leaf, Ref):
-        return describe(leaf._name, leaf._collection)
+        return describe(leaf)
     if is_traced(leaf):
         return f"an array {eqx.tree_pformat(leaf)}"
     return f"the static value {leaf!r}"

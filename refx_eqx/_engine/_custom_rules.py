@@ -105,7 +105,7 @@ class CallWithRules:
 
     def describe(self, number: int) -> str:
         node = self.nodes[number]
-        return describe(node.label.name, node.collection)
+        return describe(node)
 
     def refuse_perturbed(
         self, perturbed: list[Leaves], first: int, written: Collection[int]

@@ -98,5 +98,5 @@ def flat_place(derefed: Any, n: int) -> str:
             if type(leaf) is not Value:
                 return where
             ref = derefed.refs[leaf.index]
-            return f"{describe(ref._name, ref._collection)}, in {where}"
+            return f"{describe(ref)}, in {where}"
     raise AssertionError("every array of a call has a place in it")

@@ -63,7 +63,7 @@ def explain(error: Exception, refs: list[Ref], values: list[Any]) -> None:
         if any(map(_jax.is_deleted, leaves(value))):
             if ref._value is not value:
                 raise Disturbed from None
-            gone = f"The buffer of {describe(ref._name, ref._collection)} is gone: "
+            gone = f"The buffer of {describe(ref)} is gone: "
             if threading.active_count() > 1:
                 raise ConcurrencyError(
                     f"{gone}it was donated by a call that has not come back on another "

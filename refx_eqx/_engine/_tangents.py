@@ -105,7 +105,7 @@ def _read_ref(
     value = given.value if isinstance(given, (Value, Ref)) else given
     if value is None or isinstance(value, Index):
         return
-    which = describe(node.label.name, node.collection)
+    which = describe(node)
     # The statics of the value may stand in the tangent as they are.
     leaves, treedef = jtu.tree_flatten(like, is_leaf=lambda x: x is None)
     try:

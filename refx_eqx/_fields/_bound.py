@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from .._core._errors import describe, RefTypeError
+from .._core._errors import describe_named, RefTypeError
 from ._axis_names import AxisNames, name_scope
 from ._config import config
 from ._hints import hint_text, why_not_of_type
@@ -233,7 +233,7 @@ class BoundType:
             )
         why = f": {reason}" if reason else ""
         return RefTypeError(
-            f"{describe(name, collection)} is declared {self!r}, and cannot hold "
+            f"{describe_named(name, collection)} is declared {self!r}, and cannot hold "
             f"{got}{why}.{stack} {remedy}"
         )
 

@@ -134,7 +134,7 @@ class DeclaredRef:
         elif self.collection is not None and value._collection != self.collection:
             raise CollectionError(
                 f"The field `{where}` is of collection {self.collection!r}, and was given "
-                f"{describe(value._name, value._collection)}. Give it a ref of that "
+                f"{describe(value)}. Give it a ref of that "
                 "collection, or pass the value (`ref.value`) to make a ref of its own."
             )
         if value._name is None:

@@ -245,7 +245,7 @@ def _these(tree: Any) -> _Refs | None:
     refs = list({id(ref): ref for ref in _refs_in(tree)}.values())
     if not refs:
         return None
-    names = [describe(ref._name, ref._collection) for ref in refs[:3]]
+    names = [describe(ref) for ref in refs[:3]]
     more = [f"{len(refs) - 3} more"] if len(refs) > 3 else []
     return _Refs(tuple(map(Identity, refs)), f"these refs: {', '.join(names + more)}")
 
@@ -344,7 +344,7 @@ def collection(*names: Hashable) -> Filter:
     """
     for name in names:
         if isinstance(name, Ref):
-            which = describe(name._name, name._collection)
+            which = describe(name)
             raise TypeError(
                 f"`rx.collection` takes the names of collections, and was given a ref, "
                 f"{which}. For this very ref, use the ref itself as the filter; for those "

@@ -53,7 +53,7 @@ def as_closed(leaves: list[Any]) -> list[Any]:
         if is_node(leaf):
             if leaf.index not in refs:
                 raise StructureError(
-                    f"Index {leaf.index} ({describe(leaf.label.name, leaf.collection)}) has "
+                    f"Index {leaf.index} ({describe(leaf)}) has "
                     "no Value in this tree. Pass the whole derefed tree."
                 )
             leaf = refs[leaf.index]
@@ -111,7 +111,7 @@ def _check_ties(
             if earlier != answer:
                 raise StructureError(
                     f"A filter must select a ref at all of its places or at none: "
-                    f"{describe(leaf._name, leaf._collection)} is one ref at "
+                    f"{describe(leaf)} is one ref at "
                     f"{path_text(earlier_path)} and {path_text(path)}, and "
                     f"{', '.join(map(repr, filters))} would tear it apart. Select "
                     f"both, for example with `rx.path({pattern_of(earlier_path)}, "

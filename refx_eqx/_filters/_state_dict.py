@@ -82,7 +82,7 @@ def state_dict(tree: PyTree, filter: FilterLike = True) -> dict[str, Any]:
     if "allow_pickle" in places:
         raise StructureError(
             "Cannot make a state dict: `allow_pickle` is the path of "
-            f"{_described(places['allow_pickle'])}, and `numpy.savez` would take it for its "
+            f"{describe(places['allow_pickle'])}, and `numpy.savez` would take it for its "
             "own argument, and leave it out. Call the field or the key something else."
         )
     slots = _slots(places, "Cannot make a state dict")
@@ -186,7 +186,7 @@ def _new_value(ref: Ref, given: dict[int, list[str]], state: Mapping[str, Any]) 
         for other_key, other in others:
             if not _is_same(earlier, other):
                 raise MismatchError(
-                    f"Cannot load the state: {_described(ref)} is one ref at "
+                    f"Cannot load the state: {describe(ref)} is one ref at "
                     f"`{_shown(key)}` and `{_shown(other_key)}`, and the state has a "
                     "different value for each. Remove one of the two keys from the state, "
                     "or untie the ref: put `rx.clone(ref)` at one of its places."
@@ -202,7 +202,7 @@ def check_all_in_tree(pairs: list[tuple[Path, Any]], failure: str) -> None:
             # In a transform the set has the refs outside, and the tree the inner ones.
             if id(ref) not in in_tree and _trace.is_at_home(ref._trace):
                 raise StructureError(
-                    f"{failure}: {_described(ref)} is in a {type(leaf).__name__} at "
+                    f"{failure}: {describe(ref)} is in a {type(leaf).__name__} at "
                     f"{path_text(path)}, which is no part of a tree, and nowhere else. Hold "
                     "it in a list, a tuple or a field too."
                 )
@@ -232,8 +232,8 @@ def places_of(tree: Any, filter: Any, failure: str) -> dict[str, Ref]:
             other = places.setdefault(path, ref)
             if other is not ref:
                 raise StructureError(
-                    f"{failure}: {describe(other._name, other._collection)} and "
-                    f"{describe(ref._name, ref._collection)} are two refs, and `{path}` is "
+                    f"{failure}: {describe(other)} and "
+                    f"{describe(ref)} are two refs, and `{path}` is "
                     "the path of both. Rename one of the keys on the way, such as a dict "
                     "key with a dot in it."
                 )
@@ -255,8 +255,8 @@ def _slots(places: dict[str, Ref], failure: str) -> Slots:
             other, j, _ = slots.setdefault(key, (other, i, path))
             if other is not ref or i != j:
                 raise StructureError(
-                    f"{failure}: `{key}` is the path of an array in {_described(ref)}, and "
-                    f"of {_described(other)} or another array in it. Rename one of the keys "
+                    f"{failure}: `{key}` is the path of an array in {describe(ref)}, and "
+                    f"of {describe(other)} or another array in it. Rename one of the keys "
                     "on the way, such as a dict key with a dot in it."
                 )
     return slots
@@ -294,10 +294,6 @@ def first_places(places: dict[str, Ref]) -> dict[str, Ref]:
     return dict(first.values())
 
 
-def _described(ref: Ref) -> str:
-    return describe(ref._name, ref._collection)
-
-
 def _shown(key: str) -> str:
     return key or "the root of the tree"
 
@@ -312,7 +308,7 @@ def _check_complete(
         if id(ref) not in whole:
             wanted.setdefault((id(ref), i), (key, ref))
     missing = [
-        f"`{_shown(key)}`, {_described(ref)}"
+        f"`{_shown(key)}`, {describe(ref)}"
         for which, (key, ref) in wanted.items()
         if which not in given
     ]

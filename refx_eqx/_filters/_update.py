@@ -120,7 +120,7 @@ def aligned(
         earlier, at = first.setdefault(id(ref), (value, where))
         if earlier is not value:
             raise MismatchError(
-                f"{failure}: {describe(ref._name, ref._collection)} is one ref at {at} and "
+                f"{failure}: {describe(ref)} is one ref at {at} and "
                 f"{where} of the target, and the {what} has a different value at each. Give "
                 "one of them, and `rx.NOTHING` at the other."
             )
@@ -152,7 +152,7 @@ def _as_arrays(ref: Ref, value: Any, where: str) -> Any:
         number = np.asarray(new)
         if number.dtype.kind in "iu" and not _is_in_range(number, old.dtype):
             raise MismatchError(
-                f"Cannot update refs: {describe(ref._name, ref._collection)} at {where} "
+                f"Cannot update refs: {describe(ref)} at {where} "
                 f"holds {old.dtype}, which cannot hold {new}. Write an array of a wider "
                 "dtype: `ref.value = jnp.asarray(...)`."
             )
@@ -174,7 +174,7 @@ def _check_collection(
     if ref.collection != new.collection:
         raise CollectionError(
             f"{failure}: at {path_text(path)} the target has "
-            f"{describe(ref._name, ref._collection)}, and the {what} is of collection "
+            f"{describe(ref)}, and the {what} is of collection "
             f"{new.collection!r}. Align the two trees, or put `rx.NOTHING` there."
         )
 
@@ -190,7 +190,7 @@ def check_fits(ref: Ref, value: Any, failure: str, place: str, source: str) -> N
         if len(old_leaves) == 1 and _only_dtypes_differ(old, value):
             remedy += f' Or convert it: `jnp.asarray(value, "{old.dtype}")`.'
         raise MismatchError(
-            f"{failure}: {describe(ref._name, ref._collection)} at {place} holds "
+            f"{failure}: {describe(ref)} at {place} holds "
             f"{eqx.tree_pformat(old)}, and {source} has {eqx.tree_pformat(value)}. {remedy}"
         )
 

@@ -48,7 +48,7 @@ def leaf_shardings(given: Any, tree: Any, derefed: Any, what: str) -> list[Any]:
             if is_node(node):
                 before = of_refs.setdefault(node.index, sharding)
                 if before != sharding:
-                    which = describe(node.label.name, node.collection)
+                    which = describe(node)
                     raise MismatchError(
                         f"{what}: {which} is one ref at two places, and is given two "
                         f"shardings: {before} and {sharding}. Give both places the same."

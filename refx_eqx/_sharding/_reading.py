@@ -105,7 +105,7 @@ class Reading:
         shape = tuple(getattr(array, "shape", ()))
         what = f"{path_text(path)}"
         if isinstance(leaf, Ref):
-            what += f", {describe(leaf._name, leaf._collection)}"
+            what += f", {describe(leaf)}"
         for axes in declared:
             for name in axes.names:
                 if name is not None:

@@ -91,7 +91,7 @@ def _with_axis(ref: Ref, size: int, axis: int) -> Ref:
         one = jnp.asarray(leaf)
         if not -one.ndim - 1 <= axis <= one.ndim:
             raise StructureError(
-                f"`rx.add_axis` cannot give {describe(ref._name, ref._collection)} an axis "
+                f"`rx.add_axis` cannot give {describe(ref)} an axis "
                 f"{axis}: its shape is {one.shape}. Put it in front: `axis=0`."
             )
         if ref._collection == RNG and is_key(one):

@@ -89,7 +89,7 @@ def associative_scan(
     for path, leaf in jtu.tree_flatten_with_path(elems)[0]:
         if isinstance(leaf, Ref):
             raise StructureError(
-                f"`associative_scan`: `elems` has {describe(leaf._name, leaf._collection)} "
+                f"`associative_scan`: `elems` has {describe(leaf)} "
                 f"at {place_text(path)}. It combines values, and the results have no ref "
                 "to go to. Pass the values: `rx.snapshot(elems)`."
             )
@@ -126,7 +126,7 @@ def _run_associative_scan(
             ref = derefed.refs[i]
             raise CarryError(
                 f"`associative_scan`: the function writes "
-                f"{describe(ref._name, ref._collection)}. It may only read, because how "
+                f"{describe(ref)}. It may only read, because how "
                 "often it is called, and in what order, is not defined. Use `rx.scan`, or "
                 "return the value as a part of the elements."
             )

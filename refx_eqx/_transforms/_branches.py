@@ -95,7 +95,7 @@ def _run_branches(
         values = [updates[i] for _, updates in found]
         statics = [b.avals.info.written.get(i, nodes[i].value) for b in staged]
         _check_values(ref, values, statics, names, name)
-        which_ref = describe(ref._name, ref._collection)
+        which_ref = describe(ref)
         whats += [which_ref] * len(jtu.tree_leaves(values[0]))
         info.written.setdefault(i, nodes[i].value)
     kinds = [
@@ -145,7 +145,7 @@ def _check_values(
     for structure, branch_name in zip(structures, names):
         if structure != structures[0]:
             raise MismatchError(
-                f"`{name}`: the value of {describe(ref._name, ref._collection)} has "
+                f"`{name}`: the value of {describe(ref)} has "
                 f"another structure, or other static parts, after {branch_name} than "
                 f"after {names[0]}. Write values of one structure in all branches; what "
                 "is not an array cannot depend on the branch."
@@ -216,12 +216,12 @@ def _told_apart(texts: list[str], other: str) -> list[str]:
 def _leaf_text(derefed: Call, leaf: Any, name: str) -> str:
     if not is_node(leaf):
         return "an array" if leaf is None else "a static value"
-    which = describe(leaf.label.name, leaf.collection)
+    which = describe(leaf)
     if leaf.index >= len(derefed.refs):
         return f"a new ref, {which}"
     ref = derefed.refs[leaf.index]
     place = ref_place(derefed, leaf.index, _ARGUMENTS[name])
-    return f"{describe(ref._name, ref._collection)} of {place}"
+    return f"{describe(ref)} of {place}"
 
 
 def _structure_text(structure: Structure) -> str:
@@ -235,9 +235,7 @@ def _places_in_result(part: Part, out: Leaves) -> list[str]:
     for k, leaf in enumerate(out):
         what = f"the array of the result at {leaf_place(part, k)}"
         if type(leaf) is Value:
-            what = (
-                f"a new ref of the result, {describe(leaf.label.name, leaf.collection)}"
-            )
+            what = f"a new ref of the result, {describe(leaf)}"
         found += [what] * len(jtu.tree_leaves(leaf))
     return found
 

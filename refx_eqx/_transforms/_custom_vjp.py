@@ -399,7 +399,7 @@ def _refuse_refs(frame: CallWithRules, residuals: Any) -> None:
         if isinstance(leaf, Ref):
             raise CarryError(
                 f"`{frame.name}`: the residuals of `{frame.fn_name}` hold "
-                f"{describe(leaf._name, leaf._collection)} at {path_text(path)}. Residuals "
+                f"{describe(leaf)} at {path_text(path)}. Residuals "
                 "are values: return its `.value`, or use the ref that the backward rule is "
                 "given."
             )

@@ -13,7 +13,7 @@ from typing import Any
 import jax.export
 
 from .._core._deref import NOTHING
-from .._core._errors import describe, StructureError
+from .._core._errors import describe_named, StructureError
 from .._core._nodes import Index, index_node, Label, Value, value_node
 from .._core._ref import Ref
 from ._dag import Dag
@@ -42,7 +42,7 @@ def _decoded(key: Any) -> Hashable:
 
 def _to_file(aux: tuple) -> bytes:
     index, collection, ref_type, label = aux
-    which = describe(label.name, collection)
+    which = describe_named(label.name, collection)
     if "<locals>" in ref_type.__qualname__:
         raise StructureError(
             f"Cannot serialize a tree with {which}: its class, {ref_type.__qualname__}, is "
@@ -65,7 +65,7 @@ def _from_file(data: bytes) -> tuple:
         ref_type = getattr(ref_type, name, None)
     if not (isinstance(ref_type, type) and issubclass(ref_type, Ref)):
         raise StructureError(
-            f"Cannot read a tree with {describe(found['name'], found['collection'])}: "
+            f"Cannot read a tree with {describe_named(found['name'], found['collection'])}: "
             f"`{module}.{qualname}` is no class of refs. Keep the class where it was when "
             "the function was exported."
         )

@@ -87,7 +87,7 @@ def _check_passed(fn: Any, derefed: Call, written: Iterable[int]) -> None:
             ref = derefed.refs[i]
             raise CarryError(
                 f"`functionalize`: `{name_of(fn)}` writes "
-                f"{describe(ref._name, ref._collection)}, which it does not get as an "
+                f"{describe(ref)}, which it does not get as an "
                 "argument: it closes over it, or is a module that holds it. The updates "
                 "are those of the arguments, so this write would be lost. Pass the ref, or "
                 "the module that holds it, as an argument."

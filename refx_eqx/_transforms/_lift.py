@@ -299,8 +299,7 @@ def _probed(probe: Any) -> int:
 def _refusal(ref: Ref, name: str, what: str) -> StructureError:
     ours = "rx.filter_shard_map" if "shard_map" in name else "rx.filter_vmap"
     return StructureError(
-        f"`{name}` gave {describe(ref._name, ref._collection)} {what}. Use `{ours}`, which "
-        "knows of refs."
+        f"`{name}` gave {describe(ref)} {what}. Use `{ours}`, which knows of refs."
     )
 
 

@@ -88,7 +88,7 @@ def _refuse_writes_of_test(derefed: Call, outcome: Outcome) -> None:
     for i in outcome.updates:
         ref = derefed.refs[i]
         raise CarryError(
-            f"`while_loop`: `cond_fun` writes {describe(ref._name, ref._collection)}. It "
+            f"`while_loop`: `cond_fun` writes {describe(ref)}. It "
             "may only read, because it runs once more than `body_fun` does. Write the ref "
             "in `body_fun`."
         )

@@ -153,7 +153,7 @@ def _check_all_sliced(
     if None in flat:
         ref = derefed.refs[number]
         raise CarryError(
-            f"{describe(ref._name, ref._collection)} holds arrays that `{name}` slices, "
+            f"{describe(ref)} holds arrays that `{name}` slices, "
             f"and others that it does not (axes {flat}), and a step writes it. Put those "
             "that are not sliced into a ref of their own."
         )
@@ -173,7 +173,7 @@ def _check_whole_axis(derefed: Call, axes: Axes, name: str) -> None:
             which = f"an array {jax.typeof(x).str_short()}"
             if is_node(node):
                 ref = derefed.refs[node.index]
-                which = describe(ref._name, ref._collection)
+                which = describe(ref)
             whole = [None if i == axis % len(split) else s for i, s in enumerate(split)]
             raise MismatchError(
                 f"`{name}` slices {which} along axis {axis}, which is split over the mesh by "

@@ -196,7 +196,7 @@ def _check_results(
     for i, new in outcome.updates.items():
         for x, spec in zip(jtu.tree_leaves(new), jtu.tree_leaves(of_updates[i])):
             ref = derefed.refs[i]
-            which = describe(ref._name, ref._collection)
+            which = describe(ref)
             if len(spec) > jnp.ndim(x):
                 raise CarryError(
                     f"{which} came into `{_NAME}` split by `{spec}`, and was written with a "
@@ -239,7 +239,7 @@ def _written_apart(ref: Ref, spec: PartitionSpec, differs: tuple[Any, ...]) -> s
     axis = differs[0] if len(differs) == 1 else differs
     what = f"came in by `{spec}`" if axes_in(spec) else "is replicated"
     return (
-        f"{describe(ref._name, ref._collection)} {what} in `{_NAME}`, and was written with a "
+        f"{describe(ref)} {what} in `{_NAME}`, and was written with a "
         f"value that differs along {_axes_text(differs)}. Either write one value for all, "
         f"such as `jax.lax.pmean(value, {axis!r})`; or split the ref along an axis of its "
         f"own, by a spec in `in_specs`, such as `{specs_text(ref, f'P({differs[0]!r})')}`."

@@ -365,7 +365,7 @@ def _refuse_writes(refs: Iterable[Ref]) -> None:
     for ref in refs:
         if ref._written:
             raise CarryError(
-                f"A pure callback cannot write {describe(ref._name, ref._collection)}: "
+                f"A pure callback cannot write {describe(ref)}: "
                 "JAX may call it more than once, or not at all. Return the new value, and "
                 "write it outside the callback."
             )

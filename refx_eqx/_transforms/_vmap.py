@@ -229,7 +229,7 @@ def _update_axes(
 
 def _written_along(ref: Ref, name: str) -> str:
     return (
-        f"{describe(ref._name, ref._collection)} is broadcast by `{name}`, and was written "
+        f"{describe(ref)} is broadcast by `{name}`, and was written "
         "with a value that differs along the mapped axis. Either map it: give it the axis, "
         f"`rx.add_axis(module, size, {ref._collection!r})`, and pass that in an argument "
         f"whose `in_axes` is `{axes_text(ref, 0)}`; or write one value for all, such as "
