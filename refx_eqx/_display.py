@@ -16,10 +16,10 @@ from ._core._access import refuse_cycle
 from ._core._errors import StructureError
 from ._core._nodes import is_node
 from ._core._ref import Ref
-from ._filters._filters import as_filter, FilterLike
-from ._filters._select import choose, leaves_with_paths
+from ._filters._filters import FilterLike
+from ._filters._select import choose, leaves_with_paths, refuse_derefed
 from ._transforms._jit import filter_jit
-from ._trees._paths import dotted, key_text, path_text
+from ._trees._paths import dotted, key_text
 
 
 __tracebackhide__ = True
@@ -189,13 +189,8 @@ def _size_on_each(array: jax.ShapeDtypeStruct) -> int:
 
 def _rows(tree: Any, filter: Any) -> Iterator[_Row]:
     pairs, _ = leaves_with_paths(tree)
-    for path, leaf in pairs:
-        if is_node(leaf):
-            raise StructureError(
-                f"Cannot look at a derefed tree: there is a {type(leaf).__name__} at "
-                f"{path_text(path)}. Pass the tree of refs itself."
-            )
-    chosen = choose([p for p, _ in pairs], [x for _, x in pairs], (as_filter(filter),))
+    refuse_derefed(pairs, "Cannot look at the tree")
+    chosen = choose(pairs, filter)
     first: dict[int, str] = {}
     for (path, leaf), answer in zip(pairs, chosen):
         place = dotted(path)

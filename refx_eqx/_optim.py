@@ -341,9 +341,8 @@ def param_labels(
     """
     trained = Trained(model, wrt)
     pairs, _ = leaves_with_paths(model)
-    paths, leaves = [path for path, _ in pairs], [leaf for _, leaf in pairs]
-    chosen = choose(paths, leaves, tuple(filters.values()))
-    answers = {id(leaf): answer for leaf, answer in zip(leaves, chosen)}
+    chosen = choose(pairs, *filters.values())
+    answers = {id(leaf): answer for (_, leaf), answer in zip(pairs, chosen)}
     names = [*filters, None]
     labels = {name: names[answers[id(ref)]] for name, ref in trained.refs.items()}
     unlabeled = [

@@ -177,8 +177,7 @@ def _as_array(x: Any) -> Any:
 def _check_in_refs(model: Any, wrt: Any) -> None:
     """That `wrt` selects no array that is in no ref. (It would not be trained, silently.)"""
     pairs, _ = leaves_with_paths(model)
-    chosen = choose([path for path, _ in pairs], [leaf for _, leaf in pairs], (wrt,))
-    for (path, leaf), which in zip(pairs, chosen):
+    for (path, leaf), which in zip(pairs, choose(pairs, wrt)):
         if which == 0 and eqx.is_inexact_array(leaf):
             raise StructureError(
                 f"Cannot train the model: wrt={wrt!r} selects {eqx.tree_pformat(leaf)} at "

@@ -82,7 +82,7 @@ def _wanted(derefed: Call, trees: tuple, wrt: Any, by_first: bool) -> Any:
         for part, leaves in zip(derefed.parts, derefed.leaves[: len(trees)])
     ]
     pairs, _ = leaves_with_paths(found[0] if by_first else found)
-    answers = iter(choose([p for p, _ in pairs], [x for _, x in pairs], (wrt,)))
+    answers = iter(choose(pairs, wrt))
     return [
         [
             jtu.tree_map(lambda x, ok=next(answers) == 0: ok and is_inexact(x), leaf)

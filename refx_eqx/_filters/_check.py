@@ -8,11 +8,10 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._core._errors import StructureError
-from .._core._ref import Ref
 from .._fields._instance import check_refs_in_place
 from .._trees._paths import path_text
-from ._filters import as_filter, FilterLike
-from ._select import as_closed, choose, leaves_with_paths
+from ._filters import FilterLike
+from ._select import choose, leaves_with_paths
 
 
 __tracebackhide__ = True
@@ -64,12 +63,10 @@ def check(tree: PyTree, constants: FilterLike = False) -> None:
     """
     check_refs_in_place(tree, "`rx.check`")
     pairs, _ = leaves_with_paths(tree)
-    paths, leaves = [path for path, _ in pairs], as_closed([x for _, x in pairs])
-    chosen = choose(paths, leaves, (as_filter(constants),))
     found = [
         f"{path_text(path)}, {leaf.dtype}{list(leaf.shape)}"
-        for path, leaf, answer in zip(paths, leaves, chosen)
-        if answer != 0 and _is_array(leaf) and not isinstance(leaf, Ref)
+        for (path, leaf), answer in zip(pairs, choose(pairs, constants))
+        if answer != 0 and _is_array(leaf)
     ]
     if found:
         more = [f"{len(found) - _MOST} more"] if len(found) > _MOST else []

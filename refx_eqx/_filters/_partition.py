@@ -17,7 +17,7 @@ from .._core._nodes import is_node
 from .._core._ref import Ref
 from .._trees._paths import path_text
 from ._filters import FilterLike, Path
-from ._select import as_closed, check_can_select, choose, leaves_with_paths
+from ._select import check_can_select, choose, leaves_with_paths
 
 
 __tracebackhide__ = True
@@ -26,18 +26,17 @@ __tracebackhide__ = True
 T = TypeVar("T")
 
 
-def _chosen(tree: Any, filters: tuple) -> tuple[list[Path], list[Any], Any, list[int]]:
+def _split(tree: Any, filters: tuple) -> tuple[list[Path], list[list[Any]], Any]:
+    """The paths of a tree; for each filter, and for the rest, its leaves with `NOTHING` for
+    those of the others; and the treedef."""
     check_can_select(tree, *filters)
     pairs, treedef = leaves_with_paths(tree)
-    paths, leaves = [path for path, _ in pairs], [leaf for _, leaf in pairs]
-    return paths, leaves, treedef, choose(paths, as_closed(leaves), filters)
-
-
-def _split(leaves: list[Any], chosen: list[int], n: int) -> list[list[Any]]:
-    return [
-        [leaf if which == i else NOTHING for leaf, which in zip(leaves, chosen)]
-        for i in range(n)
+    chosen = choose(pairs, *filters)
+    parts = [
+        [leaf if which == i else NOTHING for (_, leaf), which in zip(pairs, chosen)]
+        for i in range(len(filters) + 1)
     ]
+    return [path for path, _ in pairs], parts, treedef
 
 
 def partition(tree: T, *filters: FilterLike) -> tuple[T, ...]:
@@ -72,8 +71,7 @@ def partition(tree: T, *filters: FilterLike) -> tuple[T, ...]:
     - `RefTypeError`: if a field that is declared a ref holds an array, where a filter asks
         what is a ref (a collection, a class).
     """
-    _, leaves, treedef, chosen = _chosen(tree, filters)
-    parts = _split(leaves, chosen, len(filters) + 1)
+    _, parts, treedef = _split(tree, filters)
     return tuple(jtu.tree_unflatten(treedef, part) for part in parts)
 
 
@@ -249,7 +247,7 @@ def tree_partition(
     - `RefTypeError`: if a field that is declared a ref holds an array, where a filter asks
         what is a ref (a collection, a class).
     """
-    paths, leaves, treedef, chosen = _chosen(tree, filters)
+    paths, parts, treedef = _split(tree, filters)
     if len(set(paths)) != len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
         raise StructureError(
@@ -257,7 +255,6 @@ def tree_partition(
             'the keys `1` and `"1"` of one dict). Use `rx.partition`, which keeps the shape '
             "of the tree."
         )
-    parts = _split(leaves, chosen, len(filters) + 1)
     return tuple(FlatPartition(dict(zip(paths, part))) for part in parts), treedef
 
 

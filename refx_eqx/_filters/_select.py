@@ -61,6 +61,21 @@ def as_closed(leaves: list[Any]) -> list[Any]:
     return closed
 
 
+def refuse_derefed(pairs: list[tuple[Path, Any]], failure: str) -> None:
+    """That these are the leaves of a tree of refs, as `leaves_with_paths` gives them.
+
+    **Raises:**
+
+    - `StructureError`: if the tree is derefed.
+    """
+    for path, leaf in pairs:
+        if is_node(leaf):
+            raise StructureError(
+                f"{failure}: the tree is derefed, and has a {type(leaf).__name__} at "
+                f"{path_text(path)}. Pass the tree of refs itself."
+            )
+
+
 def check_can_select(tree: Any, *filters: Any) -> None:
     """That a filter which asks what a ref is finds refs wherever the modules of the tree
     declare them.
@@ -74,9 +89,9 @@ def check_can_select(tree: Any, *filters: Any) -> None:
         check_refs_in_place(tree, f"Cannot select by {asking[0]!r}")
 
 
-def choose(paths: list[Path], leaves: list[Any], filters: tuple[Any, ...]) -> list[int]:
-    """For each leaf, which of the filters is the first to select it; `len(filters)` if
-    none does.
+def choose(pairs: list[tuple[Path, Any]], *filters: Any) -> list[int]:
+    """For each leaf, with its path, which of the filters is the first to select it;
+    `len(filters)` if none does. A filter sees refs also where the tree is derefed.
 
     **Raises:**
 
@@ -84,6 +99,7 @@ def choose(paths: list[Path], leaves: list[Any], filters: tuple[Any, ...]) -> li
         names what there is not.
     """
     resolved = [as_filter(f) for f in filters]
+    paths, leaves = [path for path, _ in pairs], as_closed([leaf for _, leaf in pairs])
     with only_answering():
         answers = [_first(resolved, path, leaf) for path, leaf in zip(paths, leaves)]
     for i, f in enumerate(resolved):
@@ -144,10 +160,8 @@ def selected_refs(tree: Any, filter: Any) -> list[Ref]:
     """The refs of a tree that a filter selects, each once, in order."""
     check_can_select(tree, filter)
     pairs, _ = leaves_with_paths(tree)
-    paths, leaves = [p for p, _ in pairs], [x for _, x in pairs]
-    chosen = choose(paths, leaves, (filter,))
-    found = {id(x): x for x, c in zip(leaves, chosen) if c == 0 and isinstance(x, Ref)}
-    return list(found.values())
+    chosen = [leaf for (_, leaf), c in zip(pairs, choose(pairs, filter)) if c == 0]
+    return list({id(leaf): leaf for leaf in chosen if isinstance(leaf, Ref)}.values())
 
 
 def values(tree: PyTree, filter: FilterLike = True) -> list[Any]:
@@ -221,9 +235,7 @@ def filter_spec(tree: PyTree, filter: FilterLike) -> PyTree[bool]:
     """
     check_can_select(tree, filter)
     pairs, treedef = leaves_with_paths(tree)
-    closed = as_closed([leaf for _, leaf in pairs])
-    chosen = choose([path for path, _ in pairs], closed, (filter,))
-    return jtu.tree_unflatten(treedef, [answer == 0 for answer in chosen])
+    return jtu.tree_unflatten(treedef, [c == 0 for c in choose(pairs, filter)])
 
 
 def aliases(tree: PyTree) -> dict[Ref[Any], tuple[str, ...]]:

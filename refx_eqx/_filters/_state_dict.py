@@ -17,14 +17,13 @@ from jaxtyping import PyTree
 from .._core import _jax, _trace
 from .._core._access import check_value, check_writable
 from .._core._errors import describe, MismatchError, RefTypeError, StructureError
-from .._core._nodes import is_node
 from .._core._on_mesh import put
 from .._core._ref import is_ref, Ref
 from .._fields._instance import check_refs_in_place
 from .._trees._cells import is_lookup
 from .._trees._paths import key_text, Path, path_text
 from ._filters import FilterLike
-from ._select import choose, leaves_with_paths
+from ._select import choose, leaves_with_paths, refuse_derefed
 from ._update import check_fits, sharding_of, write_all
 
 
@@ -212,15 +211,10 @@ def places_of(tree: Any, filter: Any, failure: str) -> dict[str, Ref]:
     """Each place of each selected ref: the refs in the order of the tree, the first place
     of a ref before its others."""
     pairs, _ = leaves_with_paths(tree)
-    for path, leaf in pairs:
-        if is_node(leaf):
-            raise StructureError(
-                f"{failure}: the tree is derefed, and has a {type(leaf).__name__} at "
-                f"{path_text(path)}. Pass the tree of refs itself."
-            )
+    refuse_derefed(pairs, failure)
     check_refs_in_place(tree, failure)
     check_all_in_tree(pairs, failure)
-    chosen = choose([path for path, _ in pairs], [leaf for _, leaf in pairs], (filter,))
+    chosen = choose(pairs, filter)
     # By id: a program in which a ref is hashed is used for no other refs.
     paths: dict[int, tuple[Ref, list[str]]] = {}
     for (path, leaf), answer in zip(pairs, chosen):
