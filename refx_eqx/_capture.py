@@ -19,6 +19,7 @@ import jax.tree_util as jtu
 from jax.ad_checkpoint import checkpoint_name
 
 from ._core._errors import CarryError, StructureError
+from ._core._jax import ClosedJaxpr
 from ._core._ref import Ref
 from ._fields._referenced import plain_class, subclass_of
 from ._transforms._lift import lift
@@ -26,10 +27,6 @@ from ._trees._paths import key_text
 
 
 __tracebackhide__ = True
-
-
-# Public in JAX 0.12 too, though a checker does not see it exported.
-ClosedJaxpr = jex.core.ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
 
 
 def capture(

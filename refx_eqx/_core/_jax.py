@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.extend.core
 from jax._src import api, config, core, dtypes
 from jax._src.array import ArrayImpl
 from jax._src.interpreters.ad import JVPTracer
@@ -240,6 +241,9 @@ def refuse_as_array(cls: type, refuse: Callable[[Any], Any]) -> None:
 
 # As `jax.tree.flatten`, with `None` as a leaf.
 flatten_with_none: Any = none_leaf_registry.flatten
+
+# Public in JAX 0.12 too, though a checker does not see it exported.
+ClosedJaxpr = jax.extend.core.ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
 
 # The class of a JAX array that is not a tracer. `type(x) is ConcreteArray` takes a tenth of
 # the time of `isinstance(x, jax.Array)`, which goes through a metaclass.

@@ -272,12 +272,12 @@ def split_value(value: Any) -> tuple[Any, Any]:
 
 def _spec_of(value: Any) -> Any:
     def spec(x: Any) -> Callable[[Any], bool]:
-        return is_traced if _is_module(x) else is_traced_in_ref
+        return is_traced if is_module(x) else is_traced_in_ref
 
-    return jtu.tree_map(spec, value, is_leaf=_is_module)
+    return jtu.tree_map(spec, value, is_leaf=is_module)
 
 
-def _is_module(x: Any) -> bool:
+def is_module(x: Any) -> bool:
     return isinstance(x, eqx.Module)
 
 

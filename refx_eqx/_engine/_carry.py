@@ -13,7 +13,7 @@ from .._calls._places import place_text
 from .._calls._structure import flatten
 from .._core._access import refuse_cycle
 from .._core._errors import describe, MismatchError
-from .._core._nodes import is_traced
+from .._core._nodes import is_module, is_traced
 from .._core._ref import Ref
 from .._trees._keys import static_keys
 
@@ -24,9 +24,6 @@ __tracebackhide__ = True
 def numbers_to_arrays(tree: Any) -> Any:
     """Python numbers become arrays, as in JAX. Those in a module stay what they are: there
     they are static, as in Equinox."""
-
-    def is_module(x: Any) -> bool:
-        return isinstance(x, eqx.Module)
 
     def convert_leaf(x: Any) -> Any:
         return jnp.asarray(x) if isinstance(x, bool | int | float | complex) else x

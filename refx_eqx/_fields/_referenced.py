@@ -22,6 +22,7 @@ import equinox as eqx
 import jax.tree_util as jtu
 
 from .._core._deref import closed
+from .._core._nodes import is_module
 from .._core._ref import Ref
 from .._trees._cells import may_carry, reaches
 from .._trees._changes import owned
@@ -105,7 +106,7 @@ def _lowered_leaf(tree: Any, value: Callable[[Any], Any]) -> Any:
 
 
 def _lowered(module: Any, value: Callable[[Any], Any]) -> Any:
-    is_leaf = is_referenced if value is _value_everywhere else _is_module
+    is_leaf = is_referenced if value is _value_everywhere else is_module
     static = {
         name
         for name, field in type(module).__dataclass_fields__.items()
@@ -118,10 +119,6 @@ def _lowered(module: Any, value: Callable[[Any], Any]) -> Any:
     return _copy(module, _bases[type(module)], fields)
 
 
-def _is_module(x: Any) -> bool:
-    return isinstance(x, eqx.Module)
-
-
 def _copy(module: Any, cls: type, fields: Any) -> Any:
     new = object.__new__(cls)
     for name, x in fields.items():
@@ -130,37 +127,12 @@ def _copy(module: Any, cls: type, fields: Any) -> Any:
 
 
 # The methods that make a module or look at it as an object, and do not compute with it.
-_OF_THE_OBJECT = frozenset(
-    [
-        "__init__",
-        "__new__",
-        "__post_init__",
-        "__check_init__",
-        "__init_subclass__",
-        "__class_getitem__",
-        "__getattr__",
-        "__getattribute__",
-        "__setattr__",
-        "__delattr__",
-        "__repr__",
-        "__str__",
-        "__format__",
-        "__dir__",
-        "__hash__",
-        "__eq__",
-        "__ne__",
-        "__reduce__",
-        "__reduce_ex__",
-        "__getstate__",
-        "__setstate__",
-        "__copy__",
-        "__deepcopy__",
-        "__sizeof__",
-        "__del__",
-        "__pdoc__",
-        "__tree_pp__",
-    ]
+_NAMES_OF_THE_OBJECT = (
+    "init new post_init check_init init_subclass class_getitem getattr getattribute setattr "
+    "delattr repr str format dir hash eq ne reduce reduce_ex getstate setstate copy deepcopy "
+    "sizeof del pdoc tree_pp"
 )
+_OF_THE_OBJECT = frozenset(f"__{name}__" for name in _NAMES_OF_THE_OBJECT.split())
 
 
 def _attributes(cls: type) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 from .._core._access import refuse_cycle
 from .._core._deref import refuse_lookups
 from .._core._errors import check_hashable, CollectionError, StructureError
+from .._core._nodes import is_module
 from .._core._ref import Ref
 from .._fields._referenced import (
     as_referenced,
@@ -112,7 +113,7 @@ class _Conversion:
         knew_refs = (
             isinstance(tree, eqx.Module) and next(refs_in_zone(tree), None) is not None
         )
-        is_leaf = zone(tree) if isinstance(tree, eqx.Module) else _is_module
+        is_leaf = zone(tree) if isinstance(tree, eqx.Module) else is_module
         leaves, treedef = jtu.tree_flatten_with_path(tree, is_leaf=is_leaf)
         new = [
             self.tree(leaf, (*path, *keys))
@@ -147,10 +148,6 @@ class _Conversion:
                 "filter select both places."
             )
         return ref
-
-
-def _is_module(x: Any) -> bool:
-    return isinstance(x, eqx.Module)
 
 
 def snapshot(tree: PyTree) -> PyTree:

@@ -283,11 +283,6 @@ def filter_jit(
     return _Jit.of(fun, donate=donate, shardings=shardings, jitkwargs=jitkwargs)
 
 
-_UNSUPPORTED: frozenset[str] = frozenset(
-    (
-        "static_argnums",
-        "static_argnames",
-        "donate_argnums",
-        "donate_argnames",
-    )
-)
+_UNSUPPORTED = {
+    f"{of}_{by}" for of in ("static", "donate") for by in ("argnums", "argnames")
+}

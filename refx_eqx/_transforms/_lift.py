@@ -303,39 +303,32 @@ def _refusal(ref: Ref, name: str, what: str) -> StructureError:
     )
 
 
-def _name_of(transform: Any) -> str:
+def _unbound(transform: Any) -> Any:
+    """What a partial is of."""
     while isinstance(transform, functools.partial):
         transform = transform.func
+    return transform
+
+
+def _name_of(transform: Any) -> str:
+    transform = _unbound(transform)
     return getattr(transform, "__name__", type(transform).__name__)
 
 
 # Those that do not return what the function returns, so that they cannot be lifted.
+_NOT_LIFTABLE = (
+    "grad value_and_grad jacfwd jacrev hessian custom_jvp custom_vjp make_jaxpr"
+)
 _INSTEAD = {
-    jax.grad: "filter_grad",
-    eqx.filter_grad: "filter_grad",
-    jax.value_and_grad: "filter_value_and_grad",
-    eqx.filter_value_and_grad: "filter_value_and_grad",
-    jax.jacfwd: "filter_jacfwd",
-    eqx.filter_jacfwd: "filter_jacfwd",
-    jax.jacrev: "filter_jacrev",
-    eqx.filter_jacrev: "filter_jacrev",
-    jax.hessian: "filter_hessian",
-    eqx.filter_hessian: "filter_hessian",
-    jax.custom_jvp: "filter_custom_jvp",
-    eqx.filter_custom_jvp: "filter_custom_jvp",
-    jax.custom_vjp: "filter_custom_vjp",
-    eqx.filter_custom_vjp: "filter_custom_vjp",
-    jax.make_jaxpr: "filter_make_jaxpr",
-    eqx.filter_make_jaxpr: "filter_make_jaxpr",
+    theirs: f"filter_{name}"
+    for name in _NOT_LIFTABLE.split()
+    for theirs in (getattr(jax, name), getattr(eqx, f"filter_{name}"))
 }
 
 
 def _check_liftable(transform: Any) -> None:
-    known = transform
-    while isinstance(known, functools.partial):
-        known = known.func
     try:
-        ours = _INSTEAD.get(known)
+        ours = _INSTEAD.get(_unbound(transform))
     except TypeError:  # not hashable: none of these
         return
     if ours is not None:

@@ -5,7 +5,6 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import equinox as eqx
 import jax
-import jax.extend.core
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
@@ -13,6 +12,7 @@ from .._calls._call import Call, call
 from .._calls._structure import arrays_of, Key, Leaves, Outcome, OutcomeInfo, tree_of
 from .._core import _jax, _trace
 from .._core._errors import CarryError, describe, MismatchError, name_of
+from .._core._jax import ClosedJaxpr
 from .._core._nodes import is_node, is_traced
 from .._core._ref import Ref
 from .._engine._autodiff import arrays_of_result, derefed_result
@@ -22,10 +22,6 @@ from .._trees._closure import Part
 
 
 __tracebackhide__ = True
-
-
-# Public in JAX 0.12 too, though a checker does not see it exported.
-ClosedJaxpr = jax.extend.core.ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
 
 
 P = ParamSpec("P")
