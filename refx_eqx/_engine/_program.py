@@ -10,7 +10,7 @@ import sys
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import equinox as eqx
@@ -34,8 +34,8 @@ from ._donation import (
     what_to_donate,
 )
 from ._flat import flat_of, program_key, unflatten
-from ._keep_in_place import keep_in_place
 from ._run_time_errors import explain, has_runtime_check, JIT_ID
+from ._shardings import keep_in_place
 
 
 __tracebackhide__ = True
@@ -439,9 +439,9 @@ def _types(arrays: list[Any]) -> tuple:
     return tuple(map(jax.typeof, arrays))
 
 
-# A program lives as long as the function that it was made for. Nothing in it holds that
-# function: a structure holds functions weakly.
-_programs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+# A program lives as long as the functions that it was made for. Nothing in it holds them: a
+# structure holds functions weakly. By the first of them: its programs, and the same by the next.
+_programs: Any = weakref.WeakKeyDictionary()
 
 
 def function_in(fn: Any) -> Any:
@@ -462,33 +462,20 @@ def function_in(fn: Any) -> Any:
     return type(fn)
 
 
-def program_of(fn: Any, key: Hashable, make: Callable[[], Program]) -> Program:
-    """The program of `fn` under `key` (the transform and its options); made if need be."""
-    programs = _programs.setdefault(function_in(fn), {})
+def program_of(
+    fns: tuple[Any, ...], key: Hashable, make: Callable[[], Program]
+) -> Program:
+    """The program of these functions under `key` (the transform and its options); made if
+    need be."""
+    programs, level = {}, _programs
+    for fn in fns:
+        programs, level = level.setdefault(
+            function_in(fn), ({}, weakref.WeakKeyDictionary())
+        )
     try:
         program = programs.get(key)
     except TypeError:  # an option that is not hashable: not kept
         return make()
     if program is None:
         program = programs[key] = make()
-    return program
-
-
-# As `program_of`, for what is made of several functions: a program dies with any of them.
-_programs_of_all: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-def program_of_all(
-    fns: Iterable[Any], name: str, body: Callable[[Call, list[Leaves]], Outcome]
-) -> Program:
-    """The program `name` of these functions; made of `body` if need be."""
-    level: Any = _programs_of_all
-    programs: dict[str, Program] = {}
-    for fn in fns:
-        programs, level = level.setdefault(
-            function_in(fn), ({}, weakref.WeakKeyDictionary())
-        )
-    program = programs.get(name)
-    if program is None:
-        program = programs[name] = Program(name, body)
     return program

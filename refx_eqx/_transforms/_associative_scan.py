@@ -110,7 +110,7 @@ def associative_scan(
     def transform(derefed: Call) -> Outcome:
         key = ("associative_scan", reverse, axis)
         make = lambda: Program("associative_scan", run, as_a_whole=False)
-        return program_of(fn, key, make)(derefed)
+        return program_of((fn,), key, make)(derefed)
 
     return call(_combine, (fn, elems, elems), {}, transform)
 

@@ -18,7 +18,7 @@ from .._core._ref import Ref
 from .._engine._carry import as_callable, numbers_to_arrays
 from .._engine._control_flow import runs_in_python, TracedBody
 from .._engine._kinds import convert, join_kinds, Kind, kind_of
-from .._engine._program import program_of_all
+from .._engine._program import Program, program_of
 from .._trees._closure import Part
 from .._trees._keys import static_keys
 
@@ -303,8 +303,10 @@ def cond(
     branches = as_callable(true_fun), as_callable(false_fun)
     operands = numbers_to_arrays(operands)
 
+    make = lambda: Program("cond", _run_cond)
+
     def transform(derefed: Call) -> Outcome:
-        return program_of_all(branches, "cond", _run_cond)(derefed)
+        return program_of(branches, "cond", make)(derefed)
 
     args = (_scalar(pred, "cond", "predicate"), *branches, *operands)
     return call(None, args, {}, transform)
@@ -369,8 +371,10 @@ def switch(
     def run(derefed: Call, arrays: list[Leaves]) -> Outcome:
         return _run_switch(derefed, arrays, n)
 
+    make = lambda: Program("switch", run)
+
     def transform(derefed: Call) -> Outcome:
-        return program_of_all(fns, "switch", run)(derefed)
+        return program_of(fns, "switch", make)(derefed)
 
     args = (_scalar(index, "switch", "index"), fns, *operands)
     return call(None, args, {}, transform)

@@ -39,7 +39,7 @@ class _Checkpoint(Lifted):
             return transformed(arrays)
 
         self._program = program_of(
-            fn,
+            (fn,),
             ("filter_checkpoint", prevent_cse, policy),
             lambda: Program(name_of(fn), body, as_a_whole=False),
         )

@@ -48,7 +48,7 @@ class _Jit(Lifted):
         super().__init__(fn, donate=donate, shardings=shardings, jitkwargs=jitkwargs)
         body = with_shardings(_run, *shardings)
         self._program = program_of(
-            fn,
+            (fn,),
             ("filter_jit", donate, shardings, tuple(sorted(jitkwargs.items()))),
             lambda: Program(name_of(fn), body, donate, **jitkwargs),
         )

@@ -30,7 +30,7 @@ from .._engine._control_flow import (
     stage_loop,
     TracedBody,
 )
-from .._engine._program import Program, program_of, program_of_all
+from .._engine._program import Program, program_of
 from ._scan import run_scan
 
 
@@ -155,8 +155,10 @@ def while_loop(
     fns = as_callable(cond_fun), as_callable(body_fun)
     init_val = numbers_to_arrays(init_val)
 
+    make = lambda: Program("while_loop", _run_while)
+
     def transform(derefed: Call) -> Outcome:
-        return program_of_all(fns, "while_loop", _run_while)(derefed)
+        return program_of(fns, "while_loop", make)(derefed)
 
     return call(None, (*fns, init_val), {}, transform)
 
@@ -275,7 +277,7 @@ def fori_loop(
 
     def transform(derefed: Call) -> Outcome:
         key = ("fori_loop", length, type(steps), steps)
-        return program_of(body_fun, key, lambda: Program("fori_loop", run))(derefed)
+        return program_of((body_fun,), key, lambda: Program("fori_loop", run))(derefed)
 
     return call(_fori_step, (lower, upper, body_fun, init_val), {}, transform)
 

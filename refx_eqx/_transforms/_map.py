@@ -155,6 +155,6 @@ def map(
         key = ("map", axes.key, n, batch_size)
         # JAX vectorizes what is left over outside of its scan.
         make = lambda: Program("map", run, as_a_whole=batch_size is None)
-        return program_of(f, key, make)(derefed)
+        return program_of((f,), key, make)(derefed)
 
     return call(_map_step, (f, xs), {}, transform)

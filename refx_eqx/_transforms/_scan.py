@@ -335,7 +335,7 @@ def scan(
             )
 
         key = ("scan", axes.key, n, reverse, type(unroll), unroll)
-        return program_of(f, key, lambda: Program("scan", run))(derefed)
+        return program_of((f,), key, lambda: Program("scan", run))(derefed)
 
     return call(_step, (f, init, xs), {}, transform)
 
