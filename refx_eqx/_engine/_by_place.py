@@ -1,7 +1,7 @@
 """What an argument says of the refs that it holds: of each ref, at each of its places."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax.tree_util as jtu
@@ -110,6 +110,40 @@ def read_places(
                 mine.append(None if node is None else of_array(said_inside, leaf))
         outside.append(mine)
     return outside, said, reached
+
+
+def each_array(
+    derefed: Call, trees: list[Leaves]
+) -> Iterator[tuple[Any, Any, Ref | None]]:
+    """Each array of a call, with what it has in these trees, which are of the form of its
+    arrays; and the ref that it is in."""
+    for leaves, own in zip(derefed.arrays, trees):
+        for node, of_node in zip(leaves, own):
+            ref = derefed.refs[node.index] if is_node(node) else None
+            arrays, treedef = jtu.tree_flatten(node)
+            for x, mine in zip(arrays, treedef.flatten_up_to(of_node)):
+                yield x, mine, ref
+
+
+def of_new_value(
+    old: Any, own: Any, new: Any, if_empty: Any, if_several: Callable[[list[Any]], Any]
+) -> Any:
+    """What each array of the new value of a ref has, as a tree like it: what those of the old
+    one have, which is `own`. In another structure all have the same.
+
+    **Arguments:**
+
+    - `if_empty`: what they have if the old value had no array.
+    - `if_several`: what they have if those of the old value had several things; or it raises.
+    """
+    treedef = jtu.tree_structure(old)
+    if jtu.tree_structure(new) == treedef:
+        return own
+    flat = treedef.flatten_up_to(own)
+    one = flat[0] if flat else if_empty
+    if len(set(flat)) > 1:
+        one = if_several(flat)
+    return jtu.tree_map(lambda _: one, new)
 
 
 def agreed(

@@ -15,12 +15,11 @@ from .._calls._call import Call
 from .._calls._structure import Leaves, map_values, values_of
 from .._core._access import Withheld
 from .._core._errors import CarryError, describe, MismatchError
-from .._core._nodes import is_node
 from .._core._ref import Ref
 from .._trees._paths import path_text
 from ._axes import array_axis, axes, axes_text, leaf_axes
 from ._by_filter import RNG, SAME
-from ._by_place import agreed, Place, read_places
+from ._by_place import agreed, each_array, of_new_value, Place, read_places
 
 
 __tracebackhide__ = True
@@ -201,33 +200,25 @@ def _why_withheld(
 def _check_sizes(derefed: Call, axes: Axes, name: str) -> None:
     """Every mapped array has its axis, and all of these have one size."""
     first: tuple[int, str] | None = None
-    for node, of_node in zip(
-        (x for leaves in derefed.arrays for x in leaves),
-        (x for leaves in axes.trees for x in leaves),
-    ):
-        which = "an array"
-        if is_node(node):
-            ref = derefed.refs[node.index]
-            which = describe(ref)
-        arrays, treedef = jtu.tree_flatten(node)
-        for array, axis in zip(arrays, treedef.flatten_up_to(of_node)):
-            if axis is None:
-                continue
-            shape = jnp.shape(array)
-            if not -len(shape) <= axis < len(shape):
-                raise MismatchError(
-                    f"`{name}` cannot map {which} along axis {axis}: its shape is {shape}. "
-                    "Broadcast it: `in_axes=None`, or by collection `in_axes=rx.axes(...)`. "
-                    "Or give a ref the axis: `rx.add_axis(module, size, filter)`."
-                )
-            first = first or (shape[axis], which)
-            if first[0] != shape[axis]:
-                raise MismatchError(
-                    f"`{name}` maps axes of different sizes: {first[0]} of {first[1]}, and "
-                    f"{shape[axis]} of {which}, whose shape is {shape}. Broadcast one of "
-                    "them: `in_axes=None`, or by collection `in_axes=rx.axes(...)`. Or "
-                    "give a ref the axis: `rx.add_axis(module, size, filter)`."
-                )
+    for array, axis, ref in each_array(derefed, axes.trees):
+        if axis is None:
+            continue
+        which = "an array" if ref is None else describe(ref)
+        shape = jnp.shape(array)
+        if not -len(shape) <= axis < len(shape):
+            raise MismatchError(
+                f"`{name}` cannot map {which} along axis {axis}: its shape is {shape}. "
+                "Broadcast it: `in_axes=None`, or by collection `in_axes=rx.axes(...)`. "
+                "Or give a ref the axis: `rx.add_axis(module, size, filter)`."
+            )
+        first = first or (shape[axis], which)
+        if first[0] != shape[axis]:
+            raise MismatchError(
+                f"`{name}` maps axes of different sizes: {first[0]} of {first[1]}, and "
+                f"{shape[axis]} of {which}, whose shape is {shape}. Broadcast one of "
+                "them: `in_axes=None`, or by collection `in_axes=rx.axes(...)`. Or "
+                "give a ref the axis: `rx.add_axis(module, size, filter)`."
+            )
 
 
 def update_axes(derefed: Call, axes: Axes, number: int, new: Any, name: str) -> Any:
@@ -239,19 +230,16 @@ def update_axes(derefed: Call, axes: Axes, number: int, new: Any, name: str) -> 
     - `StructureError`: if the old value has several axes, and the new one another
         structure.
     """
-    old, own = values_of(derefed.arrays)[number], values_of(axes.trees)[number]
-    treedef = jtu.tree_structure(old)
-    if jtu.tree_structure(new) == treedef:
-        return own
-    flat = treedef.flatten_up_to(own)
-    if len(set(flat)) > 1:
-        ref = derefed.refs[number]
+
+    def refuse(several: list[Any]) -> None:
         raise CarryError(
-            f"{describe(ref)} holds arrays that `{name}` maps along "
-            f"the axes {flat}, and was written with a value of another structure, for which "
-            "no axes are given. Keep the structure, or use one axis for all of its arrays."
+            f"{describe(derefed.refs[number])} holds arrays that `{name}` maps along the "
+            f"axes {several}, and was written with a value of another structure, for which no "
+            "axes are given. Keep the structure, or use one axis for all of its arrays."
         )
-    return jtu.tree_map(lambda _: axes.of_refs[number], new)
+
+    old, own = values_of(derefed.arrays)[number], values_of(axes.trees)[number]
+    return of_new_value(old, own, new, axes.of_refs[number], refuse)
 
 
 def placed_update(derefed: Call, axes: Axes, number: int, new: Any, name: str) -> Any:

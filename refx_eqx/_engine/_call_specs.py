@@ -20,7 +20,7 @@ from .._core._errors import CarryError, describe, MismatchError
 from .._core._ref import Channeled, Ref
 from .._sharding._mesh import check_spec, mesh_axes
 from ._by_filter import RNG, SAME
-from ._by_place import agreed, Place, read_places
+from ._by_place import agreed, each_array, of_new_value, Place, read_places
 from ._rng_split import is_key
 from ._specs import (
     AS_TYPED,
@@ -60,20 +60,17 @@ class Specs:
 
         - `CarryError`: if the old value has several, and the new one another structure.
         """
-        own = values_of(self.trees)[number]
-        if jtu.tree_structure(own) == jtu.tree_structure(new):
-            return own
-        found = set(jtu.tree_leaves(own))
-        if len(found) > 1:
-            ref = derefed.refs[number]
+
+        def refuse(several: list[Any]) -> None:
             raise CarryError(
-                f"{describe(ref)} holds arrays that `{name}` splits "
-                f"by the specs {sorted(map(str, found))}, and was written with a value of "
+                f"{describe(derefed.refs[number])} holds arrays that `{name}` splits by the "
+                f"specs {sorted(set(map(str, several)))}, and was written with a value of "
                 "another structure, for which no specs are given. Keep the structure, or use "
                 "one spec for all of its arrays."
             )
-        spec = found.pop() if found else PartitionSpec()
-        return jtu.tree_map(lambda _: spec, new)
+
+        own = values_of(self.trees)[number]
+        return of_new_value(own, own, new, PartitionSpec(), refuse)
 
 
 def call_specs(
@@ -231,24 +228,20 @@ def _check_fit(
     derefed: Call, trees: list[Leaves], mesh: Any, typed: tuple[str, ...], name: str
 ) -> None:
     """That each array can be split by its spec; and that it is, where its type says how."""
-    for leaves, own in zip(derefed.arrays, trees):
-        arrays = jtu.tree_flatten_with_path(leaves)[0]
-        for (path, x), spec in zip(arrays, jtu.tree_leaves(own)):
-            number = getattr(leaves[path[0].idx], "index", None)
-            if number is None:
-                which = f"the array {jax.typeof(x).str_short()} that `{name}` is given"
-            else:
-                ref = derefed.refs[number]
-                which = f"{describe(ref)} in `{name}`"
-            check_spec(spec, jnp.shape(x), mesh, which)
-            of_type = part_of(jax.typeof(x).sharding.spec, typed)
-            if typed and _by_dimension(of_type) != _by_dimension(part_of(spec, typed)):
-                raise MismatchError(
-                    f"Cannot split {which} by `{spec}`: the mesh has explicit axes, and the "
-                    f"type of the array says `{of_type}`. Leave out `in_specs`, which are then "
-                    "those of the types; or put it there before, with `rx.filter_shard` or "
-                    "`jax.sharding.reshard`."
-                )
+    for x, spec, ref in each_array(derefed, trees):
+        if ref is None:
+            which = f"the array {jax.typeof(x).str_short()} that `{name}` is given"
+        else:
+            which = f"{describe(ref)} in `{name}`"
+        check_spec(spec, jnp.shape(x), mesh, which)
+        of_type = part_of(jax.typeof(x).sharding.spec, typed)
+        if typed and _by_dimension(of_type) != _by_dimension(part_of(spec, typed)):
+            raise MismatchError(
+                f"Cannot split {which} by `{spec}`: the mesh has explicit axes, and the "
+                f"type of the array says `{of_type}`. Leave out `in_specs`, which are then "
+                "those of the types; or put it there before, with `rx.filter_shard` or "
+                "`jax.sharding.reshard`."
+            )
 
 
 def _by_dimension(spec: PartitionSpec) -> list[tuple[str, ...]]:

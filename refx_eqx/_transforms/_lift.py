@@ -20,6 +20,7 @@ from .._calls._structure import Leaves, Outcome, values_of
 from .._core import _jax
 from .._core._errors import describe, MismatchError, RefError, StructureError
 from .._core._ref import Ref
+from .._engine._by_place import of_new_value
 from .._engine._call_axes import check_axis
 from .._engine._program import ByCall
 from .._engine._wrapper import Lifted
@@ -271,10 +272,7 @@ def _with_axes_in_place(
     for i, new in outcome.updates.items():
         written = traced.written[i]
         axes, expected = traced.axes[i], _expected(traced.inside[i], before[i], written)
-        if jtu.tree_structure(new) != jtu.tree_structure(before[i]):
-            found = set(jtu.tree_structure(before[i]).flatten_up_to(axes))
-            axis = found.pop() if len(found) == 1 else (_UNKNOWN if found else None)
-            axes = jtu.tree_map(lambda _, axis=axis: axis, new)
+        axes = of_new_value(before[i], axes, new, None, lambda _: _UNKNOWN)
         of_ref = functools.partial(placed, derefed.refs[i])
         updates[i] = jtu.tree_map(of_ref, new, axes, written, expected)
     return Outcome(outcome.out[:n_out], updates, outcome.info)

@@ -14,7 +14,7 @@ from .._calls._call import Call, call
 from .._calls._structure import Leaves, Outcome, values_of
 from .._core import _jax
 from .._core._errors import CarryError, describe, MismatchError, name_of
-from .._core._nodes import is_node
+from .._engine._by_place import each_array
 from .._engine._call_axes import Axes, call_axes, placed_update, update_axes
 from .._engine._carry import (
     as_callable,
@@ -161,25 +161,18 @@ def _check_all_sliced(
 
 def _check_whole_axis(derefed: Call, axes: Axes, name: str) -> None:
     """Refuses an array whose type says that devices share what is to be sliced step by step."""
-    for node, of_node in zip(
-        (x for leaves in derefed.arrays for x in leaves),
-        (x for leaves in axes.trees for x in leaves),
-    ):
-        flat, treedef = jtu.tree_flatten(node)
-        for x, axis in zip(flat, treedef.flatten_up_to(of_node)):
-            split = _jax.split_of(jax.typeof(x))
-            if axis is None or not split or split[axis] is None:
-                continue
-            which = f"an array {jax.typeof(x).str_short()}"
-            if is_node(node):
-                ref = derefed.refs[node.index]
-                which = describe(ref)
-            whole = [None if i == axis % len(split) else s for i, s in enumerate(split)]
-            raise MismatchError(
-                f"`{name}` slices {which} along axis {axis}, which is split over the mesh by "
-                f"{split[axis]!r}, and each step needs a slice on all devices. Split another "
-                f"axis: `jax.sharding.reshard(x, P({', '.join(map(repr, whole))}))`."
-            )
+    for x, axis, ref in each_array(derefed, axes.trees):
+        split = _jax.split_of(jax.typeof(x))
+        if axis is None or not split or split[axis] is None:
+            continue
+        which = f"an array {jax.typeof(x).str_short()}"
+        whole = [None if i == axis % len(split) else s for i, s in enumerate(split)]
+        raise MismatchError(
+            f"`{name}` slices {which if ref is None else describe(ref)} along axis {axis}, "
+            f"which is split over the mesh by {split[axis]!r}, and each step needs a slice on "
+            "all devices. Split another axis: "
+            f"`jax.sharding.reshard(x, P({', '.join(map(repr, whole))}))`."
+        )
 
 
 def _first(x: Any) -> jax.ShapeDtypeStruct:
