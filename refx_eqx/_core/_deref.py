@@ -18,6 +18,7 @@ from .._trees import _closure
 from .._trees._cells import is_lookup, shared_in
 from .._trees._changes import owned
 from .._trees._closure import opened
+from .._trees._equality import Unlike
 from .._trees._functions import FirstPlaceGone
 from .._trees._paths import path_text
 from . import _trace
@@ -38,26 +39,11 @@ __tracebackhide__ = True
 T = TypeVar("T")
 
 
-class _Nothing:
-    """What is at a place of a tree that has no leaf there: a pytree without leaves. There is
-    one of it, [`refx_eqx.NOTHING`][]."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return "NOTHING"
-
-    def __reduce__(self):
-        return "NOTHING"
-
-    def __copy__(self):
-        return self
-
-    def __deepcopy__(self, memo: dict):
-        return self
+class _Nothing(Unlike):
+    """The class of [`refx_eqx.NOTHING`][], which is a node of a pytree."""
 
 
-NOTHING = _Nothing()
+NOTHING = _Nothing(__name__, "NOTHING")
 """What is at a place of a tree that has no leaf there: a pytree without leaves. See
 [`refx_eqx.partition`][] and [`refx_eqx.update_refs`][]."""
 

@@ -31,20 +31,6 @@ from ._errors import describe, TraceLevelError
 __tracebackhide__ = True
 
 
-class _Unset:
-    """The type of `UNSET`. One object, also where it is pickled."""
-
-    def __repr__(self) -> str:
-        return "UNSET"
-
-    def __reduce__(self) -> str:
-        return "UNSET"
-
-
-UNSET: Any = _Unset()
-"""An argument that was not given, where `None` is one that was."""
-
-
 # The question by hash. The others are the `Identity` of what a ref was compared with.
 BY_HASH: Any = "by hash"
 

@@ -203,21 +203,35 @@ class DifferentiableCall:
         return out, outcome
 
 
+class LinearMap(eqx.Module):
+    """What `filter_vjp` and `filter_linearize` return: a pytree, whose leaves are the
+    residuals.
+
+    - `linear`: the linear map of JAX.
+    """
+
+    linear: Any
+    inputs: TangentSpace = eqx.field(static=True)
+    outputs: TangentSpace = eqx.field(static=True)
+
+
 def with_linear_map(
     name: str,
-    derive: Callable[[DifferentiableCall], tuple[Any, Outcome]],
+    derive: Callable[..., Any],
+    cls: type[LinearMap],
     fun: Callable[..., Any],
     primals: tuple,
     has_aux: bool,
     wrt: Any,
 ) -> Any:
-    """Calls the function. Returns its result, the linear map that `derive` makes of the
-    call, and the auxiliary result if there is one."""
+    """Calls the function. Returns its result, the linear map that `derive` of JAX makes of
+    the call, and the auxiliary result if there is one."""
     found: dict[str, Any] = {}
 
     def transform(derefed: Call) -> Outcome:
         fn = DifferentiableCall(name, derefed, primals, wrt, has_aux)
-        found["map"], outcome = derive(fn)
+        _, linear, outcome = derive(fn, fn.arrays, has_aux=True)
+        found["map"] = cls(linear, fn.inputs, fn.outputs)
         return outcome
 
     result = call(fun, primals, {}, apart_from_channels(transform))

@@ -9,10 +9,10 @@ from typing import Any
 import equinox as eqx
 import jax.tree_util as jtu
 
-from .._core._identity import UNSET
 from .._core._ref import Ref
 from .._filters._filters import FilterLike
 from .._trees._cells import may_carry
+from .._trees._equality import UNSET
 from ._by_filter import ByFilter, each_leaf, NotGiven
 
 

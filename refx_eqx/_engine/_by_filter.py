@@ -7,10 +7,10 @@ import equinox as eqx
 import jax.tree_util as jtu
 
 from .._core._errors import describe, MismatchError, StructureError
-from .._core._identity import UNSET
 from .._core._ref import Ref
 from .._filters._filters import as_filter, as_option, Filter, Path
 from .._trees._cells import may_carry
+from .._trees._equality import UNSET
 from .._trees._paths import key_text
 
 

@@ -7,12 +7,12 @@ import jax
 import jax.tree_util as jtu
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .._core._identity import UNSET
 from .._core._nodes import Index, is_node, Value
 from .._core._ref import Ref
 from .._filters._filters import FilterLike
 from .._sharding._mesh import mesh_axes
 from .._sharding._rules import axis_rules
+from .._trees._equality import Unlike, UNSET
 from ._by_filter import ByFilter, each_leaf, ELSEWHERE, NotGiven, SAME
 
 
@@ -101,18 +101,8 @@ class specs(ByFilter):
         return not axes_in(one)
 
 
-class _AsTyped:
-    """The spec of an array of which none is given, under a mesh of explicit axes: that of
-    its type."""
-
-    def __reduce__(self) -> str:
-        return "AS_TYPED"
-
-    def __repr__(self) -> str:
-        return "the sharding of its type"
-
-
-AS_TYPED = _AsTyped()
+AS_TYPED = Unlike(__name__, "AS_TYPED", "the sharding of its type")
+"""The spec of an array of which none is given, under a mesh of explicit axes."""
 
 
 class OfValue:

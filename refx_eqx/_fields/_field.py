@@ -17,8 +17,8 @@ import jaxtyping
 from jax.sharding import PartitionSpec
 
 from .._core._errors import check_hashable, CollectionError, RefTypeError
-from .._core._identity import UNSET
 from .._core._ref import declare, Ref
+from .._trees._equality import UNSET
 from ._annotation import resolve_annotation
 from ._axis_names import name_scope
 from ._batched import BatchedHint

@@ -15,9 +15,8 @@ it must give the same answer at every place of one ref, so that a tie cannot be 
 """
 
 import dataclasses
-import fnmatch
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, TypeAlias
 
 import equinox as eqx
@@ -27,7 +26,7 @@ from .._core._errors import describe
 from .._core._ref import Ref
 from .._trees._cells import is_lookup, reachable
 from .._trees._equality import Identity
-from .._trees._paths import n_common, Path
+from .._trees._paths import Path, Pattern
 from ._guard import only_answering
 
 
@@ -70,16 +69,16 @@ class Filter:
             return self.matches(None, leaf)
 
     def __and__(self, other: Any) -> "Filter":
-        return _All((self, as_filter(other)))
+        return _Joined(all, (self, as_filter(other)))
 
     def __rand__(self, other: Any) -> "Filter":
-        return _All((as_filter(other), self))
+        return _Joined(all, (as_filter(other), self))
 
     def __or__(self, other: Any) -> "Filter":
-        return _Any((self, as_filter(other)))
+        return _Joined(any, (self, as_filter(other)))
 
     def __ror__(self, other: Any) -> "Filter":
-        return _Any((as_filter(other), self))
+        return _Joined(any, (as_filter(other), self))
 
     def __invert__(self) -> "Filter":
         return _Not(self)
@@ -125,11 +124,11 @@ class _Collections(Filter):
 @dataclasses.dataclass(frozen=True)
 class _Paths(Filter):
     patterns: tuple[str | Path, ...]
-    _walks: tuple["_Walk", ...] = dataclasses.field(init=False, compare=False)
+    _walked: tuple[Pattern, ...] = dataclasses.field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        walks = tuple(_Walk(p) for p in self.patterns if isinstance(p, str))
-        object.__setattr__(self, "_walks", walks)
+        walked = tuple(Pattern(p) for p in self.patterns if isinstance(p, str))
+        object.__setattr__(self, "_walked", walked)
 
     @property
     def _is_by_name(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -144,51 +143,10 @@ class _Paths(Filter):
             )
         # One key may be several names: "encoder.weight" in the state of an optimizer.
         names = tuple(".".join(path).split(".")) if path else ()
-        return path in self.patterns or any(w.matches(names) for w in self._walks)
+        return path in self.patterns or any(w.matches(names) for w in self._walked)
 
     def __repr__(self) -> str:
         return f"rx.path({', '.join(map(repr, self.patterns))})"
-
-
-class _Walk:
-    """A pattern, walked along one path after the other.
-
-    The paths of a tree come in order, so each begins like the one before: what is known of
-    that is kept, or a deep tree would take the square of its depth.
-    """
-
-    __slots__ = ("_last", "_pattern")
-
-    def __init__(self, pattern: str):
-        self._pattern = tuple(pattern.split("."))
-        # A path, and after each of its keys: how much of the pattern may be behind us.
-        self._last: tuple[Path, list[frozenset[int]]] = ((), [self._skip({0})])
-
-    def matches(self, path: Path) -> bool:
-        before, reached = self._last
-        n = n_common(before, path)
-        reached = reached[: n + 1]
-        for key in path[n:]:
-            reached.append(self._step(reached[-1], key))
-        self._last = path, reached
-        return len(self._pattern) in reached[-1]
-
-    def _step(self, reached: frozenset[int], key: str) -> frozenset[int]:
-        found = set()
-        for i in reached:
-            head = self._pattern[i] if i < len(self._pattern) else None
-            if head == "**":
-                found.add(i)
-            elif head is not None and fnmatch.fnmatchcase(key, head):
-                found.add(i + 1)
-        return self._skip(found)
-
-    def _skip(self, reached: set[int]) -> frozenset[int]:
-        """`**` stands for no key, too."""
-        for i, head in enumerate(self._pattern):
-            if i in reached and head == "**":
-                reached.add(i + 1)
-        return frozenset(reached)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,6 +232,9 @@ class _Constant(Filter):
 
 @dataclasses.dataclass(frozen=True)
 class _Joined(Filter):
+    """Several filters: `all` of them, or `any`."""
+
+    quantifier: Callable[[Iterable[bool]], bool]
     filters: tuple[Filter, ...]
 
     @property
@@ -284,21 +245,12 @@ class _Joined(Filter):
     def _is_by_name(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return all(f._is_by_name for f in self.filters)
 
-
-class _All(_Joined):
     def matches(self, path: Path | None, leaf: Any) -> bool:
-        return all(f.matches(path, leaf) for f in self.filters)
+        return self.quantifier(f.matches(path, leaf) for f in self.filters)
 
     def __repr__(self) -> str:
-        return f"({' & '.join(map(repr, self.filters))})"
-
-
-class _Any(_Joined):
-    def matches(self, path: Path | None, leaf: Any) -> bool:
-        return any(f.matches(path, leaf) for f in self.filters)
-
-    def __repr__(self) -> str:
-        return f"({' | '.join(map(repr, self.filters))})"
+        joint = " & " if self.quantifier is all else " | "
+        return f"({joint.join(map(repr, self.filters))})"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Set
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import equinox as eqx
 import jax
@@ -230,6 +230,16 @@ class _Forward:
     written: Set[int]
 
 
+class _Given(NamedTuple):
+    """What the backward rule is given: the residuals, the arrays of the call, the cotangents
+    of the result, and what came along each channel."""
+
+    residuals: Any
+    arrays: list[Leaves]
+    of_out: Leaves
+    ends: dict[int, Any]
+
+
 def _with_rules(parts: "_Parts") -> Callable:
     flat = jax.custom_vjp(parts.function)
     flat.defvjp(parts.forward, parts.backward, symbolic_zeros=True)
@@ -297,37 +307,32 @@ class _Parts:
         )
         grad = jtu.tree_map(lambda _: None, arrays[0])
         if jtu.tree_leaves(of_out):
-            residual = eqx.combine(kept, forward.statics)
-            args = forward, residual, arrays, of_out, live
+            given = _Given(eqx.combine(kept, forward.statics), arrays, of_out, live)
             if jtu.tree_leaves(forward.perturbed[0]):
-                grad, live = self.pull_back(*args)
+                grad, live = self.pull_back(forward, given)
             else:
-                self.check_unwanted(*args)
+                self.check_unwanted(forward, given)
         grad = _where(forward.perturbed[0], grad, arrays[0])
         of_others = jtu.tree_map(lambda _: None, arrays[1:])
         none = jtu.tree_map(lambda _: None, arrays)
         return none, [grad, *of_others], {i: live.get(i) for i in ends}
 
     def run_rule(
-        self,
-        forward: _Forward,
-        residuals: Any,
-        arrays: list[Leaves],
-        of_out: Leaves,
-        ends: dict[int, Any],
+        self, forward: _Forward, given: _Given
     ) -> tuple[Any, dict[int, Any], dict[int, Any]]:
         """Runs the backward rule. Returns the gradient, what it wrote by number, and the
         values that the refs had."""
+        ends = given.ends
         present = [
             map_values(lambda i, x: decode(ends[i], x) if i in ends else x, leaves)
-            for leaves in arrays
+            for leaves in given.arrays
         ]
         found: dict[str, Any] = {}
 
         def run(rules: Rules, *args: Any, **kwargs: Any) -> None:
-            grad = tree_of(forward.part, placed(forward.nodes, of_out))
+            grad = tree_of(forward.part, placed(forward.nodes, given.of_out))
             found["grad"] = rules.second(
-                residuals, grad, forward.flags, *args, **kwargs
+                given.residuals, grad, forward.flags, *args, **kwargs
             )
 
         updates = self.frame.run(present, run).updates
@@ -335,27 +340,22 @@ class _Parts:
         self.frame.refuse_perturbed(forward.perturbed, 1, written)
         return found["grad"], updates, values_of(present)
 
-    def check_unwanted(self, forward: _Forward, *args: Any) -> None:
+    def check_unwanted(self, forward: _Forward, given: _Given) -> None:
         """Where no gradient is asked of the rule. It is not run; but what is differentiated
         must be state, and which refs it writes only the rule can tell."""
         numbers = {
             i for i, x in values_of(forward.perturbed).items() if jtu.tree_leaves(x)
         }
         if numbers - forward.written:
-            jax.eval_shape(lambda: self.run_rule(forward, *args) and None)
+            jax.eval_shape(lambda: self.run_rule(forward, given) and None)
 
     def pull_back(
-        self,
-        forward: _Forward,
-        residuals: Any,
-        arrays: list[Leaves],
-        of_out: Leaves,
-        ends: dict[int, Any],
+        self, forward: _Forward, given: _Given
     ) -> tuple[Leaves, dict[int, Any]]:
-        """Returns the gradient of the first argument, and the channels by number: `ends`
-        came along them, and what the rule wrote goes on."""
-        frame = self.frame
-        grad, updates, present = self.run_rule(forward, residuals, arrays, of_out, ends)
+        """Returns the gradient of the first argument, and the channels by number: what came
+        along them, and what the rule wrote, goes on."""
+        frame, arrays, ends = self.frame, given.arrays, given.ends
+        grad, updates, present = self.run_rule(forward, given)
         written = {}
         for i, value in updates.items():
             which = f"The backward rule of `{frame.fn_name}` writes {frame.describe(i)}"

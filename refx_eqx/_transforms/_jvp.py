@@ -15,9 +15,8 @@ from .._core import _jax
 from .._core._errors import MismatchError
 from .._engine._autodiff import (
     arrays_of_result,
-    DifferentiableCall,
     is_inexact,
-    TangentSpace,
+    LinearMap,
     with_linear_map,
 )
 from .._engine._backward import apart_from_channels
@@ -149,12 +148,8 @@ def _traced_where_differentiated(primal: Any, tangent: Any) -> Any:
     )
 
 
-class _Pushforward(eqx.Module):
-    """What `filter_linearize` returns: from tangents of the primals to those of the result."""
-
-    linear: Any
-    inputs: TangentSpace = eqx.field(static=True)
-    outputs: TangentSpace = eqx.field(static=True)
+class _Pushforward(LinearMap):
+    """From tangents of the primals to those of the result."""
 
     def __call__(self, /, *tangents: Any) -> Any:
         n = len(self.inputs.parts)
@@ -166,11 +161,6 @@ class _Pushforward(eqx.Module):
         given = self.inputs.read(tangents, "The tangents")
         (tree,) = self.outputs.trees(self.linear(given))
         return tree
-
-
-def _pushforward(fn: DifferentiableCall) -> tuple[_Pushforward, Outcome]:
-    _, linear, outcome = jax.linearize(fn, fn.arrays, has_aux=True)
-    return _Pushforward(linear, fn.inputs, fn.outputs), outcome
 
 
 @overload
@@ -227,4 +217,6 @@ def filter_linearize(
 
     As [`refx_eqx.filter_vjp`][].
     """
-    return with_linear_map("filter_linearize", _pushforward, fun, primals, has_aux, wrt)
+    return with_linear_map(
+        "filter_linearize", jax.linearize, _Pushforward, fun, primals, has_aux, wrt
+    )

@@ -3,12 +3,10 @@
 from collections.abc import Callable
 from typing import Any, Literal, overload, TypeVar
 
-import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
-from .._calls._structure import Outcome
-from .._engine._autodiff import DifferentiableCall, TangentSpace, with_linear_map
+from .._engine._autodiff import LinearMap, with_linear_map
 from .._filters._filters import FilterLike
 
 
@@ -21,22 +19,13 @@ T = TypeVar("T")
 Aux = TypeVar("Aux")
 
 
-class _Pullback(eqx.Module):
-    """What `filter_vjp` returns: from cotangents of the result to those of the primals."""
-
-    linear: Any
-    inputs: TangentSpace = eqx.field(static=True)
-    outputs: TangentSpace = eqx.field(static=True)
+class _Pullback(LinearMap):
+    """From cotangents of the result to those of the primals."""
 
     def __call__(self, cotangents: Any, /) -> tuple:
         given = self.outputs.read((cotangents,), "The cotangents")
         (result,) = self.linear(given)
         return self.inputs.trees(result)
-
-
-def _pullback(fn: DifferentiableCall) -> tuple[_Pullback, Outcome]:
-    _, linear, outcome = jax.vjp(fn, fn.arrays, has_aux=True)
-    return _Pullback(linear, fn.inputs, fn.outputs), outcome
 
 
 @overload
@@ -106,4 +95,4 @@ def filter_vjp(
     - `StructureError`: if `wrt` selects a ref at one of its places and not at another; and
         by `vjp_fn`, if the cotangent has another structure.
     """
-    return with_linear_map("filter_vjp", _pullback, fun, primals, has_aux, wrt)
+    return with_linear_map("filter_vjp", jax.vjp, _Pullback, fun, primals, has_aux, wrt)

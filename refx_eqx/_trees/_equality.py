@@ -20,6 +20,29 @@ class ByValue:
     __slots__ = ()
 
 
+class Unlike:
+    """An object that stands for something which no value can: equal to itself alone, also
+    where it is pickled.
+
+    - `name`: of the global variable that has it; `text`: for messages.
+    """
+
+    def __init__(self, module: str, name: str, text: str = ""):
+        self.__module__ = module
+        self._name = name
+        self._text = text or name
+
+    def __repr__(self) -> str:
+        return self._text
+
+    def __reduce__(self) -> str:
+        return self._name
+
+
+UNSET: Any = Unlike(__name__, "UNSET")
+"""An argument that was not given, where `None` is one that was."""
+
+
 class Identity:
     """Stands for an object; equal for the same object. Holds it weakly if it is to, and can."""
 

@@ -1,5 +1,6 @@
 """Where in a tree something is: for messages, and for filters."""
 
+import fnmatch
 from typing import Any
 
 
@@ -40,3 +41,44 @@ def n_common(a: tuple, b: tuple) -> int:
     while a[:n] != b[:n]:
         n, step = max(0, n - step), 2 * step
     return n
+
+
+class Pattern:
+    """A pattern of `rx.path`, walked along one path after the other.
+
+    The paths of a tree come in order, so each begins like the one before: what is known of
+    that is kept, or a deep tree would take the square of its depth.
+    """
+
+    __slots__ = ("_last", "_pattern")
+
+    def __init__(self, pattern: str):
+        self._pattern = tuple(pattern.split("."))
+        # A path, and after each of its keys: how much of the pattern may be behind us.
+        self._last: tuple[Path, list[frozenset[int]]] = ((), [self._skip({0})])
+
+    def matches(self, path: Path) -> bool:
+        before, reached = self._last
+        n = n_common(before, path)
+        reached = reached[: n + 1]
+        for key in path[n:]:
+            reached.append(self._step(reached[-1], key))
+        self._last = path, reached
+        return len(self._pattern) in reached[-1]
+
+    def _step(self, reached: frozenset[int], key: str) -> frozenset[int]:
+        found = set()
+        for i in reached:
+            head = self._pattern[i] if i < len(self._pattern) else None
+            if head == "**":
+                found.add(i)
+            elif head is not None and fnmatch.fnmatchcase(key, head):
+                found.add(i + 1)
+        return self._skip(found)
+
+    def _skip(self, reached: set[int]) -> frozenset[int]:
+        """`**` stands for no key, too."""
+        for i, head in enumerate(self._pattern):
+            if i in reached and head == "**":
+                reached.add(i + 1)
+        return frozenset(reached)
