@@ -9,7 +9,7 @@ from .._core import _jax, _trace
 from .._core._access import check_value, Withheld
 from .._core._deref import deref_leaves, make_ref_of
 from .._core._errors import CarryError, describe, TraceLevelError
-from .._core._nodes import is_traced_in_ref, split_value, value_node
+from .._core._nodes import is_traced_in_ref, split_value
 from .._core._ref import content, IN_PLACE, Ref, set_value
 from .._trees._changes import Changes, owned, place_of
 from ._structure import flatten, Leaves, Outcome, OutcomeInfo, split, Structure
@@ -97,11 +97,7 @@ def _withhold(
     for (i, k), reason in withheld.items():
         node = structure.statics[i][k]
         if node.index not in made:
-            made[node.index] = make_ref_of(
-                value_node(
-                    reason, node.index, node.collection, node.ref_type, node.label
-                )
-            )
+            made[node.index] = make_ref_of(node.with_value(reason))
         leaves[i][k] = made[node.index]
     return made
 

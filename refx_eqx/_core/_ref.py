@@ -346,14 +346,13 @@ class Ref(Shared, Generic[T]):
             raise missing_attribute(self, name)
 
     def __copy__(self) -> Self:
-        return _like(self, owned(self.value))
+        return like(self, owned(self.value))
 
     def __deepcopy__(self, memo: dict) -> Self:
-        return _like(self, copy.deepcopy(self.value, memo))
+        return like(self, copy.deepcopy(self.value, memo))
 
     def __reduce__(self):
-        if type(self) is not Ref:
-            check_no_attributes(self)
+        check_no_attributes(self)
         state = type(self), self.value, self._collection, self._name, self._declared
         return _unpickle, state
 
@@ -547,10 +546,9 @@ def check_no_attributes(ref: Ref) -> None:
         )
 
 
-def _like(ref: _R, value: Any) -> _R:
+def like(ref: _R, value: Any) -> _R:
     """A new ref that differs from `ref` by its value alone."""
-    if type(ref) is not Ref:
-        check_no_attributes(ref)
+    check_no_attributes(ref)
     return make_ref(type(ref), value, ref._collection, ref._name, ref._declared)
 
 

@@ -37,6 +37,7 @@ from .._core import _jax
 from .._core._access import why_immutable
 from .._core._errors import CarryError, ImmutableError, MismatchError
 from .._core._ref import Channeled
+from .._trees._equality import is_same_tree
 from ._channel import decode, encode, has_channel
 
 
@@ -168,17 +169,11 @@ def with_backward_writes(
     """
     updates = dict(outcome.updates)
     for i in ends.keys() & updates.keys():
-        if not _is_same(ends[i], seeds[i]):
+        if not is_same_tree(operator.is_, ends[i], seeds[i]):
             updates[i] = decode(ends[i], updates[i])
-        elif _is_same(updates[i], before[i]):
+        elif is_same_tree(operator.is_, updates[i], before[i]):
             del updates[i]
     return with_updates(outcome, updates)
-
-
-def _is_same(a: Any, b: Any) -> bool:
-    a_leaves, a_def = jtu.tree_flatten(a)
-    b_leaves, b_def = jtu.tree_flatten(b)
-    return a_def == b_def and all(map(operator.is_, a_leaves, b_leaves))
 
 
 def apart_from_channels(

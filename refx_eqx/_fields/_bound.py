@@ -21,6 +21,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._core._errors import describe_named, RefTypeError
+from .._trees._equality import is_same_tree
 from ._axis_names import AxisNames, name_scope
 from ._config import config
 from ._hints import hint_text, why_not_of_type
@@ -156,7 +157,7 @@ class BoundType:
             if axes is None and ref._body is None:
                 axes = ()  # it was written while checks were off
             if axes is None:
-                if _same_shapes(old, value):
+                if is_same_tree(_same_type, old, value):
                     return value
                 reason = (
                     "inside this transform it is a part of the declared value (a shard, or a "
@@ -298,13 +299,8 @@ def _is_in_shard() -> bool:
     return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
-def _same_shapes(old: Any, new: Any) -> bool:
-    old_leaves, old_def = jtu.tree_flatten(old)
-    new_leaves, new_def = jtu.tree_flatten(new)
-    return old_def == new_def and all(
-        _is_sized(b) and a.shape == b.shape and a.dtype == b.dtype
-        for a, b in zip(old_leaves, new_leaves)
-    )
+def _same_type(a: Any, b: Any) -> bool:
+    return _is_sized(b) and a.shape == b.shape and a.dtype == b.dtype
 
 
 def _has_more_axes(value: Any, old: Any) -> bool:

@@ -6,9 +6,10 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._core._access import refuse_cycle
+from .._core._deref import make_ref_of
 from .._core._errors import describe, StructureError
 from .._core._nodes import is_node, Value
-from .._core._ref import make_ref, Ref
+from .._core._ref import Ref
 from .._fields._instance import check_refs_in_place
 from .._trees._cells import is_lookup
 from .._trees._closure import opened
@@ -37,17 +38,7 @@ def leaves_with_paths(tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
 
 def as_closed(leaves: list[Any]) -> list[Any]:
     """The leaves with refs instead of `Value` and `Index` nodes, for a filter to see."""
-    refs = {
-        leaf.index: make_ref(
-            leaf.ref_type,
-            leaf.value,
-            leaf.collection,
-            leaf.label.name,
-            leaf.label.declared,
-        )
-        for leaf in leaves
-        if isinstance(leaf, Value)
-    }
+    refs = {x.index: make_ref_of(x) for x in leaves if isinstance(x, Value)}
     closed = []
     for leaf in leaves:
         if is_node(leaf):

@@ -21,6 +21,7 @@ from .._core._on_mesh import put
 from .._core._ref import is_ref, Ref
 from .._fields._instance import check_refs_in_place
 from .._trees._cells import is_lookup
+from .._trees._equality import is_same_tree
 from .._trees._paths import key_text, Path, path_text
 from ._filters import FilterLike
 from ._select import choose, leaves_with_paths, refuse_derefed
@@ -183,7 +184,7 @@ def _new_value(ref: Ref, given: dict[int, list[str]], state: Mapping[str, Any]) 
     value = _checked(ref, first_key, whole)
     for (key, earlier), *others in held.values():
         for other_key, other in others:
-            if not _is_same(earlier, other):
+            if not is_same_tree(_is_same_bits, earlier, other):
                 raise MismatchError(
                     f"Cannot load the state: {describe(ref)} is one ref at "
                     f"`{_shown(key)}` and `{_shown(other_key)}`, and the state has a "
@@ -407,12 +408,8 @@ def _converted(new: Any, dtype: Any) -> Any:
     return converted if np.all(same) and np.all(in_range | (array != array)) else new
 
 
-def _is_same(a: Any, b: Any) -> bool:
-    """Whether two values, both of which fit one ref, are equal bit by bit: NaN is NaN."""
-    return all(map(_is_same_leaf, jtu.tree_leaves(a), jtu.tree_leaves(b)))
-
-
-def _is_same_leaf(a: Any, b: Any) -> bool:
+def _is_same_bits(a: Any, b: Any) -> bool:
+    """Whether two leaves, both of which fit one ref, are equal bit by bit: NaN is NaN."""
     if a is b:
         return True
     if _jax.is_tracer(a) or _jax.is_tracer(b):

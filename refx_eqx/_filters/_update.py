@@ -19,6 +19,7 @@ from .._core._on_mesh import put
 from .._core._ref import commits, Ref
 from .._fields._instance import check_refs_in_place
 from .._trees._closure import by_name
+from .._trees._equality import is_same_tree
 from .._trees._paths import path_text
 
 
@@ -182,12 +183,9 @@ def _check_collection(
 def check_fits(ref: Ref, value: Any, failure: str, place: str, source: str) -> None:
     """Same structure, shapes and dtypes as the present value of `ref`."""
     old = ref.value
-    old_leaves, old_def = jtu.tree_flatten(old)
-    new_leaves, new_def = jtu.tree_flatten(value)
-    fits = old_def == new_def and all(map(_same_kind, old_leaves, new_leaves))
-    if not fits:
+    if not is_same_tree(_same_kind, old, value):
         remedy = "If the change is meant, write it: `ref.value = ...`."
-        if len(old_leaves) == 1 and _only_dtypes_differ(old, value):
+        if _only_dtypes_differ(old, value):
             remedy += f' Or convert it: `jnp.asarray(value, "{old.dtype}")`.'
         raise MismatchError(
             f"{failure}: {describe(ref)} at {place} holds "

@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 
 from .._core._errors import describe, StructureError
 from .._core._nodes import is_traced_in_ref
-from .._core._ref import make_ref, Ref
+from .._core._ref import like, Ref
 from .._engine._by_filter import RNG
 from .._engine._rng_split import fold_in, is_key
 from .._filters._filters import FilterLike
@@ -100,5 +100,4 @@ def _with_axis(ref: Ref, size: int, axis: int) -> Ref:
             many = jnp.broadcast_to(one, (size, *one.shape))
         return jnp.moveaxis(many, 0, axis)
 
-    value = jtu.tree_map(stack, ref.value)
-    return make_ref(type(ref), value, ref._collection, ref._name, ref._declared)
+    return like(ref, jtu.tree_map(stack, ref.value))

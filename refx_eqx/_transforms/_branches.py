@@ -241,14 +241,10 @@ def _places_in_result(part: Part, out: Leaves) -> list[str]:
 
 
 def _run_cond(derefed: Call, arrays: list[Leaves]) -> Outcome:
-
-    def choose(pred: Any, branches: list[Callable], arrays: Any) -> Any:
-        return jax.lax.cond(pred, *branches, arrays)
-
+    choose = lambda pred, branches, arrays: jax.lax.cond(pred, *branches, arrays)
+    position = lambda pred: 0 if pred else 1
     which = {"`true_fun`": _true_branch, "`false_fun`": _false_branch}
-    return _run_branches(
-        derefed, arrays, "cond", which, lambda pred: 0 if pred else 1, choose
-    )
+    return _run_branches(derefed, arrays, "cond", which, position, choose)
 
 
 def cond(
@@ -312,19 +308,6 @@ def cond(
     return call(None, args, {}, transform)
 
 
-def _run_switch(derefed: Call, arrays: list[Leaves], n: int) -> Outcome:
-
-    def choose(index: Any, branches: list[Callable], arrays: Any) -> Any:
-        return jax.lax.switch(index, branches, arrays)
-
-    which = {f"branch {i}": _branch(i) for i in range(n)}
-
-    def position(index: Any) -> int:
-        return min(max(int(index), 0), n - 1)
-
-    return _run_branches(derefed, arrays, "switch", which, position, choose)
-
-
 def switch(
     index: ArrayLike, branches: Sequence[Callable[..., T]], *operands: PyTree
 ) -> T:
@@ -368,8 +351,12 @@ def switch(
     operands = numbers_to_arrays(operands)
     n = len(fns)
 
+    position = lambda index: min(max(int(index), 0), n - 1)
+    choose = lambda index, branches, arrays: jax.lax.switch(index, branches, arrays)
+
     def run(derefed: Call, arrays: list[Leaves]) -> Outcome:
-        return _run_switch(derefed, arrays, n)
+        which = {f"branch {i}": _branch(i) for i in range(n)}
+        return _run_branches(derefed, arrays, "switch", which, position, choose)
 
     make = lambda: Program("switch", run)
 

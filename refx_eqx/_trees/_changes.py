@@ -24,7 +24,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from ._cells import carried_cells, may_carry, reachable
-from ._equality import ByValue, Shared
+from ._equality import ByValue, is_same_tree, Shared
 from ._paths import path_text
 
 
@@ -77,14 +77,13 @@ def _copied_one(x: Any) -> Any:
 
 
 def is_same_value(a: Any, b: Any) -> bool:
-    a_leaves, a_def = jtu.tree_flatten(a)
-    b_leaves, b_def = jtu.tree_flatten(b)
-    return a_def == b_def and all(map(_is_same_leaf, a_leaves, b_leaves))
+    """Whether nothing was changed in place since `b` was copied from `a`."""
 
+    def is_same(a: Any, b: Any) -> bool:
+        both = type(a) is type(b) is np.ndarray
+        return a is b or (both and a.dtype == b.dtype and a.tobytes() == b.tobytes())
 
-def _is_same_leaf(a: Any, b: Any) -> bool:
-    both = type(a) is type(b) is np.ndarray
-    return a is b or (both and a.dtype == b.dtype and a.tobytes() == b.tobytes())
+    return is_same_tree(is_same, a, b)
 
 
 class _Node(NamedTuple):

@@ -5,6 +5,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import jax.tree_util as jtu
+
 
 class Shared:
     """A leaf that is one thing wherever it is in a tree. There is one class of them: `Ref`,
@@ -18,6 +20,13 @@ class ByValue:
     back."""
 
     __slots__ = ()
+
+
+def is_same_tree(is_same: Callable[[Any, Any], bool], a: Any, b: Any) -> bool:
+    """Whether two trees are of one structure, and their leaves the same by `is_same`."""
+    a_leaves, a_def = jtu.tree_flatten(a)
+    b_leaves, b_def = jtu.tree_flatten(b)
+    return a_def == b_def and all(map(is_same, a_leaves, b_leaves))
 
 
 class Unlike:

@@ -5,7 +5,7 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array
 
-from .._core._ref import make_ref, Ref
+from .._core._ref import like, Ref
 
 
 __tracebackhide__ = True
@@ -22,7 +22,7 @@ def with_weight(layer: Any, name: str, value: Array) -> Any:
     old = _weight(layer, name)
     new = value
     if isinstance(old, Ref):
-        new = make_ref(type(old), value, old._collection, old._name, old._declared)
+        new = like(old, value)
     return eqx.tree_at(lambda layer: getattr(layer, name), layer, new)
 
 
