@@ -220,7 +220,7 @@ class _Tags:
         }
 
 
-def _name_of(eqn: Any) -> str | None:
+def _name_in(eqn: Any) -> str | None:
     name = eqn.params.get("name") if eqn.primitive.name == "name" else None
     return name if isinstance(name, str) and name.startswith(_PREFIX) else None
 
@@ -237,7 +237,7 @@ def _jaxprs_of(eqn: Any) -> list[Any]:
 def _names(jaxpr: Any) -> Iterator[str]:
     """The names in a jaxpr, in the order of its evaluation."""
     for eqn in jaxpr.eqns:
-        name = _name_of(eqn)
+        name = _name_in(eqn)
         if name is not None:
             yield name
         for inner in _jaxprs_of(eqn):
@@ -259,7 +259,7 @@ def _evaluate(
 
     for eqn in jaxpr.eqns:
         inputs = [read(var) for var in eqn.invars]
-        name, kind = _name_of(eqn), eqn.primitive.name
+        name, kind = _name_in(eqn), eqn.primitive.name
         if name is not None:
             extra = next(added)
             outs = inputs if extra is None else [inputs[0] + extra]

@@ -58,7 +58,7 @@ class Trained:
         self.refs: dict[str, Ref] = {}
         self.values: dict[str, Any] = {}
         places = first_places(places_of(model, wrt, "Cannot train the model"))
-        _check_in_refs(model, wrt)
+        _check_wrt_in_refs(model, wrt)
         for name, ref in places.items():
             arrays = eqx.filter(split_value(ref.value)[0], is_inexact)
             if jtu.tree_leaves(arrays):
@@ -125,8 +125,8 @@ class Trained:
             old, new = _shapes(self.values[name]), _shapes(arrays)
             if old != new:
                 raise MismatchError(
-                    f"{failure}: {self.which(name)}, has the shape {_text(old)}, and the "
-                    f"{what} have {_text(new)} there. Reduce what is one for each example "
+                    f"{failure}: {self.which(name)}, has the shape {_shapes_text(old)}, and the "
+                    f"{what} have {_shapes_text(new)} there. Reduce what is one for each example "
                     "first, for example with `jnp.mean(..., axis=0)`."
                 )
         if missing:
@@ -174,7 +174,7 @@ def _as_array(x: Any) -> Any:
     return jnp.asarray(x) if isinstance(x, float | complex) else x
 
 
-def _check_in_refs(model: Any, wrt: Any) -> None:
+def _check_wrt_in_refs(model: Any, wrt: Any) -> None:
     """That `wrt` selects no array that is in no ref. (It would not be trained, silently.)"""
     pairs, _ = leaves_with_paths(model)
     for (path, leaf), which in zip(pairs, choose(pairs, wrt)):
@@ -203,7 +203,7 @@ def _shapes(value: Any) -> list[tuple[int, ...]]:
     return [jnp.shape(x) for x in jtu.tree_leaves(value)]
 
 
-def _text(shapes: list[tuple[int, ...]]) -> str:
+def _shapes_text(shapes: list[tuple[int, ...]]) -> str:
     return ", ".join(map(str, shapes))
 
 

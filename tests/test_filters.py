@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import refx_eqx as rx
-from refx_eqx._filters import _filters, _select
+from refx_eqx._filters import _select
 from refx_eqx._trees import _paths
 
 
@@ -402,7 +402,7 @@ def nested(depth):
 
 def test_a_deep_tree_is_walked_once(monkeypatch):
     texts, steps = [], []
-    key_text, step = _paths.key_text, _filters._Walk._step
+    key_text, step = _paths.key_text, _paths.Pattern._step
 
     def counted_text(key):
         texts.append(key)
@@ -413,7 +413,7 @@ def test_a_deep_tree_is_walked_once(monkeypatch):
         return step(walk, reached, key)
 
     monkeypatch.setattr(_select, "key_text", counted_text)
-    monkeypatch.setattr(_filters._Walk, "_step", counted_step)
+    monkeypatch.setattr(_paths.Pattern, "_step", counted_step)
     spec = rx.filter_spec(nested(200), rx.path("**.next.w"))
     assert sum(jax.tree.leaves(spec)) == 199
     assert len(texts) <= 4 * 200 and len(steps) <= 4 * 200

@@ -263,7 +263,7 @@ jtu.register_pytree_node(
 )
 
 
-_ONE_ARRAY = jtu.tree_structure(0)
+ONE_ARRAY = jtu.tree_structure(0)
 
 
 class OutcomeInfo:
@@ -298,7 +298,7 @@ class OutcomeInfo:
         self.build: Callable[[list[Any]], Any] | None = None
         self.is_one = False
         if all(x is None for x in statics) and not part.has_functions:
-            self.is_one = part.treedef == _ONE_ARRAY
+            self.is_one = part.treedef == ONE_ARRAY
             self.build = itemgetter(0) if self.is_one else part.treedef.unflatten
 
     def __hash__(self) -> int:

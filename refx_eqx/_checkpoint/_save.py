@@ -37,7 +37,7 @@ __tracebackhide__ = True
 
 
 VERSION = 1
-_OURS = "refx_eqx"
+_METADATA_KEY = "refx_eqx"
 
 Rename = Mapping[str, str | None] | Callable[[str], str | None]
 
@@ -97,8 +97,8 @@ def save(path: str | os.PathLike, tree: PyTree, filter: FilterLike = True) -> No
     _check_in_refs(tree, filter, "Cannot save", "would not be in the file")
     arrays: dict[str, Stored] = {}
     notes: dict[str, Note] = {}
-    places = _places(tree, filter)
-    held = _held(places)
+    places = _places_by_ref(tree, filter)
+    held = _leaves_by_name(places)
     for name, value in state_dict(tree, filter).items():
         # The value itself, where a state dict has its data alone: of a key of `jax.random`.
         array, note = encoded(name, held.get(name, value))
@@ -108,7 +108,7 @@ def save(path: str | os.PathLike, tree: PyTree, filter: FilterLike = True) -> No
             notes[name] = note
     tied = {first: others for first, *others in places.values() if others}
     ours = {"version": VERSION, "notes": notes, "tied": tied}
-    _file.write(path, arrays, {_OURS: json.dumps(ours, separators=(",", ":"))})
+    _file.write(path, arrays, {_METADATA_KEY: json.dumps(ours, separators=(",", ":"))})
 
 
 def load(
@@ -179,9 +179,9 @@ def load(
     _check_in_refs(tree, filter, "Cannot load", "would not be loaded")
     with _file.opened(path) as file:
         content = _Content(file, path)
-        places = _places(tree, filter)
+        places = _places_by_ref(tree, filter)
         sources = _sources(content, places, rename)
-        state = _State(content, sources, _held(places), convert)
+        state = _StateOfFile(content, sources, _leaves_by_name(places), convert)
         try:
             load_state_dict(tree, state, filter, strict=strict)
         except RefError as e:
@@ -206,13 +206,13 @@ def _check_in_refs(tree: Any, filter: Any, failure: str, fate: str) -> None:
             )
 
 
-def _places(tree: Any, filter: Any) -> dict[Ref, tuple[str, ...]]:
+def _places_by_ref(tree: Any, filter: Any) -> dict[Ref, tuple[str, ...]]:
     """Each selected ref, with all its places."""
     places = aliases(tree)
     return {ref: places[ref] for ref in selected_refs(tree, filter)}
 
 
-def _held(places: dict[Ref, tuple[str, ...]]) -> dict[str, Any]:
+def _leaves_by_name(places: dict[Ref, tuple[str, ...]]) -> dict[str, Any]:
     """What the refs hold, by each of its names."""
     held = {}
     for ref, names in places.items():
@@ -230,7 +230,11 @@ class _Content:
         self._file = file
         self.path = os.fspath(path)
         # A file of another library has arrays and no more.
-        ours = self._parsed(file.metadata[_OURS]) if _OURS in file.metadata else {}
+        ours = (
+            self._parsed(file.metadata[_METADATA_KEY])
+            if _METADATA_KEY in file.metadata
+            else {}
+        )
         self._notes: dict[str, Note] = ours.get("notes", {})
         self._tied: dict[str, list[str]] = ours.get("tied", {})
         without_array = [name for name in self._notes if name not in file.names]
@@ -315,7 +319,7 @@ def _renaming(content: _Content, rename: Rename | None) -> Callable[[str], str |
     return lambda name: rename.get(name, name)
 
 
-class _State(Mapping[str, Any]):
+class _StateOfFile(Mapping[str, Any]):
     """What `load_state_dict` is given. A value is read when it is asked for: the file is
     never on the host as a whole."""
 

@@ -132,15 +132,15 @@ def decoded(array: np.ndarray | None, note: Note, old: Any) -> Any:
             raise ValueError(f"there is no dtype {note['dtype']!r}")
         array = array.reshape(-1).view(dtype).reshape(array.shape[:-1])
     if "key" in note:
-        return _placed(jr.wrap_key_data(jnp.asarray(array), impl=note["key"]), old)
+        return _put_like(jr.wrap_key_data(jnp.asarray(array), impl=note["key"]), old)
     if isinstance(old, np.generic):
         return array[()]
     if "weak" in note and isinstance(old, (jax.Array, jax.ShapeDtypeStruct)):
-        return _placed(_jax.as_weak(jnp.asarray(array)), old)
+        return _put_like(_jax.as_weak(jnp.asarray(array)), old)
     return array  # `load_state_dict` makes of it what the ref holds
 
 
-def _placed(new: jax.Array, old: Any) -> jax.Array:
+def _put_like(new: jax.Array, old: Any) -> jax.Array:
     # An array of keys is a `jax.Array` too, of a class of its own.
     is_array = isinstance(old, jax.Array) and not _jax.is_tracer(old)
     return jax.device_put(new, old.sharding) if is_array and old.committed else new

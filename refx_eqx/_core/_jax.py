@@ -67,7 +67,7 @@ def chain(trace: Any) -> Iterator[Any]:
 
 # What a trace is called in a message. A trace of a kind that is not listed here (JAX adds
 # one now and then) is named by its class.
-_KINDS = {
+_NAMES_OF_TRACES = {
     "DynamicJaxprTrace": "a function that JAX stages out (jit, scan, cond, while_loop, "
     "checkpoint, ...)",
     "JVPTrace": "a function under forward-mode differentiation (jvp, linearize, jacfwd)",
@@ -81,7 +81,7 @@ _KINDS = {
 
 def kind_of_trace(trace: Any) -> str:
     name = type(trace).__name__
-    return _KINDS.get(name, f"a JAX trace of type {name}")
+    return _NAMES_OF_TRACES.get(name, f"a JAX trace of type {name}")
 
 
 def staged_equations() -> Iterator[Any]:

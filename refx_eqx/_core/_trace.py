@@ -202,7 +202,7 @@ def _body_of(trace: Any) -> Body | None:
     return None
 
 
-def _where(trace: Any) -> str:
+def _where_it_runs(trace: Any) -> str:
     body = _body_of(trace)
     return kind_of_trace(trace) if body is None else f"the body of `{body.name}`"
 
@@ -260,7 +260,7 @@ def why_not_writable(ref: Any, owner: TraceRef) -> str | None:
     if owner() is current:
         return None
     return (
-        f"it is written inside {_where(current)}, and was created outside. Pass the ref, or "
+        f"it is written inside {_where_it_runs(current)}, and was created outside. Pass the ref, or "
         "the module that holds it, as an argument to a lifted transform of `refx_eqx` "
         "(`rx.filter_jit`, `rx.filter_grad`, `rx.filter_vmap`, ...), which writes it back."
     )

@@ -117,7 +117,7 @@ def call_axes(
     split, kept = [], []
     for i, value in values_of(derefed.arrays).items():
         ref = derefed.refs[i]
-        axis = _agreed(ref, value, said.get(i, []), name)
+        axis = _agreed_axis(ref, value, said.get(i, []), name)
         if i not in said:
             of_functions = [place.what for place in reached[i]]
             axis = SAME if SAME in of_functions else None
@@ -150,7 +150,7 @@ def _of_function(whole: Any, leaf: Any) -> Any:
     return SAME if axis is SAME else None
 
 
-def _agreed(ref: Ref, value: Any, places: list[Place], name: str) -> Any:
+def _agreed_axis(ref: Ref, value: Any, places: list[Place], name: str) -> Any:
     """The axis that all arguments with this ref give it."""
     arrays = jtu.tree_leaves(value)
     remedy = (

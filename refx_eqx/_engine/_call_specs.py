@@ -25,8 +25,8 @@ from ._rng_split import is_key
 from ._specs import (
     AS_TYPED,
     axes_in,
-    inside,
     leaf_specs,
+    spec_inside,
     spec_of_array,
     specs,
     specs_of_arrays,
@@ -114,14 +114,14 @@ def call_specs(
         len(args),
         of_function,
         spec_of_array,
-        inside,
+        spec_inside,
     )
     found: dict[int, Any] = {}
     split: dict[tuple[str, ...], tuple[int, ...]] = {}
     for i, value in values_of(derefed.arrays).items():
         ref = derefed.refs[i]
         if i in said:
-            given = _agreed(ref, value, said[i], name)
+            given = _agreed_spec(ref, value, said[i], name)
         else:
             given = _reached(reached.get(i, ()), unsaid)
         own = _specs_of_value(ref, given, value, manual, name)
@@ -146,7 +146,7 @@ def _reached(places: Iterable[Place], unsaid: Any) -> Any:
     return SAME if SAME in given else (given[0] if given else unsaid)
 
 
-def _agreed(ref: Ref, value: Any, places: list[Place], name: str) -> Any:
+def _agreed_spec(ref: Ref, value: Any, places: list[Place], name: str) -> Any:
     """The spec that all arguments with this ref give it."""
 
     def in_full(given: Any) -> Any:
@@ -202,13 +202,16 @@ def _randomness(
     arrays, treedef = jtu.tree_flatten(value)
     given = treedef.flatten_up_to(own)
     named = {name for spec in given for name in axes_in(spec)}
-    if all(len(spec) <= _rank(jnp.asarray(x)) for x, spec in zip(arrays, given)):
+    if all(
+        len(spec) <= _rank_without_words(jnp.asarray(x))
+        for x, spec in zip(arrays, given)
+    ):
         return (() if named else manual), own
     over = tuple(name for name in manual if name in named)
     return over, jtu.tree_map(lambda _: PartitionSpec(), own)
 
 
-def _rank(x: jax.Array) -> int:
+def _rank_without_words(x: jax.Array) -> int:
     """The rank of an array, not counting the words of raw keys."""
     is_raw = is_key(x) and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     return x.ndim - is_raw

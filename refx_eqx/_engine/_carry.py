@@ -138,8 +138,8 @@ def check_carry(given: CarryBefore, after: Any, name: str) -> None:
             )
         raise MismatchError(
             f"`{name}`: a step must return the carry that it was given, with other values "
-            f"in its arrays at most. At {_path(given.tree(), i)} it was given {_text(a)}, "
-            f"and returned {_text(b)}{_whence(b, given)}. {remedy}"
+            f"in its arrays at most. At {_path(given.tree(), i)} it was given {_carried_text(a)}, "
+            f"and returned {_carried_text(b)}{_whence(b, given)}. {remedy}"
         )
 
 
@@ -157,7 +157,7 @@ def _path(tree: Any, i: int) -> str:
     return place_text(pairs[i][0]) if i < len(pairs) else "one of its leaves"
 
 
-def _text(leaf: Any) -> str:
+def _carried_text(leaf: Any) -> str:
     if isinstance(leaf, Ref):
         return describe(leaf)
     if is_traced(leaf):

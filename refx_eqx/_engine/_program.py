@@ -18,7 +18,7 @@ import jax
 from jax.tree_util import tree_leaves as leaves
 
 from .._calls._call import Call, dispatching, running_call
-from .._calls._structure import Leaves, Outcome, OutcomeInfo, Structure
+from .._calls._structure import Leaves, ONE_ARRAY, Outcome, OutcomeInfo, Structure
 from .._core import _jax
 from .._core._identity import Answers, answers_for, Asked, joined, Questions
 from .._core._on_mesh import Shardings
@@ -388,7 +388,7 @@ class Variant:
         trees = {
             number: tuple(k for k, i in enumerate(ordered) if i in span)
             for number, span in enumerate(self._spans)
-            if self.values[number] != _ONE_ARRAY
+            if self.values[number] != ONE_ARRAY
         }
         in_trees = {k for positions in trees.values() for k in positions}
         n_outside = sum(i < self.n_outside for i in ordered)
@@ -430,9 +430,6 @@ class _Donation:
         donating.__name__ = donating.__qualname__ = variant._traced.__name__
         self.split = split
         self.run = jax.jit(donating, donate_argnums=0, **variant._jitkwargs)
-
-
-_ONE_ARRAY = jax.tree.structure(0)
 
 
 def _types(arrays: list[Any]) -> tuple:

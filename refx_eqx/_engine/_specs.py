@@ -200,7 +200,7 @@ def specs_in(prefix: Any, what: str) -> Iterator[PartitionSpec]:
             yield one.default
 
 
-def inside(given: Any) -> Any:
+def spec_inside(given: Any) -> Any:
     """What is given for a function says that of a leaf inside it: `P()` says nothing."""
     is_silent = given is SAME or given is AS_TYPED
     if is_silent or (isinstance(given, PartitionSpec) and not axes_in(given)):

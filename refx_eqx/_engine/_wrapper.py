@@ -42,7 +42,7 @@ class Lifted:
         # is made of; what it took over of the function for show does not always pickle.
         if _is_named(self):
             return getattr(self, "__qualname__")  # noqa: B009 (set by `update_wrapper`)
-        return _rebuild, (type(self), self.__wrapped__, self.options)
+        return _lift_again, (type(self), self.__wrapped__, self.options)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("A lifted transform says what a call does.")
@@ -62,7 +62,7 @@ class Lifted:
         )
 
 
-def _rebuild(cls: type[Lifted], fn: Any, options: dict[str, Any]) -> Lifted:
+def _lift_again(cls: type[Lifted], fn: Any, options: dict[str, Any]) -> Lifted:
     return cls(fn, **options)
 
 

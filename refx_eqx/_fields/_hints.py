@@ -29,7 +29,7 @@ def conforms(value: Any, hint: Any) -> bool:
         return any(conforms(value, member) for member in args)
     if origin is Annotated and not any(map(_is_validator, args[1:])):
         return conforms(value, args[0])
-    items = _items(value, origin, args)
+    items = _typed_items(value, origin, args)
     if items is not None:
         return all(conforms(item, item_hint) for item, item_hint in items)
     # Here, because beartype takes as long to import as this library.
@@ -47,7 +47,7 @@ def _is_validator(metadata: Any) -> bool:
     return type(metadata).__module__.startswith("beartype.")
 
 
-def _items(value: Any, origin: Any, args: tuple) -> list[tuple[Any, Any]] | None:
+def _typed_items(value: Any, origin: Any, args: tuple) -> list[tuple[Any, Any]] | None:
     """The items of a container, each with its type. `None` if it is none that we know, or
     not the one that is asked for."""
     if origin not in (tuple, list, dict) or not isinstance(value, origin):

@@ -188,7 +188,7 @@ def check_field(instance: Any, name: str, value: Any) -> None:
     field = type(instance).__dataclass_fields__.get(name)
     if not isinstance(field, RefField):
         return
-    for declared, x, where in _held(field, value, type(instance)):
+    for declared, x, where in _refs_held(field, value, type(instance)):
         if not isinstance(x, _ARRAYS):
             continue
         lost = "value" in getattr(x, "__dict__", ())
@@ -228,7 +228,7 @@ def check_refs_in_place(tree: Any, failure: str) -> None:
     def visit(x: Any) -> bool:
         if isinstance(x, eqx.Module):
             for field in _plan_of(type(x)).of_refs:
-                held = _held(field, vars(x).get(field.name), type(x))
+                held = _refs_held(field, vars(x).get(field.name), type(x))
                 for declared, leaf, where in held:
                     if not isinstance(leaf, Ref) and eqx.is_array_like(leaf):
                         place = path_of(tree, lambda other: other is leaf)
@@ -238,7 +238,9 @@ def check_refs_in_place(tree: Any, failure: str) -> None:
     jtu.tree_flatten(tree, is_leaf=visit)
 
 
-def _held(field: RefField, value: Any, cls: type) -> list[tuple[DeclaredRef, Any, str]]:
+def _refs_held(
+    field: RefField, value: Any, cls: type
+) -> list[tuple[DeclaredRef, Any, str]]:
     try:
         return field.refs_in(value, cls.__name__)
     except RefTypeError:
@@ -250,7 +252,7 @@ def _has_refs(instance: Any) -> bool:
     return any(
         isinstance(x, Ref)
         for field in _plan_of(cls).of_refs
-        for _, x, _ in _held(field, fields.get(field.name), cls)
+        for _, x, _ in _refs_held(field, fields.get(field.name), cls)
     )
 
 

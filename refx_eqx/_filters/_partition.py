@@ -79,7 +79,7 @@ def _is_missing(x: Any) -> bool:
     return x is None or x is NOTHING
 
 
-def _is_place(x: Any) -> bool:
+def _is_leaf_of_part(x: Any) -> bool:
     return _is_missing(x) or is_node(x)
 
 
@@ -114,7 +114,9 @@ def combine(*parts: T) -> T:
     """
     if not parts:
         raise StructureError("Cannot combine nothing: `rx.combine` needs a part.")
-    flat = [jtu.tree_flatten_with_path(part, is_leaf=_is_place) for part in parts]
+    flat = [
+        jtu.tree_flatten_with_path(part, is_leaf=_is_leaf_of_part) for part in parts
+    ]
     (first, treedef), *others = flat
     for i, (_, other) in enumerate(others, start=1):
         if other != treedef:

@@ -92,7 +92,9 @@ def choose(pairs: list[tuple[Path, Any]], *filters: Any) -> list[int]:
     resolved = [as_filter(f) for f in filters]
     paths, leaves = [path for path, _ in pairs], as_closed([leaf for _, leaf in pairs])
     with only_answering():
-        answers = [_first(resolved, path, leaf) for path, leaf in zip(paths, leaves)]
+        answers = [
+            _first_match(resolved, path, leaf) for path, leaf in zip(paths, leaves)
+        ]
     for i, f in enumerate(resolved):
         if leaves and i not in answers and f._is_by_name:
             # It may be that those before it took all.
@@ -102,7 +104,7 @@ def choose(pairs: list[tuple[Path, Any]], *filters: Any) -> list[int]:
     return answers
 
 
-def _first(filters: list[Filter], path: Path, leaf: Any) -> int:
+def _first_match(filters: list[Filter], path: Path, leaf: Any) -> int:
     return next(
         (i for i, f in enumerate(filters) if f.matches(path, leaf)), len(filters)
     )

@@ -181,7 +181,7 @@ def _new_value(ref: Ref, given: dict[int, list[str]], state: Mapping[str, Any]) 
         leaves[i] = held[i][0][1]
     first_key = next(iter(held.values()))[0][0]
     whole = held[-1][0][1] if -1 in held else jtu.tree_unflatten(treedef, leaves)
-    value = _checked(ref, first_key, whole)
+    value = _checked_value(ref, first_key, whole)
     for (key, earlier), *others in held.values():
         for other_key, other in others:
             if not is_same_tree(_is_same_bits, earlier, other):
@@ -324,7 +324,7 @@ def _check_complete(
         )
 
 
-def _checked(ref: Ref, key: str, value: Any) -> Any:
+def _checked_value(ref: Ref, key: str, value: Any) -> Any:
     try:
         try:
             check_fits(

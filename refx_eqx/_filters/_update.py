@@ -215,11 +215,11 @@ def _same_kind(old: Any, new: Any) -> bool:
     if not eqx.is_array_like(new):
         return False
     if not eqx.is_array(old) or not eqx.is_array(new):  # a Python scalar: weakly typed
-        return jnp.shape(old) == jnp.shape(new) and _kind(old) == _kind(new)
+        return jnp.shape(old) == jnp.shape(new) and _dtype_kind(old) == _dtype_kind(new)
     return old.shape == new.shape and old.dtype == new.dtype
 
 
-def _kind(x: Any) -> str:
+def _dtype_kind(x: Any) -> str:
     # NumPy has dtypes that JAX has not, such as that of a text.
     dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
     # To NumPy, `bfloat16` is of the kind of all that it does not know.

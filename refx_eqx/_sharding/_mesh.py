@@ -51,7 +51,7 @@ def check_spec(
     """
     if len(spec) > len(shape):
         raise MismatchError(
-            f"Cannot split {what}: `{_text(spec)}` is for {len(spec)} axes, and its shape is "
+            f"Cannot split {what}: `{_spec_text(spec)}` is for {len(spec)} axes, and its shape is "
             f"{shape}. Give a spec of at most {len(shape)} entries."
         )
     used: dict[str, int] = {}
@@ -59,7 +59,7 @@ def check_spec(
         for axis in mesh_axes(entry):
             if axis in used:
                 raise MismatchError(
-                    f"Cannot split {what}: `{_text(spec)}` has the mesh axis {axis!r} for "
+                    f"Cannot split {what}: `{_spec_text(spec)}` has the mesh axis {axis!r} for "
                     f"axis {used[axis]} and for axis {i}, and a mesh axis can split only "
                     "one. Give this array a spec of its own, such as "
                     f"`rx.axis_rules({{rx.path(...): P({axis!r})}}, ...)`."
@@ -67,7 +67,7 @@ def check_spec(
             used[axis] = i
             if mesh is not None and axis not in mesh.shape:
                 raise MismatchError(
-                    f"Cannot split {what}: `{_text(spec)}` names the mesh axis {axis!r}, and "
+                    f"Cannot split {what}: `{_spec_text(spec)}` names the mesh axis {axis!r}, and "
                     f"the mesh has {', '.join(map(repr, mesh.shape))}. Name one of these, "
                     "or `None`."
                 )
@@ -76,11 +76,11 @@ def check_spec(
         n = math.prod(mesh.shape[axis] for axis in mesh_axes(entry))
         if shape[i] % n:
             raise MismatchError(
-                f"Cannot split {what}: axis {i} has size {shape[i]}, and `{_text(spec)}` "
+                f"Cannot split {what}: axis {i} has size {shape[i]}, and `{_spec_text(spec)}` "
                 f"splits it in {n}, which does not divide it. Give that axis `None`, or "
                 "another size."
             )
 
 
-def _text(spec: PartitionSpec) -> str:
+def _spec_text(spec: PartitionSpec) -> str:
     return f"P({', '.join(map(repr, spec))})"

@@ -78,7 +78,7 @@ def _run_branches(
     for other, other_name in zip(staged[1:], names[1:]):
         both = names[0], other_name
         results = info.result, other.avals.info.result
-        _check_results(derefed, results, both, name)
+        _check_same_results(derefed, results, both, name)
     written = sorted({i for branch in staged for i in branch.avals.updates})
     nodes = derefed.structure.refs()
 
@@ -152,7 +152,7 @@ def _check_values(
             )
 
 
-def _check_results(
+def _check_same_results(
     derefed: Call,
     results: tuple[Structure, Structure],
     names: tuple[str, str],
@@ -304,7 +304,7 @@ def cond(
     def transform(derefed: Call) -> Outcome:
         return program_of(branches, "cond", make)(derefed)
 
-    args = (_scalar(pred, "cond", "predicate"), *branches, *operands)
+    args = (_as_scalar(pred, "cond", "predicate"), *branches, *operands)
     return call(None, args, {}, transform)
 
 
@@ -363,11 +363,11 @@ def switch(
     def transform(derefed: Call) -> Outcome:
         return program_of(fns, "switch", make)(derefed)
 
-    args = (_scalar(index, "switch", "index"), fns, *operands)
+    args = (_as_scalar(index, "switch", "index"), fns, *operands)
     return call(None, args, {}, transform)
 
 
-def _scalar(x: Any, name: str, what: str) -> jax.Array:
+def _as_scalar(x: Any, name: str, what: str) -> jax.Array:
     x = jnp.asarray(x)
     if x.shape != ():
         raise TypeError(

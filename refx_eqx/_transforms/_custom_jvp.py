@@ -34,7 +34,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-_REMEDY = "Pass it by position: the rule has a tangent for each positional argument."
+_PASS_BY_POSITION = (
+    "Pass it by position: the rule has a tangent for each positional argument."
+)
 
 
 class filter_custom_jvp(Custom[P, T]):
@@ -124,7 +126,9 @@ class filter_custom_jvp(Custom[P, T]):
 
         def transform(derefed: Call) -> Outcome:
             plain, channels = without_channels(derefed)
-            frame = CallWithRules("filter_custom_jvp", self.__wrapped__, plain, _REMEDY)
+            frame = CallWithRules(
+                "filter_custom_jvp", self.__wrapped__, plain, _PASS_BY_POSITION
+            )
             out, updates = _custom_jvp(frame, n)(plain.arrays)
             assert frame.info is not None
             outcome = Outcome(out, jax.lax.stop_gradient(updates), frame.info)

@@ -48,7 +48,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-_REMEDY = "Pass it in the first argument, packed into a tuple with what is there now."
+_PASS_IN_FIRST = (
+    "Pass it in the first argument, packed into a tuple with what is there now."
+)
 
 
 class filter_custom_vjp(Custom[P, T]):
@@ -173,7 +175,9 @@ class filter_custom_vjp(Custom[P, T]):
 
         def transform(derefed: Call) -> Outcome:
             plain, channels = without_channels(derefed)
-            frame = CallWithRules("filter_custom_vjp", self.__wrapped__, plain, _REMEDY)
+            frame = CallWithRules(
+                "filter_custom_vjp", self.__wrapped__, plain, _PASS_IN_FIRST
+            )
             carriers = eqx.filter(plain.arrays, is_inexact)
             if channels:
                 carriers = mapped_with(plain.arrays, carriers)
@@ -312,7 +316,7 @@ class _Parts:
                 grad, live = self.pull_back(forward, given)
             else:
                 self.check_unwanted(forward, given)
-        grad = _where(forward.perturbed[0], grad, arrays[0])
+        grad = _where_wanted(forward.perturbed[0], grad, arrays[0])
         of_others = jtu.tree_map(lambda _: None, arrays[1:])
         none = jtu.tree_map(lambda _: None, arrays)
         return none, [grad, *of_others], {i: live.get(i) for i in ends}
@@ -383,7 +387,7 @@ class _Parts:
                     )
 
 
-def _where(wanted: Leaves, grad: Leaves, like: Leaves) -> Leaves:
+def _where_wanted(wanted: Leaves, grad: Leaves, like: Leaves) -> Leaves:
     """The gradient of what is wanted, and `None` elsewhere."""
     treedef = jtu.tree_structure(like)
     both = zip(treedef.flatten_up_to(wanted), treedef.flatten_up_to(grad))

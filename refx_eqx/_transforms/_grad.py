@@ -87,7 +87,7 @@ class _ValueAndGrad(Lifted):
         ) -> tuple[Any, Outcome]:
             arrays = [*eqx.combine(diff, rest), *derefed.arrays[1:]]
             outcome = derefed.run(name, with_channels(arrays, channels))
-            value = _scalar(outcome, options["has_aux"], name)
+            value = _differentiated_value(outcome, options["has_aux"], name)
             value, outcome, found["seeds"] = with_channels_ended(
                 value, outcome, channels
             )
@@ -112,7 +112,7 @@ class _Grad(_ValueAndGrad):
         return (grads, out[1]) if self.options["has_aux"] else grads
 
 
-def _scalar(outcome: Outcome, has_aux: bool, name: str) -> Any:
+def _differentiated_value(outcome: Outcome, has_aux: bool, name: str) -> Any:
     """The value to differentiate, in the result of a body."""
     structure = outcome.info.result
     (part,), (statics,), out = structure.parts, structure.statics, outcome.out

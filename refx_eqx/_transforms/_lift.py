@@ -199,7 +199,7 @@ class _Call(Lifted):
 
     def __init__(self, fn: Any, *, transform: Callable, args: tuple, kwargs: dict):
         super().__init__(fn, transform=transform, args=args, kwargs=kwargs)
-        self.name = f"rx.lift({_name_of(transform)})"
+        self.name = f"rx.lift({_name_of_transform(transform)})"
         self._transformed: ByCall[_Transformed] = ByCall()
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
@@ -308,7 +308,7 @@ def _unbound(transform: Any) -> Any:
     return transform
 
 
-def _name_of(transform: Any) -> str:
+def _name_of_transform(transform: Any) -> str:
     transform = _unbound(transform)
     return getattr(transform, "__name__", type(transform).__name__)
 
@@ -331,7 +331,7 @@ def _check_liftable(transform: Any) -> None:
         return
     if ours is not None:
         raise StructureError(
-            f"`rx.lift({_name_of(transform)})`: this transform does not return what the "
+            f"`rx.lift({_name_of_transform(transform)})`: this transform does not return what the "
             f"function returns, so it cannot be lifted. Use `rx.{ours}`, which is the same "
             "by reference."
         )

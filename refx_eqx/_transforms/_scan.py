@@ -119,7 +119,7 @@ def run_scan(
         return Outcome(done.out, {**done.updates, **placed(stacked)}, done.info)
 
     def stage(arrays: list[Leaves]) -> TracedBody:
-        slices, step = jtu.tree_map(_first, xs)
+        slices, step = jtu.tree_map(_slice_type, xs)
         return TracedBody(body, of_step(arrays, arrays, slices, count), step)
 
     loop, staged, after = stage_loop(derefed, arrays, carry, sliced, stage, name)
@@ -175,7 +175,7 @@ def _check_whole_axis(derefed: Call, axes: Axes, name: str) -> None:
         )
 
 
-def _first(x: Any) -> jax.ShapeDtypeStruct:
+def _slice_type(x: Any) -> jax.ShapeDtypeStruct:
     """What a slice of `x` along the leading axis is."""
     if len(x):
         # By JAX itself, which knows of more than shape and dtype: over which axes of a

@@ -87,7 +87,7 @@ def _sharded(
         }
         leaves, traced["treedef"] = jtu.tree_flatten((out, updates))
         places = [known.index(x) for x in jtu.tree_leaves((of_out, of_updates))]
-        _check_results(derefed, outcome, (of_out, of_updates), manual, check_vma)
+        _check_out_specs(derefed, outcome, (of_out, of_updates), manual, check_vma)
         traced.update(info=outcome.info, places=places)
         by_spec: list[list[Any]] = [[] for _ in known]
         for place, x in zip(places, leaves):
@@ -183,7 +183,7 @@ def _result_specs(
     return given_of_result(derefed, outcome, of_leaves, of_value, _NAME, "out_specs")
 
 
-def _check_results(
+def _check_out_specs(
     derefed: Call,
     outcome: Outcome,
     specs: tuple[Leaves, dict[int, Any]],

@@ -84,7 +84,7 @@ def vmapped(
     - `places`: the numbers of the places on the mapped axis; from 0 by default.
     """
     if places is None and axes.split:
-        places = _places(arrays, axes, _size(arrays, axes, axis_size, name))
+        places = _place_numbers(arrays, axes, _size(arrays, axes, axis_size, name))
     # The part of the outcome that is not arrays; filled while the body runs.
     traced: dict[str, Any] = {}
 
@@ -128,11 +128,11 @@ def vmapped(
 
 def _place(x: Any, axis: Any) -> Any:
     if axis is FIRST:
-        return _first(x)
+        return _first_element(x)
     return jnp.moveaxis(x, 0, axis) if axis else x
 
 
-def _first(x: jax.Array) -> jax.Array:
+def _first_element(x: jax.Array) -> jax.Array:
     split = _jax.split_of(jax.typeof(x))
     if split and split[0] is not None:
         # No part of an axis that is split may be taken, where types say how it is split.
@@ -141,7 +141,7 @@ def _first(x: jax.Array) -> jax.Array:
     return x[0]
 
 
-def _places(arrays: list[Leaves], axes: Axes, size: int) -> jax.Array:
+def _place_numbers(arrays: list[Leaves], axes: Axes, size: int) -> jax.Array:
     """The numbers of the places on the mapped axis; split as that is, because under a mesh of
     explicit axes all that is mapped must be split the same."""
     places = jnp.arange(size)

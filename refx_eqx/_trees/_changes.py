@@ -31,11 +31,11 @@ from ._paths import path_text
 __tracebackhide__ = True
 
 
-_CONTAINERS = frozenset((list, dict, OrderedDict, defaultdict))
+_CHANGEABLE = frozenset((list, dict, OrderedDict, defaultdict))
 
 
 def _may_change(x: Any) -> bool:
-    return type(x) in _CONTAINERS or is_writeable(x)
+    return type(x) in _CHANGEABLE or is_writeable(x)
 
 
 def is_writeable(leaf: Any) -> bool:
@@ -67,7 +67,7 @@ def copied(value: Any) -> Any:
 def _copied_one(x: Any) -> Any:
     if type(x) is list:
         return list(map(copied, x))
-    if type(x) in _CONTAINERS:
+    if type(x) in _CHANGEABLE:
         # Not by JAX, which puts the keys in order.
         new = copy.copy(x)
         new.update((key, copied(item)) for key, item in x.items())
@@ -113,10 +113,10 @@ class Changes:
             children, rest = opened
             if not isinstance(obj, tuple):
                 seen.add(id(obj))
-                is_copy = is_copy and type(obj) in _CONTAINERS
+                is_copy = is_copy and type(obj) in _CHANGEABLE
                 node = _Node(obj, part, is_copy, children, rest)
                 # What makes its children when it is flattened has others each time.
-                if type(obj) in _CONTAINERS or not _differs(node):
+                if type(obj) in _CHANGEABLE or not _differs(node):
                     self._nodes.append(node)
             todo.extend((child, part, is_copy) for child in children)
 

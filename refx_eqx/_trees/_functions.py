@@ -50,7 +50,7 @@ class FirstPlaceGone(LookupError):
     """A function was at two places of a tree, and only the later one is left."""
 
 
-class _Function(tuple):
+class _FunctionHead(tuple):
     """A function: `(number, code, globals, cells, extras, origin)`.
 
     `cells` has the cell that is kept, or `None` for one whose content is carried. `extras`
@@ -61,13 +61,13 @@ class _Function(tuple):
     __slots__ = ()
 
 
-class _Method(tuple):
+class _MethodHead(tuple):
     """A bound method of an object that is a pytree. It carries `[function, object]`."""
 
     __slots__ = ()
 
 
-class _Partial(tuple):
+class _PartialHead(tuple):
     """A `functools.partial`. It carries `[function, args, keywords]`."""
 
     __slots__ = ()
@@ -90,9 +90,9 @@ def head_of(
     - `numbers`: of the functions that were met, by their ids. This one is added.
     """
     if type(leaf) is types.MethodType:
-        return _Method(), [leaf.__func__, leaf.__self__]
+        return _MethodHead(), [leaf.__func__, leaf.__self__]
     if type(leaf) is functools.partial:
-        return _Partial(), [leaf.func, leaf.args, leaf.keywords]
+        return _PartialHead(), [leaf.func, leaf.args, leaf.keywords]
     number = numbers.get(id(leaf))
     if number is not None:
         return LaterPlace(number), []
@@ -125,7 +125,7 @@ def head_of(
         tuple(extras),
         origin,
     )
-    return _Function(looks), contents
+    return _FunctionHead(looks), contents
 
 
 def _itself(obj: Any) -> Identity:
@@ -135,9 +135,9 @@ def _itself(obj: Any) -> Identity:
 
 def names_in(head: Any) -> list[str]:
     """What the trees that a function carries are called in it."""
-    if type(head) is _Method:
+    if type(head) is _MethodHead:
         return ["__func__", "__self__"]
-    if type(head) is _Partial:
+    if type(head) is _PartialHead:
         return ["func", "args", "keywords"]
     if type(head) is LaterPlace:
         return []
@@ -163,9 +163,9 @@ def rebuilt(head: Any, contents: Callable[[], Any], made: dict[int, Any]) -> Any
         if int(head) not in made:
             raise FirstPlaceGone
         return made[int(head)]
-    if isinstance(head, _Method):
+    if isinstance(head, _MethodHead):
         return types.MethodType(*contents())
-    if isinstance(head, _Partial):
+    if isinstance(head, _PartialHead):
         func, args, keywords = contents()
         return functools.partial(func, *args, **keywords)
     number, code, globals_, kept, extras, (origin,) = head

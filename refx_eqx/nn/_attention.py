@@ -237,7 +237,7 @@ class MultiheadAttention(Module):
             )
         start = length.value
         if not self.rolling:
-            start = _checked(start, n, size)
+            start = _checked_position(start, n, size)
         key, value = key.astype(cache_key.dtype), value.astype(cache_value.dtype)
         old = cache_key.value, cache_value.value
         cache_key.value = _put(old[0], key, start)
@@ -266,7 +266,7 @@ class MultiheadAttention(Module):
         return cache
 
 
-def _checked(start: Array, n: int, size: int) -> Array:
+def _checked_position(start: Array, n: int, size: int) -> Array:
     """The position of the first of `n` new ones, if there is place for them."""
     if n > size:
         raise ValueError(f"{_FULL} (It has {size} places, and {n} are needed.)")
