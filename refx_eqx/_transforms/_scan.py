@@ -59,6 +59,63 @@ def _step(f: Any, carry: Any, x: Any) -> tuple[Any, Any]:
     return new, y
 
 
+class _Steps:
+    """The steps of a scan of one call: what each of them runs on, and what becomes of the slices
+    that it writes.
+
+    - `xs`: what is sliced, with the axis of the steps in front; and their numbers, if anything
+        is split by step;
+    - `sliced`: the numbers of the refs that are;
+    - `count`: what the tree that counts the steps has before the first, or `None`.
+    """
+
+    def __init__(
+        self,
+        derefed: Call,
+        arrays: list[Leaves],
+        axes: Axes,
+        length: int,
+        name: str,
+        counter: int | None,
+        run: Callable[[list[Leaves], Any], Outcome] | None,
+    ):
+        self.xs = axes.slices(arrays), jnp.arange(length) if axes.split else None
+        self.sliced = {i for i in range(len(derefed.refs)) if axes.is_mapped(i)}
+        (self.count,) = [None] if counter is None else arrays[counter]
+        self._derefed = derefed
+        self._axes = axes
+        self._name = name
+        self._counter = counter
+        self._run = run
+
+    def run(self, arrays: list[Leaves], step: Any) -> Outcome:
+        if self._run is not None:
+            return self._run(arrays, step)
+        axes = self._axes
+        mine = split_keys(axes.split, arrays, step)
+        return self._derefed.run(
+            self._name, mine, transparent=False, withheld=axes.withheld
+        )
+
+    def arrays(
+        self, now: list[Leaves], first: list[Leaves], slices: list[Leaves], count: Any
+    ) -> list[Leaves]:
+        """Those of one step. `first` are those of the call before all steps."""
+        # The same randomness: each step begins where all do.
+        fixed = {i: x for i, x in values_of(first).items() if i in self._axes.kept}
+        arrays = eqx.combine(slices, with_values(now, fixed))
+        if self._counter is not None:
+            arrays[self._counter] = [count]
+        return arrays
+
+    def placed(self, stacked: dict[int, Any]) -> dict[int, Any]:
+        """What was written to slices, with the axis of the steps in its place."""
+        return {
+            i: placed_update(self._derefed, self._axes, i, new, self._name)
+            for i, new in stacked.items()
+        }
+
+
 def run_scan(
     derefed: Call,
     arrays: list[Leaves],
@@ -82,65 +139,47 @@ def run_scan(
     - `run`: one step, from arrays and its number (`None` if nothing is split by step).
     """
     _check_whole_axis(derefed, axes, name)
-    xs = axes.slices(arrays), jnp.arange(length) if axes.split else None
-    sliced = {i for i in range(len(derefed.refs)) if axes.is_mapped(i)}
-
-    def body(arrays: list[Leaves], step: Any) -> Outcome:
-        if run is not None:
-            return run(arrays, step)
-        mine = split_keys(axes.split, arrays, step)
-        return derefed.run(name, mine, transparent=False, withheld=axes.withheld)
-
-    def placed(stacked: dict[int, Any]) -> dict[int, Any]:
-        return {
-            i: placed_update(derefed, axes, i, new, name) for i, new in stacked.items()
-        }
-
-    def of_step(
-        now: list[Leaves], first: list[Leaves], slices: list[Leaves], count: Any
-    ) -> list[Leaves]:
-        # The same randomness: each step begins where all do.
-        fixed = {i: x for i, x in values_of(first).items() if i in axes.kept}
-        arrays = eqx.combine(slices, with_values(now, fixed))
-        if counter is not None:
-            arrays[counter] = [count]
-        return arrays
-
-    (count,) = [None] if counter is None else arrays[counter]
+    steps = _Steps(derefed, arrays, axes, length, name, counter, run)
     if runs_in_python() and length:
-        in_python = PythonLoop(Loop(derefed, arrays, carry, name), sliced)
-        for i in reversed(range(length)) if reverse else range(length):
-            slices, step = jtu.tree_map(lambda x, i=i: x[i], xs)
-            mine = of_step(in_python.loop.arrays, arrays, slices, count)
-            in_python.step(lambda arrays, step=step: body(arrays, step), mine)
-            count = None if count is None else count + 1
-        done = in_python.outcome(reverse)
-        stacked = {i: x for i, x in done.updates.items() if i in sliced}
-        return Outcome(done.out, {**done.updates, **placed(stacked)}, done.info)
+        loop = Loop(derefed, arrays, carry, name)
+        return _scan_in_python(steps, loop, length, reverse)
 
     def stage(arrays: list[Leaves]) -> TracedBody:
-        slices, step = jtu.tree_map(_slice_type, xs)
-        return TracedBody(body, of_step(arrays, arrays, slices, count), step)
+        slices, step = jtu.tree_map(_slice_type, steps.xs)
+        mine = steps.arrays(arrays, arrays, slices, steps.count)
+        return TracedBody(steps.run, mine, step)
 
-    loop, staged, after = stage_loop(derefed, arrays, carry, sliced, stage, name)
+    loop, staged, after = stage_loop(derefed, arrays, carry, steps.sliced, stage, name)
     for i, new in staged.avals.updates.items():
-        if i in sliced:
+        if i in steps.sliced:
             _check_all_sliced(derefed, axes, i, new, name)
 
     def step(carry: tuple, x: tuple) -> tuple[tuple, Any]:
         (count, carried), (slices, number) = carry, x
-        mine = of_step(loop.with_carried(carried), loop.arrays, slices, count)
+        mine = steps.arrays(loop.with_carried(carried), loop.arrays, slices, count)
         outcome = staged(mine, number)
         count = None if count is None else count + 1
         return (count, after(outcome)), loop.rest(outcome)
 
-    first = count, loop.carried(loop.arrays)
+    first = steps.count, loop.carried(loop.arrays)
     # JAX has no scan without steps under `jax.disable_jit` (0.10 to 0.12).
     with contextlib.nullcontext() if length else jax.disable_jit(False):
         (_, final), (ys, stacked) = jax.lax.scan(
-            step, first, xs, length, reverse=reverse, unroll=unroll
+            step, first, steps.xs, length, reverse=reverse, unroll=unroll
         )
-    return loop.outcome(final, (ys, placed(stacked)), staged.avals)
+    return loop.outcome(final, (ys, steps.placed(stacked)), staged.avals)
+
+
+def _scan_in_python(steps: _Steps, loop: Loop, length: int, reverse: bool) -> Outcome:
+    in_python, first, count = PythonLoop(loop, steps.sliced), loop.arrays, steps.count
+    for i in reversed(range(length)) if reverse else range(length):
+        slices, step = jtu.tree_map(lambda x, i=i: x[i], steps.xs)
+        mine = steps.arrays(loop.arrays, first, slices, count)
+        in_python.step(lambda arrays, step=step: steps.run(arrays, step), mine)
+        count = None if count is None else count + 1
+    done = in_python.outcome(reverse)
+    stacked = {i: x for i, x in done.updates.items() if i in steps.sliced}
+    return Outcome(done.out, {**done.updates, **steps.placed(stacked)}, done.info)
 
 
 def _check_all_sliced(
