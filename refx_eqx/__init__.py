@@ -28,11 +28,7 @@ from ._core._errors import (
 )
 from ._core._nodes import Index as Index, Value as Value
 from ._core._ref import is_ref as is_ref, Ref as Ref
-from ._display import (
-    count as count,
-    mermaid as mermaid,
-    tabulate as tabulate,
-)
+from ._display import count as count, mermaid as mermaid, tabulate as tabulate
 from ._fields._batched import Batched as Batched
 from ._fields._collection import (
     BatchStat as BatchStat,

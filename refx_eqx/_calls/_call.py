@@ -15,24 +15,13 @@ numbers them.
 """
 
 import copy
-from collections.abc import (
-    Callable,
-    Mapping,
-)
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 from .._core import _jax, _trace
-from .._core._access import (
-    check_readable,
-    check_unleaked,
-    Withheld,
-)
+from .._core._access import check_readable, check_unleaked, Withheld
 from .._core._deref import deref_leaves
-from .._core._errors import (
-    ConcurrencyError,
-    name_of,
-    RefTypeError,
-)
+from .._core._errors import ConcurrencyError, name_of, RefTypeError
 from .._core._identity import Asked, asked_of
 from .._core._nodes import is_traced
 from .._core._ref import commits, content, IN_PLACE, Ref

@@ -64,7 +64,7 @@ def check_readable(ref: Any) -> None:
 def check_unleaked(ref: Any, value: Any) -> None:
     """Notices what a function left in a list or a dict of the value, where it may read the
     ref and not write it."""
-    if _jax.is_tracer(value):
+    if isinstance(value, _jax.Tracer):
         return
     for leaf in jtu.tree_leaves(value):
         reason = _trace.why_not_alive(leaf)

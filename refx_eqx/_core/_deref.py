@@ -25,12 +25,7 @@ from . import _trace
 from ._access import check_not_deleted, refuse_cycle
 from ._errors import describe, StructureError, TraceLevelError
 from ._nodes import Index, index_node, is_node, label_of, Value, value_node
-from ._ref import (
-    check_no_attributes,
-    is_ref,
-    make_ref,
-    Ref,
-)
+from ._ref import check_no_attributes, is_ref, make_ref, Ref
 
 
 __tracebackhide__ = True

@@ -16,10 +16,7 @@ from jax._src.array import ArrayImpl
 from jax._src.interpreters.ad import JVPTracer
 from jax._src.interpreters.batching import BatchTrace as BatchTrace, BatchTracer
 from jax._src.lax.lax import _convert_element_type
-from jax._src.traceback_util import (
-    api_boundary as api_boundary,
-    register_exclusion,
-)
+from jax._src.traceback_util import api_boundary as api_boundary, register_exclusion
 from jax._src.tree_util import none_leaf_registry
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from ._errors import describe, RefTypeError
+from ._errors import describe, RefTypeError, TraceLevelError
 
 
 __tracebackhide__ = True
@@ -77,3 +77,14 @@ def missing_attribute(ref: Any, name: str) -> AttributeError:
     if not name.startswith("_") and hasattr(type(ref._value), name):
         text += f". The value of {describe(ref)} has it: read it, `ref[...].{name}`."
     return AttributeError(text, name=name, obj=ref)
+
+
+def refuse_as_array(ref: Any) -> Any:
+    """What JAX and NumPy call when they are given a ref as an array."""
+    raise TraceLevelError(
+        f"Cannot use ref as an array: {describe(ref)} was given to "
+        "JAX or NumPy as if it were one. In a computation, read it: `ref.value` or `ref[...]`. As "
+        "an argument of a transform, use the lifted one of the same name "
+        "(`rx.filter_jit`, `rx.filter_grad`, `rx.filter_vmap`, `rx.scan`, ...), or open "
+        "the tree with `rx.deref` before it and close it with `rx.reref` inside."
+    )

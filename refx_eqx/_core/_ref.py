@@ -34,13 +34,13 @@ from ._errors import (
     describe,
     RefTypeError,
     StructureError,
-    TraceLevelError,
 )
 from ._identity import is_same, outermost
 from ._misuse import (
     is_compared_by_a_library,
     missing_attribute,
     misuse,
+    refuse_as_array,
     refuse_to_be_a_value,
 )
 from ._on_mesh import has_moved
@@ -358,7 +358,7 @@ class Ref(Shared, Generic[T]):
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         # Without it NumPy makes an array of the `Ref` object itself.
-        _refuse_as_array(self)
+        refuse_as_array(self)
 
     def __jax_array__(self) -> Any:
         # Without it `eqx.tree_serialise_leaves` leaves a ref out, and says nothing. JAX
@@ -563,15 +563,5 @@ def _unpickle(
     return make_ref(ref_type, value, collection, name, known or None)
 
 
-def _refuse_as_array(ref: Ref) -> Any:
-    raise TraceLevelError(
-        f"Cannot use ref as an array: {describe(ref)} was given to "
-        "JAX or NumPy as if it were one. In a computation, read it: `ref.value` or `ref[...]`. As "
-        "an argument of a transform, use the lifted one of the same name "
-        "(`rx.filter_jit`, `rx.filter_grad`, `rx.filter_vmap`, `rx.scan`, ...), or open "
-        "the tree with `rx.deref` before it and close it with `rx.reref` inside."
-    )
-
-
-_jax.refuse_as_array(Ref, _refuse_as_array)
+_jax.refuse_as_array(Ref, refuse_as_array)
 refuse_to_be_a_value(Ref)

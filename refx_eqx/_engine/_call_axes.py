@@ -109,7 +109,8 @@ def call_axes(
         len(args),
         lambda leaf: _of_function(whole, leaf),
         array_axis,
-        _inside,
+        # A function from leaf to axis says of a function, which is no array, `None`.
+        lambda axis: None if callable(axis) else axis,
         names,
     )
     found: dict[int, Any] = {}
@@ -135,11 +136,6 @@ def call_axes(
     axes.split, axes.kept = tuple(split), tuple(kept)
     _check_sizes(derefed, axes, name)
     return axes
-
-
-def _inside(axis: Any) -> Any:
-    # A function from leaf to axis says of a function, which is no array, `None`.
-    return None if callable(axis) else axis
 
 
 def _of_function(whole: Any, leaf: Any) -> Any:
@@ -199,23 +195,26 @@ def _why_withheld(
 
 def _check_sizes(derefed: Call, axes: Axes, name: str) -> None:
     """Every mapped array has its axis, and all of these have one size."""
-    first: tuple[int, str] | None = None
+
+    def which(ref: Ref | None) -> str:
+        return "an array" if ref is None else describe(ref)
+
+    first: tuple[int, Ref | None] | None = None
     for array, axis, ref in each_array(derefed, axes.trees):
         if axis is None:
             continue
-        which = "an array" if ref is None else describe(ref)
         shape = jnp.shape(array)
         if not -len(shape) <= axis < len(shape):
             raise MismatchError(
-                f"`{name}` cannot map {which} along axis {axis}: its shape is {shape}. "
+                f"`{name}` cannot map {which(ref)} along axis {axis}: its shape is {shape}. "
                 "Broadcast it: `in_axes=None`, or by collection `in_axes=rx.axes(...)`. "
                 "Or give a ref the axis: `rx.add_axis(module, size, filter)`."
             )
-        first = first or (shape[axis], which)
+        first = first or (shape[axis], ref)
         if first[0] != shape[axis]:
             raise MismatchError(
-                f"`{name}` maps axes of different sizes: {first[0]} of {first[1]}, and "
-                f"{shape[axis]} of {which}, whose shape is {shape}. Broadcast one of "
+                f"`{name}` maps axes of different sizes: {first[0]} of {which(first[1])}, "
+                f"and {shape[axis]} of {which(ref)}, whose shape is {shape}. Broadcast one of "
                 "them: `in_axes=None`, or by collection `in_axes=rx.axes(...)`. Or "
                 "give a ref the axis: `rx.add_axis(module, size, filter)`."
             )

@@ -96,7 +96,8 @@ def call_specs(
         split so.
     """
     # With explicit axes a type says how an array is split, and nothing else can be right.
-    is_typed = _types_say(mesh, manual)
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types))
+    is_typed = all(kinds.get(axis) is AxisType.Explicit for axis in manual)
     unsaid = AS_TYPED if is_typed else None
     if in_specs is AS_TYPED and not is_typed:
         raise TypeError(
@@ -133,11 +134,6 @@ def call_specs(
     _check_fit(derefed, trees, mesh, manual if is_typed else (), name)
     trees = jtu.tree_map(lambda spec: part_of(spec, manual), trees)
     return Specs(trees, {over: numbers for over, numbers in split.items() if over})
-
-
-def _types_say(mesh: Any, manual: tuple[str, ...]) -> bool:
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types))
-    return all(kinds.get(axis) is AxisType.Explicit for axis in manual)
 
 
 def _reached(places: Iterable[Place], unsaid: Any) -> Any:

@@ -18,7 +18,7 @@ import jax.tree_util as jtu
 from .._calls._places import leaf_place
 from .._calls._structure import Leaves, map_values, values_of
 from .._core._errors import describe, MismatchError
-from .._core._nodes import Index, is_node, Value
+from .._core._nodes import Index, is_node, is_traced_in_ref, Value
 from .._core._ref import Ref
 from .._trees._closure import Part
 
@@ -77,11 +77,11 @@ def _tangent(leaf: Any, given: Any, what: str, where: Callable[[], str]) -> Any:
     """`given`, as the tangent of `leaf`: an array, or `None`."""
     if given is None:
         return None
-    if leaf is None or not _is_inexact(leaf):
+    if leaf is None or not is_inexact(leaf):
         if all(map(_is_float0, jtu.tree_leaves(given))):
             return None
         wanted = "`None` where there is nothing to differentiate"
-    elif eqx.is_array_like(given) and _is_inexact(given):
+    elif eqx.is_array_like(given) and is_inexact(given):
         return given
     else:
         wanted = "a floating-point or complex array, or `None`, for each such array"
@@ -91,8 +91,9 @@ def _tangent(leaf: Any, given: Any, what: str, where: Callable[[], str]) -> Any:
     )
 
 
-def _is_inexact(x: Any) -> bool:
-    return bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact))
+def is_inexact(x: Any) -> bool:
+    """Whether `x` is array-like, and floating-point or complex."""
+    return is_traced_in_ref(x) and bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact))
 
 
 def _is_float0(x: Any) -> bool:

@@ -16,12 +16,7 @@ from .._calls._structure import Leaves, Outcome
 from .._core import _jax
 from .._core._errors import CarryError, describe
 from .._core._ref import Ref
-from .._engine._axes import (
-    array_axis,
-    axes_text,
-    leaf_axes,
-    named_in_axes,
-)
+from .._engine._axes import array_axis, axes_text, leaf_axes, named_in_axes
 from .._engine._by_place import given_of_result
 from .._engine._call_axes import Axes, call_axes, check_axis, update_axes
 from .._engine._rng_split import is_key, split_keys
