@@ -44,12 +44,14 @@ def run_body(
     - `RefTypeError`: if it changed a value in place to one that a ref does not declare.
     """
     name = body.name
+    # Made where the function runs, so the trace that is running owns them: it may write them.
     inner: dict[int, Ref] = {}
     leaves = structure.leaves(arrays, inner)
     both = [*inner.items(), *_withhold(structure, leaves, withheld).items()]
     for i, ref in both:
         ref._body, ref._outer = body, refs[i]
-    # A ref that comes back out is known by this number, a withheld one too.
+    # A ref that comes back out is known by this number, a withheld one too. (By `id`: each
+    # is alive until the body has ended, and to hash one is to ask which it is.)
     numbers = {id(ref): i for i, ref in both}
     trees = structure.trees(leaves)
     before = {i: (ref._collection, _Before(ref)) for i, ref in inner.items()}
@@ -149,6 +151,7 @@ def _deref_result(
             )
         return ref._value
 
-    # Shapes stand for arrays in what a function is given, not in what it returns.
+    # A `jax.ShapeDtypeStruct` stands for an array in what a function is given, not in what it
+    # returns.
     out, statics = split(deref_leaves(leaves, numbers, read), eqx.is_array)
     return out, Structure([part], [statics])

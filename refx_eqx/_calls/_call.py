@@ -77,6 +77,7 @@ class Call:
             self.leaves.append(leaves)
             parts.append(part)
             _check_no_lost_write(fn, leaves)
+        # A body tells by it which traces a transform of JAX opened around it.
         self.trace = _jax.current_trace()
         # What `filter_jit` learned of this call before it compiles.
         self.traced: Any = None
@@ -127,6 +128,7 @@ class Call:
         withheld: Mapping[tuple[int, int], Withheld] = {},
     ) -> Outcome:
         """The body of the lifted transform `name`, on these arrays. See `run_body`."""
+        # Here JAX traces, or evaluates: in a trace of its own, to which the inner refs belong.
         with _trace.running_body(
             name, self.refs, self.trace, transparent, self.asked
         ) as body:
@@ -138,6 +140,7 @@ class Call:
 
     def finish(self, outcome: Outcome) -> Any:
         """Closes the result, and writes back what was written."""
+        # First, because it runs code of others, which may raise: how a node of theirs is made.
         result = close_result(outcome, self.refs)
         commit(self.refs, self.values, self.started, updates_of(outcome, self.refs))
         for i in outcome.info.in_place:
@@ -164,6 +167,10 @@ def dispatching(derefed: Call) -> _trace.pushed:
     A transform of JAX that caches is given a function that knows nothing of a single call:
     it may be traced now, or was traced for another call of the same structure. Which refs
     and static leaves it runs on, when it is traced, the call says that is running then.
+
+    Why not as an argument: all that `jax.jit` is given is traced, or hashed and kept in its
+    cache. A call can be neither: it holds refs and arrays, and is a new one each time. And why
+    a list: the function may be traced inside the trace of another.
     """
     return _trace.pushed(_trace.thread.state.calls, derefed)
 

@@ -57,6 +57,8 @@ def split(
     leaves: Leaves, is_dynamic: Callable[[Any], bool] = is_traced
 ) -> tuple[Leaves, Leaves]:
     """Derefed leaves as `(arrays, statics)`, each with `None` for the other."""
+    # As `eqx.partition`, but the nodes stay whole: an `Index` is in both, and a `Value` has one
+    # part of its value in each.
     arrays, statics = [], []
     for leaf in leaves:
         if type(leaf) is Value:
@@ -80,6 +82,7 @@ def join(arrays: Leaves, statics: Leaves) -> Leaves:
     return [
         x.with_value(join_value(x.value, static.value))
         if type(x) is Value
+        # Static leaves may be held weakly: a plan keeps no function alive.
         else (x if static is None else recalled(static))
         for x, static in zip(arrays, statics)
     ]

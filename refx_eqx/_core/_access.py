@@ -35,6 +35,7 @@ class Withheld:
     def __init__(self, reason: str):
         self.reason = reason
 
+    # As the weak reference to a trace is called, when the trace is gone.
     def __call__(self) -> None:
         return None
 

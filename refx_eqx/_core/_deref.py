@@ -161,6 +161,8 @@ def deref_leaves(
             if type(leaf) is not Ref:
                 check_no_attributes(leaf)
             what = leaf._collection, type(leaf), label_of(leaf)
+            # By `id`: who hashes a ref asks which one it is, and a program that asks is used
+            # for no other. See `_identity.py`.
             number = numbers.get(id(leaf))
             if number is None:
                 number = numbers[id(leaf)] = len(numbers)

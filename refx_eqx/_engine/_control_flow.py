@@ -44,6 +44,8 @@ class TracedBody:
     """
 
     def __init__(self, body: Callable[..., Outcome], *args: Any):
+        # Not by `jax.lax.scan` and the like: they want to be told first what is carried, and
+        # which refs a body writes is not known before it is traced.
         closed, outcome = jax.make_jaxpr(body, return_shape=True)(*args)
         self._treedef = jtu.tree_structure(outcome)
         self.avals: Outcome = jtu.tree_unflatten(self._treedef, closed.out_avals)

@@ -60,6 +60,8 @@ class ByCall(Generic[T]):
 
     def get(self, derefed: Call, make: Callable[[Call], T]) -> T:
         """What is kept for this call; made if need be."""
+        # What a static leaf is equal by may be its `id`, which Python gives to another when
+        # the leaf is gone: so what is kept for it goes then.
         structure = program_key(derefed)
         by_refs = self._kept.get(structure)
         if by_refs is None:
@@ -250,6 +252,8 @@ class Variant:
         def traced(flat: list[Any]) -> Result:
             # Where the stack of a failed `eqx.error_if` is cut: see `_run_time_errors.py`.
             __equinox_jit_id__ = JIT_ID  # noqa: F841
+            # Not from around this function, which `jax.jit` keeps: JAX traces it again for
+            # other shapes, when the call that it was made for is long over.
             derefed = running_call()
             arrays = unflatten(derefed.structure, treedef, flat)
             outcome = body(derefed, arrays)

@@ -54,6 +54,7 @@ class _ValueAndGrad(Lifted):
                 raise nothing_to_differentiate(name, self.__wrapped__, wrt)
             # The collections of which a backward rule writes a ref: tracing tells.
             collections: list[Hashable] = []
+            # One more at each try, as the rules are met one after the other: so it ends.
             while True:
                 try:
                     outcome, grads = self._differentiate(
@@ -82,6 +83,7 @@ class _ValueAndGrad(Lifted):
         name, options = self.transform_name, self.options
         found: dict[str, Any] = {}
 
+        # What is written to refs is auxiliary: it comes out once, and has no derivative.
         def differentiated(
             diff: list[Leaves], channels: dict[int, Any]
         ) -> tuple[Any, Outcome]:

@@ -144,6 +144,7 @@ def run_scan(
         loop = Loop(derefed, arrays, carry, name)
         return _scan_in_python(steps, loop, length, reverse)
 
+    # By the types of the slices: there need be none, if there are no steps.
     def stage(arrays: list[Leaves]) -> TracedBody:
         slices, step = jtu.tree_map(_slice_type, steps.xs)
         mine = steps.arrays(arrays, arrays, slices, steps.count)

@@ -86,6 +86,8 @@ class _Opening(NamedTuple):
         return treedef.unflatten(new) if any(map(is_closure, new)) else tree
 
     def _leaf(self, leaf: Any) -> Any:
+        # Only a function that reaches a ref: another one stays the object that it is, so that
+        # the caches of JAX, which are by that, know it again.
         is_opened = may_carry(leaf) and (
             (self.is_call and type(leaf) is functools.partial)
             or reaches(leaf, self.is_wanted)
@@ -244,6 +246,7 @@ def _without_empty(tree: Any, is_held: Callable[[Any], bool], met: set[Any]) -> 
             return x
         if isinstance(x.head, LaterPlace):
             return x if x.head in met else None
+        # A bound method and a partial have no number: they cannot be in their own cells.
         number = x.head[0] if x.head else None
         # Before what is in it, where a recursive function is met again.
         met.add(number)

@@ -95,6 +95,8 @@ def head_of(
         return _PartialHead(), [leaf.func, leaf.args, leaf.keywords]
     number = numbers.get(id(leaf))
     if number is not None:
+        # The same function again, or a call of itself from its own cell: without this the
+        # tree of a recursive function would have no end.
         return LaterPlace(number), []
     # Before its contents are looked at: a recursive function is in one of its own cells.
     number = numbers[id(leaf)] = len(numbers)
@@ -116,6 +118,8 @@ def head_of(
     # `functools.wraps` leaves the wrapped function here: it is in a cell as well, where what
     # it holds is carried.
     extras += ((k, _itself(v)) for k, v in vars(leaf).items() if k != "__wrapped__")
+    # Each call makes a new function of the same code. A program is kept by the one that the
+    # user wrote, and dies with it.
     origin = Ignored((weakref.ref(origin_of(leaf)),))
     looks = (
         number,
