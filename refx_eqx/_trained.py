@@ -27,9 +27,8 @@ import jax.tree_util as jtu
 from ._core import _jax
 from ._core._deref import deref, reref
 from ._core._errors import describe, MismatchError, StructureError
-from ._core._nodes import is_node, is_traced_in_ref, split_value, Value
+from ._core._nodes import is_inexact, is_node, is_traced_in_ref, split_value, Value
 from ._core._ref import Ref
-from ._engine._tangents import is_inexact
 from ._fields._axes_of_values import declared_axes, stacks_in
 from ._fields._following import Following
 from ._filters._select import choose, leaves_with_paths

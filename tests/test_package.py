@@ -208,6 +208,28 @@ def test_only_one_file_touches_the_internals_of_jax():
     assert touching == {"_jax.py"}
 
 
+def defined_in(body: list[ast.stmt]) -> set[str]:
+    """The names that the statements of a module define."""
+    found = set()
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign):
+            found |= {x.id for x in node.targets if isinstance(x, ast.Name)}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found.add(node.target.id)
+    return found
+
+
+def test_a_private_name_means_one_thing_in_the_whole_package():
+    homes: dict[str, list[str]] = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        for name in defined_in(ast.parse(file.read_text()).body):
+            if re.match(r"_[^_]", name):
+                homes.setdefault(name, []).append(str(file.relative_to(PACKAGE)))
+    assert {name: files for name, files in homes.items() if len(files) > 1} == {}
+
+
 # The surface
 
 PUBLIC = sorted(name for name in dir(rx) if not name.startswith("_"))

@@ -11,6 +11,7 @@ from typing import Any, TYPE_CHECKING
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
@@ -247,6 +248,11 @@ def is_traced_in_ref(leaf: Any) -> bool:
     if isinstance(leaf, np.ndarray | np.generic):
         return _is_of_numbers(leaf)
     return eqx.is_array_like(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def is_inexact(x: Any) -> bool:
+    """Whether `x` is array-like, and floating-point or complex."""
+    return is_traced_in_ref(x) and bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact))
 
 
 def _is_of_numbers(x: Any) -> bool:

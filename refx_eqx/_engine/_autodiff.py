@@ -25,10 +25,11 @@ from .._calls._structure import (
 )
 from .._core._deref import deref_leaves
 from .._core._errors import name_of, StructureError
+from .._core._nodes import is_inexact
 from .._filters._select import check_can_select, choose, leaves_with_paths
 from .._trees._closure import Part
 from ._backward import apart_from_channels
-from ._tangents import is_inexact, read_tangents
+from ._tangents import read_tangents
 
 
 __tracebackhide__ = True

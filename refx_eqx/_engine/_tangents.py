@@ -12,13 +12,12 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._calls._places import leaf_place
 from .._calls._structure import Leaves, map_values, values_of
 from .._core._errors import describe, MismatchError
-from .._core._nodes import Index, is_node, is_traced_in_ref, Value
+from .._core._nodes import Index, is_inexact, is_node, Value
 from .._core._ref import Ref
 from .._trees._closure import Part
 
@@ -89,11 +88,6 @@ def _tangent(leaf: Any, given: Any, what: str, where: Callable[[], str]) -> Any:
     raise error(
         f"{what} must have {wanted}, and has {eqx.tree_pformat(given)} for {where()}."
     )
-
-
-def is_inexact(x: Any) -> bool:
-    """Whether `x` is array-like, and floating-point or complex."""
-    return is_traced_in_ref(x) and bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact))
 
 
 def _is_float0(x: Any) -> bool:

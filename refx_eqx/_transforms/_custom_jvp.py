@@ -13,6 +13,7 @@ from .._calls._call import Call, call
 from .._calls._structure import array_of, arrays_of, Leaves, Outcome, tree_of
 from .._core._deref import deref
 from .._core._errors import name_of
+from .._core._nodes import is_inexact
 from .._engine._autodiff import arrays_of_result
 from .._engine._backward import with_outer_channels, without_channels
 from .._engine._custom_rules import (
@@ -24,7 +25,7 @@ from .._engine._custom_rules import (
     Rules,
     symbolic_zero,
 )
-from .._engine._tangents import is_inexact, read_tangents
+from .._engine._tangents import read_tangents
 
 
 __tracebackhide__ = True

@@ -23,6 +23,7 @@ from .._calls._structure import (
     values_of,
 )
 from .._core._errors import CarryError, describe, MismatchError, name_of
+from .._core._nodes import is_inexact
 from .._core._ref import Channeled, Ref
 from .._engine._autodiff import arrays_of_result, first_of
 from .._engine._backward import mapped_with, without_channels, written_by_rule
@@ -36,7 +37,7 @@ from .._engine._custom_rules import (
     Rules,
     SymbolicZero,
 )
-from .._engine._tangents import is_inexact, read_tangents
+from .._engine._tangents import read_tangents
 from .._trees._closure import Part
 from .._trees._paths import path_text
 

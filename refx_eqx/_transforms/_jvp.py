@@ -13,9 +13,10 @@ from .._calls._call import Call, call
 from .._calls._structure import Leaves, Outcome, tree_of
 from .._core import _jax
 from .._core._errors import MismatchError
+from .._core._nodes import is_inexact
 from .._engine._autodiff import arrays_of_result, LinearMap, with_linear_map
 from .._engine._backward import apart_from_channels
-from .._engine._tangents import is_inexact, read_tangents
+from .._engine._tangents import read_tangents
 from .._filters._filters import FilterLike
 
 

@@ -92,9 +92,10 @@ class _Steps:
         if self._run is not None:
             return self._run(arrays, step)
         axes = self._axes
-        mine = split_keys(axes.split, arrays, step)
+        if axes.split:
+            arrays = split_keys(axes.split, arrays, step)
         return self._derefed.run(
-            self._name, mine, transparent=False, withheld=axes.withheld
+            self._name, arrays, transparent=False, withheld=axes.withheld
         )
 
     def arrays(

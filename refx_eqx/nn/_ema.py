@@ -8,8 +8,8 @@ import jax.tree_util as jtu
 from jaxtyping import ArrayLike, PyTree
 
 from .._core._errors import StructureError
+from .._core._nodes import is_inexact
 from .._core._ref import make_ref, Ref
-from .._engine._tangents import is_inexact
 from .._fields._module import Module
 from .._filters._filters import FilterLike
 from .._filters._select import selected_refs
