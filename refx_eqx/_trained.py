@@ -62,7 +62,7 @@ class Trained:
             arrays = eqx.filter(split_value(ref.value)[0], is_inexact)
             if jtu.tree_leaves(arrays):
                 self.refs[name] = ref
-                self.values[name] = jtu.tree_map(_as_array, arrays)
+                self.values[name] = jtu.tree_map(_number_as_array, arrays)
         if not self.refs:
             raise StructureError(
                 f"Cannot train the model: wrt={wrt!r} selects no ref of it that holds a "
@@ -168,7 +168,7 @@ class Trained:
         ]
 
 
-def _as_array(x: Any) -> Any:
+def _number_as_array(x: Any) -> Any:
     """An array also for a number of Python, which has no methods for Optax to call."""
     return jnp.asarray(x) if isinstance(x, float | complex) else x
 

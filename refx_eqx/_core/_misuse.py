@@ -79,7 +79,7 @@ def missing_attribute(ref: Any, name: str) -> AttributeError:
     return AttributeError(text, name=name, obj=ref)
 
 
-def refuse_as_array(ref: Any) -> Any:
+def not_an_array(ref: Any) -> Any:
     """What JAX and NumPy call when they are given a ref as an array."""
     raise TraceLevelError(
         f"Cannot use ref as an array: {describe(ref)} was given to "

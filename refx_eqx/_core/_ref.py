@@ -40,7 +40,7 @@ from ._misuse import (
     is_compared_by_a_library,
     missing_attribute,
     misuse,
-    refuse_as_array,
+    not_an_array,
     refuse_to_be_a_value,
 )
 from ._on_mesh import has_moved
@@ -358,7 +358,7 @@ class Ref(Shared, Generic[T]):
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         # Without it NumPy makes an array of the `Ref` object itself.
-        refuse_as_array(self)
+        not_an_array(self)
 
     def __jax_array__(self) -> Any:
         # Without it `eqx.tree_serialise_leaves` leaves a ref out, and says nothing. JAX
@@ -563,5 +563,5 @@ def _unpickle(
     return make_ref(ref_type, value, collection, name, known or None)
 
 
-_jax.refuse_as_array(Ref, refuse_as_array)
+_jax.refuse_as_array(Ref, not_an_array)
 refuse_to_be_a_value(Ref)

@@ -28,6 +28,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._core import _jax
+from .._core._jax import flatten_one_level
 from .._core._ref import Ref
 from .._trees._cells import holds_itself, is_lookup
 from .._trees._keys import static_key
@@ -50,7 +51,6 @@ class _WithMethod(eqx.Module):
 # What Equinox makes of a method of a module: a new object each time it is asked for.
 _BoundMethod = type(_WithMethod().method)
 
-_flatten_one_level: Any = jtu.default_registry.flatten_one_level  # type: ignore
 
 # What the instances of a type are. Filled as types are met.
 _ARRAY, _REF, _MODULE, _ITSELF, _LITERAL, _OTHER, _REFUSED = range(7)
@@ -153,7 +153,7 @@ def read(args: tuple, kwargs: dict, known: dict[int, Any]) -> Read | None:
             children, static = (x.__func__, x.__self__), None
         else:
             try:
-                parts = _flatten_one_level(x)
+                parts = flatten_one_level(x)
             except Exception:  # of the user's
                 return None
             if parts is None:

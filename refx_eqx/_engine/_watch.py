@@ -31,6 +31,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._core._access import refuse_cycle
+from .._core._jax import flatten_one_level
 from .._core._ref import Ref
 from .._trees._cells import inside, is_lookup, may_carry, reaches
 from .._trees._keys import same_content, watched_cells
@@ -38,9 +39,6 @@ from ._wrapper import Lifted
 
 
 __tracebackhide__ = True
-
-
-_flatten_one_level: Any = jtu.default_registry.flatten_one_level  # type: ignore
 
 
 class Watch:
@@ -80,7 +78,7 @@ class Watch:
                 self._dicts.append((x, tuple(x), tuple(x.values())))
                 return is_lookup(x)
             elif not _is_immutable(kind):
-                parts = _flatten_one_level(x)
+                parts = flatten_one_level(x)
                 if parts is not None:
                     children, static = parts
                     if _makes_the_same(x, children, static):
@@ -198,7 +196,7 @@ def _recalling(x: Any) -> Callable[[], Any]:
 
 
 def _makes_the_same(node: Any, children: Any, static: Any) -> bool:
-    now, static_now = _flatten_one_level(node)
+    now, static_now = flatten_one_level(node)
     return (
         len(now) == len(children)
         and all(map(is_, now, children))
