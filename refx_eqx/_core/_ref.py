@@ -29,12 +29,7 @@ from ._access import (
     check_writable,
     Withheld,
 )
-from ._errors import (
-    check_hashable,
-    describe,
-    RefTypeError,
-    StructureError,
-)
+from ._errors import check_hashable, describe, RefTypeError, StructureError
 from ._identity import is_same, outermost
 from ._misuse import (
     is_compared_by_a_library,
