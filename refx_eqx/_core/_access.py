@@ -56,9 +56,8 @@ def check_readable(ref: Any) -> None:
     else:
         reason = _trace.why_not_readable(ref, owner)
     if reason is not None:
-        which = describe(ref)
         raise TraceLevelError(
-            f"Cannot read ref from different trace level: {which}: {reason}"
+            f"Cannot read ref from different trace level: {describe(ref)}: {reason}"
         )
 
 
@@ -70,9 +69,8 @@ def check_unleaked(ref: Any, value: Any) -> None:
     for leaf in jtu.tree_leaves(value):
         reason = _trace.why_not_alive(leaf)
         if reason is not None:
-            which = describe(ref)
             raise TraceLevelError(
-                f"Cannot read ref from different trace level: {which}: a list or a dict in "
+                f"Cannot read ref from different trace level: {describe(ref)}: a list or a dict in "
                 f"its value was changed in place, where it may only be read: {reason} And "
                 "write a new value now: `ref.value = ...`."
             )
@@ -87,14 +85,12 @@ def check_writable(ref: Any) -> None:
         else:
             reason = _trace.why_not_writable(ref, owner)
         if reason is not None:
-            which = describe(ref)
             raise TraceLevelError(
-                f"Cannot mutate ref from different trace level: {which}: {reason}"
+                f"Cannot mutate ref from different trace level: {describe(ref)}: {reason}"
             )
     where = why_immutable(ref)
     if where is not None:
-        which = describe(ref)
-        raise ImmutableError(f"Cannot write {which}: this code runs {where}")
+        raise ImmutableError(f"Cannot write {describe(ref)}: this code runs {where}")
 
 
 def why_immutable(ref: Any) -> str | None:

@@ -263,10 +263,9 @@ def reref(tree: T) -> T:
 
 def _check_node(tree: Any, node: Value) -> None:
     """What the value of a ref must be, of a node that any code may have made."""
-    which = describe(node)
     if not (isinstance(node.ref_type, type) and issubclass(node.ref_type, Ref)):
         raise StructureError(
-            f"Cannot reref: the Value of {which} at {path_of(tree, lambda x: x is node)} "
+            f"Cannot reref: the Value of {describe(node)} at {path_of(tree, lambda x: x is node)} "
             f"has ref_type={node.ref_type!r}, which is no subclass of `rx.Ref`. Leave "
             "`ref_type` as `rx.deref` sets it."
         )
@@ -274,13 +273,13 @@ def _check_node(tree: Any, node: Value) -> None:
         if isinstance(leaf, Ref) or is_node(leaf):
             raise StructureError(
                 "Cannot reref: the value of a ref cannot hold a ref, and that of "
-                f"{which} at {path_of(tree, lambda x: x is node)} holds {leaf!r}. Put the "
-                "two refs side by side in a tuple or a module."
+                f"{describe(node)} at {path_of(tree, lambda x: x is node)} holds {leaf!r}. Put "
+                "the two refs side by side in a tuple or a module."
             )
         reason = _trace.why_not_alive(leaf)
         if reason is not None:
             raise TraceLevelError(
-                f"Cannot reref in a different trace level: {which} at "
+                f"Cannot reref in a different trace level: {describe(node)} at "
                 f"{path_of(tree, lambda x: x is node)}: {reason}"
             )
 
@@ -304,17 +303,16 @@ def _close(node: Value) -> Ref:
 
 def _resolve(tree: Any, node: Value | Index, refs: dict[int, Ref]) -> Ref:
     ref = refs.get(node.index)
-    which = describe(node)
     if ref is None:
         where = path_of(tree, lambda x: isinstance(x, Index) and x.index == node.index)
         raise StructureError(
-            f"Cannot reref: Index {node.index} ({which}) at {where} has no Value in this "
+            f"Cannot reref: Index {node.index} ({describe(node)}) at {where} has no Value in this "
             "tree. A part of a derefed tree was taken out of it; call `rx.reref` on the "
             "whole tree, or `rx.combine` the parts first."
         )
     if (ref._collection, type(ref)) != (node.collection, node.ref_type):
         raise StructureError(
-            f"Cannot reref: Index {node.index} is of {node.ref_type.__name__} {which}, but "
+            f"Cannot reref: Index {node.index} is of {node.ref_type.__name__} {describe(node)}, but "
             f"its Value is of {type(ref).__name__} "
             f"{describe(ref)}. Were two trees put together after "
             "they were derefed? Deref the whole of them at once: `rx.deref((tree1, tree2))`."

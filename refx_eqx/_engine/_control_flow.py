@@ -152,8 +152,7 @@ class Loop:
                 )
 
     def _describe(self, number: int) -> str:
-        ref = self.derefed.refs[number]
-        return describe(ref)
+        return describe(self.derefed.refs[number])
 
     def whats(self) -> list[tuple[str, str]]:
         """What each carried array is, and what a step is to do with it."""

@@ -296,10 +296,9 @@ def collection(*names: Hashable) -> Filter:
     """
     for name in names:
         if isinstance(name, Ref):
-            which = describe(name)
             raise TypeError(
                 f"`rx.collection` takes the names of collections, and was given a ref, "
-                f"{which}. For this very ref, use the ref itself as the filter; for those "
+                f"{describe(name)}. For this very ref, use the ref itself as the filter; for those "
                 "of its collection, `rx.collection(ref.collection)`."
             )
         try:

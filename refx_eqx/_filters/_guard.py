@@ -31,9 +31,8 @@ def guarded(allows: Callable[[Ref], bool], where: str) -> Iterator[None]:
         _trace.guards.set(tuple(g for g in _trace.guards.get() if g is not guard))
         changed = guard.restored()
     for ref in changed:
-        which = describe(ref)
         raise ImmutableError(
-            f"Cannot write {which}: a list, a dict or a NumPy array in its value was "
+            f"Cannot write {describe(ref)}: a list, a dict or a NumPy array in its value was "
             f"changed in place, and is as it was again: this code ran {where}"
         )
 

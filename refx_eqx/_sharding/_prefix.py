@@ -48,9 +48,8 @@ def leaf_shardings(given: Any, tree: Any, derefed: Any, what: str) -> list[Any]:
             if is_node(node):
                 before = of_refs.setdefault(node.index, sharding)
                 if before != sharding:
-                    which = describe(node)
                     raise MismatchError(
-                        f"{what}: {which} is one ref at two places, and is given two "
+                        f"{what}: {describe(node)} is one ref at two places, and is given two "
                         f"shardings: {before} and {sharding}. Give both places the same."
                     )
             found.extend([sharding] * len(jtu.tree_leaves(node)))

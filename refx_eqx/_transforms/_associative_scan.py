@@ -123,10 +123,9 @@ def _run_associative_scan(
     def combine(a: Leaves, b: Leaves) -> Outcome:
         outcome = derefed.run("associative_scan", [fn, a, b, *others], False)
         for i in outcome.updates:
-            ref = derefed.refs[i]
             raise CarryError(
                 f"`associative_scan`: the function writes "
-                f"{describe(ref)}. It may only read, because how "
+                f"{describe(derefed.refs[i])}. It may only read, because how "
                 "often it is called, and in what order, is not defined. Use `rx.scan`, or "
                 "return the value as a part of the elements."
             )

@@ -216,12 +216,10 @@ def _told_apart(texts: list[str], other: str) -> list[str]:
 def _leaf_text(derefed: Call, leaf: Any, name: str) -> str:
     if not is_node(leaf):
         return "an array" if leaf is None else "a static value"
-    which = describe(leaf)
     if leaf.index >= len(derefed.refs):
-        return f"a new ref, {which}"
-    ref = derefed.refs[leaf.index]
+        return f"a new ref, {describe(leaf)}"
     place = ref_place(derefed, leaf.index, _ARGUMENTS[name])
-    return f"{describe(ref)} of {place}"
+    return f"{describe(derefed.refs[leaf.index])} of {place}"
 
 
 def _structure_text(structure: Structure) -> str:

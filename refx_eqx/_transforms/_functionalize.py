@@ -84,10 +84,9 @@ def _check_passed(fn: Any, derefed: Call, written: Iterable[int]) -> None:
     passed = values_of(derefed.arrays[:-1])
     for i in written:
         if i not in passed:
-            ref = derefed.refs[i]
             raise CarryError(
                 f"`functionalize`: `{name_of(fn)}` writes "
-                f"{describe(ref)}, which it does not get as an "
+                f"{describe(derefed.refs[i])}, which it does not get as an "
                 "argument: it closes over it, or is a module that holds it. The updates "
                 "are those of the arguments, so this write would be lost. Pass the ref, or "
                 "the module that holds it, as an argument."

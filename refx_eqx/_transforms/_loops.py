@@ -86,9 +86,8 @@ def _run_while(derefed: Call, arrays: list[Leaves]) -> Outcome:
 
 def _refuse_writes_of_test(derefed: Call, outcome: Outcome) -> None:
     for i in outcome.updates:
-        ref = derefed.refs[i]
         raise CarryError(
-            f"`while_loop`: `cond_fun` writes {describe(ref)}. It "
+            f"`while_loop`: `cond_fun` writes {describe(derefed.refs[i])}. It "
             "may only read, because it runs once more than `body_fun` does. Write the ref "
             "in `body_fun`."
         )

@@ -192,9 +192,8 @@ def _check_all_sliced(
     own = update_axes(derefed, axes, number, new, name)
     flat = jtu.tree_structure(new).flatten_up_to(own)
     if None in flat:
-        ref = derefed.refs[number]
         raise CarryError(
-            f"{describe(ref)} holds arrays that `{name}` slices, "
+            f"{describe(derefed.refs[number])} holds arrays that `{name}` slices, "
             f"and others that it does not (axes {flat}), and a step writes it. Put those "
             "that are not sliced into a ref of their own."
         )

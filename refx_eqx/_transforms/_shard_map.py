@@ -196,10 +196,9 @@ def _check_out_specs(
     for i, new in outcome.updates.items():
         for x, spec in zip(jtu.tree_leaves(new), jtu.tree_leaves(of_updates[i])):
             ref = derefed.refs[i]
-            which = describe(ref)
             if len(spec) > jnp.ndim(x):
                 raise CarryError(
-                    f"{which} came into `{_NAME}` split by `{spec}`, and was written with a "
+                    f"{describe(ref)} came into `{_NAME}` split by `{spec}`, and was written with a "
                     f"value of rank {jnp.ndim(x)}. Keep the rank of the part."
                 )
             differs = _differs_along(x, spec, manual)
