@@ -17,6 +17,9 @@ from jaxtyping import Array, Float
 import refx_eqx as rx
 
 
+if len(jax.devices()) < 8:
+    pytest.skip("needs 8 devices", allow_module_level=True)
+
 MESH = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
 DEPTH, DIM, BATCH = 4, 128, 64
 

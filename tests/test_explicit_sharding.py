@@ -14,6 +14,9 @@ from jax.sharding import AxisType, NamedSharding
 import refx_eqx as rx
 
 
+if len(jax.devices()) < 4:
+    pytest.skip("needs 4 devices", allow_module_level=True)
+
 MESH = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
 
 

@@ -17,6 +17,10 @@ from jaxtyping import Array, Float, jaxtyped
 import refx_eqx as rx
 
 
+if len(jax.devices()) < 4:
+    pytest.skip("needs 4 devices", allow_module_level=True)
+
+
 def mesh_of(*sizes, kind=AxisType.Auto):
     names = ("data", "tensor")[: len(sizes)]
     return jax.make_mesh(sizes, names, axis_types=(kind,) * len(sizes))
