@@ -170,3 +170,36 @@ def test_a_tree_is_written_where_an_array_was(trace_counter):
         compiled(ref)
         assert ref.value == 2.0 + i
     assert f.counter.count == 2
+
+
+class Doubling:
+    """A node that makes something else of the array it is rebuilt with."""
+
+    def __init__(self, x):
+        self.x = x
+
+
+jax.tree_util.register_pytree_node(
+    Doubling,
+    lambda node: ((node.x,), None),
+    lambda _, xs: Doubling(xs[0] * 2.0 if type(xs[0]) is type(ONE) else xs[0]),
+)
+
+
+def test_a_node_that_makes_something_else_of_its_arrays():
+    step = rx.filter_jit(lambda ref, x: setattr(ref, "value", Doubling(x)))
+    ref = rx.Ref(Doubling(ONE))
+    for i in range(6):
+        step(ref, jnp.array(float(i)))
+        assert ref.value.x == 2.0 * i
+
+
+def test_one_array_is_written_to_two_trees():
+    @rx.filter_jit
+    def step(a, b, x):
+        a.value, b.value = {"x": x}, (x, "text", x)
+
+    a, b = rx.Ref({"x": ONE}), rx.Ref((ONE, "text", ONE))
+    for i in range(6):
+        step(a, b, jnp.array(float(i)))
+        assert a.value == {"x": i} and b.value == (i, "text", i)

@@ -58,8 +58,7 @@ _kinds: dict[type, int] = {}
 _MAX_KINDS = 1000
 _LITERALS = (bool, int, str, bytes, type(None))
 # What is no pytree, and will be none: equal to itself alone, if it has no equality of its own.
-_NO_TREES = (type, enum.Enum, types.FunctionType, types.BuiltinFunctionType)
-_NO_TREES += (type(jax.jit(lambda: None)),)
+_NO_TREES = (type, enum.Enum, types.FunctionType, type(jax.jit(lambda: None)))
 
 
 def _kind_of(x: Any, kind: type) -> int:

@@ -16,7 +16,6 @@ A plan keeps nothing alive. The refs that it has are those of modules and functi
 key has by identity, it goes when one of these does, and a function keeps a bounded number.
 """
 
-import itertools
 import weakref
 from typing import Any
 
@@ -367,19 +366,28 @@ class _Known:
         updates, _ = self._treedef.unflatten(done)
         values = list(map(self.info.value, self.written, updates))
         self.are_arrays = all(map(is_one_array, values))
-        # A tree may be written where a tree was: where there was one array, all plans must
-        # look again.
-        known_trees = plan.contents.numbers if plan.contents else ()
-        self.in_general = bool(self.info.in_place) or not all(
-            is_one_array(x) or i in known_trees for i, x in zip(self.written, values)
-        )
-        # What is static in the new values is the same each time.
+        # What is no array in the new values is the same each time.
         leaves, self._treedef_of_values = jtu.tree_flatten(values)
-        at = {id(x): k for k, x in enumerate(done)}
-        self._statics = [x for x in leaves if id(x) not in at]
-        of_statics = itertools.count(len(done))
-        self._arrange = picker(
-            [at[id(x)] if id(x) in at else next(of_statics) for x in leaves]
+        self._statics: list[Any] = []
+        order, k = [], 0
+        for leaf in leaves:
+            if k < self.n and leaf is done[k]:
+                order.append(k)
+                k += 1
+            else:
+                order.append(len(done) + len(self._statics))
+                self._statics.append(leaf)
+        self._arrange = picker(order)
+        # A tree may be written where a tree was: where there was one array, all plans must
+        # look again. And a node may have made something else of its arrays.
+        known_trees = plan.contents.numbers if plan.contents else ()
+        self.in_general = (
+            bool(self.info.in_place)
+            or k < self.n
+            or not all(
+                is_one_array(x) or i in known_trees
+                for i, x in zip(self.written, values)
+            )
         )
 
     def values(self, done: list[Any]) -> list[Any]:
