@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import refx_eqx as rx
+from refx_eqx._core._ref import commits, set_value
 
 
 class State(NamedTuple):
@@ -203,3 +204,79 @@ def test_one_array_is_written_to_two_trees():
     for i in range(6):
         step(a, b, jnp.array(float(i)))
         assert a.value == {"x": i} and b.value == (i, "text", i)
+
+
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """`meanwhile(step, write)` lets `write` run once in the middle of the next planned call of
+    `step`, when it has read its refs."""
+
+    def make(step, write):
+        (plan,) = step._plans._plans.values()
+        left = [write]
+
+        def run(*args):
+            if left:
+                left.pop()()
+            return plain(*args)
+
+        if plan.donates:
+            plain = plan.variant.dispatch_donating
+            monkeypatch.setattr(plan.variant, "dispatch_donating", run)
+        else:
+            plain = plan.run
+            plan.run = run
+        return left
+
+    return make
+
+
+def look(ref, x):
+    value = ref.value
+    return value if value is None or isinstance(value, str) else value * 2.0, x + 1.0
+
+
+CHANGES = [(1.0, "a"), ("a", "b"), (None, 1.0), (None, "a")]
+
+
+@pytest.mark.parametrize(("first", "second"), CHANGES)
+def test_a_value_that_is_written_in_the_middle_of_a_call(first, second, meanwhile):
+    step: Any = rx.filter_jit(look)
+    ref = rx.Ref(first)
+    for _ in range(4):
+        step(ref, ONE)
+    left = meanwhile(step, lambda: setattr(ref, "value", second))
+    assert step(ref, ONE) == look(rx.Ref(second), 1.0) and not left
+
+
+@pytest.mark.parametrize(("first", "second"), CHANGES)
+def test_a_write_of_which_a_call_sees_the_first_half(first, second, meanwhile):
+    step: Any = rx.filter_jit(look)
+    ref = rx.Ref(first)
+    for _ in range(4):
+        step(ref, ONE)
+
+    def write_second_half():
+        commits.count += 1
+
+    left = meanwhile(step, write_second_half)
+    set_value(ref, second)
+    for _ in range(3):
+        assert step(ref, ONE) == look(rx.Ref(second), 1.0) and not left
+
+
+@pytest.mark.parametrize("donate", ["none", "refs"])
+def test_another_ref_that_is_written_in_the_middle_of_a_call(donate, meanwhile):
+    @jax.check_tracer_leaks(False)
+    def run():
+        step: Any = rx.filter_jit(
+            lambda a, b: setattr(a, "value", a.value + b.value), donate=donate
+        )
+        a, b, other = rx.Ref(ONE + 0.0), rx.Ref(1.0), rx.Ref(0.0)
+        for _ in range(4):
+            step(a, b)
+        left = meanwhile(step, lambda: setattr(other, "value", 1.0))
+        step(a, b)
+        assert not left and a.value == 6.0
+
+    run()

@@ -29,7 +29,8 @@ class Contents:
 
     They are flattened at each call, all at once, as trees of the structure that they had:
     JAX does that in a quarter of the time that it takes to find a structure and compare it.
-    `None` instead of an object if all refs hold one array each.
+    What cannot change in place is not looked at again while nothing was written but by the
+    plan itself. `None` instead of an object if all refs hold one array each.
 
     **Arguments:**
 
@@ -39,7 +40,10 @@ class Contents:
     """
 
     __slots__ = (
+        "_are_leaves",
         "_arrange",
+        "_arrange_leaves",
+        "_is_fixed",
         "_same",
         "_static_keys",
         "_statics",
@@ -86,35 +90,73 @@ class Contents:
             order += [next(in_trees) if is_here else n_outside + i for _ in range(n)]
         in_order = [*range(n_outside), *range(first, first + len(leaves))]
         self._arrange = None if order == in_order else picker(order)
+        # If no value is a tree, the same of the arrays outside refs and the values alone.
+        mine = list(self._take(values))
+        self._are_leaves = all(x is None or jtu.all_leaves([x]) for x in mine)
+        order = [*range(n_outside)]
+        order += [n_outside + i for i, x in enumerate(treedefs) if x.num_leaves]
+        in_order = [*range(n_outside + len(values))]
+        self._arrange_leaves = None if order == in_order else picker(order)
+        self._is_fixed = _is_fixed(mine) and _NOTHING not in self._same
 
-    def flat(self, arrays: list[Any], values: list[Any]) -> list[Any] | None:
-        """All arrays of a call; `None` if a value has another structure."""
+    def flat(
+        self, arrays: list[Any], values: list[Any], is_known: bool
+    ) -> list[Any] | None:
+        """All arrays of a call; `None` if a value has another structure. `is_known` says that
+        no value is another than at the last call, or one that `is_kept`."""
+        is_known = is_known and self._is_fixed
+        if is_known and self._are_leaves:
+            both = arrays + values
+            arrange = self._arrange_leaves
+            return both if arrange is None else list(arrange(both))
         trees = self._take(values)
         try:
             leaves = self._treedef.flatten_up_to(trees)
         except ValueError:
             return None
+        if not is_known and not self._are_alike(trees, leaves):
+            return None
+        if self._arrange is None:
+            return arrays + leaves
+        return list(self._arrange([*arrays, *values, *leaves]))
+
+    def _are_alike(self, trees: tuple[Any, ...], leaves: list[Any]) -> bool:
         # What has more below it than a leaf is of another type.
         types = list(map(type, leaves))
         if types not in self._types:
             # A number instead of an array is the same to `jax.jit`, and a text is not.
             if not self._is_split_alike(trees):
-                return None
+                return False
             self._types = [types, *self._types[: _MAX_TYPES - 1]]
         if self._statics and not all(map(is_, self._take_statics(leaves), self._same)):
-            for k, key in self._statics:
-                if static_key(leaves[k]) != key:
-                    return None
-        if self._arrange is None:
-            return arrays + leaves
-        return list(self._arrange([*arrays, *values, *leaves]))
+            return all(static_key(leaves[k]) == key for k, key in self._statics)
+        return True
 
-    def _is_split_alike(self, trees: tuple[Any, ...]) -> bool:
+    def are_kept(self, numbers: Sequence[int], values: Sequence[Any]) -> bool:
+        """Whether new values of the refs with these numbers have the structure of the old."""
+        new = {i: x for i, x in zip(numbers, values) if i in self.numbers}
+        if not self._is_fixed or not _is_fixed(list(new.values())):
+            return False
+        trees = [new.get(i, _NOTHING) for i in self.numbers]
+        return self._is_split_alike(trees)
+
+    def _is_split_alike(self, trees: Sequence[Any]) -> bool:
         for value, treedef, keys in zip(trees, self._treedefs, self._static_keys):
+            if value is _NOTHING:
+                continue
             arrays, statics = split_value(value)
             if jtu.tree_structure(arrays) != treedef or static_keys(statics) != keys:
                 return False
         return True
+
+
+def _is_fixed(values: list[Any]) -> bool:
+    """Whether these values cannot change in place, but for the numbers in an array."""
+
+    def may_change(x: Any) -> bool:
+        return not isinstance(x, tuple | None) and not jtu.all_leaves([x])
+
+    return not any(map(may_change, jtu.tree_leaves((*values,), is_leaf=may_change)))
 
 
 def is_one_array(value: Any) -> bool:

@@ -158,6 +158,7 @@ class Plan:
         "remade",
         "restructured",
         "run",
+        "settled",
         "variant",
         "watch",
     )
@@ -171,6 +172,9 @@ class Plan:
     order: list[int] | None
     # `None` if each ref holds one JAX array.
     contents: Contents | None
+    # What `commits.count` was when `contents` were last known to be what they are. It has
+    # moved if anything was written since.
+    settled: int
     # Weak references to what the key has by identity.
     guards: list[weakref.ref]
     # What the program did last: `_Known`. One object, as several threads may be here at once.
@@ -204,6 +208,7 @@ class Plan:
         # Without donation there is nothing to decide on a call.
         self.run, self.donates = variant.plain, variant.donates
         self.outside = outside
+        self.settled = -1
         self.guards = []
         self.known = None
         self.restructured = restructured
@@ -236,6 +241,13 @@ class Plan:
         self.restructured = restructured
         return True
 
+    def knows(self, values: list[Any]) -> bool:
+        """Whether values that are not one JAX array each have the known structure."""
+        if self.contents is None:
+            return True
+        none: list[Any] = [None] * self.variant.n_outside
+        return self.contents.flat(none, values, False) is not None
+
     def call(
         self, arrays: list[Any], given: list[Ref], state: _trace.ThreadState
     ) -> Any:
@@ -256,10 +268,11 @@ class Plan:
                 refs, values
             ):
                 return NO_PLAN
+            is_settled = self.settled == started
             if self.contents is None:
                 flat = arrays + values
             else:
-                flat = self.contents.flat(arrays, values)
+                flat = self.contents.flat(arrays, values, is_settled)
                 if flat is None:
                     return NO_PLAN
             returned: list[Any] = []
@@ -281,6 +294,8 @@ class Plan:
                     if not known.info.asked.holds_for(refs):
                         # Traced by another thread, for its own refs.
                         return NO_PLAN
+                    if is_settled and not self.knows(values):
+                        return NO_PLAN
                     self.known = known
                 if known.waits:
                     jax.block_until_ready(done)
@@ -298,8 +313,10 @@ class Plan:
                 updates = done if known.are_arrays else known.values(done)
                 # Not `lock.acquire()`, which a signal may part from its `try`.
                 with commits.lock:
-                    if commits.count != started and not all(
-                        ref._value is value for ref, value in zip(refs, values)
+                    if commits.count != started and not (
+                        all(ref._value is value for ref, value in zip(refs, values))
+                        # What was taken for settled may have been written just then.
+                        and (not is_settled or self.knows(values))
                     ):
                         continue
                     try:
@@ -312,6 +329,8 @@ class Plan:
                         raise
                     finally:
                         commits.count += 1
+                    if known.are_kept:
+                        self.settled = commits.count
                 return answer
             except Disturbed:
                 continue
@@ -337,6 +356,7 @@ class _Known:
     - `build`, `waits`: those of `info`;
     - `n`: how many of the arrays, the first, are in new values; `are_arrays`: whether these
         are the new values;
+    - `are_kept`: whether the new values have the structure of the old, see `Contents`;
     - `is_one`: whether the result is the one array behind them;
     - `in_general`: whether something is written that a plan cannot write by itself.
     """
@@ -347,6 +367,7 @@ class _Known:
         "_treedef",
         "_treedef_of_values",
         "are_arrays",
+        "are_kept",
         "build",
         "in_general",
         "info",
@@ -366,6 +387,8 @@ class _Known:
         updates, _ = self._treedef.unflatten(done)
         values = list(map(self.info.value, self.written, updates))
         self.are_arrays = all(map(is_one_array, values))
+        contents = plan.contents
+        self.are_kept = bool(contents and contents.are_kept(self.written, values))
         # What is no array in the new values is the same each time.
         leaves, self._treedef_of_values = jtu.tree_flatten(values)
         self._statics: list[Any] = []
@@ -380,7 +403,7 @@ class _Known:
         self._arrange = picker(order)
         # A tree may be written where a tree was: where there was one array, all plans must
         # look again. And a node may have made something else of its arrays.
-        known_trees = plan.contents.numbers if plan.contents else ()
+        known_trees = contents.numbers if contents else ()
         self.in_general = (
             bool(self.info.in_place)
             or k < self.n
