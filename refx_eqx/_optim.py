@@ -78,8 +78,9 @@ class Optimizer(Module):
 
     **What Optax sees** is `rx.state_dict(model, wrt)`: a flat dict with one array for each
     selected ref, by the name of its first place. So a tied weight has one slot and counts
-    once in a global norm, and refs that are not selected are not there at all. For masks and
-    labels there are [`refx_eqx.param_mask`][] and [`refx_eqx.param_labels`][].
+    once in a global norm, and refs that are not selected are not there at all. (JAX takes a
+    dict in the order of its keys, so such a sum may have another last bit than over the
+    model.) For masks and labels there are [`refx_eqx.param_mask`][] and [`refx_eqx.param_labels`][].
 
     **Its state** is the attribute `opt_state`: what Optax keeps, with a ref of collection
     `"opt_state"` for each array. So a learning rate of `optax.inject_hyperparams` is
