@@ -148,6 +148,23 @@ def test_state_that_a_rule_writes_is_no_parameter(x_is_differentiated):
     assert model["amax"].value == (10.0 if x_is_differentiated else 0.0)
 
 
+def test_what_stands_after_state_that_a_rule_writes_is_refused():
+    state = {"amax": rx.Ref(jnp.array(0.0)), "w": rx.Ref(jnp.array(2.0))}
+
+    def scaled(x, state):
+        state["amax"].value = jnp.abs(x)
+        return x * state["w"].value
+
+    watch = rx.filter_custom_vjp(scaled)
+    watch.def_fwd(lambda perturbed, x, state: (scaled(x, state), None))
+    watch.def_bwd(lambda residuals, grad, perturbed, x, state: grad * state["w"].value)
+
+    with jax.check_tracer_leaks(False):
+        with pytest.raises(rx.StructureError, match=MATCH):
+            rx.filter_grad(lambda state: watch(X, state))(state)
+    assert state["amax"].value == 0.0
+
+
 def test_a_rule_that_only_reads_beside_one_that_writes_the_collection():
     """The channel of a ref does not hide that it is differentiated."""
     model = {"w": rx.Ref(jnp.array(2.0), "all"), "n": rx.Ref(jnp.array(0.0), "all")}
