@@ -68,6 +68,10 @@ class Node:
     _name = property(lambda self: self.label.name)
     _collection = property(lambda self: self.collection)
 
+    def with_value(self, value: Any) -> "Value":
+        """A `Value` of the same ref, with this value."""
+        return value_node(value, self.index, self.collection, self.ref_type, self.label)
+
     def structure(self) -> tuple[int, Hashable, type[Ref]]:
         return self.index, self.collection, self.ref_type
 
@@ -108,10 +112,6 @@ class Value(Node):
     ):
         super().__init__(index, collection, ref_type)
         self.value = value
-
-    def with_value(self, value: Any) -> "Value":
-        """The same node, with another value."""
-        return value_node(value, self.index, self.collection, self.ref_type, self.label)
 
     def __repr__(self) -> str:
         return _node_repr(self, f"{eqx.tree_pformat(self.value)}, ")
