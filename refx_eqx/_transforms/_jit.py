@@ -107,17 +107,13 @@ class Lowered:
                 "values, ...)"
             )
         flat = flat_of(derefed).arrays
-        for k, (x, known) in enumerate(zip(flat, self._types)):
-            if _type_text(x) != known:
-                where = flat_place(derefed, k)
-                raise self._misfit(
-                    f"{known} in {where}, and is called with {_type_text(x)} there"
-                )
+        # In a function of its own, because `apart` counts who holds a buffer.
+        self._check_types(derefed, flat)
         try:
             if self._jit.options["donate"] == "none":
                 result = compiled(flat)
             else:
-                derefed.arrays = []  # `apart` counts who holds a buffer
+                derefed.arrays = []  # these hold them too
                 both = apart(flat, derefed.values, self._split)
                 make = self._variant.outcome
                 result = call_into(derefed.returned, make, compiled, *both)
@@ -133,6 +129,14 @@ class Lowered:
             explain(e, derefed.refs, derefed.values)
             raise
         return outcome
+
+    def _check_types(self, derefed: Call, flat: list[Any]) -> None:
+        for k, (x, known) in enumerate(zip(flat, self._types)):
+            if _type_text(x) != known:
+                where = flat_place(derefed, k)
+                raise self._misfit(
+                    f"{known} in {where}, and is called with {_type_text(x)} there"
+                )
 
     def _misfit(self, what: str) -> MismatchError:
         return MismatchError(
