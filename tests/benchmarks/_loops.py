@@ -297,5 +297,5 @@ def rows(rounds: int, block: float, clock: Clock) -> dict[str, Callable[[], Row]
     return found | {
         "a gradient of a new lambda": lambda: new_lambda(rounds // 2, block, clock),
         "a scan of a new lambda": lambda: new_scan(rounds // 4, block, clock),
-        "a first call, 12 layers": lambda: first_call(12, rounds // 8),
+        "a first call, 12 layers": lambda: first_call(12, max(1, rounds // 8)),
     }
