@@ -1,6 +1,6 @@
 """Trains a character transformer on the source of Python's standard library.
 
-    python examples/char_transformer.py --steps 2000 --picture char_transformer.png
+    python examples/char_transformer.py --steps 3000 --picture char_transformer.png
 
 What to look at:
 
@@ -262,9 +262,9 @@ def plot(
 def main() -> None:
     args = options(
         __doc__,
-        steps=2000,
+        steps=3000,
         batch_size=8,
-        context=128,
+        context=64,
         dim=96,
         depth=2,
         heads=4,
