@@ -236,25 +236,28 @@ def look(ref, x):
     return value if value is None or isinstance(value, str) else value * 2.0, x + 1.0
 
 
+def planned(value):
+    """`look`, called until it has a plan for a ref that holds this."""
+    step: Any = rx.filter_jit(look)
+    ref = rx.Ref(value)
+    for _ in range(4):
+        step(ref, ONE)
+    return step, ref
+
+
 CHANGES = [(1.0, "a"), ("a", "b"), (None, 1.0), (None, "a")]
 
 
 @pytest.mark.parametrize(("first", "second"), CHANGES)
 def test_a_value_that_is_written_in_the_middle_of_a_call(first, second, meanwhile):
-    step: Any = rx.filter_jit(look)
-    ref = rx.Ref(first)
-    for _ in range(4):
-        step(ref, ONE)
+    step, ref = planned(first)
     left = meanwhile(step, lambda: setattr(ref, "value", second))
     assert step(ref, ONE) == look(rx.Ref(second), 1.0) and not left
 
 
 @pytest.mark.parametrize(("first", "second"), CHANGES)
 def test_a_write_of_which_a_call_sees_the_first_half(first, second, meanwhile):
-    step: Any = rx.filter_jit(look)
-    ref = rx.Ref(first)
-    for _ in range(4):
-        step(ref, ONE)
+    step, ref = planned(first)
 
     def write_second_half():
         commits.count += 1

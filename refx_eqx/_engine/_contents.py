@@ -103,7 +103,7 @@ class Contents:
         self, arrays: list[Any], values: list[Any], is_known: bool
     ) -> list[Any] | None:
         """All arrays of a call; `None` if a value has another structure. `is_known` says that
-        no value is another than at the last call, or one that `is_kept`."""
+        no value is another than at the last call, or only those that `are_kept`."""
         is_known = is_known and self._is_fixed
         if is_known and self._are_leaves:
             both = arrays + values
