@@ -553,7 +553,7 @@ def test_a_third_party_transform_is_given_a_snapshot_or_a_dag():
     def third_party(log_density, *args):
         return jax.jit(jax.grad(log_density))(*args)
 
-    text = r"A third-party function takes `rx.snapshot\(model\)`, to read, or `rx.Dag\(model\)`"
+    text = r"make `rx.snapshot\(model\)` outside it, to read, or pass `rx.Dag\(model\)`"
     with pytest.raises(rx.TraceLevelError, match=text):
         third_party(lambda x: model.factor[...] * x, ONE)
     plain = rx.snapshot(model)

@@ -693,6 +693,36 @@ def test_ensure_compile_time_eval_does_not_go_round_the_rule():
     assert lifted(model, ONE) == 6.0
 
 
+@pytest.mark.parametrize(
+    "transform",
+    [
+        rx.filter_jit,
+        rx.filter_grad,
+        functools.partial(rx.filter_vmap, in_axes=(None, None), axis_size=1),
+    ],
+)
+def test_a_callback_may_not_read_an_inner_ref_and_the_remedy_works(transform):
+    seen = []
+
+    def run(show):
+        @transform
+        def fn(x, model):
+            show(model.factor)
+            return model(x)
+
+        # JAX hands on what a callback raises, or its text in an error of its own.
+        with jax.check_tracer_leaks(False):
+            jax.block_until_ready(fn(ONE, make()))
+            jax.effects_barrier()
+
+    remedy = r"give a callback the value: `jax.debug.callback\(fn, ref.value\)`"
+    with pytest.raises(Exception, match=remedy):
+        run(lambda ref: jax.debug.callback(lambda: seen.append(ref.value)))
+    assert not seen
+    run(lambda ref: jax.debug.callback(seen.append, ref.value))
+    assert seen[0] == 2.0
+
+
 def test_a_callback_reads_the_present_value():
     model = make()
 

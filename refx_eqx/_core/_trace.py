@@ -218,7 +218,8 @@ _ENDED = (
 _UNRELATED = (
     "it belongs to a trace that is not active here. If that trace has ended, return "
     "the ref from the transformed function instead of keeping it elsewhere; if it is still "
-    "running, pass the ref as an argument to the function that uses it."
+    "running, pass the ref as an argument to the function that uses it; and give a callback "
+    "the value: `jax.debug.callback(fn, ref.value)`."
 )
 
 
@@ -237,8 +238,8 @@ def why_not_readable(ref: Any, owner: TraceRef) -> str | None:
                     f"it is used inside {kind_of_trace(trace)}, which does not carry refs. Use the "
                     "lifted transform of `refx_eqx` (`rx.filter_jit`, `rx.filter_grad`, "
                     "`rx.scan`, ...) and pass the ref, or the module that holds it, as an "
-                    "argument. A third-party function takes `rx.snapshot(model)`, to read, "
-                    "or `rx.Dag(model)`, to carry."
+                    "argument. For a third-party function, make `rx.snapshot(model)` outside it, "
+                    "to read, or pass `rx.Dag(model)`, to carry."
                 )
         elif not body.transparent:
             return (
@@ -268,6 +269,13 @@ def why_not_writable(ref: Any, owner: TraceRef) -> str | None:
 
 def _why_out_of_reach(ref: Any, owner: TraceRef) -> str | None:
     """The reason why `ref` may be neither read nor written here, by any rule."""
+    body = ref._body
+    if body is not None and not body.running:
+        return (
+            f"`{body.name}` handed it to its function, which has returned, so its value is gone. "
+            "Return the ref from that function instead of keeping it elsewhere; and give "
+            "a callback the value: `jax.debug.callback(fn, ref.value)`."
+        )
     for body in reversed(thread.state.bodies):
         if id(ref) in body.carried:
             return (
