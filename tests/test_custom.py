@@ -126,7 +126,7 @@ def test_custom_jvp_refuses():
     def f(x, *, w):
         return w.value * x
 
-    with pytest.raises(RuntimeError, match="`def_jvp` was not yet called for `.*f`"):
+    with pytest.raises(RuntimeError, match="`def_jvp` has not been called for `.*f`"):
         f(x, w=w)
 
     @f.def_jvp
@@ -617,7 +617,9 @@ def test_custom_vjp_refuses():
     w = rx.Ref(jnp.array(2.0), "params")
 
     half = rx.filter_custom_vjp(lambda x: x)
-    with pytest.raises(RuntimeError, match="`def_fwd` or `def_bwd` was not yet called"):
+    with pytest.raises(
+        RuntimeError, match="`def_fwd` or `def_bwd` has not been called"
+    ):
         half(x)
     f = make_vjp()
     with pytest.raises(TypeError, match="`filter_custom_vjp` differentiates the first"):

@@ -190,7 +190,7 @@ def test_a_rule_that_only_reads_beside_one_that_writes_the_collection():
 
 def test_a_loss_that_returns_a_ref_is_told_to_return_its_value():
     w = rx.Ref(jnp.array(2.0), "params")
-    with pytest.raises(TypeError, match="returned a ref. Return what is in it: `ref.v"):
+    with pytest.raises(TypeError, match="but returned a ref. Return its value: `ref.v"):
         rx.filter_grad(lambda w: w)(w)
     assert rx.filter_grad(lambda w: w.value)(w).value == 1.0
 

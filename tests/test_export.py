@@ -167,9 +167,12 @@ def test_what_has_no_form_in_a_file_is_refused_by_name():
     for ref, match in (
         (
             rx.Ref(jnp.ones(1), frozenset("a")),
-            r"frozenset.*Name a collection by a text",
+            r"frozenset.*Name a collection by a string",
         ),
-        (Local(jnp.ones(1), "params"), r"Local, is not to be found.*top of a module"),
+        (
+            Local(jnp.ones(1), "params"),
+            r"Local, cannot be found.*top level of a module",
+        ),
     ):
         exported = jax.export.export(jax.jit(lambda x: x))(rx.deref(ref))
         with pytest.raises(rx.StructureError, match=match):
@@ -182,5 +185,5 @@ def test_a_class_of_refs_that_is_gone_is_named(monkeypatch):
     ref = rx.deref(Frozen(jnp.ones(1), "params"))
     data = jax.export.export(jax.jit(lambda x: x))(ref).serialize()
     monkeypatch.delattr(sys.modules[__name__], "Frozen")
-    with pytest.raises(rx.StructureError, match=r"Frozen` is no class of refs. Keep"):
+    with pytest.raises(rx.StructureError, match=r"Frozen` is not a ref class. Keep"):
         jax.export.deserialize(data)

@@ -355,9 +355,9 @@ def test_a_compiled_call_is_refused_for_other_refs():
     with pytest.raises(
         rx.StructureError,
         match=(
-            r"was compiled for other refs: it asks which refs it is given \(it looks them up "
-            r"in a set or dict, or compares them\), and the answer would be another for "
-            r"these. Call the `filter_jit` function itself"
+            r"was compiled for other refs: it depends on the identity of its refs \(it looks "
+            r"them up in a set or dict, or compares them\), which is different here. Call "
+            r"the `filter_jit` function itself"
         ),
     ):
         compiled(b)
@@ -374,7 +374,7 @@ def test_a_closure_converted_call_is_refused_for_other_refs():
     converted = rx.filter_closure_convert(f, a)
     assert converted(a) == 1
     with pytest.raises(
-        rx.StructureError, match=r"was closure-converted for other refs: it asks which"
+        rx.StructureError, match=r"was closure-converted for other refs: it depends"
     ):
         converted(b)
     assert rx.filter_closure_convert(f, b)(b) == -1  # the remedy

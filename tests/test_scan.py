@@ -695,7 +695,7 @@ def test_associative_scan_refuses_writes_and_refs_as_elements():
         ref.value = ref.value * 2
         return a + b
 
-    with pytest.raises(rx.StructureError, match="writes.*'state'.*not defined"):
+    with pytest.raises(rx.StructureError, match="writes.*'state'.*unspecified"):
         rx.associative_scan(f, jnp.ones(3))
     elems = {"x": ref}
     with pytest.raises(rx.StructureError, match=r"'state'.*`x`.*snapshot"):

@@ -29,7 +29,7 @@ def test_bounds_of_a_loop_are_whole_numbers():
     for lower, upper in [(0, 2.5), (0.0, 2), ("0", 3), (0, None), (0, jnp.arange(2))]:
         with pytest.raises(TypeError, match="`fori_loop`: `.*` must be a whole number"):
             count(lower, upper)
-    with pytest.raises(TypeError, match="`upper` must be a scalar integer, and it is"):
+    with pytest.raises(TypeError, match="`upper` must be a scalar integer, but is"):
         rx.filter_jit(count)(0, jnp.array(2.5))
     assert count(np.int32(1), 4) == 6
     assert rx.filter_jit(lambda n: count(0, n.astype(int)))(jnp.array(4.0)) == 6

@@ -1,4 +1,4 @@
-"""`add_axis`: refs that have an axis to map over."""
+"""`add_axis`: gives refs an axis to map over."""
 
 import operator
 from typing import Any, TypeVar
@@ -23,11 +23,11 @@ T = TypeVar("T")
 
 
 def add_axis(tree: T, size: int, filter: FilterLike = True, *, axis: int = 0) -> T:
-    """A tree of which some refs have one more axis, for
-    [`refx_eqx.filter_vmap`][], [`refx_eqx.scan`][] or [`refx_eqx.map`][] to map over.
+    """Adds an axis to some refs of a tree, for [`refx_eqx.filter_vmap`][],
+    [`refx_eqx.scan`][] or [`refx_eqx.map`][] to map over.
 
-    So a cell that keeps a state runs on a batch: a state for each element, and parameters
-    that all share.
+    This lets a stateful cell run on a batch, with one state per element and shared
+    parameters.
 
     !!! Example
 
@@ -53,25 +53,25 @@ def add_axis(tree: T, size: int, filter: FilterLike = True, *, axis: int = 0) ->
         assert step(cells, jnp.ones((8, 3))).shape == (8, 3)
         ```
 
-    The declared type of a ref stays what it was: inside the mapped function the axis is
-    gone, and a write outside must keep it.
+    The declared type of a ref does not change: inside the mapped function the axis is gone,
+    and a write outside must keep it.
 
     **Arguments:**
 
     - `tree`: any pytree of refs.
-    - `size`: of the new axis.
-    - `filter`: which refs: any filter. By default all.
-    - `axis`: where the new axis is.
+    - `size`: the size of the new axis.
+    - `filter`: any filter, which selects refs. By default all of them.
+    - `axis`: the position of the new axis.
 
     **Returns:**
 
-    The tree, with a new ref for each that is selected: its value repeated along the new
-    axis, or a key of its own for each place if it is a key of collection `"rng"`. What is
-    shared stays shared, and all other refs are those of `tree`.
+    The tree, with a new ref for each selected one. Its value is repeated along the new
+    axis; a key of collection `"rng"` is split along it. Shared refs stay shared, and all
+    other refs are those of `tree`.
 
     **Raises:**
 
-    - `StructureError`: if no ref is selected, or if a value has no such axis.
+    - `StructureError`: if no ref is selected, or if a value cannot have such an axis.
     """
     size = operator.index(size)
     selected = selected_refs(tree, filter)

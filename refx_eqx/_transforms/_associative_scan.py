@@ -47,7 +47,7 @@ def associative_scan(
 ) -> T:
     """As `jax.lax.associative_scan`. `fn` may read refs.
 
-    How often `fn` is called, and in what order, is not defined; so it may write none.
+    The number and order of calls to `fn` are unspecified, so it must not write refs.
 
     !!! Example
 
@@ -81,8 +81,8 @@ def associative_scan(
 
     **Raises:**
 
-    - `StructureError`: if `fn` writes a ref, if `elems` has one, or if `fn` changes the
-        structure of what it is given.
+    - `StructureError`: if `fn` writes a ref, if `elems` contains one, or if `fn` changes
+        the structure of its arguments.
     - `ValueError`: if `elems` has no arrays to scan along `axis`.
     """
     fn, elems = as_callable(fn), numbers_to_arrays(elems)
@@ -100,8 +100,8 @@ def associative_scan(
     shapes = [x.shape for x in arrays]
     if not arrays or any(not -len(shape) <= axis < len(shape) for shape in shapes):
         raise ValueError(
-            f"`associative_scan`: `elems` must have arrays, all with an axis {axis} to scan "
-            f"along, and it is {eqx.tree_pformat(elems)}. Pass arrays, or another `axis`."
+            f"`associative_scan`: `elems` must have arrays, all with an axis {axis} to "
+            f"scan along, but is {eqx.tree_pformat(elems)}. Pass arrays, or another `axis`."
         )
 
     def run(derefed: Call, arrays: list[Leaves]) -> Outcome:
@@ -124,10 +124,9 @@ def _run_associative_scan(
         outcome = derefed.run("associative_scan", [fn, a, b, *others], False)
         for i in outcome.updates:
             raise CarryError(
-                f"`associative_scan`: the function writes "
-                f"{describe(derefed.refs[i])}. It may only read, because how "
-                "often it is called, and in what order, is not defined. Use `rx.scan`, or "
-                "return the value as a part of the elements."
+                f"`associative_scan`: the function writes {describe(derefed.refs[i])}. It "
+                "may only read, because the number and order of its calls are "
+                "unspecified. Use `rx.scan`, or return the value as part of the elements."
             )
         return outcome
 
@@ -135,7 +134,7 @@ def _run_associative_scan(
     if reverse and axis < 0 and leaves:
         # JAX reverses along `axis` before it counts a negative one from the end.
         axis += leaves[0].ndim
-    # With one element the function is not called, and its outcome has the same structure.
+    # With one element the function is not called: its outcome has the same structure.
     info = TracedBody(lambda elems: combine(elems, elems), elems).avals.info
     out = jax.lax.associative_scan(
         lambda a, b: combine(a, b).out, elems, reverse=reverse, axis=axis

@@ -52,17 +52,17 @@ def _run_branches(
     position: Callable[[Any], int],
     choose: Callable[[Any, list[Callable], Any], Any],
 ) -> Outcome:
-    """Traces each branch, finds what they have in common, and builds the choice.
+    """Traces each branch, checks that they agree, and builds the conditional.
 
     **Arguments:**
 
-    - `which`: what each branch is called, and what calls it.
-    - `position`: from the first argument to the number of the branch, if it is known.
-    - `choose`: from the first argument, functions of the arrays, and the arrays.
+    - `which`: the name of each branch, and the function that calls it.
+    - `position`: maps the first argument to the number of the branch, if it is concrete.
+    - `choose`: called with the first argument, functions of the arrays, and the arrays.
     """
     (first,) = arrays[0]
     if runs_in_python(first):
-        # Only the branch that is chosen runs.
+        # Only the chosen branch runs.
         apply = list(which.values())[position(first)]
         outcome = derefed.run(name, arrays, False, apply)
         return Outcome(*arrays_of(outcome), outcome.info)
@@ -137,7 +137,7 @@ def _joined_kind(kinds: list[Kind], names: list[str], what: str, name: str) -> K
 def _check_values(
     ref: Ref, values: list[Any], statics: list[Any], names: list[str], name: str
 ) -> None:
-    """The structure of the value of a ref must be one after every branch."""
+    """The value of a ref must have the same structure after every branch."""
     structures = [
         (jtu.tree_structure(value), static_keys(static))
         for value, static in zip(values, statics)
@@ -145,10 +145,9 @@ def _check_values(
     for structure, branch_name in zip(structures, names):
         if structure != structures[0]:
             raise MismatchError(
-                f"`{name}`: the value of {describe(ref)} has "
-                f"another structure, or other static parts, after {branch_name} than "
-                f"after {names[0]}. Write values of one structure in all branches; what "
-                "is not an array cannot depend on the branch."
+                f"`{name}`: the value of {describe(ref)} has another structure, or other "
+                f"static parts, after {branch_name} than after {names[0]}. Write values of "
+                "the same structure in all branches; only arrays may depend on the branch."
             )
 
 
@@ -166,8 +165,8 @@ def _check_same_results(
     if part != other:
         one, two = _told_apart(
             [_structure_text(a), _structure_text(b)],
-            "another, which prints the same: it differs in a static field, or in a function "
-            "that closes over refs",
+            "another, which prints the same: they differ in a static field, or in a "
+            "function that closes over refs",
         )
         raise MismatchError(
             f"`{name}`: the branches must return the same structure. {names[0]} returns "
@@ -179,10 +178,10 @@ def _check_same_results(
                 continue
             texts = [_leaf_text(derefed, leaf, name) for leaf in (x, y)]
             other_text = (
-                "another, which differs in its type or in what its value is made of"
+                "another, which differs in its type or in the structure of its value"
             )
             remedy = (
-                "Which ref it is cannot depend on the branch: return the same ref from "
+                "The choice of ref cannot depend on the branch: return the same ref from "
                 "each, or new refs of one kind from all, or the values."
             )
         elif x is None or static_keys(x) == static_keys(y):
@@ -191,8 +190,8 @@ def _check_same_results(
             texts = [f"the static value {static!r}" for static in (x, y)]
             other_text = "another, which prints the same and is not equal"
             remedy = (
-                "What is not an array cannot depend on the branch: make it one, or "
-                "return the same in each."
+                "Only arrays may depend on the branch: make it one, or return the same "
+                "value from each."
             )
         one, two = _told_apart(texts, other_text)
         raise MismatchError(
@@ -209,7 +208,7 @@ _ARGUMENTS = {
 
 
 def _told_apart(texts: list[str], other: str) -> list[str]:
-    """Two texts; `other` instead of the second, if it says what the first does."""
+    """The two texts, with `other` as the second if they are equal."""
     return [texts[0], other] if texts[0] == texts[1] else texts
 
 
@@ -228,7 +227,7 @@ def _structure_text(structure: Structure) -> str:
 
 
 def _places_in_result(part: Part, out: Leaves) -> list[str]:
-    """Where each array of a result is."""
+    """Says where each array of a result is."""
     found = []
     for k, leaf in enumerate(out):
         what = f"the array of the result at {leaf_place(part, k)}"
@@ -253,9 +252,9 @@ def cond(
 ) -> T:
     """As `jax.lax.cond`, by reference.
 
-    The branches may read and write refs: those in the operands, in the modules whose
-    methods they are, and in what they close over. They need not write the same ones: a
-    branch leaves what it does not write unchanged.
+    The branches may read and write refs: those in the operands, in the modules they are
+    methods of, and those they close over. They need not write the same refs: a branch
+    leaves the others unchanged.
 
     !!! Example
 
@@ -279,10 +278,10 @@ def cond(
     **Arguments:**
 
     - `pred`: a boolean scalar.
-    - `true_fun`, `false_fun`: functions of the operands. Their results have the same
+    - `true_fun`, `false_fun`: functions of the operands. Their results must have the same
         structure, shapes and dtypes, the same static leaves, and the same refs at the same
-        places, or new refs of one kind. Python numbers among them become arrays, as in JAX;
-        those in a module are static, as in Equinox.
+        places, or new refs of one kind. Python numbers become arrays, as in JAX; those in a
+        module are static, as in Equinox.
     - `*operands`: any pytrees.
 
     **Returns:**
@@ -291,8 +290,8 @@ def cond(
 
     **Raises:**
 
-    - `StructureError`: if the results differ in structure, or the shapes and dtypes that
-        the branches leave in a ref do. The message names both.
+    - `StructureError`: if the results differ in structure, or if the branches leave
+        different shapes or dtypes in a ref. The message names both.
     """
     branches = as_callable(true_fun), as_callable(false_fun)
     operands = numbers_to_arrays(operands)
@@ -331,7 +330,7 @@ def switch(
 
     **Arguments:**
 
-    - `index`: an integer scalar. As in JAX it is clamped to the number of branches.
+    - `index`: an integer scalar. As in JAX, it is clamped to the valid range.
     - `branches`: functions of the operands, as those of [`refx_eqx.cond`][].
     - `*operands`: any pytrees.
 
@@ -369,7 +368,7 @@ def _as_scalar(x: Any, name: str, what: str) -> jax.Array:
     x = jnp.asarray(x)
     if x.shape != ():
         raise TypeError(
-            f"`{name}`: the {what} must be a scalar, and it is {eqx.tree_pformat(x)}. To "
+            f"`{name}`: the {what} must be a scalar, but is {eqx.tree_pformat(x)}. To "
             "choose for each element, use `jnp.where`, or `rx.filter_vmap`."
         )
     return x

@@ -27,12 +27,12 @@ class _Checkpoint(Lifted):
 
         def body(derefed: Call, arrays: list[Leaves]) -> Outcome:
 
-            # A new function for each trace, because `jax.checkpoint` caches by function.
+            # A new function per trace, because `jax.checkpoint` caches by function.
             def checkpointed(arrays: list[Leaves]) -> Outcome:
                 return derefed.run("filter_checkpoint", arrays, transparent=False)
 
-            # The recomputation runs what was recorded, without the refs: what the
-            # function wrote is among the results, and comes out once.
+            # The recomputation runs the recorded operations, without the refs: writes are
+            # among the results, and come out once.
             transformed = jax.checkpoint(
                 checkpointed, prevent_cse=prevent_cse, policy=policy
             )
@@ -72,9 +72,9 @@ def filter_checkpoint(
     """As `equinox.filter_checkpoint`, by reference: intermediate values are recomputed in
     the backward pass instead of being stored.
 
-    It is exact: value, gradient and what is written to refs are those of the function
-    itself. The recomputation starts from the values that the refs had at the call, and
-    writes nothing a second time.
+    Values, gradients and writes to refs are exactly those of the function itself. The
+    recomputation starts from the values the refs had at the call, and does not write them
+    again.
 
     !!! Example
 
@@ -98,12 +98,11 @@ def filter_checkpoint(
 
     **Arguments:**
 
-    - `fun`: the function to checkpoint. It is staged, as by `filter_jit`: Python control
+    - `fun`: the function to checkpoint. It is staged, as under `filter_jit`: Python control
         flow cannot depend on the values of its arrays.
-    - `prevent_cse`: as in `jax.checkpoint`: whether the compiler is kept from merging the
-        recomputation with the computation.
-    - `policy`: which intermediate values are kept after all: one of
-        `jax.checkpoint_policies`.
+    - `prevent_cse`: as in `jax.checkpoint`: whether to stop the compiler from merging the
+        recomputation with the original computation.
+    - `policy`: which intermediate values to store anyway: one of `jax.checkpoint_policies`.
 
     **Returns:**
 
@@ -114,6 +113,7 @@ def filter_checkpoint(
     When called:
 
     - `TraceLevelError`: if the function touches a ref that it reaches through a global name.
-    - `StructureError`: if it changes a list, a dict or a closure variable that it was given.
+    - `StructureError`: if it changes a list, a dict or a closure variable of its inputs in
+        place.
     """
     return _Checkpoint.of(fun, prevent_cse=prevent_cse, policy=policy)

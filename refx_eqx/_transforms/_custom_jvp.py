@@ -43,8 +43,8 @@ _PASS_BY_POSITION = (
 class filter_custom_jvp(Custom[P, T]):
     """As `equinox.filter_custom_jvp`, by reference.
 
-    What is written to a ref, by the function or by the rule that runs in its place, is
-    written to the caller's ref, once. It is not differentiated: return what is.
+    A write to a ref, by the function or by the rule that replaces it, reaches the caller's
+    ref once. Writes are not differentiated: return any value that should be.
 
     !!! Example
 
@@ -72,36 +72,37 @@ class filter_custom_jvp(Custom[P, T]):
     `def_jvp(rule)` sets the rule: `rule(primals, tangents, **kwargs)` returns `(out,
     tangent_out)`.
 
-    - `primals` are the positional arguments. They hold refs, which the rule may read and
-        write; it must write the refs that the function writes, and no others.
-    - `tangents` has the structure of `rx.deref(primals)`, with `None` for what has no
-        tangent, or one of zero.
-    - `tangent_out` is to have the structure of `rx.deref(out)`, with `None` for zero.
+    - `primals` are the positional arguments. The rule may read and write their refs; it
+        must write exactly the refs that the function writes.
+    - `tangents` has the structure of `rx.deref(primals)`, with `None` for leaves whose
+        tangent is zero or does not exist.
+    - `tangent_out` must have the structure of `rx.deref(out)`, with `None` for zero.
 
     **Arguments:**
 
-    - `fn`: the function. Its keyword arguments, and what it and the rule close over, are
-        not differentiated.
+    - `fn`: the function. Its keyword arguments, and anything it or the rule closes over,
+        are not differentiated.
 
     **Raises:**
 
     When called:
 
     - `RuntimeError`: if it has no rule.
-    - `StructureError`: if the rule does not return or write what the function does, or if
-        something is differentiated that the rule has no tangent for.
+    - `StructureError`: if the rule does not return the same structure or write the same
+        refs as the function, or if something the rule has no tangent for is differentiated.
     """
 
     def def_jvp(self, fn_jvp: Callable) -> Callable:
-        """Sets the rule, and returns it."""
+        """Sets the rule and returns it."""
         self._first = fn_jvp
         return fn_jvp
 
     def defjvp(self, fn_jvp: Callable) -> None:
-        """As the deprecated one of Equinox: sets a rule that is given zeros for `None`."""
+        """As Equinox's deprecated method: sets a rule that is given zeros instead of
+        `None`."""
         warnings.warn(
-            "`filter_custom_jvp.defjvp` is deprecated, as in Equinox. Use `def_jvp`, whose "
-            "rule is given `None` for a tangent of zero.",
+            "`filter_custom_jvp.defjvp` is deprecated, as in Equinox. Use `def_jvp`, "
+            "whose rule is given `None` for a zero tangent.",
             DeprecationWarning,
             stacklevel=2,
         )
@@ -121,7 +122,7 @@ class filter_custom_jvp(Custom[P, T]):
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> T:
         if self._first is None:
             raise RuntimeError(
-                f"`def_jvp` was not yet called for `{name_of(self.__wrapped__)}`."
+                f"`def_jvp` has not been called for `{name_of(self.__wrapped__)}`."
             )
         n = len(args)
 
@@ -147,7 +148,7 @@ def _custom_jvp(frame: CallWithRules, n: int) -> Callable:
         return arrays_of(frame.run_function(arrays))
 
     def rule(primals: tuple, tangents: tuple) -> tuple:
-        # An eager `jax.jvp` hands over numbers of Python as they are.
+        # An eager `jax.jvp` passes Python numbers unconverted.
         (arrays,), (given,) = jtu.tree_map(array_of, primals), tangents
         given = jtu.tree_map(lambda x, t: derivative(t, is_inexact(x)), arrays, given)
         found: dict[str, Any] = {}

@@ -49,9 +49,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-_PASS_IN_FIRST = (
-    "Pass it in the first argument, packed into a tuple with what is there now."
-)
+_PASS_IN_FIRST = "Pass it in the first argument, in a tuple with the current one."
 
 
 class filter_custom_vjp(Custom[P, T]):
@@ -85,33 +83,34 @@ class filter_custom_vjp(Custom[P, T]):
         assert largest.value == 12.0  # the gradient of `w.value * x` is [4, 12]
         ```
 
-    `def_fwd(rule)` and `def_bwd(rule)` set the rules, with the arguments that they have in
+    `def_fwd(rule)` and `def_bwd(rule)` set the rules, which have the same arguments as in
     Equinox:
 
     - `fwd(perturbed, vjp_arg, *args, **kwargs)` returns `(out, residuals)`. `perturbed` has
-        the structure of `rx.deref(vjp_arg)`, with a bool for each leaf. `fwd` must write the
-        refs that the function writes, and no others. The residuals are any pytree without
+        the structure of `rx.deref(vjp_arg)`, with a bool for each leaf. `fwd` must write
+        exactly the refs that the function writes. The residuals are any pytree without
         refs: take their values.
-    - `bwd(residuals, grad_out, perturbed, vjp_arg, *args, **kwargs)` returns the gradient:
-        of the structure of `rx.deref(vjp_arg)`, with `None` for zero. `grad_out` has the
+    - `bwd(residuals, grad_out, perturbed, vjp_arg, *args, **kwargs)` returns the gradient,
+        with the structure of `rx.deref(vjp_arg)` and `None` for zero. `grad_out` has the
         structure of `rx.deref(out)`, with `None` for zero.
 
-    What the function and the forward rule write is not differentiated: return what is.
+    Writes by the function and the forward rule are not differentiated: return any value
+    that should be.
 
     **What the backward rule may do with refs.** It may write any ref that it is given or
-    closes over, if the derivative is taken by [`refx_eqx.filter_grad`][] or
-    [`refx_eqx.filter_value_and_grad`][], and that function carries the ref. The value is
-    there when these return; under `filter_jit`, `scan`, `cond`, `filter_vmap` and
-    `filter_checkpoint` too. The backward pass goes through the calls in reverse order. At
-    its beginning, the refs of a collection of which some ref is written have the values that
-    they have at the end of the function; each backward rule sees what those before it have
-    written. All other refs have, in a backward rule, the values that they had when the
-    function was called. A write keeps shape and dtype. Under `filter_vmap`, a ref that is
-    broadcast is written with one value for all, such as one of `jax.lax.pmax`.
+    closes over, provided that the derivative is taken by [`refx_eqx.filter_grad`][] or
+    [`refx_eqx.filter_value_and_grad`][] and that function carries the ref. The new value is
+    there when these return, also under `filter_jit`, `scan`, `cond`, `filter_vmap` and
+    `filter_checkpoint`. The backward pass visits the calls in reverse order. If a backward
+    rule writes any ref of a collection, all refs of that collection start the backward pass
+    with the values they have at the end of the function, and each rule sees the writes of
+    the rules before it. All other refs have the values they had when the function was
+    called. A write must keep shape and dtype. Under `filter_vmap`, a broadcast ref must be
+    written with one value for all elements, for example by `jax.lax.pmax`.
 
-    What it costs: the function that is differentiated is traced once more, when a backward
-    rule is found to write; and each ref of that collection takes twice its memory until the
-    backward pass is over.
+    The cost: the differentiated function is traced once more when a backward rule turns out
+    to write, and each ref of that collection takes twice its memory until the backward pass
+    is over.
 
     **Arguments:**
 
@@ -125,24 +124,25 @@ class filter_custom_vjp(Custom[P, T]):
 
     When differentiated:
 
-    - `StructureError`: if the forward rule does not return or write what the function does;
-        if something other than the first argument is differentiated, and is no state that a
-        rule writes; if a ref is written in a backward pass that cannot bring the value out.
+    - `StructureError`: if the forward rule does not return the same structure or write the
+        same refs as the function; if something other than the first argument is
+        differentiated, and is not state that a rule writes; if a ref is written in a
+        backward pass that cannot return its value.
     """
 
     def def_fwd(self, fn_fwd: Callable) -> Callable:
-        """Sets the forward rule, and returns it."""
+        """Sets the forward rule and returns it."""
         self._first = fn_fwd
         return fn_fwd
 
     def def_bwd(self, fn_bwd: Callable) -> Callable:
-        """Sets the backward rule, and returns it."""
+        """Sets the backward rule and returns it."""
         self._second = fn_bwd
         return fn_bwd
 
     def defvjp(self, fn_fwd: Callable, fn_bwd: Callable) -> None:
-        """As the deprecated one of Equinox: sets rules that are not told what is
-        differentiated, and are given zeros for `None`."""
+        """As Equinox's deprecated method: sets rules that are not told what is
+        differentiated, and are given zeros instead of `None`."""
         warnings.warn(
             "`filter_custom_vjp.defvjp` is deprecated, as in Equinox. Use `def_fwd` and "
             "`def_bwd`, whose rules take one more argument: `perturbed`.",
@@ -169,7 +169,7 @@ class filter_custom_vjp(Custom[P, T]):
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> T:
         if self._first is None or self._second is None:
             raise RuntimeError(
-                "`def_fwd` or `def_bwd` was not yet called for "
+                "`def_fwd` or `def_bwd` has not been called for "
                 f"`{name_of(self.__wrapped__)}`."
             )
         first_of(args, "filter_custom_vjp")
@@ -185,7 +185,7 @@ class filter_custom_vjp(Custom[P, T]):
             flat = _with_rules(_Parts(frame))
             out, updates, threaded = flat(plain.arrays, carriers, channels)
             assert frame.info is not None
-            # What is written is not differentiated; the channels are.
+            # Writes are not differentiated; the channels are.
             values = {**values_of(plain.arrays), **jax.lax.stop_gradient(updates)}
             both = {i: Channeled(values[i], x) for i, x in threaded.items()}
             statics = {i: frame.nodes[i].value for i in threaded}
@@ -198,7 +198,7 @@ class filter_custom_vjp(Custom[P, T]):
 
 
 class _Residuals:
-    """What the forward rule hands to the backward rule: arrays, and all the rest."""
+    """What the forward rule passes to the backward rule: arrays, and everything else."""
 
     __slots__ = ("arrays", "rest")
 
@@ -216,14 +216,14 @@ jtu.register_pytree_node(
 
 @dataclasses.dataclass(eq=False)
 class _Forward:
-    """What the backward rule has to know of the forward rule, apart from arrays.
+    """What the backward rule needs to know about the forward rule, apart from arrays.
 
-    - `perturbed`: `True` for each array that is differentiated, else `None`; `flags`: the same of the first argument,
-        as the rules see it;
-    - `statics`: what of the residuals is not an array;
+    - `perturbed`: `True` for each differentiated array, else `None`; `flags`: the same for
+        the first argument, as the rules see it;
+    - `statics`: the residuals that are not arrays;
     - `part`, `nodes`: the structure of the derefed result, and its leaves without arrays;
-    - `inexact`: which of the arrays that the rule returned have a derivative;
-    - `written`: the numbers of the refs that it wrote.
+    - `inexact`: which of the arrays returned by the rule have a derivative;
+    - `written`: the numbers of the refs it wrote.
     """
 
     perturbed: list[Leaves]
@@ -236,8 +236,8 @@ class _Forward:
 
 
 class _Given(NamedTuple):
-    """What the backward rule is given: the residuals, the arrays of the call, the cotangents
-    of the result, and what came along each channel."""
+    """The inputs of the backward rule: the residuals, the arrays of the call, the
+    cotangents of the result, and the cotangent of each channel."""
 
     residuals: Any
     arrays: list[Leaves]
@@ -254,8 +254,8 @@ def _with_rules(parts: "_Parts") -> Callable:
 class _Parts:
     """The three parts of a `jax.custom_vjp`, as functions of the arrays of a call.
 
-    The function reads `arrays`; their cotangents go to the `carriers`, which are the inexact
-    ones of them again. See `mapped_with`. The `channels` are what a backward rule writes refs by.
+    The function reads `arrays`; their cotangents go to the `carriers`, a second copy of the
+    inexact ones. See `mapped_with`. A backward rule writes refs through the `channels`.
     """
 
     def __init__(self, frame: CallWithRules):
@@ -274,7 +274,7 @@ class _Parts:
         perturbed = jtu.tree_map(lambda x: x.perturbed or None, carriers)
         outside = [map_values(lambda _i, _x: None, leaves) for leaves in perturbed]
         frame.refuse_perturbed(outside, 1, ())
-        # An eager derivative hands over numbers of Python and NumPy as they are.
+        # An eager derivative passes Python and NumPy numbers unconverted.
         arrays = jtu.tree_map(lambda x: array_of(x.value), arrays)
         channels = jtu.tree_map(lambda x: x.value, channels)
         structure = frame.structure
@@ -305,7 +305,7 @@ class _Parts:
         forward: _Forward = residuals.rest
         kept, arrays = residuals.arrays
         of_out, _, ends = cotangents
-        # A channel that does not lead to the end of the function brings nothing.
+        # A channel that does not reach the end of the function carries nothing.
         live = {i: end for i, end in ends.items() if not _has_zeros(end)}
         of_out = jtu.tree_map(
             lambda ok, ct: derivative(ct, ok), forward.inexact, of_out
@@ -325,8 +325,8 @@ class _Parts:
     def run_rule(
         self, forward: _Forward, given: _Given
     ) -> tuple[Any, dict[int, Any], dict[int, Any]]:
-        """Runs the backward rule. Returns the gradient, what it wrote by number, and the
-        values that the refs had."""
+        """Runs the backward rule. Returns the gradient, the writes by number, and the
+        previous values of the refs."""
         ends = given.ends
         present = [
             map_values(lambda i, x: decode(ends[i], x) if i in ends else x, leaves)
@@ -346,8 +346,8 @@ class _Parts:
         return found["grad"], updates, values_of(present)
 
     def check_unwanted(self, forward: _Forward, given: _Given) -> None:
-        """Where no gradient is asked of the rule. It is not run; but what is differentiated
-        must be state, and which refs it writes only the rule can tell."""
+        """Called when no gradient is needed from the rule. It is not run, but anything
+        differentiated must be state, and only the rule can tell which refs it writes."""
         numbers = {
             i for i, x in values_of(forward.perturbed).items() if jtu.tree_leaves(x)
         }
@@ -358,7 +358,7 @@ class _Parts:
         self, forward: _Forward, given: _Given
     ) -> tuple[Leaves, dict[int, Any]]:
         """Returns the gradient of the first argument, and the channels by number: what came
-        along them, and what the rule wrote, goes on."""
+        in along them, updated by the writes of the rule."""
         frame, arrays, ends = self.frame, given.arrays, given.ends
         grad, updates, present = self.run_rule(forward, given)
         written = {}
@@ -389,7 +389,7 @@ class _Parts:
 
 
 def _where_wanted(wanted: Leaves, grad: Leaves, like: Leaves) -> Leaves:
-    """The gradient of what is wanted, and `None` elsewhere."""
+    """The gradient where it is wanted, and `None` elsewhere."""
     treedef = jtu.tree_structure(like)
     both = zip(treedef.flatten_up_to(wanted), treedef.flatten_up_to(grad))
     return treedef.unflatten([x if flag else None for flag, x in both])

@@ -1,4 +1,4 @@
-"""`Dag`: a tree of refs as a pytree node, for a transform that has never heard of refs."""
+"""`Dag`: a tree of refs as a pytree node, for transforms that do not know about refs."""
 
 import weakref
 from typing import Any, Generic, TypeVar
@@ -24,12 +24,13 @@ _MADE: Any = object()
 
 
 class Dag(ByValue, Generic[T]):
-    """A pytree node that derefs a tree of refs when it is flattened. With it any
-    third-party transform carries refs, by value.
+    """A pytree node that derefs a tree of refs when it is flattened. With it, any
+    third-party transform carries refs by value.
 
-    Flattened and unflattened it stays the derefed tree, whatever a transform does with its
-    leaves: split and joined again (`equinox.filter_grad`), mapped, replaced by `None`. It
-    makes its refs when `.value` is first asked for, in the trace that asks.
+    After flattening and unflattening it stays the derefed tree, whatever a transform does
+    with its leaves: split and combine them (`equinox.filter_grad`), map them, or replace
+    them with `None`. It makes its refs when `.value` is first accessed, in the trace of
+    that access.
 
     !!! Example
 
@@ -53,24 +54,26 @@ class Dag(ByValue, Generic[T]):
         assert grads.value["a"].value == 4.0
         ```
 
-    A `Dag` that a transform has handed to a function may be closed over there by the body of
-    another transform: a solver's vector field, a step of `jax.lax.scan`, or a loss by
-    another argument. At `.value` the body gets a copy, and what it writes ends with it. Ask
-    once in a body: `model = dag.value`.
+    A function that receives a `Dag` from a transform may close over it in the body of
+    another transform: a solver's vector field, a step of `jax.lax.scan`, or a loss that
+    differentiates another argument. There `.value` is a copy, and writes to it are
+    discarded when the body ends. Access it once per body: `model = dag.value`.
 
     **Arguments:**
 
-    - `value`: any pytree of refs. Its refs must be readable where the node is flattened.
+    - `value`: any pytree of refs. Its refs must be readable wherever the node is flattened.
 
     **Raises:**
 
-    When `.value` is asked for:
+    When `.value` is accessed:
 
-    - `TraceLevelError`: where JAX has handed it over as it is, which it does with what is not
-        differentiated; and where the `Dag` was unflattened, if the body of an inner transform
-        has read it already: it would not see what is written from now on. In such a body,
-        if what it was given before is gone, and with it what was written.
-    - `StructureError`: if the leaves of the derefed tree were replaced by what no ref holds.
+    - `TraceLevelError`: if JAX passed the `Dag` through without flattening it, as it does
+        with arguments that are not differentiated; where the `Dag` was unflattened, if the
+        body of an inner transform has already read it, because that body would miss later
+        writes; and inside such a body, if the copy it was given before no longer exists,
+        and its writes with it.
+    - `StructureError`: if leaves of the derefed tree were replaced with something no ref
+        can hold.
     """
 
     __slots__ = ("_copy", "_derefed", "_home", "_tree")
@@ -82,7 +85,7 @@ class Dag(ByValue, Generic[T]):
 
     @property
     def value(self) -> T:
-        """The tree, with refs that may be read and written here."""
+        """The tree, with refs that can be read and written here."""
         if self._derefed is _MADE:
             if _jax.current_trace_ref() is not self._home:
                 self._check_reached()
@@ -91,33 +94,34 @@ class Dag(ByValue, Generic[T]):
             return self._copy_here()
         if self._copy is not None:
             raise TraceLevelError(
-                "Cannot open a Dag in two trace levels: its `.value` was asked for inside "
-                "an inner transform before, which would not see what is written here. Give the inner transform a Dag of its own: "
-                "`jax.tree.map(lambda x: x, dag)`, made here."
+                "Cannot open a Dag in two trace levels: its `.value` was already accessed "
+                "inside an inner transform, which would not see what is written here. "
+                "Give the inner transform its own Dag: `jax.tree.map(lambda x: x, dag)`, "
+                "made here."
             )
         self._tree = reref(self._derefed)
         self._derefed = _MADE
         return self._tree
 
     def _check_reached(self) -> None:
-        """Says what to do where JAX has handed over the very same `Dag`."""
+        """Raises, with a remedy, if JAX passed through the very same `Dag`."""
         for ref in filter(is_ref, jtu.tree_leaves(self._tree)):
             try:
                 check_readable(ref)
             except TraceLevelError:
                 raise TraceLevelError(
-                    "Cannot open a Dag that did not go through this transform: a function "
-                    "is given as it is what it closes over, and by an eager `jax.grad` or "
-                    "`eqx.filter_grad` also each argument that is not differentiated. Hand "
-                    "over `jax.tree.map(lambda x: x, dag)` instead: that is opened where it "
-                    "is asked for."
+                    "Cannot open a Dag that did not go through this transform: JAX does "
+                    "not flatten what a function closes over, nor, in an eager `jax.grad` "
+                    "or `eqx.filter_grad`, arguments that are not differentiated. Pass "
+                    "`jax.tree.map(lambda x: x, dag)` instead: that is opened where it is "
+                    "accessed."
                 ) from None
 
     def _copy_here(self) -> T:
-        """The tree for a body that closes over the `Dag`: the same refs each time it asks.
+        """The tree for a body that closes over the `Dag`: the same refs at each access.
 
-        They are held weakly. What the body writes to them is its own, and may not stay
-        behind in a `Dag` that outlives it.
+        They are held weakly: what the body writes is its own, and must not stay in a `Dag`
+        that outlives it.
         """
         here = _jax.current_trace_ref()
         if self._copy is None or self._copy[0] is not here:
@@ -130,9 +134,10 @@ class Dag(ByValue, Generic[T]):
         leaves = [x() if isinstance(x, weakref.ref) else x for x in held]
         if any(new is None and old is not None for new, old in zip(leaves, held)):
             raise TraceLevelError(
-                "Cannot open a Dag twice inside a transform that it was not passed to: the "
-                "refs that it made there are gone, and with them what was written. Ask "
-                "once, `model = dag.value`, and use that; or pass the Dag as an argument."
+                "Cannot open a Dag twice inside a transform that it was not passed to: "
+                "the refs it made there no longer exist, and their writes are lost. "
+                "Access it once, `model = dag.value`, and use that; or pass the Dag as an "
+                "argument."
             )
         return jtu.tree_unflatten(treedef, leaves)
 

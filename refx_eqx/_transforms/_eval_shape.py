@@ -18,8 +18,8 @@ T = TypeVar("T")
 def filter_eval_shape(fun: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """As `equinox.filter_eval_shape`: what a call would return, without computing it.
 
-    Nothing is written. The refs of the result are new ones, which hold
-    `jax.ShapeDtypeStruct`s; also those that are the caller's own.
+    Nothing is written. Refs in the result are new and hold `jax.ShapeDtypeStruct`s, even
+    where `fun` returns the caller's own.
 
     !!! Example
 
@@ -34,7 +34,7 @@ def filter_eval_shape(fun: Callable[..., T], *args: Any, **kwargs: Any) -> T:
 
     **Arguments:**
 
-    - `fun`: the function to evaluate: a module class, to see what it would allocate.
+    - `fun`: the function to evaluate; pass a module class to see what it would allocate.
     - `*args`, `**kwargs`: its arguments. Arrays may be `jax.ShapeDtypeStruct`s.
 
     **Returns:**

@@ -1,8 +1,8 @@
-"""Derefed trees in what `jax.export` serializes: the trees that an exported function is called
-with, and returns, are a part of it.
+"""Serialization of derefed trees for `jax.export`, whose files contain the structure of the
+arguments and the result of an exported function.
 
-What a node says of its ref is written as JSON. Its declared types are not: they are no part of
-the structure, and are those of the refs that the values are written to.
+The attributes of a node are written as JSON. Declared types are not: they are not part of
+the structure, and come from the refs that the values are written to.
 """
 
 import importlib
@@ -31,8 +31,8 @@ def _encoded(key: Hashable, which: str) -> Any:
     if type(key) is tuple:
         return [_encoded(x, which) for x in key]
     raise StructureError(
-        f"Cannot serialize a tree with {which}: {key!r} has no form in a file. Name a "
-        "collection by a text, a number or a tuple of these."
+        f"Cannot serialize a tree with {which}: {key!r} cannot be written to a file. Name "
+        "a collection by a string, a number or a tuple of these."
     )
 
 
@@ -45,8 +45,8 @@ def _to_file(aux: tuple) -> bytes:
     which = describe_named(label.name, collection)
     if "<locals>" in ref_type.__qualname__:
         raise StructureError(
-            f"Cannot serialize a tree with {which}: its class, {ref_type.__qualname__}, is "
-            "not to be found by its name. Define it at the top of a module."
+            f"Cannot serialize a tree with {which}: its class, {ref_type.__qualname__}, "
+            "cannot be found by its name. Define it at the top level of a module."
         )
     found = {
         "index": _encoded(index, which),
@@ -65,9 +65,10 @@ def _from_file(data: bytes) -> tuple:
         ref_type = getattr(ref_type, name, None)
     if not (isinstance(ref_type, type) and issubclass(ref_type, Ref)):
         raise StructureError(
-            f"Cannot read a tree with {describe_named(found['name'], found['collection'])}: "
-            f"`{module}.{qualname}` is no class of refs. Keep the class where it was when "
-            "the function was exported."
+            "Cannot read a tree with "
+            f"{describe_named(found['name'], found['collection'])}: `{module}.{qualname}` "
+            "is not a ref class. Keep the class where it was when the function was "
+            "exported."
         )
     index, collection = _decoded(found["index"]), _decoded(found["collection"])
     return index, collection, ref_type, Label((found["name"], None))
@@ -83,7 +84,7 @@ def _index(aux_data: Any, children: Iterable[Any]) -> Index:
 
 
 def _register() -> None:
-    """Registers the nodes of derefed trees, by the names that the files have."""
+    """Registers the nodes of derefed trees under the names used in files."""
     register = jax.export.register_pytree_node_serialization
     aux: Any = dict(serialize_auxdata=_to_file, deserialize_auxdata=_from_file)
     register(Value, serialized_name="refx_eqx.Value", from_children=_value, **aux)

@@ -1,4 +1,4 @@
-"""`functionalize`: the pure function that the lifted transforms are made of."""
+"""`functionalize`: the pure function underlying the lifted transforms."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def functionalize(fn: Callable[P, T]) -> Callable[P, tuple[T, PyTree]]:
-    """The pure function that the lifted transforms are made of, to use by hand.
+    """The pure function underlying the lifted transforms, to use by hand.
 
     !!! Example
 
@@ -48,15 +48,15 @@ def functionalize(fn: Callable[P, T]) -> Callable[P, tuple[T, PyTree]]:
     **Returns:**
 
     A pure function `(*args, **kwargs) -> (out, updates)`. It takes derefed arguments: deref
-    all of them at once, so that what they share stays shared. `out` is the derefed result.
+    all of them at once, to preserve sharing between them. `out` is the derefed result.
     `updates` has the structure of the derefed positional arguments (of `(args, kwargs)` if
-    there are keywords), with the new values of the refs that were written and `None` for all
-    else: what [`refx_eqx.update_refs`][] takes.
+    there are keywords), with the new values of the refs that were written and `None`
+    elsewhere. Pass it to [`refx_eqx.update_refs`][].
 
     **Raises:**
 
     - `StructureError`: if the arguments are not derefed, if `fn` changes the structure of
-        an argument, or if it writes a ref that it is not given as an argument.
+        an argument, or if it writes a ref that is not in its arguments.
     """
 
     @functools.wraps(fn)
@@ -80,16 +80,15 @@ def functionalize(fn: Callable[P, T]) -> Callable[P, tuple[T, PyTree]]:
 
 
 def _check_passed(fn: Any, derefed: Call, written: Iterable[int]) -> None:
-    """Refuses a write that is not among the updates, which are of the arguments."""
+    """Refuses a write to a ref outside the arguments, which the updates cannot hold."""
     passed = values_of(derefed.arrays[:-1])
     for i in written:
         if i not in passed:
             raise CarryError(
-                f"`functionalize`: `{name_of(fn)}` writes "
-                f"{describe(derefed.refs[i])}, which it does not get as an "
-                "argument: it closes over it, or is a module that holds it. The updates "
-                "are those of the arguments, so this write would be lost. Pass the ref, or "
-                "the module that holds it, as an argument."
+                f"`functionalize`: `{name_of(fn)}` writes {describe(derefed.refs[i])}, "
+                "which is not in its arguments: it closes over the ref, or is a module "
+                "that holds it. The updates cover only the arguments, so this write would "
+                "be lost. Pass the ref, or the module that holds it, as an argument."
             )
 
 

@@ -52,9 +52,10 @@ class _ValueAndGrad(Lifted):
             diff, rest = differentiable(derefed, (first,), wrt, by_first=True)
             if not jax.tree.leaves(diff):
                 raise nothing_to_differentiate(name, self.__wrapped__, wrt)
-            # The collections of which a backward rule writes a ref: tracing tells.
+            # The collections in which a backward rule writes a ref: tracing finds them.
             collections: list[Hashable] = []
-            # One more at each try, as the rules are met one after the other: so it ends.
+            # Each retry adds one, because the rules are traced one after the other, so this
+            # ends.
             while True:
                 try:
                     outcome, grads = self._differentiate(
@@ -83,7 +84,7 @@ class _ValueAndGrad(Lifted):
         name, options = self.transform_name, self.options
         found: dict[str, Any] = {}
 
-        # What is written to refs is auxiliary: it comes out once, and has no derivative.
+        # Writes to refs are auxiliary outputs: they come out once, and have no derivative.
         def differentiated(
             diff: list[Leaves], channels: dict[int, Any]
         ) -> tuple[Any, Outcome]:
@@ -115,7 +116,7 @@ class _Grad(_ValueAndGrad):
 
 
 def _differentiated_value(outcome: Outcome, has_aux: bool, name: str) -> Any:
-    """The value to differentiate, in the result of a body."""
+    """The value to differentiate, from the result of a body."""
     structure = outcome.info.result
     (part,), (statics,), out = structure.parts, structure.statics, outcome.out
     if has_aux:
@@ -128,12 +129,16 @@ def _differentiated_value(outcome: Outcome, has_aux: bool, name: str) -> Any:
             return value
     if len(out) == 1 and is_node(out[0]):
         raise TypeError(
-            f"`{name}`: the function must return a scalar to differentiate, and it "
-            "returned a ref. Return what is in it: `ref.value`."
+            f"`{name}`: the function must return a scalar to differentiate, but returned a "
+            "ref. Return its value: `ref.value`."
         )
     raise TypeError(
         f"`{name}`: the function must return one scalar to differentiate"
-        + (", and the rest as aux." if has_aux else ". For more, use has_aux=True.")
+        + (
+            ", with everything else as aux."
+            if has_aux
+            else ". For more, use has_aux=True."
+        )
     )
 
 
@@ -185,11 +190,11 @@ def filter_value_and_grad(
 
     **Arguments:**
 
-    - `fun`: the function to differentiate. It returns a real scalar, or a pair of one and
-        anything if `has_aux` is set.
-    - `wrt`: any filter, which narrows what is differentiated. Without it batch statistics and
-        the like are differentiated too, and a step of an optimizer by these gradients moves
-        them: say what is trained, such as `wrt="params"`.
+    - `fun`: the function to differentiate. It returns a real scalar, or a pair `(scalar,
+        aux)` if `has_aux` is set.
+    - `wrt`: any filter, which narrows what is differentiated. Without it, batch statistics
+        and the like are differentiated too, and an optimizer step with these gradients
+        changes them: say what to train, such as `wrt="params"`.
     - `has_aux`: whether `fun` returns `(value, aux)`.
     - `**gradkwargs`: passed on to `jax.value_and_grad`, such as `holomorphic`.
 
@@ -197,7 +202,8 @@ def filter_value_and_grad(
 
     A function with the arguments of `fun`, which returns `(value, grads)`, or `((value,
     aux), grads)`. `grads` has the structure of `rx.deref(first_argument)`, with `None` for
-    what is not differentiated. A ref that is at several places has one gradient: the sum.
+    anything that is not differentiated. A ref that occurs at several places has one
+    gradient: the sum.
 
     **Raises:**
 
@@ -295,7 +301,7 @@ def _lift_grad(
 ) -> Any:
     if "argnums" in kwargs:
         raise ValueError(
-            "`argnums` is not taken: the first argument is differentiated. To "
+            "`argnums` is not supported: the first argument is differentiated. To "
             "differentiate several, pass them as a tuple."
         )
     return cls.of(fun, wrt=as_option(wrt), has_aux=has_aux, gradkwargs=kwargs)

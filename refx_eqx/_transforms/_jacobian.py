@@ -1,4 +1,4 @@
-"""`filter_jacfwd`, `filter_jacrev` and `filter_hessian`: the matrices of derivatives."""
+"""`filter_jacfwd`, `filter_jacrev` and `filter_hessian`: matrices of derivatives."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -23,9 +23,10 @@ __tracebackhide__ = True
 
 
 class _Jacobian(Lifted):
-    """The derivative of every array of the result by every array of the first argument."""
+    """The derivative of every array of the result with respect to every array of the first
+    argument."""
 
-    # The transforms of JAX that take it, one after the other.
+    # The JAX transforms that compute it, in order of application.
     steps: ClassVar[tuple[Callable[..., Any], ...]]
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
@@ -55,8 +56,8 @@ class _Jacobian(Lifted):
 
 
 def _fill(sides: list[TangentSpace], matrix: Any) -> Any:
-    """The trees of a matrix: of the first side, with such trees of the next instead of its
-    arrays."""
+    """The trees of a matrix: the tree of the first side, with a tree of the next side in
+    place of each array."""
     if not sides:
         return matrix
     this, *others = sides
@@ -90,8 +91,8 @@ def filter_jacfwd(
     """As `equinox.filter_jacfwd`, by reference: the Jacobian, by forward-mode
     differentiation of all directions at once.
 
-    The function runs once, whatever the number of directions: a counter that it adds one to
-    is one more after the call. What it writes to a ref is written to the caller's ref.
+    The function runs once, whatever the number of directions: a counter that it increments
+    goes up by one. What it writes to a ref is written to the caller's ref.
 
     !!! Example
 
@@ -111,18 +112,17 @@ def filter_jacfwd(
 
     **Arguments:**
 
-    - `fun`: the function to differentiate by its first argument.
-    - `has_aux`: whether `fun` returns a pair `(out, aux)`, of which `out` is
-        differentiated.
+    - `fun`: the function to differentiate with respect to its first argument.
+    - `has_aux`: whether `fun` returns a pair `(out, aux)`. Only `out` is differentiated.
     - `wrt`: any filter, which narrows what is differentiated.
     - `holomorphic`: as in `jax.jacfwd`; needed for complex arrays.
 
     **Returns:**
 
     A function with the arguments of `fun`, which returns the Jacobian, or `(jacobian,
-    aux)`. Instead of each floating-point array of `rx.deref(out)` it has a tree of the
-    structure of `rx.deref(first_argument)`, with `None` for what is not differentiated. What
-    else there is in the result has `None`.
+    aux)`. In it, each floating-point array of `rx.deref(out)` is replaced with a tree of
+    the structure of `rx.deref(first_argument)`, with `None` for anything that is not
+    differentiated. Every other leaf of the result is replaced with `None`.
 
     **Raises:**
 
@@ -186,6 +186,6 @@ def filter_hessian(
     **Returns:**
 
     A function with the arguments of `fun`, which returns the Hessian, or `(hessian, aux)`:
-    a tree of the structure of the Jacobian, with such a tree again for each of its arrays.
+    the Jacobian, with each of its arrays replaced with another such tree.
     """
     return _Hessian(fun, has_aux=has_aux, wrt=as_option(wrt), holomorphic=holomorphic)

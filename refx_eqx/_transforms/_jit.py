@@ -1,4 +1,4 @@
-"""`filter_jit`: one compiled program for each structure, called with flat arrays."""
+"""`filter_jit`: one compiled program per structure, called with flat arrays."""
 
 import dataclasses
 import functools
@@ -62,14 +62,14 @@ class _Jit(Lifted):
 
     def _bind(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if kwargs and not args and self.options["donate"].endswith("-except-first"):
-            # "First" is the first parameter, also when it is passed by name.
+            # "First" is the first parameter, even if it is passed by name.
             bound = inspect.signature(self.__wrapped__).bind(*args, **kwargs)
             return bound.args, bound.kwargs
         return args, kwargs
 
     @_trace.tidying
     def lower(self, /, *args: Any, **kwargs: Any) -> "Lowered":
-        """Traces and lowers the function for these arguments. Nothing is written."""
+        """Traces and lowers the function for these arguments. No ref is written."""
         derefed = Call(self.__wrapped__, *self._bind(args, kwargs))
         variant, flat = self._program.variant(derefed)
         lowered, split = variant.lower(derefed, flat)
@@ -81,7 +81,7 @@ class _Jit(Lifted):
 class Lowered:
     """A lowered `filter_jit` function: what `.lower(...)` returns.
 
-    It has the attributes of `jax.stages.Lowered`; `compile` is aware of refs.
+    It has the attributes of `jax.stages.Lowered`, with a `compile` that handles refs.
     """
 
     _jit: _Jit
@@ -103,11 +103,11 @@ class Lowered:
     def _run(self, compiled: Any, derefed: Call) -> Outcome:
         if program_key(derefed) != self._key:
             raise self._misfit(
-                "arguments of another structure (another sharing of refs, other static "
+                "arguments of another structure (different sharing of refs, static "
                 "values, ...)"
             )
         flat = flat_of(derefed).arrays
-        # In a function of its own, because `apart` counts who holds a buffer.
+        # In its own function, because `apart` counts the holders of a buffer.
         self._check_types(derefed, flat)
         try:
             if self._jit.options["donate"] == "none":
@@ -120,8 +120,8 @@ class Lowered:
             outcome = self._variant.outcome(result)
             if not outcome.info.asked.holds_for(derefed.refs):
                 raise self._misfit(
-                    "other refs: it asks which refs it is given (it looks them up in a set "
-                    "or dict, or compares them), and the answer would be another for these"
+                    "other refs: it depends on the identity of its refs (it looks them up "
+                    "in a set or dict, or compares them), which is different here"
                 )
             if outcome.info.waits:
                 jax.block_until_ready(result)
@@ -141,13 +141,13 @@ class Lowered:
     def _misfit(self, what: str) -> MismatchError:
         return MismatchError(
             f"`{name_of(self._jit.__wrapped__)}` was compiled for {what}. Call the "
-            "`filter_jit` function itself, which compiles when it must."
+            "`filter_jit` function itself, which recompiles when needed."
         )
 
 
 class Compiled:
     """A compiled `filter_jit` function: takes arguments of the structure and shapes that it
-    was compiled for, and writes refs back as the function itself does.
+    was compiled for, and writes refs as the function itself does.
 
     It has the attributes of `jax.stages.Compiled`.
     """
@@ -202,9 +202,9 @@ def filter_jit(
     """As `equinox.filter_jit`, by reference: what the function writes to a ref is written
     to the caller's ref.
 
-    JAX and NumPy arrays are traced, inside and outside refs. All else is static.
-    The refs in the arguments, in the function itself (a module, a bound method, a partial)
-    and in what it closes over are carried. Only those that were written come back.
+    JAX and NumPy arrays are traced, inside and outside refs; everything else is static.
+    Refs in the arguments, in the function itself (a module, a bound method, a partial) and
+    in its closure are carried. Only those that were written are returned.
 
     !!! Example
 
@@ -225,49 +225,49 @@ def filter_jit(
         ```
 
     A second call with arguments of the same structure, sharing, shapes and dtypes does not
-    trace again, whichever objects they are. Another sharing does. The call returns before
-    the computation is done; it waits only if the program has a run-time check
-    (`equinox.error_if`). If the function raises, or a check fails, no ref has changed.
+    retrace, even for different objects. Different sharing does. The call returns before the
+    computation is done, unless the program has a run-time check (`equinox.error_if`). If
+    the function raises, or a check fails, no ref has changed.
 
     **Arguments:**
 
     - `fun`: the function to compile.
-    - `donate`: whose buffers may be reused for the results. `"refs"`: those of the refs
-        it overwrites. The others are Equinox's: `"all"`,
-        `"all-except-first"`, `"warn"`, `"warn-except-first"`, `"none"` (the default); they
-        donate the arrays outside refs too, in all arguments or all but the first. A ref that
-        is not overwritten is never donated, nor is anything in a program with a run-time
-        check: it would be lost if the check failed. A buffer of a ref that anything else
-        holds (a [`refx_eqx.snapshot`][], a clone, another ref, a variable) is copied first,
-        and stays what it was. If such a call is interrupted when the program ran, or its
-        result cannot be made, the refs have their new values: the old ones are gone.
-    - `in_shardings`: where the positional arguments are to be: a `jax.sharding.Sharding`, an
-        [`refx_eqx.axis_rules`][] under `jax.set_mesh`, or a tree of these that is a prefix of
-        the tuple of the arguments, derefed: `in_shardings=(rules.shardings(model, mesh),
-        None)`. `None` is for what may be anywhere. What is elsewhere is moved for the call.
-        A ref on a mesh stays where it is, whatever is written to it; one that is on none
-        goes to its sharding when it is written.
-    - `out_shardings`: the same for the result. So `filter_jit(Model, out_shardings=rules)`
-        makes a model that is never on one device. Refs of the caller that are returned stay
-        where they are.
+    - `donate`: whose buffers may be reused for the results. `"refs"`: those of the refs it
+        overwrites. The others are Equinox's: `"all"`, `"all-except-first"`, `"warn"`,
+        `"warn-except-first"`, `"none"` (the default); except for `"none"`, they also donate
+        the arrays outside refs, in all arguments or all but the first. A ref that is not
+        overwritten is never donated, nor is anything in a program with a run-time check: it
+        would be lost if the check failed. A ref's buffer that is also held elsewhere (by a
+        [`refx_eqx.snapshot`][], a clone, another ref, a variable) is copied first, and
+        keeps its contents. If such a call is interrupted after the program ran, or its
+        result cannot be built, the refs have their new values: the old ones are gone.
+    - `in_shardings`: the shardings of the positional arguments: a `jax.sharding.Sharding`,
+        an [`refx_eqx.axis_rules`][] under `jax.set_mesh`, or a tree of these that is a
+        prefix of the derefed tuple of arguments: `in_shardings=(rules.shardings(model,
+        mesh), None)`. `None` accepts any placement. Arrays that are elsewhere are moved for
+        the call. A ref on a mesh keeps its sharding when it is written; a ref that is not
+        on a mesh takes the one given here when it is written.
+    - `out_shardings`: the same for the result. `filter_jit(Model, out_shardings=rules)`
+        thus makes a model that is never on a single device. The caller's refs stay where
+        they are when returned.
     - `**jitkwargs`: passed on to `jax.jit`, such as `compiler_options`.
 
     **Returns:**
 
-    A function with the signature of `fun`, and the method `.lower(*args, **kwargs)`, whose
+    A function with the signature of `fun` and a method `.lower(*args, **kwargs)`, whose
     result has `.compile()`.
 
     **Raises:**
 
-    - `ValueError`: if there is no such way to donate, or if `jitkwargs` say what is traced.
+    - `ValueError`: if `donate` is invalid, or if `jitkwargs` say what is traced.
 
     When called:
 
     - `TraceLevelError`: if the function touches a ref that it reaches through a global name.
-    - `StructureError`: if the shardings are no prefix of what they are for, or cannot split
-        an array.
-    - `StructureError`: if it changes in place what is no copy (a list in a module, the refs
-        in a dict, a closure variable), and does not return it.
+    - `StructureError`: if the shardings are not a prefix of the arguments or the result, or
+        cannot split an array.
+    - `StructureError`: if it mutates something that was not copied (a list in a module, the
+        refs in a dict, a closure variable), and does not return it.
     - `ConcurrencyError`: if another thread wrote a ref whose buffer was donated.
     - `DonatedError`: if the array in a ref was donated or deleted elsewhere.
     """
@@ -280,8 +280,8 @@ def filter_jit(
     unsupported = sorted(_UNSUPPORTED & jitkwargs.keys())
     if unsupported:
         raise ValueError(
-            f"`filter_jit` does not take {', '.join(map(repr, unsupported))}: what is "
-            "traced and what is static is decided by the filter. Use `donate=` to donate."
+            f"`filter_jit` does not take {', '.join(map(repr, unsupported))}: arrays are "
+            "traced and everything else is static. Use `donate=` to donate."
         )
     shardings = in_shardings, out_shardings
     return _Jit.of(fun, donate=donate, shardings=shardings, jitkwargs=jitkwargs)

@@ -36,7 +36,7 @@ def filter_jvp(
     **kwargs: Any,
 ) -> tuple[T, T]:
     """As `equinox.filter_jvp`, by reference. The function runs once: what it writes to a
-    ref is written to the caller's ref, the value without its tangent.
+    ref is written to the caller's ref, without its tangent.
 
     !!! Example
 
@@ -60,36 +60,36 @@ def filter_jvp(
 
     - `fn`: the function to differentiate. Called as `fn(*primals, **kwargs)`.
     - `primals`: its positional arguments.
-    - `tangents`: of the structure of `primals`, with `None` for a tangent of zero, and so
-        (or `float0`, as JAX has it) for all that is not a floating-point or complex number.
-        At the place of a ref, the tangent of its value: by itself, or in a `Value`, as
-        gradients have it. A ref that is at
-        several places has one tangent, at one of them.
+    - `tangents`: a tree with the structure of `primals`, with `None` for a zero tangent,
+        and `None` (or `float0`, as in JAX) for anything that is not a floating-point or
+        complex number. In place of a ref, give the tangent of its value, either bare or in
+        a `Value` as in gradients. A ref that occurs at several places has one tangent, at
+        one of them.
     - `**kwargs`: keyword arguments of `fn`, which are not differentiated.
 
     **Returns:**
 
     `(primals_out, tangents_out)`. The tangents have the structure of
-    `rx.deref(primals_out)`, with `None` for what does not depend on an input that has a
-    tangent. A ref of the caller that is returned has the tangent of the value it ends with.
+    `rx.deref(primals_out)`, with `None` for anything that does not depend on an input with
+    a tangent. A returned ref of the caller has the tangent of its final value.
 
     **Raises:**
 
-    - `TypeError`: if the primals or the tangents are no tuple, or if something that cannot be
-        differentiated has a tangent.
-    - `StructureError`: if the tangents are not of the structure of the primals.
+    - `TypeError`: if the primals or the tangents are not a tuple, or if something that
+        cannot be differentiated has a tangent.
+    - `StructureError`: if the tangents do not have the structure of the primals.
     """
     for what, given in (("primals", primals), ("tangents", tangents)):
         if not isinstance(given, tuple | list):
             raise TypeError(
                 f"`filter_jvp`: the {what} must be a tuple, with one item for each "
-                f"positional argument, and they are {eqx.tree_pformat(given)}. Pass "
+                f"positional argument, but they are {eqx.tree_pformat(given)}. Pass "
                 f"`({what[:-1]},)`."
             )
     if len(primals) != len(tangents):
         raise MismatchError(
             f"`filter_jvp` takes one tangent for each primal: it was given {len(primals)} "
-            f"primals and {len(tangents)} tangents. Pass `None` for a tangent of zero."
+            f"primals and {len(tangents)} tangents. Pass `None` for a zero tangent."
         )
     args = tuple(map(_traced_where_differentiated, primals, tangents))
     found: dict[str, Any] = {}
@@ -125,7 +125,7 @@ def filter_jvp(
 
 
 def _traced_where_differentiated(primal: Any, tangent: Any) -> Any:
-    """Numbers of Python that have a tangent, as arrays."""
+    """Converts Python numbers that have a tangent to arrays."""
     if isinstance(primal, float | complex) and tangent is not None:
         return jnp.asarray(primal)
     leaves, treedef = jtu.tree_flatten(primal)
@@ -145,7 +145,7 @@ def _traced_where_differentiated(primal: Any, tangent: Any) -> Any:
 
 
 class _Pushforward(LinearMap):
-    """From tangents of the primals to those of the result."""
+    """Maps tangents of the primals to those of the result."""
 
     def __call__(self, /, *tangents: Any) -> Any:
         n = len(self.inputs.parts)
@@ -183,8 +183,8 @@ def filter_linearize(
     has_aux: bool = False,
     wrt: FilterLike | None = None,
 ) -> tuple[Any, ...]:
-    """As `jax.linearize`, for any pytrees and by reference. The function runs once, and what
-    it writes to a ref is written to the caller's ref, once: at this call.
+    """As `jax.linearize`, for any pytrees and by reference. The function runs once, during
+    this call, and what it writes to a ref is written to the caller's ref.
 
     !!! Example
 
@@ -206,8 +206,8 @@ def filter_linearize(
     **Returns:**
 
     `(out, f_jvp)`, or `(out, f_jvp, aux)`. `f_jvp(*tangents)` takes tangents as
-    [`refx_eqx.filter_jvp`][] does, and returns the tangent of `out`: of the structure of
-    `rx.deref(out)`, with `None` for what has no derivative. It is a pytree.
+    [`refx_eqx.filter_jvp`][] does, and returns the tangent of `out`, with the structure of
+    `rx.deref(out)` and `None` for anything without a derivative. It is a pytree.
 
     **Raises:**
 

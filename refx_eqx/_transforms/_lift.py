@@ -1,9 +1,9 @@
-"""`lift`: any transform of the shape `transform(fn, ...) -> fn`, by reference.
+"""`lift`: any transform of the form `transform(fn, ...) -> fn`, by reference.
 
 The transform is given a pure function, from the derefed trees of the arrays in each
-argument to an `Outcome`. If it maps, as `jax.vmap` does, it maps the updates of refs as it
-maps the result, wherever that is. So arrays without elements go out with them, by whose
-shapes it is seen.
+argument to an `Outcome`. If it maps, as `jax.vmap` does, it maps the updates of refs like
+the result, along an axis unknown to us. So empty arrays are returned with them, whose
+shapes show the axis.
 """
 
 import functools
@@ -35,24 +35,24 @@ T = TypeVar("T")
 
 
 class LiftedTransform(Protocol):
-    """A lifted transform keeps the signature of the function that it is given."""
+    """A lifted transform keeps the signature of the function it is given."""
 
     def __call__(
         self, fn: Callable[P, T], /, *args: Any, **kwargs: Any
     ) -> Callable[P, T]: ...
 
 
-_UNKNOWN = object()  # the axis of an array that is mapped, if it cannot be told
+_UNKNOWN = object()  # the axis of a mapped array, if it cannot be determined
 
 
 class _Traced(NamedTuple):
-    """What was seen when the function was traced.
+    """What tracing the function showed.
 
-    - `axes`: of each ref, the axes along which the transform maps the arrays of its value:
+    - `axes`: for each ref, the axes along which the transform maps the arrays of its value:
         `None` if it does not, or `_UNKNOWN`;
-    - `inside`: of each ref, its arrays as the function saw them, by shape;
-    - `written`: the same of the new value of each ref that was written;
-    - `ranks`: those of the probes that follow the result.
+    - `inside`: for each ref, the shapes of its arrays as the function saw them;
+    - `written`: the same for the new value of each ref that was written;
+    - `ranks`: the ranks of the probes that follow the result.
     """
 
     axes: dict[int, Any]
@@ -62,11 +62,11 @@ class _Traced(NamedTuple):
 
 
 class _Seen:
-    """What was seen when the function ran, apart from the transformed function, which holds
-    it: no cycle keeps a program that cannot be called any more.
+    """What running the function showed. Separate from the transformed function, which holds
+    it, so that no cycle keeps a program alive that can no longer be called.
 
-    - `traced`: by the types of the arrays outside: a transform that caches does not run the
-        function again for types that it knows;
+    - `traced`: keyed by the types of the arrays outside: a transform that caches does not
+        run the function again for known types;
     - `failed`: whether the last call failed in the function.
     """
 
@@ -76,13 +76,13 @@ class _Seen:
 
 
 class _Transformed:
-    """The function as the transform returns it, for calls of one structure."""
+    """The function returned by the transform, for calls of one structure."""
 
     def __init__(self, derefed: Call, of_call: "_Call"):
         self._name = name = of_call.name
         self.seen = seen = _Seen()
-        # The arrays of the callable are constants to the transform; and keywords without
-        # arrays are not handed over.
+        # The arrays of the callable are constants to the transform; keywords without arrays
+        # are not passed.
         parts, (of_kwargs, of_fn) = derefed.parts, derefed.arrays[-2:]
 
         @functools.wraps(of_call.__wrapped__, updated=())
@@ -92,8 +92,8 @@ class _Transformed:
             arrays = [*read, *([] if keywords else [of_kwargs]), of_fn]
             now = running_call()
             try:
-                # What the transform is, and whether it caches, is not known: only what is
-                # carried may be read.
+                # We do not know the transform or whether it caches: only carried refs may
+                # be read.
                 outcome = now.run(name, arrays, transparent=False)
                 outcome.info.asked = now.identities()
             except BaseException:
@@ -127,16 +127,16 @@ class _Transformed:
                 if self.seen.failed or isinstance(e, RefError) or not is_of_spec:
                     raise
                 raise MismatchError(
-                    f"`{self._name}`: the options do not fit what the transform is given. "
-                    "It sees each argument as a tree of its arrays, as `rx.deref` makes "
-                    "it, with `None` for what is no array; and what it returns, the "
-                    "written refs among it, can only have one axis, spec or sharding for "
-                    f"all. Where that is not enough, use `{_ours(self._name)}`. JAX says: "
-                    f"{e}"
+                    f"`{self._name}`: the options do not fit the arguments of the "
+                    "transform. It sees each argument as a tree of arrays, as returned by "
+                    "`rx.deref`, with `None` for anything that is not an array; and its "
+                    "result, including the written refs, can only have one axis, spec or "
+                    f"sharding for all. If that is not enough, use `{_ours(self._name)}`. "
+                    f"JAX says: {e}"
                 ) from None
 
 
-# By name: what to use where lifting is not enough.
+# By name: what to use when lifting is not enough.
 _OURS = {
     "jit": "rx.filter_jit",
     "vmap": "rx.filter_vmap",
@@ -180,14 +180,14 @@ def _shape(x: Any) -> _Shape:
 
 
 def _mapped_along(outside: Any, inside: Any) -> Any:
-    """The axis that an array has outside, and not inside."""
+    """The axis that an array has outside but not inside."""
     missing = jnp.ndim(outside) - jnp.ndim(inside)
     if missing != 1:
         return _UNKNOWN if missing else None
     known = _jax.batch_axis(inside)
     if known is not None:
         return known
-    # As under `vmap(jit(fn))`: where the shape tells.
+    # As under `vmap(jit(fn))`: if the shape shows it.
     shape = jnp.shape(outside)
     rest = jnp.shape(inside)
     fits = [i for i in range(len(shape)) if shape[:i] + shape[i + 1 :] == rest]
@@ -207,8 +207,8 @@ class _Call(Lifted):
 
     def _transform(self, derefed: Call) -> Outcome:
         if jtu.tree_leaves(derefed.arrays[-1]):
-            # The arrays of the callable are constants to the transform, and so a part of
-            # the function that it is given: nothing may be kept from one call to the next.
+            # The arrays of the callable are constants to the transform, thus part of the
+            # function it is given: nothing may be kept from one call to the next.
             return self._dispatch(derefed, _Transformed(derefed, self))
         while True:
             known = self._transformed.get(derefed, self._apply)
@@ -217,7 +217,7 @@ class _Call(Lifted):
             finally:
                 if derefed.asked:
                     self._transformed.note(derefed, known)
-            # Another thread may have traced it in between, for its own refs.
+            # Another thread may have traced it meanwhile, for its own refs.
             if outcome.info.asked.holds_for(derefed.refs):
                 return outcome
 
@@ -228,9 +228,9 @@ class _Call(Lifted):
         outcome = transformed(derefed)
         if not isinstance(outcome, Outcome):
             raise MismatchError(
-                f"`{self.name}`: the transform must return a function that returns what "
-                "the function it was given returns. For a transform that does not (such "
-                "as one that differentiates), write an adapter on `rx.functionalize`."
+                f"`{self.name}`: the transform must return a function with the same result "
+                "as the function it was given. For a transform that does not (such as one "
+                "that differentiates), write an adapter with `rx.functionalize`."
             )
         traced = transformed.seen.traced[_types_of_arrays(derefed.arrays)]
         return _with_axes_in_place(derefed, outcome, traced, self.name)
@@ -239,12 +239,13 @@ class _Call(Lifted):
 def _with_axes_in_place(
     derefed: Call, outcome: Outcome, traced: _Traced, name: str
 ) -> Outcome:
-    """The outcome without its probes, each update with the axes that the ref came in with.
+    """The outcome without its probes, with each update on the axes that its ref came in
+    with.
 
     **Raises:**
 
-    - `StructureError`: if the transform gave a ref another shape than was written, and the
-        ref did not come in mapped.
+    - `StructureError`: if the transform changed the shape of a written value, and the ref
+        did not come in mapped.
     """
     n_out = len(outcome.out) - len(traced.ranks)
     probes = dict(zip(traced.ranks, outcome.out[n_out:]))
@@ -257,10 +258,10 @@ def _with_axes_in_place(
                 return x
             what = (
                 f"the shape {jnp.shape(x)}, where {expected} is right: the transform maps, "
-                "or splits, what it returns"
+                "or splits, its results"
             )
         elif axis is _UNKNOWN:
-            what = "an axis, and which one it is the shapes do not tell"
+            what = "an axis, and the shapes do not show which one"
         elif jnp.ndim(x) != rank + 1:
             what = f"the shape {jnp.shape(x)}, without the axis that it came in with"
         else:
@@ -279,8 +280,8 @@ def _with_axes_in_place(
 
 
 def _expected(inside: Any, before: Any, written: Any) -> Any:
-    """The shapes that the arrays of a ref must come back with: those which were written, or
-    the whole, if that is a part of what the function saw (under `jax.shard_map`)."""
+    """The shapes that the arrays of a ref must come back with: those written, or the whole,
+    if the function saw only a part (under `jax.shard_map`)."""
     if jtu.tree_structure(written) != jtu.tree_structure(inside):
         return written
     return jtu.tree_map(
@@ -289,7 +290,7 @@ def _expected(inside: Any, before: Any, written: Any) -> Any:
 
 
 def _probed(probe: Any) -> int:
-    """Which axis a probe got: all others are without elements."""
+    """Which axis a probe got: all others have size zero."""
     sizes = jnp.shape(probe)
     return next((i for i, size in enumerate(sizes) if size), 0)
 
@@ -297,12 +298,12 @@ def _probed(probe: Any) -> int:
 def _refusal(ref: Ref, name: str, what: str) -> StructureError:
     ours = "rx.filter_shard_map" if "shard_map" in name else "rx.filter_vmap"
     return StructureError(
-        f"`{name}` gave {describe(ref)} {what}. Use `{ours}`, which knows of refs."
+        f"`{name}` gave {describe(ref)} {what}. Use `{ours}`, which handles refs."
     )
 
 
 def _unbound(transform: Any) -> Any:
-    """What a partial is of."""
+    """The function inside a partial."""
     while isinstance(transform, functools.partial):
         transform = transform.func
     return transform
@@ -313,7 +314,7 @@ def _name_of_transform(transform: Any) -> str:
     return getattr(transform, "__name__", type(transform).__name__)
 
 
-# Those that do not return what the function returns, so that they cannot be lifted.
+# These do not return what the function returns, so they cannot be lifted.
 _NOT_LIFTABLE = (
     "grad value_and_grad jacfwd jacrev hessian custom_jvp custom_vjp make_jaxpr"
 )
@@ -327,18 +328,18 @@ _INSTEAD = {
 def _check_liftable(transform: Any) -> None:
     try:
         ours = _INSTEAD.get(_unbound(transform))
-    except TypeError:  # not hashable: none of these
+    except TypeError:  # not hashable, so not one of these
         return
     if ours is not None:
         raise StructureError(
-            f"`rx.lift({_name_of_transform(transform)})`: this transform does not return what the "
-            f"function returns, so it cannot be lifted. Use `rx.{ours}`, which is the same "
-            "by reference."
+            f"`rx.lift({_name_of_transform(transform)})`: this transform does not return "
+            f"what the function returns, so it cannot be lifted. Use `rx.{ours}`, its "
+            "counterpart by reference."
         )
 
 
 def lift(transform: Callable[..., Any]) -> LiftedTransform:
-    """Makes a transform reference-aware, whoever wrote it.
+    """Makes any transform reference-aware.
 
     !!! Example
 
@@ -362,22 +363,23 @@ def lift(transform: Callable[..., Any]) -> LiftedTransform:
 
     - `transform`: a function `transform(fn, *args, **kwargs)` that returns a function with
         the arguments and the result of `fn`, such as `jax.jit`, `jax.checkpoint`,
-        `jax.vmap`, or one of your own. It sees each argument as `rx.deref` of it, with
-        `None` for what is no array: `static_argnums` are not needed, and `in_axes` and
-        `in_shardings` are prefixes of that. The result has one `out_axes` for all.
+        `jax.vmap`, or one of your own. It sees each argument derefed, with `None` for
+        anything that is not an array: `static_argnums` are not needed, and `in_axes` and
+        `in_shardings` are prefixes of the derefed arguments. One `out_axes` applies to the
+        whole result.
 
     **Returns:**
 
-    The lifted transform: a function of the same arguments, which takes a function that reads
-    and writes refs.
+    The lifted transform, with the same arguments. The function it takes may read and write
+    refs.
 
     **Raises:**
 
     When the transformed function is called:
 
-    - `StructureError`: if the transform does not return what `fn` returns; if it maps a
-        ref that did not come in mapped (as `jax.vmap` does: use
-        [`refx_eqx.filter_vmap`][]); if its options do not fit what it sees.
+    - `StructureError`: if the transform does not return what `fn` returns; if it maps a ref
+        that did not come in mapped (as `jax.vmap` does: use [`refx_eqx.filter_vmap`][]); if
+        its options do not fit its arguments.
     """
     _check_liftable(transform)
 

@@ -115,8 +115,8 @@ def while_loop(
 ) -> T:
     """As `jax.lax.while_loop`, by reference.
 
-    Every ref (in the carry, in the module whose method a function is, in what the functions
-    close over) is carried from step to step. `cond_fun` may read what `body_fun` writes.
+    Every ref (in the carry, in the module that a function is a method of, or closed over)
+    is carried from step to step. `cond_fun` may read what `body_fun` writes.
 
     !!! Example
 
@@ -137,9 +137,10 @@ def while_loop(
 
     **Arguments:**
 
-    - `cond_fun`: from the carry to whether there is another step. It may only read refs.
-    - `body_fun`: the step, from the carry to the next: of the same structure, shapes and
-        dtypes, with the same static leaves and the same refs at the same places.
+    - `cond_fun`: maps the carry to whether to take another step. It may only read refs.
+    - `body_fun`: the step, from the carry to the next carry, which must have the same
+        structure, shapes and dtypes, the same static leaves and the same refs at the same
+        places.
     - `init_val`: the first carry.
 
     **Returns:**
@@ -163,7 +164,7 @@ def while_loop(
 
 
 def _fori_step(i: Any, upper: Any, body_fun: Any, val: Any) -> Any:
-    """One step of `fori_loop`, with the arguments of `fori_loop`: `i` is in the place of
+    """One step of `fori_loop`, with the arguments of `fori_loop`: `i` in place of
     `lower`."""
     given = CarryBefore(val)
     new = numbers_to_arrays(body_fun(i, val))
@@ -172,7 +173,7 @@ def _fori_step(i: Any, upper: Any, body_fun: Any, val: Any) -> Any:
 
 
 def _run_fori(derefed: Call, arrays: list[Leaves]) -> Outcome:
-    """A `fori_loop` whose number of steps is not known."""
+    """A `fori_loop` with an unknown number of steps."""
 
     def stage(arrays: list[Leaves]) -> TracedBody:
         return TracedBody(
@@ -205,8 +206,8 @@ def fori_loop(
 ) -> T:
     """As `jax.lax.fori_loop`, by reference.
 
-    Every ref (in the carry, in the module whose method `body_fun` is, in what it closes
-    over) is carried from step to step.
+    Every ref (in the carry, in the module that `body_fun` is a method of, or closed over)
+    is carried from step to step.
 
     !!! Example
 
@@ -226,10 +227,11 @@ def fori_loop(
 
     **Arguments:**
 
-    - `lower`, `upper`: the first `i`, and the one after the last. If neither is traced, the
-        loop may be differentiated in reverse mode, as in JAX.
-    - `body_fun`: the step, from `(i, carry)` to the next carry: of the same structure,
-        shapes and dtypes, with the same static leaves and the same refs at the same places.
+    - `lower`, `upper`: the range of `i`, excluding `upper`. If neither is traced, the loop
+        can be differentiated in reverse mode, as in JAX.
+    - `body_fun`: the step, from `(i, carry)` to the next carry, which must have the same
+        structure, shapes and dtypes, the same static leaves and the same refs at the same
+        places.
     - `init_val`: the first carry.
     - `unroll`: as in `jax.lax.fori_loop`.
 
@@ -241,7 +243,7 @@ def fori_loop(
 
     - `StructureError`: if a step changes the structure of the carry, or the shape or dtype
         of a ref.
-    - `TypeError`: if `lower` or `upper` is no whole number.
+    - `TypeError`: if `lower` or `upper` is not an integer.
     - `ValueError`: if `unroll` is given and `lower` or `upper` is traced.
     """
     body_fun, init_val = as_callable(body_fun), numbers_to_arrays(init_val)
@@ -254,8 +256,8 @@ def fori_loop(
         _check_bounds(lower, upper)
     if unroll is not None and length is None:
         raise ValueError(
-            "`fori_loop`: `unroll` needs a number of steps that is known: here `lower` or "
-            "`upper` is traced. Leave out `unroll`."
+            "`fori_loop`: `unroll` needs a known number of steps, but `lower` or `upper` "
+            "is traced. Leave out `unroll`."
         )
     steps = 1 if unroll is None else unroll_steps(unroll, "fori_loop")
     lower, upper = _same_dtype(lower, upper)
@@ -286,7 +288,7 @@ def _check_bounds(lower: Any, upper: Any) -> None:
         is_integer = jnp.issubdtype(jnp.result_type(x), jnp.integer)
         if jnp.shape(x) != () or not is_integer:
             raise TypeError(
-                f"`fori_loop`: `{name}` must be a scalar integer, and it is "
+                f"`fori_loop`: `{name}` must be a scalar integer, but is "
                 f"{eqx.tree_pformat(x)}. Convert it: `x.astype(int)`."
             )
 

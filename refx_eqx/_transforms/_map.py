@@ -32,7 +32,7 @@ def _map_step(f: Any, xs: Any) -> Any:
 def _map_in_batches(
     derefed: Call, arrays: list[Leaves], axes: Axes, length: int, batch_size: int
 ) -> Outcome:
-    """A scan over batches, each of which is vectorized; and what is left over."""
+    """A scan over vectorized batches, and the remainder."""
     leading = axes.in_front()
     n_batches, n_rest = divmod(length, batch_size)
     n_full = length - n_rest
@@ -77,7 +77,7 @@ def _map_in_batches(
             vmapped(derefed, rest, leading, "map", places=places, transparent=False)
         )
 
-    # Batches and rest run one function on elements of one shape, so both do the same.
+    # Batches and remainder run one function on elements of one shape, so both do the same.
     def joined(*parts: Any) -> Any:
         return jnp.concatenate(parts)
 
@@ -120,13 +120,13 @@ def map(
 
     **Arguments:**
 
-    - `f`: a function of one element. A ref that is not sliced is carried from one element
-        to the next.
-    - `xs`: what is sliced.
+    - `f`: a function of one element. Refs that are not sliced are carried from element to
+        element.
+    - `xs`: the tree to slice.
     - `batch_size`: the number of elements to vectorize at a time, as with
-        [`refx_eqx.filter_vmap`][]: within a batch, a ref that is not sliced can be written
-        with one value only. `f` runs once for a batch: a counter in such a ref counts the
-        batches, and one that is sliced counts the elements.
+        [`refx_eqx.filter_vmap`][]: within a batch, a ref that is not sliced can only be
+        written with one value. `f` runs once per batch: a counter in such a ref counts
+        batches, and a sliced one counts elements.
     - `in_axes`: as for [`refx_eqx.scan`][].
 
     **Returns:**
@@ -153,7 +153,7 @@ def map(
             return _map_in_batches(derefed, arrays, axes, n, batch_size)
 
         key = ("map", axes.key, n, batch_size)
-        # JAX vectorizes what is left over outside of its scan.
+        # JAX vectorizes the remainder outside its scan.
         make = lambda: Program("map", run, as_a_whole=batch_size is None)
         return program_of((f,), key, make)(derefed)
 

@@ -1,4 +1,4 @@
-"""`scan`, and the loop that `map` and `fori_loop` are made of too."""
+"""`scan`, and the loop that `map` and `fori_loop` use too."""
 
 import contextlib
 from collections.abc import Callable
@@ -60,13 +60,12 @@ def _step(f: Any, carry: Any, x: Any) -> tuple[Any, Any]:
 
 
 class _Steps:
-    """The steps of a scan of one call: what each of them runs on, and what becomes of the slices
-    that it writes.
+    """The steps of one scan: the inputs of each step, and the slices it writes.
 
-    - `xs`: what is sliced, with the axis of the steps in front; and their numbers, if anything
-        is split by step;
-    - `sliced`: the numbers of the refs that are;
-    - `count`: what the tree that counts the steps has before the first, or `None`.
+    - `xs`: the arrays to slice, with the step axis in front; and the step numbers, if
+        anything is split by step;
+    - `sliced`: the numbers of the sliced refs;
+    - `count`: the initial value of the step counter, or `None`.
     """
 
     def __init__(
@@ -101,8 +100,8 @@ class _Steps:
     def arrays(
         self, now: list[Leaves], first: list[Leaves], slices: list[Leaves], count: Any
     ) -> list[Leaves]:
-        """Those of one step. `first` are those of the call before all steps."""
-        # The same randomness: each step begins where all do.
+        """The arrays of one step. `first` are those of the call before all steps."""
+        # The same randomness: every step begins with the same keys.
         fixed = {i: x for i, x in values_of(first).items() if i in self._axes.kept}
         arrays = eqx.combine(slices, with_values(now, fixed))
         if self._counter is not None:
@@ -110,7 +109,7 @@ class _Steps:
         return arrays
 
     def placed(self, stacked: dict[int, Any]) -> dict[int, Any]:
-        """What was written to slices, with the axis of the steps in its place."""
+        """The writes to slices, with the step axis moved to its place."""
         return {
             i: placed_update(self._derefed, self._axes, i, new, self._name)
             for i, new in stacked.items()
@@ -134,10 +133,10 @@ def run_scan(
 
     **Arguments:**
 
-    - `arrays`: those of the call. They are sliced along `axes`.
-    - `carry`: which of its trees is the carry. A step returns it first.
-    - `counter`: which of them counts the steps, if any.
-    - `run`: one step, from arrays and its number (`None` if nothing is split by step).
+    - `arrays`: the arrays of the call, sliced along `axes`.
+    - `carry`: which tree of the call is the carry. A step returns it first.
+    - `counter`: which tree counts the steps, if any.
+    - `run`: one step, given its arrays and its number (`None` if nothing is split by step).
     """
     _check_whole_axis(derefed, axes, name)
     steps = _Steps(derefed, arrays, axes, length, name, counter, run)
@@ -145,7 +144,7 @@ def run_scan(
         loop = Loop(derefed, arrays, carry, name)
         return _scan_in_python(steps, loop, length, reverse)
 
-    # By the types of the slices: there need be none, if there are no steps.
+    # From the types of the slices: with no steps there are no slices.
     def stage(arrays: list[Leaves]) -> TracedBody:
         slices, step = jtu.tree_map(_slice_type, steps.xs)
         mine = steps.arrays(arrays, arrays, slices, steps.count)
@@ -187,20 +186,20 @@ def _scan_in_python(steps: _Steps, loop: Loop, length: int, reverse: bool) -> Ou
 def _check_all_sliced(
     derefed: Call, axes: Axes, number: int, new: Any, name: str
 ) -> None:
-    """Refuses a write to a ref of whose value a part is sliced, and a part is not: it can
-    be neither stacked nor carried."""
+    """Refuses a write to a ref whose value is only partly sliced: it can be neither stacked
+    nor carried."""
     own = update_axes(derefed, axes, number, new, name)
     flat = jtu.tree_structure(new).flatten_up_to(own)
     if None in flat:
         raise CarryError(
-            f"{describe(derefed.refs[number])} holds arrays that `{name}` slices, "
-            f"and others that it does not (axes {flat}), and a step writes it. Put those "
-            "that are not sliced into a ref of their own."
+            f"{describe(derefed.refs[number])} holds arrays that `{name}` slices, and "
+            f"others that it does not (axes {flat}), and a step writes it. Put the arrays "
+            "that are not sliced into a separate ref."
         )
 
 
 def _check_whole_axis(derefed: Call, axes: Axes, name: str) -> None:
-    """Refuses an array whose type says that devices share what is to be sliced step by step."""
+    """Refuses an array whose type says that the axis to slice is split between devices."""
     for x, axis, ref in each_array(derefed, axes.trees):
         split = _jax.split_of(jax.typeof(x))
         if axis is None or not split or split[axis] is None:
@@ -216,10 +215,10 @@ def _check_whole_axis(derefed: Call, axes: Axes, name: str) -> None:
 
 
 def _slice_type(x: Any) -> jax.ShapeDtypeStruct:
-    """What a slice of `x` along the leading axis is."""
+    """The type of a slice of `x` along the leading axis."""
     if len(x):
-        # By JAX itself, which knows of more than shape and dtype: over which axes of a
-        # `shard_map` it varies.
+        # By JAX itself, whose types include more than shape and dtype: the `shard_map` axes
+        # along which `x` varies.
         return jax.eval_shape(lambda x: x[0], x)
     kind = kind_of(jax.typeof(x))
     return jax.ShapeDtypeStruct(kind.shape[1:], kind.dtype, weak_type=kind.weak)
@@ -237,8 +236,8 @@ def n_steps(arrays: list[Leaves], axes: Axes, length: int | None, name: str) -> 
         return len(x)
     if length is None:
         raise ValueError(
-            f"`{name}`: `xs` has nothing to slice, so the number of steps is not known. "
-            "Give `length`."
+            f"`{name}`: `xs` has nothing to slice, so the number of steps is unknown. Give "
+            "`length`."
         )
     return length
 
@@ -255,10 +254,10 @@ def scan(
 ) -> tuple[Carry, Y]:
     """As `jax.lax.scan`, by reference.
 
-    A ref in `xs` is sliced, as an array is: a step sees its own slice, and what it writes
-    is stacked back. Every other ref (in the carry, in the module whose method `f` is, in
-    what `f` closes over) is carried from step to step, and comes out as the last step left
-    it. A ref that is only read costs nothing.
+    A ref in `xs` is sliced like an array: a step sees its own slice, and its writes are
+    stacked back. Every other ref (in the carry, in the module that `f` is a method of, or
+    closed over by `f`) is carried from step to step, and ends with the value of the last
+    step. A ref that is only read costs nothing.
 
     !!! Example
 
@@ -278,8 +277,8 @@ def scan(
         assert ys.tolist() == [1.0, 3.0, 6.0]
         ```
 
-    A stack of layers, as [`refx_eqx.filter_vmap`][] makes it, is run in one line. What all
-    layers share is not stacked, so it is not sliced: `in_axes` says so.
+    One line runs a stack of layers made by [`refx_eqx.filter_vmap`][]. Refs shared by all
+    layers are not stacked, so `in_axes` says that they are not sliced.
 
     !!! Example
 
@@ -315,43 +314,44 @@ def scan(
         assert grads.shared.value.shape == (3,)  # the sum over the layers
         ```
 
-    A ref of collection `"rng"` that is not sliced is split by step: a step sees the key
-    with its own number folded in. One that `in_axes` names with `None`, as in
-    `rx.axes(rng=None, ...)`, is not: every step begins with what it held before the loop.
+    A ref of collection `"rng"` that is not sliced is split by step: each step sees the key
+    with its own number folded in. If `in_axes` gives it `None`, as in `rx.axes(rng=None,
+    ...)`, it is not split: every step begins with the key from before the loop.
 
-    A ref in `xs` that the step reaches as well (the method of a module that scans its own
-    layers) is the slice in `xs`. The whole of it may not be touched in a step.
+    If the step also reaches a ref of `xs` otherwise (a method that scans the layers of its
+    own module), it must use the slice. A step cannot touch the whole ref.
 
     **Arguments:**
 
-    - `f`: the step, from `(carry, x)` to `(carry, y)`. The new carry has the structure, the
-        shapes and the dtypes of the old one, the same static leaves, and the same refs at
-        the same places. Python numbers in the carry are traced, as in JAX; those in a
-        module are static, as in Equinox.
+    - `f`: the step, from `(carry, x)` to `(carry, y)`. The new carry must have the
+        structure, shapes and dtypes of the old one, the same static leaves, and the same
+        refs at the same places. Python numbers in the carry are traced, as in JAX; those in
+        a module are static, as in Equinox.
     - `init`: the first carry.
-    - `xs`: what is sliced.
-    - `length`: the number of steps; needed only if nothing is sliced.
+    - `xs`: the tree to slice.
+    - `length`: the number of steps. Needed only if nothing is sliced.
     - `reverse`, `unroll`: as in `jax.lax.scan`.
-    - `in_axes`: a prefix of `xs`, as for [`refx_eqx.filter_vmap`][]: along which axis each
-        array is sliced, `None` for not at all. By default all are, along the leading one.
+    - `in_axes`: a prefix of `xs`, as for [`refx_eqx.filter_vmap`][]: the axis along which
+        to slice each array, or `None` not to slice it. By default all are sliced along the
+        leading axis.
 
     **Returns:**
 
-    The last carry, and the stacked `y`. New refs in `y` come out stacked; refs of the
-    caller that are in the carry or in `y` are the caller's own.
+    The last carry, and the stacked `y`. New refs in `y` come out stacked; if the carry or
+    `y` contains the caller's refs, they are returned as such.
 
     **Raises:**
 
     - `StructureError`: if a step changes the structure of the carry, or the shape or dtype
         of a ref that is carried; if one ref is both sliced and carried; if sizes differ.
-    - `TraceLevelError`: if a step touches the whole of a ref of which it has a slice.
+    - `TraceLevelError`: if a step touches the whole of a ref that it has a slice of.
     """
     f, init = as_callable(f), numbers_to_arrays(init)
     reverse = flag(reverse, "scan", "`reverse`")
     unroll = unroll_steps(unroll, "scan")
 
     def transform(derefed: Call) -> Outcome:
-        # The axes that the user gives are those of `xs`; a carry has none.
+        # The user gives the axes of `xs`; the carry has none.
         axes = call_axes(
             derefed,
             (init, xs),

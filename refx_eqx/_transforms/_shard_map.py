@@ -68,11 +68,11 @@ def _sharded(
     specs = call_specs(derefed, args, in_specs, mesh, manual, _NAME)
     flat, treedef = jtu.tree_flatten(derefed.arrays)
     flat_specs = jtu.tree_leaves(specs.trees)
-    # JAX is to know the specs of what comes out before it is known what that is: so the
-    # body returns its arrays by spec, one list for each that there can be.
+    # JAX needs the specs of the outputs before we know the outputs: so the body returns its
+    # arrays grouped by spec, one list for each possible spec.
     of_results = [part_of(spec, manual) for spec in specs_in(out_specs, "out_specs")]
     known = list(dict.fromkeys([*flat_specs, *of_results, PartitionSpec()]))
-    # What else the body says; filled while it runs.
+    # The rest of the outcome; filled while the body runs.
     traced: dict[str, Any] = {}
 
     def body(*flat: Any) -> list[list[Any]]:
@@ -110,8 +110,8 @@ def _sharded(
 
 
 def _of_whole(node: Any, static: Any) -> Any:
-    """A leaf of the result. A part has bound the names in the declared type of a new ref: the
-    whole has other sizes."""
+    """A leaf of the result. The shard bound the names in the declared type of a new ref,
+    but the whole has other sizes."""
     if type(node) is not Value or not node.label.declared:
         return node
     name, value = node.label.name, join_value(node.value, static.value)
@@ -123,12 +123,12 @@ def _of_whole(node: Any, static: Any) -> Any:
 
 
 def _manual_axes(mesh: Any, axis_names: Set[Any]) -> tuple[Any, tuple[Any, ...]]:
-    """The mesh, and those of its axes that the function is manual over, in its order."""
+    """The mesh, and the axes that the function is manual over, in mesh order."""
     around = jax.sharding.get_abstract_mesh()
     if mesh is None:
         if around.empty:
             raise ValueError(
-                f"`{_NAME}` has no mesh. Give one, `mesh=...`, or call it under "
+                f"`{_NAME}` has no mesh. Pass one, `mesh=...`, or call it under "
                 "`jax.set_mesh(mesh)`."
             )
         mesh = around
@@ -138,7 +138,7 @@ def _manual_axes(mesh: Any, axis_names: Set[Any]) -> tuple[Any, tuple[Any, ...]]
             f"`{_NAME}(..., axis_names=...)` has {unknown[0]!r}, and the mesh has "
             f"{', '.join(map(repr, mesh.axis_names))}."
         )
-    # Those of a `shard_map` around this one are manual already.
+    # The axes of an enclosing `shard_map` are already manual.
     return mesh, tuple(
         axis
         for axis in mesh.axis_names
@@ -149,14 +149,15 @@ def _manual_axes(mesh: Any, axis_names: Set[Any]) -> tuple[Any, tuple[Any, ...]]
 def _split_by_shard(
     split: dict[tuple[str, ...], tuple[int, ...]], arrays: list[Leaves]
 ) -> list[Leaves]:
-    """The arrays of a call as one shard sees them: with keys of its own."""
+    """The arrays of a call as one shard sees them, with its own keys."""
     for over, numbers in split.items():
         arrays = split_keys(numbers, arrays, jax.lax.axis_index(over))
     return arrays
 
 
 def _one_key(specs: Specs, number: int, new: Any) -> Any:
-    """What was written to a ref whose keys differ between shards: those of the first one."""
+    """The value written to a ref whose keys differ between shards: that of the first
+    shard."""
 
     def of_first(x: Any, over: tuple[str, ...]) -> Any:
         if not is_key(x):
@@ -190,8 +191,8 @@ def _check_out_specs(
     manual: tuple[Any, ...],
     check_vma: bool,
 ) -> None:
-    """That what comes out can: that it has the axes along which it is split; and that it is
-    one value along all others, which is known if `check_vma`."""
+    """Checks that the outputs fit their specs: each has the axes along which it is split,
+    and is one value along all others (known only with `check_vma`)."""
     of_out, of_updates = specs
     for i, new in outcome.updates.items():
         for x, spec in zip(jtu.tree_leaves(new), jtu.tree_leaves(of_updates[i])):
@@ -211,8 +212,8 @@ def _check_out_specs(
         which += f"{jax.typeof(x).str_short()} (its array number {path[0].idx})"
         if len(spec) > jnp.ndim(x):
             raise MismatchError(
-                f"{which}, which `{spec}` cannot put together: it has too many entries. Give "
-                "the array an axis for each, such as `x[None]`, or another spec."
+                f"{which}, which `{spec}` cannot put together: it has too many entries. "
+                "Give the array an axis for each, such as `x[None]`, or use another spec."
             )
         differs = _differs_along(x, spec, manual)
         if check_vma and differs:
@@ -277,15 +278,14 @@ def filter_shard_map(
     axis_names: Set[Hashable] = frozenset(),
     check_vma: bool = True,
 ) -> Callable[..., Any]:
-    """As `jax.shard_map`, by reference: each device runs the function on its parts of the
-    arguments, in refs and outside refs, and what it writes to a ref is a part of the new
-    value.
+    """As `jax.shard_map`, by reference: each device runs the function on its shards of the
+    arguments, both inside and outside refs, and writes its shard of the new value of a ref.
 
-    A ref goes out by the spec that it came in by. A replicated one may be written only with
-    a value that is the same in all shards, such as a `jax.lax.pmean`. Refs that are made inside
-    go out by `out_specs`; refs of the caller that are returned are the caller's own.
+    A ref goes out with the spec that it came in with. A replicated ref may only be written
+    with a value that is the same in all shards, such as a `jax.lax.pmean`. Refs made inside
+    go out with `out_specs`; the caller's refs are returned as such.
 
-    Inside, a ref holds a part: one of the declared type `Float[Array, "8 3"]` is of shape
+    Inside, a ref holds a shard: a ref with declared type `Float[Array, "8 3"]` has shape
     `(1, 3)` if eight devices split its first axis.
 
     !!! Example
@@ -309,45 +309,46 @@ def filter_shard_map(
         assert sharded(mean, jnp.array([1.0, 3.0]))[0] == -1.0 and mean.value == 2.0
         ```
 
-    A replicated ref of collection `"rng"` is split by shard: each shard sees the key with its
-    own number folded in, so that dropout differs between shards, and is the same in each run.
-    [`refx_eqx.specs`][] says how to ask for the same in all, or along which axes it differs.
+    A replicated ref of collection `"rng"` is split by shard: each shard sees the key with
+    its own number folded in, so dropout differs between shards but not between runs. See
+    [`refx_eqx.specs`][] to use the same key in all shards, or to choose the axes along
+    which it differs.
 
-    As in JAX, with `check_vma` the gradient of a replicated ref that `filter_grad` gives
-    *inside* is the sum over the shards: divide the loss by their number, or take its
-    `jax.lax.pmean`, for a mean. Without it, it is that of the shard.
+    As in JAX, with `check_vma`, calling `filter_grad` *inside* gives the sum over the
+    shards as the gradient of a replicated ref: for a mean, divide the loss by the number of
+    shards, or take its `jax.lax.pmean`. Without it, the gradient is that of the shard.
 
     Eagerly, JAX runs the function operation by operation. Put [`refx_eqx.filter_jit`][]
     around it.
 
     **Arguments:**
 
-    - `f`: the function that each device runs. Takes positional arguments only.
-    - `mesh`: a `jax.sharding.Mesh`; that of `jax.set_mesh` by default.
+    - `f`: the function to run on each device. Takes positional arguments only.
+    - `mesh`: a `jax.sharding.Mesh`. By default, the mesh of `jax.set_mesh`.
     - `in_specs`: a prefix of the tuple of arguments. Each leaf is a `jax.P` (or a
-        `NamedSharding`, whose spec it is), `None` for `P()`, or [`refx_eqx.specs`][], which
-        gives specs by collection, or [`refx_eqx.axis_rules`][], which gives them by the names
-        of axes. A tree of the derefed form, such as `rules.specs(model)`, serves too. What functions close over is
-        replicated, unless an argument splits it; or `in_specs` is one `rx.specs`, which
-        speaks of all refs. May be left out if all axes of the mesh are explicit: then each
-        array is split as its type says.
+        `NamedSharding`, for its spec), `None` for `P()`, [`refx_eqx.specs`][], which gives
+        specs by collection, or [`refx_eqx.axis_rules`][], which gives them by axis name. A
+        derefed tree, such as `rules.specs(model)`, works too. Values that functions close
+        over are replicated, unless an argument splits them or `in_specs` is a single
+        `rx.specs`, which covers all refs. Optional if all axes of the mesh are explicit:
+        then each array is split as its type says.
     - `out_specs`: likewise, a prefix of the result.
-    - `axis_names`: the axes of the mesh over which the function is manual; all by default.
-    - `check_vma`: whether to check that what is replicated is the same in all shards.
-        Without it that is a promise of the caller, as in JAX.
+    - `axis_names`: the mesh axes over which the function is manual. All by default.
+    - `check_vma`: whether to check that replicated outputs are the same in all shards. If
+        `False`, the caller promises it, as in JAX.
 
     **Returns:**
 
-    The function of whole arguments.
+    A function of the whole arguments.
 
     **Raises:**
 
     When called:
 
-    - `StructureError`: if a ref, or a result, differs between shards where its spec says that
-        it does not; if an array cannot be split as its spec says; if one ref is met with two
-        specs.
-    - `TypeError`: if a spec is none; if `in_specs` was left out, and axes are not explicit.
+    - `StructureError`: if a ref or a result differs between shards although its spec says
+        it does not; if an array cannot be split as its spec says; if one ref has two specs.
+    - `TypeError`: if a spec is not valid; if `in_specs` is left out and axes are not
+        explicit.
     """
     return _ShardMap.of(
         f,

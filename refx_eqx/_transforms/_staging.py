@@ -45,7 +45,7 @@ class _MakeJaxpr(Lifted):
             found["statics"] = _statics(outcome)
             return leaves, outcome.updates
 
-        # The arrays that the function holds outside refs are constants of the program.
+        # Arrays that the function holds outside refs are constants of the program.
         *of_arguments, of_function = derefed.arrays
         given = [*of_arguments, [x if is_node(x) else None for x in of_function]]
         jaxpr, (types, _) = jax.make_jaxpr(run, return_shape=True)(given)
@@ -53,7 +53,7 @@ class _MakeJaxpr(Lifted):
 
 
 def _statics(outcome: Outcome) -> Any:
-    """The result with `None` for all that is an array or a ref."""
+    """The result with `None` for each array and ref."""
     (part,), (statics,) = outcome.info.result.parts, outcome.info.result.statics
     if part.has_functions:
         statics = [None] * len(statics)
@@ -63,9 +63,9 @@ def _statics(outcome: Outcome) -> Any:
 def filter_make_jaxpr(
     fun: Callable[..., Any],
 ) -> Callable[..., tuple[ClosedJaxpr, PyTree, PyTree]]:
-    """As `equinox.filter_make_jaxpr`, by reference: the program that a function is.
+    """As `equinox.filter_make_jaxpr`, by reference: the jaxpr of a function.
 
-    Nothing is computed, and nothing is written.
+    Nothing is computed or written.
 
     !!! Example
 
@@ -95,11 +95,11 @@ def filter_make_jaxpr(
     returns a triple:
 
     - a `ClosedJaxpr`. Its inputs are the leaves of `rx.deref` of the positional arguments,
-        then the arrays of the keyword arguments and of the refs that only the function
-        holds. Its outputs are the leaves of `rx.deref(result)`, then the new values of the
-        refs that are written, in the order in which the call first meets them;
+        then the arrays of the keyword arguments and of the refs held only by the function.
+        Its outputs are the leaves of `rx.deref(result)`, then the new values of the written
+        refs, in the order in which the call first encounters them;
     - the derefed result, with `jax.ShapeDtypeStruct`s instead of arrays;
-    - the result with all that is not an array, and `None` elsewhere.
+    - the non-array leaves of the result, with `None` elsewhere.
 
     **Raises:**
 
@@ -111,8 +111,8 @@ def filter_make_jaxpr(
 
 
 class ClosureConverted(eqx.Module, Generic[P, T]):
-    """What `filter_closure_convert` returns. A pytree: of the arrays and the refs that the
-    function held, and of the tracers that it closed over."""
+    """What `filter_closure_convert` returns. A pytree of the arrays and refs that the
+    function held, and of the tracers it closed over."""
 
     held: list[Any]
     consts: list[Any]
@@ -127,7 +127,7 @@ class ClosureConverted(eqx.Module, Generic[P, T]):
 
     @property
     def out_struct(self) -> Any:
-        """What a call returns: derefed, with a `jax.ShapeDtypeStruct` for each array."""
+        """The derefed result of a call, with a `jax.ShapeDtypeStruct` for each array."""
         return tree_of(self.out_part, list(self.out_leaves))
 
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -139,15 +139,15 @@ class ClosureConverted(eqx.Module, Generic[P, T]):
                 raise MismatchError(
                     f"`{self.name}` was closure-converted for arguments of another "
                     f"structure: it was called with {eqx.tree_pformat((args, kwargs))}. "
-                    "Call it with arguments like the example arguments (the same sharing "
-                    "of refs, shapes, dtypes and static values), or convert it again."
+                    "Call it with arguments like the example arguments (same sharing of "
+                    "refs, shapes, dtypes and static values), or convert it again."
                 )
             if not self.info.asked.holds_for(derefed.refs):
                 raise MismatchError(
-                    f"`{self.name}` was closure-converted for other refs: it asks which "
-                    "refs it is given (it looks them up in a set or dict, or compares "
-                    "them), and the answer would be another for these. Convert it again, "
-                    "with these arguments."
+                    f"`{self.name}` was closure-converted for other refs: it depends on "
+                    "the identity of its refs (it looks them up in a set or dict, or "
+                    "compares them), which is different here. Convert it again, with "
+                    "these arguments."
                 )
             arrays = jtu.tree_leaves(derefed.arrays)
             out = _jax.eval_jaxpr(self.jaxpr(self.consts), arrays)
@@ -180,11 +180,11 @@ def _types_of_call(derefed: Call) -> tuple[jax.ShapeDtypeStruct, ...]:
 def filter_closure_convert(
     fn: Callable[P, T], *args: Any, **kwargs: Any
 ) -> ClosureConverted[P, T]:
-    """As `equinox.filter_closure_convert`, by reference: a function that closes over nothing,
-    but has what `fn` closed over among its leaves.
+    """As `equinox.filter_closure_convert`, by reference: returns a function that closes
+    over nothing, and has what `fn` closed over as its leaves.
 
-    The refs that `fn` holds or closes over are among them too: it reads and writes the
-    same refs as `fn` does. Here nothing is written.
+    These include the refs that `fn` holds or closes over: the returned function reads and
+    writes the same refs as `fn`. The conversion itself writes nothing.
 
     !!! Example
 
@@ -218,13 +218,14 @@ def filter_closure_convert(
 
     **Returns:**
 
-    A function with the arguments of `fn`, which is a pytree, and has an `out_struct`: the
-    derefed result, with `jax.ShapeDtypeStruct`s instead of arrays. It takes arguments of the
-    structure, shapes and dtypes of the example.
+    A function with the arguments of `fn`, which must have the structure, shapes and dtypes
+    of the example. It is a pytree, and has an `out_struct`: the derefed result, with
+    `jax.ShapeDtypeStruct`s instead of arrays.
 
     **Raises:**
 
-    - `StructureError`: by the returned function, if its arguments are not like the example.
+    - `StructureError`: from the returned function, if its arguments are not like the
+        example.
     """
     derefed = Call(fn, args, kwargs)
 
@@ -265,8 +266,8 @@ def filter_pure_callback(
     """As `equinox.filter_pure_callback`, for arguments that hold refs: calls a Python
     function from inside a compiled program.
 
-    The callback gets refs that hold the values of this moment. It is pure, so it may read
-    them and not write them.
+    The callback gets refs that hold their values at the call. It is pure, so it may read
+    them but not write them.
 
     !!! Example
 
@@ -293,8 +294,8 @@ def filter_pure_callback(
     **Arguments:**
 
     - `callback`: the Python function to call, as `callback(*args, **kwargs)`.
-    - `*args`, `**kwargs`: its arguments, which may be anything. So may the refs and arrays
-        that it closes over.
+    - `*args`, `**kwargs`: its arguments, of any type. It may also close over refs and
+        arrays.
     - `result_shape_dtypes`: the result, with `jax.ShapeDtypeStruct`s instead of arrays.
     - `sharding`, `vmap_method`, `vectorized`: as in `jax.pure_callback`.
 
@@ -306,9 +307,10 @@ def filter_pure_callback(
 
     When the program runs:
 
-    - `StructureError`: if the callback writes a ref, or does not return what was said.
-    - What the callback raises: itself under `rx.filter_jit` and where nothing is staged, and
-        as a run-time error of JAX under the transforms of JAX.
+    - `StructureError`: if the callback writes a ref, or its result does not match
+        `result_shape_dtypes`.
+    - Any exception of the callback: unchanged under `rx.filter_jit` and outside staged
+        code, and as a JAX run-time error under JAX's own transforms.
     """
     derefed = Call(callback, args, kwargs)
     structure = derefed.structure
@@ -327,7 +329,7 @@ def filter_pure_callback(
         with _trace.running_body("filter_pure_callback", (), trace, True, {}) as body:
             leaves = structure.leaves(arrays, refs)
             for ref in refs.values():
-                # For which refs they stand is not known when the program runs.
+                # Which refs they stand for is unknown when the program runs.
                 ref._body = body
             *inner_args, inner_kwargs, fn = structure.trees(leaves)
             out = fn(*inner_args, **inner_kwargs)

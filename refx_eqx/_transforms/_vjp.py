@@ -20,7 +20,7 @@ Aux = TypeVar("Aux")
 
 
 class _Pullback(LinearMap):
-    """From cotangents of the result to those of the primals."""
+    """Maps cotangents of the result to those of the primals."""
 
     def __call__(self, cotangents: Any, /) -> tuple:
         given = self.outputs.read((cotangents,), "The cotangents")
@@ -52,9 +52,9 @@ def filter_vjp(
     has_aux: bool = False,
     wrt: FilterLike | None = None,
 ) -> tuple[Any, ...]:
-    """As `equinox.filter_vjp`, by reference. The function runs once, and what it writes to a
-    ref is written to the caller's ref, once: at this call. The function that is returned
-    may be called later, and often; it reads and writes no ref.
+    """As `equinox.filter_vjp`, by reference. The function runs once, during this call, and
+    what it writes to a ref is written to the caller's ref. The returned function may be
+    called later, any number of times; it does not read or write refs.
 
     !!! Example
 
@@ -78,21 +78,20 @@ def filter_vjp(
     - `fun`: the function to differentiate. Called as `fun(*primals)`.
     - `*primals`: its arguments. Their floating-point and complex arrays are
         differentiated, both inside and outside refs.
-    - `has_aux`: whether `fun` returns a pair `(out, aux)`, of which `out` is
-        differentiated.
+    - `has_aux`: whether `fun` returns a pair `(out, aux)`. Only `out` is differentiated.
     - `wrt`: any filter, which narrows what is differentiated. The paths of a path filter
         begin with the number of the argument.
 
     **Returns:**
 
-    `(out, vjp_fn)`, or `(out, vjp_fn, aux)`. `vjp_fn` takes a cotangent of the structure of
-    `rx.deref(out)`, with `None` for zero and for what has no derivative. It returns a tuple
-    of the structure of `rx.deref(primals)`, with `None` for what is not differentiated. It
-    is a pytree, whose leaves are the residuals.
+    `(out, vjp_fn)`, or `(out, vjp_fn, aux)`. `vjp_fn` takes a cotangent with the structure
+    of `rx.deref(out)`, with `None` for zero and for anything without a derivative. It
+    returns a tuple with the structure of `rx.deref(primals)`, with `None` for anything that
+    is not differentiated. It is a pytree whose leaves are the residuals.
 
     **Raises:**
 
     - `StructureError`: if `wrt` selects a ref at one of its places and not at another; and
-        by `vjp_fn`, if the cotangent has another structure.
+        from `vjp_fn`, if the cotangent has another structure.
     """
     return with_linear_map("filter_vjp", jax.vjp, _Pullback, fun, primals, has_aux, wrt)

@@ -70,17 +70,17 @@ def vmapped(
     transparent: bool = True,
     **vmapkwargs: Any,
 ) -> Outcome:
-    """The body of a call, along the whole of the mapped axis at once.
+    """The body of a call, vectorized along the mapped axis.
 
     **Arguments:**
 
-    - `arrays`: those of the call; mapped over along `axes`.
+    - `arrays`: the arrays of the call, mapped along `axes`.
     - `name`, `transparent`: as for `Call.run`.
-    - `places`: the numbers of the places on the mapped axis; from 0 by default.
+    - `places`: the positions along the mapped axis. From 0 by default.
     """
     if places is None and axes.split:
         places = _place_numbers(arrays, axes, _size(arrays, axes, axis_size, name))
-    # The part of the outcome that is not arrays; filled while the body runs.
+    # The static part of the outcome; filled while the body runs.
     traced: dict[str, Any] = {}
 
     def apply(fn: Any, *args: Any, **kwargs: Any) -> Any:
@@ -130,21 +130,21 @@ def _place(x: Any, axis: Any) -> Any:
 def _first_element(x: jax.Array) -> jax.Array:
     split = _jax.split_of(jax.typeof(x))
     if split and split[0] is not None:
-        # No part of an axis that is split may be taken, where types say how it is split.
+        # A split axis cannot be sliced where types say how it is split.
         spec = jax.P(None, *split[1:])
         x = jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, spec))
     return x[0]
 
 
 def _place_numbers(arrays: list[Leaves], axes: Axes, size: int) -> jax.Array:
-    """The numbers of the places on the mapped axis; split as that is, because under a mesh of
-    explicit axes all that is mapped must be split the same."""
+    """The positions along the mapped axis, split like that axis, because under a mesh of
+    explicit axes everything mapped must be split the same way."""
     places = jnp.arange(size)
     flat, treedef = jtu.tree_flatten(arrays)
     for x, axis in zip(flat, treedef.flatten_up_to(axes.trees)):
         split = _jax.split_of(jax.typeof(x))
         if axis is not None and split and split[axis] is not None:
-            # A concrete array knows its devices; a type knows the mesh alone.
+            # A concrete array knows its devices; a type knows only the mesh.
             known = jax.typeof(x) if _jax.is_tracer(x) else x
             spec = jax.P(split[axis])
             return jax.sharding.reshard(
@@ -159,14 +159,15 @@ def _size(arrays: list[Leaves], axes: Axes, axis_size: int | None, name: str) ->
         return len(x)
     if axis_size is None:
         raise ValueError(
-            f"`{name}`: nothing is mapped, so the size of the mapped axis is not known. "
-            "Give `axis_size`."
+            f"`{name}`: nothing is mapped, so the size of the mapped axis is unknown. Give "
+            "`axis_size`."
         )
     return axis_size
 
 
 def _with_axes(result: Any, out_axes: Any) -> Any:
-    """A result, with arrays for the numbers that are given an axis. As in Equinox."""
+    """The result, with numbers that are given an axis converted to arrays. As in
+    Equinox."""
     leaves, treedef = jtu.tree_flatten(result)
     if not any(map(_is_number, leaves)):
         return result
@@ -180,7 +181,7 @@ def _with_axes(result: Any, out_axes: Any) -> Any:
 
 
 def _is_number(leaf: Any) -> bool:
-    """Whether this is array-like, and no array of JAX."""
+    """Whether this is array-like, but not a JAX array."""
     return isinstance(leaf, _NUMBERS)
 
 
@@ -188,7 +189,7 @@ _NUMBERS = bool, int, float, complex, np.ndarray, np.generic
 
 
 def _result_axes(derefed: Call, outcome: Outcome, out_axes: Any, name: str) -> Leaves:
-    """The axis of each array of the result, in refs and outside them."""
+    """The axis of each array of the result, inside and outside refs."""
 
     def of_value(axis: Any, value: Any) -> Any:
         return jtu.tree_map(lambda x: array_axis(axis, x), value)
@@ -198,14 +199,15 @@ def _result_axes(derefed: Call, outcome: Outcome, out_axes: Any, name: str) -> L
 
 
 # The axis of a key that was broadcast, split along the mapped axis, and written: the first
-# one goes out.
+# key goes out.
 FIRST = object()
 
 
 def _update_axes(
     derefed: Call, outcome: Outcome, axes: Axes, name: str
 ) -> dict[int, Any]:
-    """What came in on an axis goes out on it; what was broadcast must still be one value."""
+    """A mapped value goes out on the axis it came in on; a broadcast one must still be one
+    value."""
 
     def of_array(i: int, x: Any, axis: int | None) -> Any:
         check_axis(derefed.refs[i], axis, jnp.ndim(x) + 1, name)
@@ -224,8 +226,8 @@ def _update_axes(
 
 def _written_along(ref: Ref, name: str) -> str:
     return (
-        f"{describe(ref)} is broadcast by `{name}`, and was written "
-        "with a value that differs along the mapped axis. Either map it: give it the axis, "
+        f"{describe(ref)} is broadcast by `{name}`, but was written with a value that "
+        "differs along the mapped axis. Either map it: give it the axis, "
         f"`rx.add_axis(module, size, {ref._collection!r})`, and pass that in an argument "
         f"whose `in_axes` is `{axes_text(ref, 0)}`; or write one value for all, such as "
         "`jax.lax.pmean(value, axis_name)`."
@@ -266,13 +268,13 @@ def filter_vmap(
 ) -> Callable[..., Any]:
     """As `equinox.filter_vmap`, by reference.
 
-    A mapped ref is written slice by slice, and comes out on the axis on which it came in. A
-    broadcast ref may be written only with a value that is the same along the mapped axis.
-    The refs of the function itself, and of what it closes over, are broadcast. Refs made inside come
-    out with a new axis; refs of the caller that are returned are the caller's own.
+    A mapped ref is written slice by slice, and comes out on the axis it came in on. A
+    broadcast ref may only be written with a value that is the same along the mapped axis.
+    Refs held or closed over by the function itself are broadcast. Refs made inside come out
+    with a new axis; the caller's refs are returned as such.
 
-    What an argument maps, the function may reach as well (the method of a module over its
-    own heads); the whole of it may not be touched inside.
+    If the function also reaches a mapped ref otherwise (a method mapped over the heads of
+    its own module), it must use the slice. It cannot touch the whole ref.
 
     A broadcast ref of collection `"rng"` is split along the mapped axis: each element sees
     the key with its own number folded in. See [`refx_eqx.Rngs`][].
@@ -295,7 +297,7 @@ def filter_vmap(
         assert vmapped(mean, xs)[0] == -1.0 and mean.value == 2.0
         ```
 
-    An ensemble is made, and used, as in Equinox:
+    Ensembles work as in Equinox:
 
     !!! Example
 
@@ -323,15 +325,15 @@ def filter_vmap(
     **Arguments:**
 
     - `fun`: the function to vectorize. Takes positional arguments only.
-    - `in_axes`: a prefix of the tuple of arguments, or a dict by argument name. Each leaf is
-        an `int`, `None` for broadcast, a function of a leaf, or [`refx_eqx.axes`][]. A
-        function of a leaf is given each ref, and each array; where it says of a ref what
-        it says of anything that is no array, it is asked for the arrays in the ref. The
-        axis of a function is that of what it closes over. By default all arrays are mapped
-        on axis 0, in refs and outside refs, but for those that functions close over.
+    - `in_axes`: a prefix of the tuple of arguments, or a dict by argument name. Each leaf
+        is an `int`, `None` for broadcast, a function of a leaf, or [`refx_eqx.axes`][]. A
+        function of a leaf is called with each ref and each array; if it gives a ref the
+        same answer as any non-array, it is called with the arrays in the ref. The axis of a
+        function applies to the values it closes over. By default all arrays are mapped on
+        axis 0, inside and outside refs, except those that functions close over.
     - `out_axes`: likewise, a prefix of the result.
     - `axis_name`: a name for the mapped axis, for collectives such as `jax.lax.pmean`.
-    - `axis_size`: the size of the mapped axis; needed only if nothing is mapped.
+    - `axis_size`: the size of the mapped axis. Needed only if nothing is mapped.
     - `**vmapkwargs`: passed on to `jax.vmap`, such as `spmd_axis_name`.
 
     **Returns:**
@@ -342,9 +344,9 @@ def filter_vmap(
 
     When called:
 
-    - `StructureError`: if a broadcast ref is written with a value that differs along
-        the mapped axis, if one ref is met with two axes, or if sizes differ.
-    - `TraceLevelError`: if the function touches the whole of a ref of which it has a slice.
+    - `StructureError`: if a broadcast ref is written with a value that differs along the
+        mapped axis, if one ref has two axes, or if sizes differ.
+    - `TraceLevelError`: if the function touches the whole of a ref that it has a slice of.
     """
     return _Vmap.of(
         fun,

@@ -44,7 +44,7 @@ REFUSALS = [
     ("the branches must agree", "branches"),
     ("a step must return", "carry"),
     ("a step must keep its shape and dtype", "carry type"),
-    ("It may only read, because how often", "write in associative_scan"),
+    ("It may only read, because the number", "write in associative_scan"),
     ("found nothing to differentiate", "nothing to differentiate"),
 ]
 
