@@ -526,8 +526,8 @@ with_an_attribute.model = make()  # pyright: ignore[reportFunctionMemberAccess]
 def test_what_cannot_be_seen_is_named_with_the_remedy(call):
     text = (
         r"a class, a static field, an attribute of a function or a plain Python object "
-        r"\(`self`\) is not carried. Pass the ref, or the module that holds it, as an "
-        r"argument. A plain object is no pytree: make it an `rx.Module`, or pass what"
+        r"\(`self`\) are not carried. Pass the ref, or the module that holds it, as an "
+        r"argument. A plain object is not a pytree: make it an `rx.Module`, or pass its"
     )
     with pytest.raises(rx.TraceLevelError, match=text):
         call()
@@ -601,8 +601,8 @@ def test_a_module_level_global_is_refused_with_the_remedy():
         rx.TraceLevelError,
         match=(
             r"`Scale.factor` \(collection 'params'\): it is used inside the body of "
-            r"`filter_jit`, but was not passed in: what a function reaches through a global "
-            r"name, .* is not carried. Pass the ref, or the module that holds it, as an arg"
+            r"`filter_jit`, but was not passed in: refs reached through a global "
+            r"name, .* are not carried. Pass the ref, or the module that holds it, as an arg"
         ),
     ):
         rx.filter_jit(read_global)(ONE)
@@ -612,7 +612,7 @@ def test_a_module_level_global_is_refused_with_the_remedy():
 def test_a_global_function_reached_by_closure_is_refused_too():
     fn = read_global
     with pytest.raises(
-        rx.TraceLevelError, match=r"through a global name, .* is not carried"
+        rx.TraceLevelError, match=r"through a global name, .* are not carried"
     ):
         rx.filter_jit(lambda x: fn(x))(ONE)
 
@@ -739,7 +739,7 @@ def test_a_container_that_holds_itself_is_refused_as_an_argument():
     )
     for call in calls:
         with pytest.raises(
-            rx.StructureError, match="A dict holds itself.*Take the cycle out"
+            rx.StructureError, match="A dict holds itself.*Remove the cycle"
         ):
             call()
     cycle["again"] = [(cycle["ref"], cycle["ref"])]  # the remedy: shared, but no cycle

@@ -179,7 +179,7 @@ def test_reref_of_a_tree_with_refs_is_refused():
     with pytest.raises(
         rx.StructureError,
         match=(
-            r"Cannot reref a tree that holds refs already: an unnamed ref \(collection "
+            r"Cannot reref a tree that already holds refs: an unnamed ref \(collection "
             r"'params'\) found at `b`. Call `rx.deref` on the whole tree first."
         ),
     ):
@@ -193,7 +193,7 @@ def test_an_index_without_its_value_is_refused():
         rx.StructureError,
         match=(
             r"Cannot reref: Index 0 \(an unnamed ref \(collection 'params'\)\) at `b` "
-            "has no Value in this tree. A part of a derefed tree was taken out of it"
+            "has no Value in this tree. This is part of a derefed tree"
         ),
     ):
         rx.reref({"b": opened["b"]})
@@ -392,7 +392,7 @@ def test_reref_takes_no_tracer_that_has_ended():
 def test_reref_takes_no_other_type_for_a_ref():
     for wrong in (None, int, "Ref"):
         with pytest.raises(
-            rx.StructureError, match=r"at `0` has ref_type=.*no subclass of `rx.Ref`"
+            rx.StructureError, match=r"at `0` has ref_type=.*not a subclass of `rx.Ref`"
         ):
             rx.reref([rx.Value(1.0, 0, None, wrong)])  # pyright: ignore[reportArgumentType]
 

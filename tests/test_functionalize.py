@@ -148,7 +148,7 @@ def test_any_transform_takes_it():
 
 def test_the_arguments_must_be_derefed():
     with pytest.raises(
-        rx.StructureError, match="a tree that holds refs already.*Call `rx.deref`"
+        rx.StructureError, match="a tree that already holds refs.*Call `rx.deref`"
     ):
         rx.functionalize(_step)(Model(), jnp.ones(2))
 

@@ -415,8 +415,8 @@ def test_what_runs_after_the_call_cannot_ask():
         error = error.__context__
     assert re.search(
         r"Cannot tell which ref this is: an unnamed ref \(no collection\) was compared or "
-        r"looked up by `filter_custom_vjp` in code that JAX runs after the call .* Decide it "
-        r"before the call, and close over the answer",
+        r"looked up by `filter_custom_vjp` in code that JAX runs after the call .* Compare "
+        r"before the call, and close over the result",
         str(error),
     )
     answer = ref in frozen  # the remedy

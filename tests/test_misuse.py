@@ -25,7 +25,7 @@ def make():
 
 
 MESSAGE = (
-    r"A ref is not the value that it holds: `.*` was asked of `Linear.weight` \(collection "
+    r"A ref is not its value: `.*` was called on `Linear.weight` \(collection "
     r"'params'\). To use the value, read it: `ref\[...\]`"
 )
 
@@ -117,7 +117,7 @@ def test_jax_and_equinox_may_compare_a_ref_with_a_number():
 
     zeros = lambda model: jax.tree.map(lambda leaf: leaf == 0, model)
     for compare in (lambda: ref == 0, lambda: ref in [0], lambda: zeros([ref])):
-        with pytest.raises(rx.RefTypeError, match="`==` was asked of"):
+        with pytest.raises(rx.RefTypeError, match="`==` was called on"):
             compare()
 
 

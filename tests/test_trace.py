@@ -220,7 +220,7 @@ def test_a_closure_that_writes_is_refused(over):
             rx.TraceLevelError,
             match=(
                 r"Cannot mutate ref from different trace level: `Scale.factor` \(collection"
-                r" 'params'\): it is written inside .*, and was created outside. Pass the "
+                r" 'params'\): it is written inside .*, but was created outside. Pass the "
                 r"ref, or the module that holds it, as an argument to a lifted transform"
             ),
         ):
@@ -265,7 +265,7 @@ def test_lifted_transforms_work_without_jit():
 
 AS_ARRAY = (
     r"Cannot use ref as an array: `Scale.factor` \(collection 'params'\) was given to JAX "
-    r"or NumPy as if it were one.*As an argument of a transform, use the lifted one of the "
+    r"or NumPy as if it were one.*To pass it to a transform, use the lifted one of the "
     r"same name"
 )
 STAGED = (
@@ -381,7 +381,7 @@ def test_plain_vmap_does_not_write(vmap):
         rx.TraceLevelError,
         match=(
             r"Cannot mutate ref from different trace level: `Norm.mean` \(collection "
-            r"'batch_stats'\): it is written inside a function under vmap, and was created"
+            r"'batch_stats'\): it is written inside a function under vmap, but was created"
         ),
     ):
         vmap(norm)(jnp.arange(3.0))
@@ -514,14 +514,14 @@ def test_a_global_is_refused_in_a_lifted_jit():
         rx.TraceLevelError,
         match=(
             r"`Scale.factor` \(collection 'params'\): it is used inside the body of "
-            r"`filter_jit`, but was not passed in: what a function reaches through a global "
-            r"name, .* is not carried. Pass the ref, or the module that holds it"
+            r"`filter_jit`, but was not passed in: refs reached through a global "
+            r"name, .* are not carried. Pass the ref, or the module that holds it"
         ),
     ):
         f(ONE)
     with pytest.raises(
         rx.TraceLevelError,
-        match=r"it is written inside the body of `filter_jit`, and was created outside",
+        match=r"it is written inside the body of `filter_jit`, but was created outside",
     ):
         write(ONE)
     assert GLOBAL.factor.value == 2.0
@@ -575,8 +575,8 @@ def test_the_outer_name_of_what_is_carried_raises():
         with pytest.raises(
             rx.TraceLevelError,
             match=(
-                rf"Cannot read ref .*: `{name}` carries this ref: inside its function there "
-                rf"is an inner ref for it.*Use the ref that `{name}` hands to the function"
+                rf"Cannot read ref .*: `{name}` carries this ref: its function has "
+                rf"an inner ref for it.*Use the ref that `{name}` passes to the function"
             ),
         ):
             lifted(wrong)(GLOBAL, ONE)

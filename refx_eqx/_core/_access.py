@@ -1,5 +1,5 @@
-"""What is asked before a ref is read or written, of a value before it is stored, and of a tree
-before JAX is asked to flatten it.
+"""The checks before a ref is read or written, before a value is stored, and before JAX
+flattens a tree.
 """
 
 from typing import Any
@@ -24,10 +24,10 @@ __tracebackhide__ = True
 
 
 class Withheld:
-    """Instead of the value of a ref that the function of a transform reaches, and that it
-    may not touch: `reason` says why. It is carried, and stays withheld, like any value.
+    """Replaces the value of a ref that the function of a transform can reach but may not
+    touch: `reason` says why. It is carried, and stays withheld, like any value.
 
-    It is also the owner of the ref: no trace, so that the common check already fails.
+    It is also the owner of the ref. As it is not a trace, the common check already fails.
     """
 
     __slots__ = ("reason",)
@@ -35,7 +35,7 @@ class Withheld:
     def __init__(self, reason: str):
         self.reason = reason
 
-    # As the weak reference to a trace is called, when the trace is gone.
+    # Called like the weak reference to a trace that is gone.
     def __call__(self) -> None:
         return None
 
@@ -62,22 +62,22 @@ def check_readable(ref: Any) -> None:
 
 
 def check_unleaked(ref: Any, value: Any) -> None:
-    """Notices what a function left in a list or a dict of the value, where it may read the
-    ref and not write it."""
+    """Notices an in-place change of a list or dict in the value, made where the ref may be
+    read but not written."""
     if isinstance(value, _jax.Tracer):
         return
     for leaf in jtu.tree_leaves(value):
         reason = _trace.why_not_alive(leaf)
         if reason is not None:
             raise TraceLevelError(
-                f"Cannot read ref from different trace level: {describe(ref)}: a list or a dict in "
-                f"its value was changed in place, where it may only be read: {reason} And "
-                "write a new value now: `ref.value = ...`."
+                f"Cannot read ref from different trace level: {describe(ref)}: a list or a "
+                "dict in its value was changed in place, where it may only be read: "
+                f"{reason} Then write a new value: `ref.value = ...`."
             )
 
 
 def check_writable(ref: Any) -> None:
-    """The two questions before a write: the trace rule, and `mutable`."""
+    """The two checks before a write: the trace rule, and `mutable`."""
     owner = ref._trace
     if not _trace.is_at_home(owner):
         if type(owner) is Withheld:
@@ -94,9 +94,9 @@ def check_writable(ref: Any) -> None:
 
 
 def why_immutable(ref: Any) -> str | None:
-    """Where this code runs, for messages, if `mutable` allows no write there; or `None`."""
-    # A rule that runs after its call does not know which ref it is given. What is around the
-    # rule is asked where the write comes out.
+    """Where this code runs, for messages, if `mutable` forbids the write; else `None`."""
+    # A rule that runs after its call does not know which ref it is given. The contexts
+    # around the rule are checked where the write comes out.
     body = ref._body
     depth = 0 if body is None or ref._outer is not None else body.depth
     for guard in _trace.guards.get():
@@ -106,9 +106,10 @@ def why_immutable(ref: Any) -> str | None:
 
 
 def check_value(ref: Any, value: Any) -> Any:
-    """What a value must be to go into `ref`: no ref inside, alive here, of its type.
+    """Checks that a value may go into `ref`: it has no ref inside, is alive here, and has
+    its type.
 
-    Returns what to store: a Python scalar becomes an array, if an array is declared.
+    Returns the value to store: a Python scalar becomes an array if an array is declared.
     """
     if type(value) is _jax.ConcreteArray:
         check_not_deleted(ref, value)
@@ -139,7 +140,7 @@ def check_value(ref: Any, value: Any) -> Any:
 
 
 def refuse_cycle(tree: Any) -> None:
-    """JAX is not asked to flatten a tree that has no end.
+    """Refuses a tree that contains itself, which JAX could not flatten.
 
     **Raises:**
 
@@ -147,8 +148,8 @@ def refuse_cycle(tree: Any) -> None:
     """
     if holds_itself(tree):
         raise CarryError(
-            f"A {type(tree).__name__} holds itself, or something in it does: that is no "
-            "pytree, as it has no end. Take the cycle out of what is passed."
+            f"A {type(tree).__name__} holds itself, or something in it does, so it is not "
+            "a pytree. Remove the cycle."
         )
 
 

@@ -2,8 +2,8 @@
 
     tree of refs   -- deref -->  pytree of Value and Index  -- JAX -->  ...  -- reref -->
 
-`deref` and `reref` are inverse to each other, up to the identity of the refs. The rest of
-this file is small things built on the two.
+`deref` and `reref` are inverses of each other, up to the identity of the refs. The rest of
+this file is small functions built on the two.
 """
 
 from collections.abc import Callable
@@ -35,11 +35,11 @@ T = TypeVar("T")
 
 
 class _Nothing(Unlike):
-    """The class of [`refx_eqx.NOTHING`][], which is a node of a pytree."""
+    """The class of [`refx_eqx.NOTHING`][], which is a pytree node."""
 
 
 NOTHING = _Nothing(__name__, "NOTHING")
-"""What is at a place of a tree that has no leaf there: a pytree without leaves. See
+"""Marks a place of a tree that has no leaf: a pytree without leaves. See
 [`refx_eqx.partition`][] and [`refx_eqx.update_refs`][]."""
 
 jtu.register_pytree_node(
@@ -48,13 +48,13 @@ jtu.register_pytree_node(
 
 
 def path_of(tree: Any, found: Callable[[Any], bool]) -> str:
-    """Where the first leaf of `tree` is that `found` holds for; for messages."""
+    """The path of the first leaf of `tree` that satisfies `found`, for messages."""
     leaves, _ = jtu.tree_flatten_with_path(tree, is_leaf=_is_whole)
     return next((path_text(path) for path, leaf in leaves if found(leaf)), "unknown")
 
 
 def closed(tree: Any) -> Any:
-    """The tree with functions again instead of the nodes that hold their refs.
+    """The tree, with the nodes of functions turned back into functions.
 
     **Raises:**
 
@@ -64,9 +64,9 @@ def closed(tree: Any) -> Any:
         return _closure.closed(tree)
     except FirstPlaceGone:
         raise StructureError(
-            "Cannot reref: a function that was at two places of a tree is here at the "
-            "later one alone. A part of a derefed tree was taken out of it; call "
-            "`rx.reref` on the whole tree, or `rx.combine` the parts first."
+            "Cannot reref: a function that was at two places of a tree is only at the "
+            "later one here. This is part of a derefed tree; call `rx.reref` on the whole "
+            "tree, or `rx.combine` the parts first."
         ) from None
 
 
@@ -74,10 +74,11 @@ def deref(tree: T) -> T:
     """Opens every ref of a tree: the first place of each becomes a `Value`, every later
     one an `Index`. The result is a pure pytree, for any JAX transform to carry.
 
-    "First" is in JAX's flattening order. A function in the tree that holds refs (in what it
-    closes over, in a partial, as the object of a bound method) becomes a node as well, whose
-    children are what it holds, by name; `reref` makes a function of it again. Two derefed trees have equal treedefs exactly
-    when they have the same structure, sharing, collections and ref types.
+    "First" is in JAX's flattening order. A function in the tree that holds refs (in its
+    closure, in a partial, as the object of a bound method) also becomes a node, whose
+    children are its contents by name; `reref` turns it back into a function. Two derefed
+    trees have equal treedefs exactly when they have the same structure, sharing,
+    collections and ref types.
 
     !!! Example
 
@@ -100,12 +101,12 @@ def deref(tree: T) -> T:
 
     **Returns:**
 
-    The same tree with `Value` and `Index` nodes instead of refs. Values are not copied.
+    The tree, with each ref replaced by a `Value` or `Index`. Values are not copied.
 
     **Raises:**
 
-    - `StructureError`: if `tree` holds a `Value` or an `Index` already, or itself, or refs in
-        a set or as the keys of a dict.
+    - `StructureError`: if `tree` already holds a `Value` or an `Index`, if it contains
+        itself, or if it holds refs in a set or as the keys of a dict.
     - `TraceLevelError`: if a ref may not be read here.
     """
     refuse_cycle(tree)
@@ -114,9 +115,9 @@ def deref(tree: T) -> T:
     for leaf in leaves:
         if is_node(leaf):
             raise StructureError(
-                f"Cannot deref a tree that is derefed already: {type(leaf).__name__} found "
-                f"at {path_of(tree, is_node)}. Call `rx.reref` on it first, or do not "
-                "call `rx.deref` twice."
+                f"Cannot deref a tree that is already derefed: {type(leaf).__name__} found "
+                f"at {path_of(tree, is_node)}. Call `rx.reref` on it first, or do not call "
+                "`rx.deref` twice."
             )
     return jtu.tree_unflatten(treedef, deref_leaves(leaves, {}, lambda ref: ref.value))
 
@@ -126,7 +127,7 @@ def _is_whole(x: Any) -> bool:
 
 
 def refuse_lookups(tree: Any, leaves: list[Any], verb: str) -> None:
-    """That no refs would be left behind in what refs are looked up in.
+    """Refuses refs in sets or as dict keys, which would be left behind.
 
     **Raises:**
 
@@ -137,10 +138,10 @@ def refuse_lookups(tree: Any, leaves: list[Any], verb: str) -> None:
         if looked_up is not None:
             raise StructureError(
                 f"Cannot {verb} a {type(leaf).__name__} of refs, such as "
-                f"{describe(looked_up)} at "
-                f"{path_of(tree, lambda x: x is leaf)}: what is in a set, or a key of a dict, is "
-                "no part of a tree, and would stay the ref that it is. Hold the refs in a "
-                "list or a tuple, and make the set of them where you look one up."
+                f"{describe(looked_up)} at {path_of(tree, lambda x: x is leaf)}: elements "
+                "of a set and keys of a dict are not part of a tree, so these refs would "
+                "not be carried. Hold the refs in a list or a tuple, and make the set "
+                "where you use it."
             )
 
 
@@ -151,9 +152,9 @@ def deref_leaves(
 
     **Arguments:**
 
-    - `numbers`: by `id`, the numbers of the refs that have one already, and so a `Value`
-        elsewhere. A ref that is met for the first time gets the next number, and is added.
-    - `read`: takes the value of a ref that is met for the first time.
+    - `numbers`: the numbers of the refs that already have one, and so a `Value` elsewhere,
+        by `id`. Any other ref gets the next number, and is added.
+    - `read`: returns the value of a ref at its first place.
     """
     derefed = []
     for leaf in leaves:
@@ -161,8 +162,8 @@ def deref_leaves(
             if type(leaf) is not Ref:
                 check_no_attributes(leaf)
             what = leaf._collection, type(leaf), label_of(leaf)
-            # By `id`: who hashes a ref asks which one it is, and a program that asks is used
-            # for no other. See `_identity.py`.
+            # By `id`: hashing a ref depends on its identity, and a program that does so is
+            # not used for other refs. See `_identity.py`.
             number = numbers.get(id(leaf))
             if number is None:
                 number = numbers[id(leaf)] = len(numbers)
@@ -174,9 +175,9 @@ def deref_leaves(
 
 
 def reref_leaves(leaves: list[Any], refs: dict[int, Ref]) -> list[Any]:
-    """The opposite of `deref_leaves`, of leaves that no other code has touched.
+    """The inverse of `deref_leaves`, for leaves that no other code has touched.
 
-    `refs` are those that are known, by number; those that are made are added.
+    `refs` are the known refs by number; new ones are added.
     """
     with_refs = []
     for leaf in leaves:
@@ -190,11 +191,11 @@ def reref_leaves(leaves: list[Any], refs: dict[int, Ref]) -> list[Any]:
 
 
 def reref(tree: T) -> T:
-    """The inverse of `deref`: makes a new ref for each `Value`, and puts the
-    same one wherever an `Index` refers to it.
+    """The inverse of `deref`: makes a new ref for each `Value`, and puts the same ref
+    wherever an `Index` refers to it.
 
-    The new refs are owned by the trace that is running, so inside a transformed
-    function they may be read and written.
+    The new refs belong to the current trace, so they may be read and written inside a
+    transformed function.
 
     !!! Example
 
@@ -221,13 +222,13 @@ def reref(tree: T) -> T:
 
     **Returns:**
 
-    The same tree with refs instead of the nodes.
+    The tree, with each node replaced by a ref.
 
     **Raises:**
 
-    - `StructureError`: if `tree` holds a ref already (in a `Value` too), an `Index` without
-        its `Value`, two values for one ref, a node whose collection disagrees with its
-        `Value`'s, or one whose `ref_type` is no class of refs.
+    - `StructureError`: if `tree` already holds a ref (even in a `Value`), an `Index`
+        without its `Value`, two values for one ref, a node whose collection differs from
+        that of its `Value`, or a node whose `ref_type` is not a ref class.
     - `TraceLevelError`: if a value holds a tracer of a transform that has ended.
     - `RefTypeError`: if a value breaks the declared type of its ref.
     - `DonatedError`: if the buffer of a value is gone.
@@ -239,10 +240,9 @@ def reref(tree: T) -> T:
         if isinstance(leaf, Value):
             if leaf.index in refs:
                 raise StructureError(
-                    f"Cannot reref: two values for ref {leaf.index} "
-                    f"({describe(leaf)}). Were two trees put "
-                    "together after they were derefed? Deref the whole of them at once: "
-                    "`rx.deref((tree1, tree2))`."
+                    f"Cannot reref: two values for ref {leaf.index} ({describe(leaf)}). "
+                    "Were two trees combined after they were derefed? Deref them "
+                    "together: `rx.deref((tree1, tree2))`."
                 )
             _check_node(tree, leaf)
             refs[leaf.index] = _close(leaf)
@@ -252,8 +252,7 @@ def reref(tree: T) -> T:
             made.append(_resolve(tree, leaf, refs))
         elif isinstance(leaf, Ref):
             raise StructureError(
-                "Cannot reref a tree that holds refs already: "
-                f"{describe(leaf)} found at "
+                f"Cannot reref a tree that already holds refs: {describe(leaf)} found at "
                 f"{path_of(tree, is_ref)}. Call `rx.deref` on the whole tree first."
             )
         else:
@@ -262,12 +261,12 @@ def reref(tree: T) -> T:
 
 
 def _check_node(tree: Any, node: Value) -> None:
-    """What the value of a ref must be, of a node that any code may have made."""
+    """Checks the value of a node, which any code may have made."""
     if not (isinstance(node.ref_type, type) and issubclass(node.ref_type, Ref)):
         raise StructureError(
-            f"Cannot reref: the Value of {describe(node)} at {path_of(tree, lambda x: x is node)} "
-            f"has ref_type={node.ref_type!r}, which is no subclass of `rx.Ref`. Leave "
-            "`ref_type` as `rx.deref` sets it."
+            f"Cannot reref: the Value of {describe(node)} at "
+            f"{path_of(tree, lambda x: x is node)} has ref_type={node.ref_type!r}, which "
+            "is not a subclass of `rx.Ref`. Leave `ref_type` as `rx.deref` sets it."
         )
     for leaf in jtu.tree_leaves(node.value, is_leaf=is_node):
         if isinstance(leaf, Ref) or is_node(leaf):
@@ -292,7 +291,7 @@ def make_ref_of(node: Value) -> Ref:
 
 
 def _close(node: Value) -> Ref:
-    # A list in the value may be another ref's, of which this one is a copy.
+    # A list in the value may belong to another ref that this one copies.
     ref = make_ref_of(node.with_value(owned(node.value)))
     for leaf in jtu.tree_leaves(node.value):
         check_not_deleted(ref, leaf)
@@ -306,22 +305,22 @@ def _resolve(tree: Any, node: Value | Index, refs: dict[int, Ref]) -> Ref:
     if ref is None:
         where = path_of(tree, lambda x: isinstance(x, Index) and x.index == node.index)
         raise StructureError(
-            f"Cannot reref: Index {node.index} ({describe(node)}) at {where} has no Value in this "
-            "tree. A part of a derefed tree was taken out of it; call `rx.reref` on the "
-            "whole tree, or `rx.combine` the parts first."
+            f"Cannot reref: Index {node.index} ({describe(node)}) at {where} has no Value "
+            "in this tree. This is part of a derefed tree; call `rx.reref` on the whole "
+            "tree, or `rx.combine` the parts first."
         )
     if (ref._collection, type(ref)) != (node.collection, node.ref_type):
         raise StructureError(
-            f"Cannot reref: Index {node.index} is of {node.ref_type.__name__} {describe(node)}, but "
-            f"its Value is of {type(ref).__name__} "
-            f"{describe(ref)}. Were two trees put together after "
-            "they were derefed? Deref the whole of them at once: `rx.deref((tree1, tree2))`."
+            f"Cannot reref: Index {node.index} is of {node.ref_type.__name__} "
+            f"{describe(node)}, but its Value is of {type(ref).__name__} {describe(ref)}. "
+            "Were two trees combined after they were derefed? Deref them together: "
+            "`rx.deref((tree1, tree2))`."
         )
     return ref
 
 
 def clone(tree: T) -> T:
-    """A copy of a tree with new refs, of the same sharing, values and names.
+    """Copies a tree, with new refs of the same sharing, values and names.
 
     !!! Example
 
@@ -341,7 +340,7 @@ def clone(tree: T) -> T:
 
     **Returns:**
 
-    The same tree with new refs, owned by the running trace.
+    The tree, with new refs that belong to the current trace.
 
     **Raises:**
 
@@ -357,7 +356,7 @@ def tree_equal(
     rtol: ArrayLike = 0.0,
     atol: ArrayLike = 0.0,
 ) -> bool | Array:
-    """As `equinox.tree_equal`, by value: refs are equal if what they hold is, and if they
+    """As `equinox.tree_equal`, by value: refs are equal if their values are, and if they
     are shared at the same places.
 
     !!! Example
@@ -375,13 +374,13 @@ def tree_equal(
 
     **Arguments:**
 
-    - `*trees`: any pytrees, of refs or derefed. Their refs must be readable here.
+    - `*trees`: any pytrees, with refs or derefed. Their refs must be readable here.
     - `typematch`, `rtol`, `atol`: as in `equinox.tree_equal`.
 
     **Returns:**
 
-    Whether all are equal: in structure, sharing, collections, ref types and values. A `bool`;
-    inside a transform it may be a traced scalar, as in Equinox.
+    Whether all trees are equal in structure, sharing, collections, ref types and values. A
+    `bool`, or possibly a traced scalar inside a transform, as in Equinox.
 
     **Raises:**
 
@@ -399,8 +398,8 @@ def _derefed(tree: Any) -> Any:
 
 
 def block_until_ready(tree: T) -> T:
-    """As `jax.block_until_ready`, which waits for the refs of a tree too, but not for those
-    that a function in it holds: waits until all of its arrays are computed.
+    """As `jax.block_until_ready`, which also waits for the refs of a tree, but not for
+    those held by a function in it: waits until all of its arrays are computed.
 
     !!! Example
 

@@ -1,7 +1,7 @@
 """The errors of the library, and how a message names a ref.
 
-Every message answers three questions: which ref, where, and what to do about it. The
-texts live next to the checks that raise them; what they share is here.
+Every message answers three questions: which ref, where, and what to do about it. The texts
+are next to the checks that raise them; shared parts are here.
 """
 
 from collections.abc import Hashable
@@ -16,24 +16,25 @@ class RefError(Exception):
 
     Catch one of its subclasses to be specific:
 
-    - [`refx_eqx.TraceLevelError`][]: a ref was touched where JAX would go stale;
-    - [`refx_eqx.StructureError`][]: a tree of refs that is not of the structure that was
-        asked for; of this,
-    - [`refx_eqx.CarryError`][]: what a function did cannot be carried out of a transform;
+    - [`refx_eqx.TraceLevelError`][]: a ref was touched where its value could go stale;
+    - [`refx_eqx.StructureError`][]: a tree of refs does not have the required structure.
+        Its subclasses are the next two;
+    - [`refx_eqx.CarryError`][]: a change made by a function cannot be carried out of a
+        transform;
     - [`refx_eqx.MismatchError`][]: two things that belong together do not fit;
-    - [`refx_eqx.CollectionError`][]: a ref of one collection where another is declared;
-    - [`refx_eqx.RefTypeError`][]: a value that breaks the declared type of a ref;
-    - [`refx_eqx.ImmutableError`][]: a write that [`refx_eqx.mutable`][] does not allow;
-    - [`refx_eqx.ConcurrencyError`][]: a donated ref was changed by another thread;
-    - [`refx_eqx.DonatedError`][]: an array whose buffer was donated, and is gone;
-    - [`refx_eqx.CheckpointError`][]: a file that is not a checkpoint, or not a whole one.
+    - [`refx_eqx.CollectionError`][]: a ref has another collection than the declared one;
+    - [`refx_eqx.RefTypeError`][]: a value breaks the declared type of a ref;
+    - [`refx_eqx.ImmutableError`][]: [`refx_eqx.mutable`][] does not allow a write;
+    - [`refx_eqx.ConcurrencyError`][]: another thread changed a donated ref;
+    - [`refx_eqx.DonatedError`][]: the buffer of an array was donated, and is gone;
+    - [`refx_eqx.CheckpointError`][]: a file is not a checkpoint, or is incomplete.
     """
 
 
 class TraceLevelError(RefError, ValueError):
     """A ref was read or written inside a JAX trace that must not see it.
 
-    Pass the ref to a lifted transform, and use the ref that the function is given.
+    Pass the ref to a lifted transform, and use the ref given to the function.
 
     !!! Example
 
@@ -52,9 +53,9 @@ class TraceLevelError(RefError, ValueError):
 
 
 class StructureError(RefError, ValueError):
-    """A tree of refs does not have the structure that was asked for.
+    """A tree of refs does not have the required structure.
 
-    The message names the place, or the two places, where it differs.
+    The message names the place or places where it differs.
 
     !!! Example
 
@@ -72,9 +73,9 @@ class StructureError(RefError, ValueError):
 
 
 class CarryError(StructureError):
-    """What a function did to a tree or a ref cannot be carried out of the transform that runs
-    it: it changed a list in place, or wrote where it may only read. The function is to be
-    written otherwise.
+    """A function's change to a tree or a ref cannot be carried out of the transform that
+    runs it: it changed a list in place, or wrote where it may only read. Rewrite the
+    function.
 
     !!! Example
 
@@ -104,9 +105,8 @@ class CarryError(StructureError):
 
 
 class MismatchError(StructureError):
-    """Two things that belong together do not fit: a tree and the axes, the gradients or the
-    state that are for it; what a step was given and what it returns; two branches. One of the
-    two is to be corrected.
+    """Two things that belong together do not match: a tree and its axes, gradients or
+    state; the input and output of a step; two branches. Correct one of the two.
 
     !!! Example
 
@@ -125,7 +125,7 @@ class MismatchError(StructureError):
 
 
 class CollectionError(RefError, ValueError):
-    """A ref belongs to another collection than the one declared.
+    """A ref has another collection than the declared one.
 
     !!! Example
 
@@ -139,15 +139,15 @@ class CollectionError(RefError, ValueError):
         try:
             Scale(mean)  # shares the ref
         except rx.CollectionError:
-            scale = Scale(mean.value)  # makes one of its own
+            scale = Scale(mean.value)  # makes a new one
         assert scale.by.collection == "params"
         ```
     """
 
 
 class RefTypeError(RefError, TypeError):
-    """A value does not have the type that its ref declares; or a ref was used as if it were
-    the value that it holds.
+    """A value does not have the declared type of its ref, or a ref was used as if it were
+    its value.
 
     !!! Example
 
@@ -202,10 +202,10 @@ class ConcurrencyError(RefError, RuntimeError):
 
 
 class DonatedError(RefError, RuntimeError):
-    """An array whose buffer is gone: it was donated to a call, or deleted.
+    """The buffer of an array is gone: it was donated to a call, or deleted.
 
-    A call of [`refx_eqx.filter_jit`][] with `donate=` takes no buffer of a ref that
-    something else holds, so it was another library's call, or `.delete()`.
+    [`refx_eqx.filter_jit`][] with `donate=` does not donate a ref's buffer that is also
+    held elsewhere, so the cause is a call of another library, or `.delete()`.
 
     !!! Example
 
@@ -229,7 +229,7 @@ class DonatedError(RefError, RuntimeError):
 
 
 class CheckpointError(RefError, ValueError):
-    """A file could not be read as a checkpoint: it is cut off, of another format, or of a
+    """A file could not be read as a checkpoint: it is truncated, or has another format or a
     newer version. Nothing was loaded.
 
     !!! Example
@@ -252,7 +252,7 @@ class CheckpointError(RefError, ValueError):
     """
 
 
-# In a traceback an error shows where it is imported from, not where it is written.
+# Tracebacks show where an error is imported from, not where it is defined.
 for _error in (
     RefError,
     *RefError.__subclasses__(),
@@ -262,8 +262,8 @@ for _error in (
 
 
 def describe(ref: Any) -> str:
-    """How every message refers to a ref, or to a node that stands for one:
-    `` `Linear.weight` (collection 'params')``."""
+    """How every message refers to a ref, or to its node: `` `Linear.weight` (collection
+    'params')``."""
     return describe_named(ref._name, ref._collection)
 
 
@@ -281,11 +281,11 @@ def name_of(fn: Any) -> str:
 
 
 def check_hashable(what: str, **given: Any) -> None:
-    """That what names a ref, or its place, can be a part of a key.
+    """Checks that a name, or a place, can be part of a key.
 
     **Raises:**
 
-    - `TypeError`: if not.
+    - `TypeError`: if it is not hashable.
     """
     try:
         hash(tuple(given.values()))

@@ -1,6 +1,6 @@
-"""All that is used of the inside of JAX, which has no public name for it.
+"""Everything used from the internals of JAX that has no public name.
 
-No other file does. What a rule needs of it is in `_trace.py`.
+No other file uses them. The trace rule built on them is in `_trace.py`.
 """
 
 import os
@@ -23,11 +23,11 @@ from jax._src.tree_util import default_registry, none_leaf_registry
 __tracebackhide__ = True
 
 
-# JAX leaves the frames of these files out of a traceback: it compares by prefix, so the
-# folder of the package is enough.
+# JAX omits the frames of these files from tracebacks. It matches by prefix, so the package
+# folder is enough.
 register_exclusion(f"{pathlib.Path(__file__).parents[1]}{os.sep}")
 
-# `trace_ctx.trace` is the innermost trace that is running; `eval_trace` the bottom one.
+# `trace_ctx.trace` is the innermost running trace; `eval_trace` is the bottom one.
 trace_ctx, eval_trace = core.trace_ctx, core.eval_trace
 
 
@@ -41,9 +41,9 @@ def current_trace() -> Any:
 
 
 def current_trace_ref() -> TraceRef:
-    # No callback, so CPython hands back one weakref object per trace, however many refs.
+    # Without a callback, CPython returns the same weakref object for every ref of a trace.
     trace = trace_ctx.trace
-    # JAX 0.12 has none while it asks a primitive for the types of its results.
+    # In JAX 0.12 there is none while a primitive computes the types of its results.
     return _nowhere if trace is None else weakref.ref(trace)
 
 
@@ -62,8 +62,8 @@ def chain(trace: Any) -> Iterator[Any]:
         trace = getattr(trace, "parent_trace", None)
 
 
-# What a trace is called in a message. A trace of a kind that is not listed here (JAX adds
-# one now and then) is named by its class.
+# The name of each kind of trace in messages. A kind that is not listed (JAX adds one now
+# and then) is named by its class.
 _NAMES_OF_TRACES = {
     "DynamicJaxprTrace": "a function that JAX stages out (jit, scan, cond, while_loop, "
     "checkpoint, ...)",
@@ -89,7 +89,8 @@ def staged_equations() -> Iterator[Any]:
     frame = getattr(trace_ctx.trace, "frame", None)
     for equation in () if frame is None else frame.tracing_eqns:
         # A weak reference, whose referent is `None` if nothing holds the results; an
-        # equation with effects as it is (JAX 0.10.1 on), or in a function (JAX 0.10.0).
+        # equation with effects is stored directly (JAX 0.10.1 and later), or in a function
+        # (JAX 0.10.0).
         if callable(equation):
             equation = equation()
         if equation is not None:
@@ -99,17 +100,17 @@ def staged_equations() -> Iterator[Any]:
 def eval_jaxpr(closed: Any, arrays: list[Any]) -> list[Any]:
     """Runs a program on arrays.
 
-    As `jax.extend.core.jaxpr_as_fun`, but that one does so with `jax_debug_nans` off.
+    As `jax.extend.core.jaxpr_as_fun`, but that one turns `jax_debug_nans` off.
     """
     return core.eval_jaxpr(closed.jaxpr, closed.consts, *arrays)
 
 
 def one_by_one(jitted: Any) -> Callable[[Any], Any]:
-    """Traces as `jitted`, a function of `jax.jit`, does, and as rarely. But the operations run
-    one by one, as JAX runs those of `jax.checkpoint` outside of `jit`.
+    """Traces, and caches, like the `jax.jit` function `jitted`, but runs the operations one
+    by one, as JAX does for `jax.checkpoint` outside `jit`.
 
-    A program that is compiled as a whole gives other last bits: a product and a sum are
-    fused, say. And it takes a hundred times as long to compile.
+    A program compiled as a whole may differ in the last bits, for example by fusing a
+    product and a sum, and takes a hundred times as long to compile.
     """
 
     def run(arrays: Any) -> Any:
@@ -117,10 +118,10 @@ def one_by_one(jitted: Any) -> Callable[[Any], Any]:
             return jitted(arrays)
         traced = jitted.trace(arrays)
         closed = traced.jaxpr
-        # What the function closes over of a trace that is running comes first.
+        # Closed-over values of a running trace come first.
         given = [*traced._consts, *jax.tree.leaves(arrays)]
         given = map(_as_array, given, closed.in_avals)
-        # A result may be a constant of the program, which is no array of JAX.
+        # A result may be a constant of the program, which is not a JAX array.
         out = map(_as_array, eval_jaxpr(closed, list(given)), closed.out_avals)
         return jax.tree.unflatten(jax.tree.structure(traced.out_info), out)
 
@@ -133,10 +134,10 @@ def _as_array(x: Any, aval: Any) -> Any:
     return _convert_element_type(x, aval.dtype, aval.weak_type)
 
 
-# What checks the results of compiled programs under `jax_debug_nans` and `jax_debug_infs`
-# is a hook, which JAX sets by thread. Where JAX switches the flag off for a moment (in
-# `jnp.var`, in the batching of a jitted function, under `checkpoint`), it leaves the hook
-# off for good: seen in JAX 0.10 and 0.12. So a call of ours puts it back.
+# Under `jax_debug_nans` and `jax_debug_infs`, a per-thread hook checks the results of
+# compiled programs. Where JAX turns the flag off temporarily (in `jnp.var`, in the batching
+# of a jitted function, under `checkpoint`), it leaves the hook off for good (JAX 0.10 and
+# 0.12). So our calls restore it.
 debug_hook = api._post_hook_state.get_local
 
 
@@ -146,7 +147,7 @@ def restore_debug_hook(hook: Any) -> None:
 
 
 def is_checking_results() -> bool:
-    """Whether JAX looks for NaNs or infinities in what a program returns."""
+    """Whether JAX checks the results of programs for NaNs or infinities."""
     return config.debug_nans.value or config.debug_infs.value
 
 
@@ -155,7 +156,7 @@ def is_jit_disabled() -> bool:
 
 
 def is_concrete(x: Any) -> bool:
-    """Whether the value of `x` is known: also that of a tracer of `jvp` may be."""
+    """Whether the value of `x` is known, which it may be even for a tracer of `jvp`."""
     return core.is_concrete(x)
 
 
@@ -169,17 +170,18 @@ def is_deleted(x: Any) -> bool:
 
 
 def as_weak(x: Any) -> Any:
-    """The same array, weakly typed. JAX has no public way to make one of a given value."""
+    """The same array, weakly typed. JAX has no public way to make one from a given
+    value."""
     return _convert_element_type(x, x.dtype, weak_type=True)
 
 
 def has_tangent(x: Any) -> bool:
-    """Whether `x` depends on an input of the `jvp` that is running innermost."""
+    """Whether `x` depends on an input of the innermost running `jvp`."""
     return isinstance(x, JVPTracer) and x._trace is trace_ctx.trace
 
 
 def is_batched(x: Any) -> bool:
-    """Whether `x` differs along the axis of the vmap that is running innermost."""
+    """Whether `x` differs along the axis of the innermost running vmap."""
     return (
         isinstance(x, BatchTracer)
         and x._trace is trace_ctx.trace
@@ -188,13 +190,13 @@ def is_batched(x: Any) -> bool:
 
 
 def batch_axis(x: Any) -> int | None:
-    """The axis along which the vmap that is running innermost maps `x`."""
+    """The axis along which the innermost running vmap maps `x`."""
     return x.batch_dim if is_batched(x) else None
 
 
 def mapped_over(x: Any) -> tuple[bool, ...]:
-    """For each of the innermost vmaps that are running, from the inside out: whether `x`
-    differs along its axis."""
+    """For each innermost running vmap, from the inside out: whether `x` differs along its
+    axis."""
     over = []
     trace = trace_ctx.trace
     while isinstance(trace, BatchTrace):
@@ -206,41 +208,41 @@ def mapped_over(x: Any) -> tuple[bool, ...]:
 
 
 def varies_over(aval: Any) -> frozenset[Any]:
-    """The axes of the mesh of a running `shard_map` along which an array of this type may
+    """The mesh axes of a running `shard_map` along which an array of this type may
     differ."""
     mat = getattr(aval, "mat", None)
     return frozenset() if mat is None else mat.varying
 
 
 def split_of(aval: Any) -> tuple[Any, ...]:
-    """How the type of an array says that it is split: for each of its axes, by which axes of
-    a mesh of explicit axes. `()` if it is not."""
+    """How an array is split according to its type: for each of its axes, the explicit mesh
+    axes that split it. `()` if it is not split."""
     sharding = getattr(aval, "sharding", None)
     spec = getattr(sharding, "spec", None) or ()
     return tuple(spec) if any(axes is not None for axes in spec) else ()
 
 
 def typed_sharding(x: Any) -> Any:
-    """How `x` is split, if its type says so; else `None`, and the compiler decides."""
+    """The sharding of `x`, if its type has one; else `None`, and the compiler decides."""
     return jax.typeof(x).sharding if split_of(jax.typeof(x)) else None
 
 
 def refuse_as_array(cls: type, refuse: Callable[[Any], Any]) -> None:
-    """Makes JAX call `refuse(x)` when it meets an `x` of type `cls` as an array.
+    """Makes JAX call `refuse(x)` when an `x` of type `cls` is used as an array.
 
-    Without it JAX says that the type is "not a valid JAX type", and no more. The tables are
-    those in which JAX looks up the abstract value of each type that it knows, and, for the
-    operands of an eager operation, what makes an array of it.
+    Otherwise JAX only says that the type is "not a valid JAX type". In these tables JAX
+    looks up, for each type it knows, the abstract value and, for the operands of an eager
+    operation, the conversion to an array.
     """
     core.pytype_aval_mappings[cls] = refuse
     dtypes.canonicalize_value_handlers[cls] = refuse
 
 
-# As `jax.tree.flatten`, with `None` as a leaf; and of one node alone.
+# As `jax.tree.flatten`, with `None` as a leaf; and for one node only.
 flatten_with_none: Any = none_leaf_registry.flatten
 flatten_one_level: Any = default_registry.flatten_one_level
 
-# Public in JAX 0.12 too, though a checker does not see it exported.
+# Public in JAX 0.12 too, though type checkers do not see it exported.
 ClosedJaxpr = jax.extend.core.ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]
 
 # The class of a JAX array that is not a tracer. `type(x) is ConcreteArray` takes a tenth of

@@ -1,7 +1,7 @@
-"""What a ref is not: the array that it holds.
+"""Errors for refs that are used as if they were their values.
 
-Python's own message for `ref + 1` says that there is no `+` for a `Ref`. Ours says which ref
-it is, and how its value is read.
+Python's own message for `ref + 1` only says that `Ref` does not support `+`. Ours names the
+ref and says how to read its value.
 """
 
 import sys
@@ -14,9 +14,9 @@ from ._errors import describe, RefTypeError, TraceLevelError
 __tracebackhide__ = True
 
 
-# `hasattr(ref, "__float__")` and the like are `True` by this, as they are for a tracer of
-# JAX, whose `float` raises too. There is no `__index__`: JAX and NumPy ask whether there is
-# one to tell a dimension from an array.
+# This makes `hasattr(ref, "__float__")` and the like `True`, as for a JAX tracer, whose
+# `float` raises too. There is no `__index__`: JAX and NumPy check for one to tell a
+# dimension from an array.
 _BINARY = "add sub mul matmul truediv floordiv mod divmod pow lshift rshift and or xor"
 _UNARY = (
     "neg pos abs invert bool len int float complex round trunc floor ceil iter contains"
@@ -31,7 +31,7 @@ _SYMBOLS = {
 
 
 def refuse_to_be_a_value(cls: type) -> None:
-    """Gives the class of refs all the operators that its value has, to refuse them."""
+    """Gives the ref class every operator that a value may have, to refuse them."""
     binary = _BINARY.split()
     for name in (*binary, *_UNARY.split(), *_COMPARISONS.split()):
         setattr(cls, f"__{name}__", _refusing(name))
@@ -53,26 +53,26 @@ def misuse(ref: Any, what: str, name: str = "") -> RefTypeError:
     remedy = "read it: `ref[...]`; and write it: `ref[...] = ...`."
     if name == "bool":
         remedy = (
-            "read it: `ref[...]`; or ask whether there is a ref: `ref is not None`."
+            "read it: `ref[...]`; or test whether there is a ref: `ref is not None`."
         )
     return RefTypeError(
-        f"A ref is not the value that it holds: {what} was asked of "
-        f"{describe(ref)}. To use the value, {remedy}"
+        f"A ref is not its value: {what} was called on {describe(ref)}. To use the value, "
+        f"{remedy}"
     )
 
 
 def is_compared_by_a_library() -> bool:
-    """Whether it is JAX or Equinox that asks for `ref == x`, in a `Ref.__eq__` that asks this.
+    """Whether JAX or Equinox evaluates `ref == x`, when called from `Ref.__eq__`.
 
-    They compare any leaf with any other: the trees that are keys of their caches, and those
-    of `eqx.tree_equal`. What runs in C has the frame of who called it.
+    They compare arbitrary leaves: in trees that are cache keys, and in `eqx.tree_equal`.
+    Code that runs in C has the frame of its caller.
     """
     caller = sys._getframe(2).f_globals.get("__name__", "")
     return caller.partition(".")[0] in ("jax", "equinox")
 
 
 def missing_attribute(ref: Any, name: str) -> AttributeError:
-    """The error for an attribute that a ref has not; its value may have it."""
+    """The error for an attribute that a ref does not have, but its value may."""
     text = f"{type(ref).__name__!r} object has no attribute {name!r}"
     if not name.startswith("_") and hasattr(type(ref._value), name):
         text += f". The value of {describe(ref)} has it: read it, `ref[...].{name}`."
@@ -80,11 +80,11 @@ def missing_attribute(ref: Any, name: str) -> AttributeError:
 
 
 def not_an_array(ref: Any) -> Any:
-    """What JAX and NumPy call when they are given a ref as an array."""
+    """Called when JAX or NumPy is given a ref as an array."""
     raise TraceLevelError(
-        f"Cannot use ref as an array: {describe(ref)} was given to "
-        "JAX or NumPy as if it were one. In a computation, read it: `ref.value` or `ref[...]`. As "
-        "an argument of a transform, use the lifted one of the same name "
-        "(`rx.filter_jit`, `rx.filter_grad`, `rx.filter_vmap`, `rx.scan`, ...), or open "
-        "the tree with `rx.deref` before it and close it with `rx.reref` inside."
+        f"Cannot use ref as an array: {describe(ref)} was given to JAX or NumPy as if it "
+        "were one. In a computation, read it: `ref.value` or `ref[...]`. To pass it to a "
+        "transform, use the lifted one of the same name (`rx.filter_jit`, "
+        "`rx.filter_grad`, `rx.filter_vmap`, `rx.scan`, ...), or open the tree with "
+        "`rx.deref` before it and close it with `rx.reref` inside."
     )

@@ -1,8 +1,8 @@
 """`Value` and `Index`: the two pytree nodes that a ref becomes at a JAX boundary.
 
-What JAX carries is the derefed tree, in which each ref is a `Value` at its first place and
-an `Index` at every later one. Of a value, and of a tree, it traces the arrays; all the rest
-is static.
+JAX carries the derefed tree, in which each ref is a `Value` at its first place and an
+`Index` at every later one. It traces the arrays of a value or tree; everything else is
+static.
 """
 
 from collections.abc import Callable, Hashable, Iterable
@@ -29,10 +29,10 @@ __tracebackhide__ = True
 
 
 class Label(Ignored):
-    """What a ref says of itself that is no part of its structure: `(name, declared types)`.
+    """The attributes of a ref that are not part of its structure: `(name, declared types)`.
 
-    It rides along in the treedef of a derefed tree without being part of it: any two labels
-    are equal. (Treedefs are equal for equal structure, sharing, collections and ref types.)
+    It is stored in the treedef of a derefed tree without affecting it: any two labels are
+    equal. (Treedefs are equal for equal structure, sharing, collections and ref types.)
     """
 
     __slots__ = ()
@@ -52,7 +52,7 @@ def label_of(ref: Ref) -> Label:
 
 
 class Node:
-    """What `Value` and `Index` have in common: all that there is of a ref but its value."""
+    """The base of `Value` and `Index`: everything about a ref except its value."""
 
     __slots__ = ("collection", "index", "label", "ref_type")
 
@@ -64,7 +64,7 @@ class Node:
         self.ref_type = ref_type
         self.label = _NO_LABEL
 
-    # As a ref has them, for messages.
+    # Named as in a ref, for messages.
     _name = property(lambda self: self.label.name)
     _collection = property(lambda self: self.collection)
 
@@ -77,14 +77,15 @@ class Node:
 
 
 class Value(Node):
-    """A ref at its first place in a derefed tree: a pytree node with the value as child.
+    """A ref at its first place in a derefed tree: a pytree node with the value as its
+    child.
 
-    Made by [`refx_eqx.deref`][]. Everything but the value is structure: two treedefs are
-    equal only when `index`, `collection` and `ref_type` are.
+    Made by [`refx_eqx.deref`][]. Everything but the value is structure: treedefs are equal
+    only if `index`, `collection` and `ref_type` are.
 
     **Arguments:**
 
-    - `value`: the value of the ref. Traced as JAX traces any pytree.
+    - `value`: the value of the ref. Traced like any pytree.
     - `index`: the number of the ref in its tree. Static.
     - `collection`: the collection of the ref. Static.
     - `ref_type`: the class of the ref. Static.
@@ -185,8 +186,8 @@ def is_node(x: Any) -> "TypeIs[Value | Index]":
     return isinstance(x, Node)
 
 
-# Past `__init__`: what is in a node already is not checked again, and a label is no argument
-# of the public classes.
+# Bypasses `__init__`: the contents of a node are not checked again, and a label is not an
+# argument of the public classes.
 
 
 def value_node(
@@ -232,7 +233,7 @@ jtu.register_pytree_with_keys(
 
 
 def is_traced(leaf: Any) -> bool:
-    """Which leaves outside refs are traced: arrays, as in Equinox."""
+    """Whether a leaf outside refs is traced: arrays are, as in Equinox."""
     if type(leaf) is _jax.ConcreteArray:
         return True
     if isinstance(leaf, np.ndarray | np.generic):
@@ -241,8 +242,8 @@ def is_traced(leaf: Any) -> bool:
 
 
 def is_traced_in_ref(leaf: Any) -> bool:
-    """Which leaves of the value of a ref are traced: what JAX can trace. In a module that is
-    in it, arrays alone: see `split_value`."""
+    """Whether a leaf of the value of a ref is traced: anything JAX can trace is. In a
+    module in the value, only arrays are: see `split_value`."""
     if type(leaf) is _jax.ConcreteArray:
         return True
     if isinstance(leaf, np.ndarray | np.generic):
@@ -256,16 +257,16 @@ def is_inexact(x: Any) -> bool:
 
 
 def _is_of_numbers(x: Any) -> bool:
-    """Whether JAX has arrays of this dtype: not of objects, texts or dates."""
+    """Whether JAX has arrays of this dtype (not objects, strings or dates)."""
     return x.dtype.kind not in "OSUMm"
 
 
 def split_value(value: Any) -> tuple[Any, Any]:
-    """The value of a ref as `(arrays, statics)`, each with `None` for the other; the second
-    is `None` if there is nothing static. A channel is no part of the structure.
+    """The value of a ref as `(arrays, statics)`, each with `None` in place of the other;
+    `statics` is `None` if nothing is static. A channel is not part of the structure.
 
-    A number of Python is traced, as the state that a ref is made for. In a module it is an
-    option, as in Equinox: `eqx.nn.Dropout.inference` is asked in an `if`.
+    A Python number is traced, because refs are for state. In a module it is an option, as
+    in Equinox: `eqx.nn.Dropout.inference` is used in an `if`.
     """
     if is_traced_in_ref(value):
         return value, None
@@ -288,12 +289,12 @@ def is_module(x: Any) -> bool:
 
 
 def join_value(arrays: Any, statics: Any) -> Any:
-    """The opposite of `split_value`."""
+    """The inverse of `split_value`."""
     if statics is None:
         return arrays
     if type(arrays) is Channeled:
         return Channeled(join_value(arrays.value, statics), arrays.channel)
-    # As `eqx.combine`, without a call of Python for each leaf.
+    # As `eqx.combine`, without a Python call per leaf.
     leaves, treedef = _jax.flatten_with_none(statics)
     both = zip(treedef.flatten_up_to(arrays), leaves)
     return treedef.unflatten([x if static is None else static for x, static in both])

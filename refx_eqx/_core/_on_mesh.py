@@ -1,4 +1,4 @@
-"""Where the arrays in refs are, as far as these are on a mesh."""
+"""The shardings of the arrays in refs that are on a mesh."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -14,12 +14,12 @@ __tracebackhide__ = True
 
 
 Shardings = tuple[Any, ...]
-"""Where each array in the refs of a call is: `None` if that is one device. Empty if it is
-for all. On a mesh with explicit axes it is a part of the types of arrays, and `None` here too."""
+"""The sharding of each array in the refs of a call: `None` if it is on one device. Empty if
+all are. On a mesh with explicit axes it is part of the array types, and `None` here too."""
 
 
 def on_mesh(arrays: Iterable[Any]) -> Shardings:
-    """Where these are. An array or its shape: all else is on no mesh."""
+    """The shardings of these. Only an array or its shape can be on a mesh."""
     found = tuple(map(_on_mesh, arrays))
     return found if any(found) else ()
 
@@ -31,13 +31,13 @@ def _on_mesh(x: Any) -> Any:
     if type(sharding) is not NamedSharding:
         return None
     if sharding.memory_kind not in (None, "device"):
-        return None  # a constraint says nothing of it
+        return None  # a constraint does not apply to it
     is_auto = all(kind == AxisType.Auto for kind in sharding.mesh.axis_types)
     return sharding if is_auto else None
 
 
 def has_moved(old: Any, new: Any) -> bool:
-    """Whether a value is elsewhere than the one that it replaces."""
+    """Whether a value has another sharding than the value it replaces."""
     if type(old) is type(new) is _jax.ConcreteArray:
         before, after = old.sharding, new.sharding
         if before is after or type(before) is type(after) is SingleDeviceSharding:
@@ -47,14 +47,14 @@ def has_moved(old: Any, new: Any) -> bool:
 
 
 def put(x: Any, sharding: Any) -> Any:
-    """An array at another place, with buffers of its own: those of a ref may be donated.
+    """An array with another sharding, and its own buffers: those of a ref may be donated.
 
-    `jax.device_put` shares a buffer that is already where it belongs. (With `may_alias=False`
-    too, if an array of one device is replicated: seen in JAX 0.12.)
+    `jax.device_put` shares a buffer that is already in place. (Even with `may_alias=False`,
+    if an array on one device is replicated: seen in JAX 0.12.)
     """
     if not isinstance(x, jax.Array) or _jax.is_tracer(x):
         return jax.device_put(x, sharding)
     if x.sharding == sharding and getattr(x, "committed", False):
-        return x  # the same object, and who holds that is known
+        return x  # the same object, whose holders are known
     before, after = x.sharding.shard_shape(x.shape), sharding.shard_shape(x.shape)
     return jax.device_put(x.copy() if before == after else x, sharding)

@@ -1,7 +1,7 @@
 """`Ref`: a shared, mutable cell.
 
-A `Ref` is a *leaf*: JAX never looks inside it. So a tree of refs may hold one ref at two
-places, and the two are one parameter.
+A `Ref` is a *leaf*: JAX never looks inside it. So a tree may hold one ref at two places,
+and both are the same parameter.
 """
 
 import copy
@@ -61,13 +61,13 @@ IN_PLACE = "in place"
 class _Commits:
     """Counts the writes to refs.
 
-    - `count`: of all writes. A lifted call reads its refs, computes, and writes back: if
-        the count has not moved in between, no other thread wrote anything.
-    - `restructured`: of those that may have changed the structure of a ref that was one JAX
-        array: the new value is none, or the collection or declared type is another; or that
-        moved one over a mesh. While it has not moved, what a repeated call knows of its refs
-        still holds.
-    - `lock`: to be held for the moment of a write.
+    - `count`: the number of writes. A lifted call reads its refs, computes, and writes
+        back: if the count has not changed in between, no other thread wrote anything.
+    - `restructured`: the number of writes that may have changed the structure of a ref
+        whose value was a single JAX array (the new value is not one, or the collection or
+        declared type differs), or that moved it to another sharding. Until it changes, what
+        a repeated call knows about its refs still holds.
+    - `lock`: held during each write.
     """
 
     __slots__ = ("count", "lock", "restructured")
@@ -78,7 +78,7 @@ class _Commits:
         self.lock = threading.Lock()
 
     def store(self, updates: Iterable[tuple["Ref", Any]]) -> None:
-        """Writes values that were checked, all in one step. The lock must be held."""
+        """Writes checked values in a single step. The lock must be held."""
         refs, values, channeled, channels = [], [], [], []
         for ref, value in updates:
             if (
@@ -101,28 +101,28 @@ class _Commits:
                 )
             )
         finally:
-            # Last: who read half of this began with the old count, and will see the new
-            # one.
+            # Last: a reader that saw half of this began with the old count, and will see
+            # the new one.
             self.count += 1
 
 
-# Runs an iterator to its end that is written in C, over setters of slots, which return
-# `None`. CPython handles signals between two steps of its interpreter, and here there is
-# none: a `KeyboardInterrupt` comes before all of the writes, or after them.
+# Exhausts an iterator written in C, over slot setters, which return `None`. CPython handles
+# signals between interpreter steps, and there are none here: a `KeyboardInterrupt` comes
+# before all of the writes, or after all of them.
 one_step = any
 
 
 commits = _Commits()
 
-# Negative, so that none is the address of anything.
+# Negative, so that it is never the address of an object.
 _numbers = itertools.count(-1, -1)
 
 
 class Ref(Shared, Generic[T]):
     """A shared, mutable, typed cell: a leaf of a pytree, held by identity.
 
-    The same `Ref` at two places of a tree is one thing: what is written through one place
-    is seen at the other.
+    The same `Ref` at two places of a tree is one cell: a write through one place is seen at
+    the other.
 
     !!! Example
 
@@ -140,18 +140,18 @@ class Ref(Shared, Generic[T]):
 
     The value is any pytree without a `Ref` inside. Its array-like leaves (JAX and NumPy
     arrays; Python `bool`, `int`, `float`, `complex`) are traced by the lifted transforms,
-    and everything else is static. In an Equinox module that is in the value, Python numbers
-    are static too, as in Equinox: `inference` of an `eqx.nn.Dropout` is no state.
+    and everything else is static. In an Equinox module inside the value, Python numbers are
+    static too, as in Equinox: `inference` of an `eqx.nn.Dropout` is not state.
 
-    A ref belongs to the JAX trace that it was created in. It may be written only there,
-    and read there and under `vmap`; anything else is a
-    [`refx_eqx.TraceLevelError`][], because the result would be silently stale.
+    A ref belongs to the JAX trace it was created in. It may be written only there, and read
+    there and under `vmap`; anything else raises a [`refx_eqx.TraceLevelError`][], because
+    the result would be silently stale.
 
-    Refs are equal when they are the same ref. The ref that a lifted transform hands to its
-    function *is* the ref outside, in this sense, though it is another object: so a set, a
-    dict or a predicate over refs that was made outside means the same inside. Ask by `==`,
-    `in` or a look-up, never by `is` or `id`. A program that asks is used for no refs of
-    which the answer would be another.
+    Refs are equal when they are the same ref. In this sense the ref that a lifted transform
+    passes to its function *is* the outer ref, though it is another object: so a set, dict
+    or predicate over refs that was made outside means the same inside. Use `==`, `in` or a
+    look-up, never `is` or `id`. A program that compares refs is never used for refs that
+    would compare differently.
 
     `copy.deepcopy` and `pickle` keep the sharing within what they copy. Subclasses survive
     `deref` and `reref`, but only their type does: a subclass may add methods, not attributes.
@@ -159,7 +159,7 @@ class Ref(Shared, Generic[T]):
     **Arguments:**
 
     - `value`: the initial value.
-    - `collection`: what the ref is for, such as `"params"`. Any hashable, or `None`.
+    - `collection`: the purpose of the ref, such as `"params"`. Any hashable, or `None`.
 
     **Raises:**
 
@@ -167,10 +167,10 @@ class Ref(Shared, Generic[T]):
 
     When it is read or written:
 
-    - `TraceLevelError`: in a trace where it may not be.
+    - `TraceLevelError`: if the current trace does not allow it.
     - `ImmutableError`: if it is written where [`refx_eqx.mutable`][] forbids it.
-    - `RefTypeError`: if what is written breaks the declared type, or is a part of a value
-        that is no array.
+    - `RefTypeError`: if the new value breaks the declared type, or if an index is assigned
+        to a value that is not an array.
     """
 
     __slots__ = (
@@ -191,22 +191,22 @@ class Ref(Shared, Generic[T]):
     _value: Any
     _collection: Hashable
     _name: str | None
-    # Which ref it is, for the plans of `filter_jit`: no other had this number, or will.
+    # Identifies the ref, for the plans of `filter_jit`: no other ref ever has this number.
     _number: int
-    # What a backward rule writes the ref by, if it may. See `_engine/_backward.py`.
+    # How a backward rule writes the ref, if it may. See `_engine/_backward.py`.
     _channel: Any
-    # For an inner ref: the body that it was made for, and the ref that it stands for there
-    # (`None` if that is not known: in a rule that JAX runs after the call).
+    # For an inner ref: the body it was made for, and the ref it stands for there (`None` if
+    # unknown: in a rule that JAX runs after the call).
     _body: Body | None
     _outer: "Ref | None"
-    # Whether this very ref was hashed, and so may be in a set or a dict.
+    # Whether this ref itself was hashed, and so may be in a set or a dict.
     _hashed: bool
-    # The types that the fields which hold the ref declare of it, with their names bound.
+    # The types declared by the fields that hold the ref, with their names bound.
     _declared: tuple[Any, ...] | None
     _trace: Any
-    # Whether it was assigned since it was made: so a body is seen to write it, even if what
-    # it writes is what was there. (What a plan writes it does not say: none runs in a body.)
-    # `IN_PLACE` if only something in its value was changed, by a transform inside the body.
+    # Whether it was assigned since it was made: this shows that a body writes it, even with
+    # an equal value. (Writes by a plan are not noted: none runs in a body.) `IN_PLACE` if
+    # only something in its value was changed, by a transform inside the body.
     _written: "bool | str"
 
     def __init__(self, value: T, collection: Hashable = None):
@@ -223,17 +223,17 @@ class Ref(Shared, Generic[T]):
     if TYPE_CHECKING:
         __iter__ = None  # else `__getitem__` alone would make it iterable
 
-        # A field annotated `Ref[T]` is a descriptor in the eyes of a type checker: it
-        # reads as the ref, and accepts a value or a ref. At run time there is no such
-        # descriptor; the field machinery wraps the value.
+        # To a type checker, a field annotated `Ref[T]` is a descriptor: it reads as the
+        # ref, and accepts a value or a ref. At run time there is no such descriptor; the
+        # field machinery wraps the value.
         def __get__(self, instance: Any, owner: Any = None, /) -> Self: ...
-        # `None` is for `Param[...] | None`: pyright asks `__set__` of each member of the
-        # union to take the whole value. And mypy takes `Self` for the class of the field.
+        # `None` is for `Param[...] | None`: pyright requires `__set__` of each union member
+        # to accept the whole value. And mypy takes `Self` for the class of the field.
         def __set__(self, instance: Any, value: "T | Ref[T] | None", /) -> None: ...
 
     @property
     def value(self) -> T:
-        """The present value."""
+        """The current value."""
         if not _trace.is_at_home(self._trace):
             check_readable(self)
         value: Any = self._value
@@ -272,8 +272,7 @@ class Ref(Shared, Generic[T]):
             old: Any = self.value
             if not eqx.is_array_like(old):
                 raise RefTypeError(
-                    f"`ref[i] = x` sets a part of an array, and "
-                    f"{describe(self)} holds a "
+                    f"`ref[i] = x` sets part of an array, but {describe(self)} holds a "
                     f"{type(old).__name__}. Change it in place, `ref.value[i] = x`, or "
                     "write a new one, `ref.value = ...`."
                 )
@@ -283,7 +282,7 @@ class Ref(Shared, Generic[T]):
 
     @property
     def collection(self) -> Hashable:
-        """What the ref is for, such as `"params"`."""
+        """The purpose of the ref, such as `"params"`."""
         return self._collection
 
     @property
@@ -312,7 +311,7 @@ class Ref(Shared, Generic[T]):
         return jnp.size(_array_like(self))
 
     def block_until_ready(self) -> Self:
-        """Waits until the value is computed. So `jax.block_until_ready(model)` waits."""
+        """Waits until the value is computed. `jax.block_until_ready(model)` calls it."""
         jax.block_until_ready(self.value)
         return self
 
@@ -328,7 +327,7 @@ class Ref(Shared, Generic[T]):
     def __hash__(self) -> int:
         if not self._hashed:
             self._hashed = True
-            # A plan may be for refs that are in no set and no dict.
+            # A plan may depend on its refs not being in a set or dict.
             commits.restructured += 1
         return object.__hash__(outermost(self))
 
@@ -337,7 +336,7 @@ class Ref(Shared, Generic[T]):
         def __getattr__(self, name: str) -> Any:
             own = getattr(type(self), name, None)
             if isinstance(own, property) and own.fget is not None:
-                return own.fget(self)  # Python asks here once more if that raised
+                return own.fget(self)  # called again if the property itself raised
             raise missing_attribute(self, name)
 
     def __copy__(self) -> Self:
@@ -356,8 +355,8 @@ class Ref(Shared, Generic[T]):
         not_an_array(self)
 
     def __jax_array__(self) -> Any:
-        # Without it `eqx.tree_serialise_leaves` leaves a ref out, and says nothing. JAX
-        # refuses what it gets; Equinox asks this of every field that is `init=False`.
+        # Without it `eqx.tree_serialise_leaves` silently omits a ref. JAX refuses the
+        # result; Equinox calls this for every field with `init=False`.
         return self
 
     def __repr__(self) -> str:
@@ -370,8 +369,8 @@ class Ref(Shared, Generic[T]):
         return subtree_renderer(drawn, path=path)
 
     def __pdoc__(self, **kwargs: Any):
-        # The hook of `eqx.tree_pformat`. It shows the cell itself, without the trace
-        # rule: a message about a ref that may not be read has to print it.
+        # The hook of `eqx.tree_pformat`. It bypasses the trace rule, because a message
+        # about an unreadable ref has to print it.
         import wadler_lindig as wl
 
         docs = [wl.pdoc(self._value, **kwargs)]
@@ -390,8 +389,8 @@ class Ref(Shared, Generic[T]):
 
 
 class _Drawn:
-    """What treescope is shown of a ref. It marks what it meets twice as one object, unless
-    that has an `__eq__` and a `__hash__`, as a `Ref` has: then it takes it for immutable."""
+    """What treescope renders for a ref. It marks repeated objects as shared, unless they
+    have an `__eq__` and a `__hash__`, as a `Ref` does: those it takes to be immutable."""
 
     __slots__ = ("__weakref__", "_ref")
 
@@ -457,11 +456,11 @@ jtu.register_pytree_node(
 
 
 def content(ref: Ref) -> Any:
-    """What a transform carries of a ref: its value, with the channel if there is one."""
+    """What a transform carries for a ref: its value, with the channel if there is one."""
     return ref._value if ref._channel is None else Channeled(ref._value, ref._channel)
 
 
-# Past the `__setattr__` of a subclass, which might raise between two refs of one call.
+# Bypasses the `__setattr__` of a subclass, which might raise between two refs of one call.
 set_value = Ref.__dict__["_value"].__set__
 _set_channel = Ref.__dict__["_channel"].__set__
 _set_written = Ref.__dict__["_written"].__set__
@@ -479,15 +478,13 @@ def _array_like(ref: Ref) -> Any:
     value = ref.value
     if not eqx.is_array_like(value) and not hasattr(value, "dtype"):
         raise AttributeError(
-            f"{describe(ref)} holds {type(value).__name__}, which "
-            "has no shape and no dtype."
+            f"{describe(ref)} holds {type(value).__name__}, which has no shape or dtype."
         )
     return value
 
 
 def declare(ref: Ref, bound: Any) -> None:
-    """From now on `ref` is held to this type too: each of the fields that share a ref
-    declares one."""
+    """Adds a declared type to `ref`: each field that shares a ref declares one."""
     known = ref._declared or ()
     if bound not in known:
         others = tuple(x for x in known if x.declared is not bound.declared)
@@ -502,10 +499,10 @@ def make_ref(
     name: str | None,
     declared: tuple[Any, ...] | None,
 ) -> _R:
-    """A new ref, owned by the running trace, whose value is not checked.
+    """A new ref that belongs to the current trace. Its value is not checked.
 
-    JAX rebuilds trees with leaves of its own choice (`None`, `True`, `object()`, a
-    `ShapeDtypeStruct`), so the inside the library must be able to hold anything.
+    JAX rebuilds trees with placeholder leaves (`None`, `True`, `object()`, a
+    `ShapeDtypeStruct`), so a ref made by the library must be able to hold anything.
     """
     ref = object.__new__(ref_type)
     ref._channel = ref._body = ref._outer = None
@@ -520,11 +517,11 @@ def make_ref(
 
 
 def check_no_attributes(ref: Ref) -> None:
-    """A copy of a ref, and the ref inside a transform, have no attributes of a subclass.
+    """Refuses attributes of a subclass, which copies and inner refs would lose.
 
     **Raises:**
 
-    - `StructureError`: if there is one, which would be dropped.
+    - `StructureError`: if there is one.
     """
     own = dict(getattr(ref, "__dict__", ()))
     for cls in type(ref).__mro__[: type(ref).__mro__.index(Ref)]:
@@ -535,14 +532,14 @@ def check_no_attributes(ref: Ref) -> None:
     if own:
         raise StructureError(
             f"Cannot carry the attribute `{next(iter(own))}` of a {type(ref).__name__}, "
-            f"{describe(ref)}: a subclass of `rx.Ref` may add "
-            "methods, and its type is kept, but nothing else of it. Put what it is into the "
-            "value, or into a module that has the ref; what all have, into the class."
+            f"{describe(ref)}: a subclass of `rx.Ref` may only add methods: its type is "
+            "kept, but not its attributes. Put the attribute into the value, or into a "
+            "module that has the ref; one common to all refs, into the class."
         )
 
 
 def like(ref: _R, value: Any) -> _R:
-    """A new ref that differs from `ref` by its value alone."""
+    """A new ref that differs from `ref` only in its value."""
     check_no_attributes(ref)
     return make_ref(type(ref), value, ref._collection, ref._name, ref._declared)
 

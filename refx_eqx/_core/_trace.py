@@ -1,8 +1,8 @@
 """Which JAX trace is running, and may this ref be read or written here?
 
 JAX runs a Python function under a *trace*: the bottom one evaluates, a `jit`, `scan` or
-`cond` stages a program, a `vmap` batches, a `grad` linearizes. Each trace knows the one
-it was opened in, so the traces that are running form a chain, innermost first:
+`cond` stages a program, a `vmap` batches, a `grad` linearizes. Each trace knows the one it
+was opened in, so the running traces form a chain, innermost first:
 
     DynamicJaxprTrace (scan)  ->  LinearizeTrace (grad)  ->  EvalTrace
 
@@ -10,14 +10,14 @@ Every ref belongs to the trace it was created in. The rules are:
 
 1. A ref may be written only in its own trace, and only with a value that is alive there.
 2. A ref may be read in its own trace; and from an inner one if every trace on the way is
-   *transparent*: a `vmap`, or one that a lifted transform of ours opened and that does
-   not cache its body.
+    *transparent*: a `vmap`, or a trace opened by one of our lifted transforms that does not
+    cache its body.
 3. Inside the body of a lifted transform, a ref that the transform carries has an inner
    name. Its outer name may not be touched there: the two would disagree.
 
-Why rule 2 is so strict: JAX caches the traced body of a staged transform by the identity
-of the function. A body that read a mutable ref would be silently stale when it runs again
-after a write. Plain `jax.grad` is refused because no gradient would flow to the ref.
+Why rule 2 is so strict: JAX caches the traced body of a staged transform by the identity of
+the function. A body that reads a mutable ref would be silently stale when run again after a
+write. Plain `jax.grad` is refused because no gradient would flow to the ref.
 """
 
 import contextvars
@@ -50,8 +50,8 @@ T = TypeVar("T")
 class Body:
     """One body of a lifted transform, on one thread.
 
-    - `depth`: the number of bodies that it runs in, itself included;
-    - `asked`: what it asked of the identity of the refs that it carries, by their ids. See
+    - `depth`: the number of bodies it runs in, including itself;
+    - `asked`: what it asked about the identity of its refs, by their ids. See
         `_identity.py`.
     """
 
@@ -83,9 +83,9 @@ class Body:
 
 
 class ThreadState:
-    """What this library keeps of one thread.
+    """The per-thread state of this library.
 
-    - `bodies`: the bodies of lifted transforms that run, outermost first;
+    - `bodies`: the running bodies of lifted transforms, outermost first;
     - `calls`: the opened calls whose transformed function is being dispatched.
     """
 
@@ -97,8 +97,7 @@ class ThreadState:
 
 
 class _Thread(threading.local):
-    # An object in one attribute, because it is the attributes of a `threading.local` that
-    # take time.
+    # One object in one attribute, because attribute access on a `threading.local` is slow.
     def __init__(self):
         self.state = ThreadState()
 
@@ -106,18 +105,18 @@ class _Thread(threading.local):
 thread = _Thread()
 
 # What may be written: `(predicate on a ref, where this is and what to do)`. A context
-# variable, because an `asyncio` task has its own. (A thread begins with none.)
+# variable, because an `asyncio` task has its own. (A thread starts without any.)
 guards: contextvars.ContextVar[tuple[Any, ...]]
 guards = contextvars.ContextVar("refx_eqx guards", default=())
 
 
 class pushed:
-    """Puts something on a list of the running thread, for the length of a `with` block.
+    """Pushes an item on a list of the current thread, for the duration of a `with` block.
 
     A class and not a generator: a signal may come just before the block is entered or after
-    it is left, and a generator that is abandoned then takes off, when it is collected at
-    last, whatever is on the list by then. What such a signal leaves on it, the function that
-    it was in takes off: see `tidying`.
+    it is left, and an abandoned generator would, when it is finally collected, pop whatever
+    is on the list by then. An item left by such a signal is removed by the enclosing
+    function: see `tidying`.
     """
 
     __slots__ = ("_depth", "_list", "item")
@@ -136,7 +135,7 @@ class pushed:
 
 
 def tidying(fn: Callable[P, T]) -> Callable[P, T]:
-    """`fn`, which leaves no body and no call on the lists of its thread, whatever comes."""
+    """Wraps `fn` so that it never leaves a body or call on the lists of its thread."""
 
     @functools.wraps(fn)
     def tidied(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -145,7 +144,7 @@ def tidying(fn: Callable[P, T]) -> Callable[P, T]:
         try:
             return fn(*args, **kwargs)
         finally:
-            # Without a call: CPython lets no signal in before these two.
+            # Without a call, so CPython handles no signal before these two.
             del state.bodies[bodies:]
             del state.calls[calls:]
 
@@ -157,11 +156,11 @@ class running_body(pushed):
 
     **Arguments:**
 
-    - `name`: of the transform, for messages.
+    - `name`: the name of the transform, for messages.
     - `carried`: the outer refs for which the body has inner ones.
     - `outer_trace`: the trace in which the transform was called.
     - `transparent`: whether refs that are not carried may be read from the body.
-    - `asked`: where to note what it asks of the identity of the refs.
+    - `asked`: where to note what it asks about the identity of the refs.
     """
 
     __slots__ = ("_hook",)
@@ -179,7 +178,7 @@ class running_body(pushed):
             if trace is outer_trace:
                 break
             opened.append(trace)
-        # Compare refs by identity: a subclass is free to define its own equality.
+        # Compares refs by identity: a subclass may define its own equality.
         by_id = {id(ref): ref for ref in carried}
         body = Body(name, by_id, transparent, opened, asked)
         super().__init__(thread.state.bodies, body)
@@ -187,7 +186,7 @@ class running_body(pushed):
 
     def __exit__(self, *_: Any) -> None:
         super().__exit__()
-        # Who keeps an inner ref keeps its body: not what that was about.
+        # An inner ref that is kept keeps its body alive, but not the refs of the body.
         body = self.item
         body.running = False
         body.opened.clear()
@@ -208,13 +207,13 @@ def _where_it_runs(trace: Any) -> str:
 
 
 _ENDED = (
-    "it was created inside a transform that has since ended, so its value is gone. "
-    "Return the ref from the transformed function instead of keeping it elsewhere; and "
-    "use the lifted transform (`rx.filter_vmap`, `rx.filter_jit`, ...): those of JAX and "
+    "it was created inside a transform that has since ended, so its value is gone. Return "
+    "the ref from the transformed function instead of keeping it elsewhere; and use the "
+    "lifted transform (`rx.filter_vmap`, `rx.filter_jit`, ...): the transforms of JAX and "
     "Equinox do not carry refs out."
 )
-# JAX does not mark a staged trace as ended, so this is also what a leaked ref hears; and
-# the trace of a `custom_vjp` that is being staged out does not say what it was opened in.
+# JAX does not mark a staged trace as ended, so a leaked ref gets this message too; and the
+# trace of a `custom_vjp` that is being staged out does not know its parent.
 _UNRELATED = (
     "it belongs to a trace that is not active here. If that trace has ended, return "
     "the ref from the transformed function instead of keeping it elsewhere; if it is still "
@@ -243,11 +242,11 @@ def why_not_readable(ref: Any, owner: TraceRef) -> str | None:
                 )
         elif not body.transparent:
             return (
-                f"it is used inside the body of `{body.name}`, but was not passed in: "
-                "what a function reaches through a global name, a class, a static field, an "
-                "attribute of a function or a plain Python object (`self`) is not carried. "
-                "Pass the ref, or the module that holds it, as an argument. A plain object "
-                "is no pytree: make it an `rx.Module`, or pass what it holds."
+                f"it is used inside the body of `{body.name}`, but was not passed in: refs "
+                "reached through a global name, a class, a static field, an attribute of "
+                "a function or a plain Python object (`self`) are not carried. Pass the "
+                "ref, or the module that holds it, as an argument. A plain object is not "
+                "a pytree: make it an `rx.Module`, or pass its contents."
             )
     return _UNRELATED
 
@@ -261,9 +260,10 @@ def why_not_writable(ref: Any, owner: TraceRef) -> str | None:
     if owner() is current:
         return None
     return (
-        f"it is written inside {_where_it_runs(current)}, and was created outside. Pass the ref, or "
-        "the module that holds it, as an argument to a lifted transform of `refx_eqx` "
-        "(`rx.filter_jit`, `rx.filter_grad`, `rx.filter_vmap`, ...), which writes it back."
+        f"it is written inside {_where_it_runs(current)}, but was created outside. Pass "
+        "the ref, or the module that holds it, as an argument to a lifted transform of "
+        "`refx_eqx` (`rx.filter_jit`, `rx.filter_grad`, `rx.filter_vmap`, ...), which "
+        "writes it back."
     )
 
 
@@ -272,24 +272,24 @@ def _why_out_of_reach(ref: Any, owner: TraceRef) -> str | None:
     body = ref._body
     if body is not None and not body.running:
         return (
-            f"`{body.name}` handed it to its function, which has returned, so its value is gone. "
-            "Return the ref from that function instead of keeping it elsewhere; and give "
-            "a callback the value: `jax.debug.callback(fn, ref.value)`."
+            f"`{body.name}` passed it to its function, which has returned, so its value is "
+            "gone. Return the ref from that function instead of keeping it elsewhere; and "
+            "give a callback the value: `jax.debug.callback(fn, ref.value)`."
         )
     for body in reversed(thread.state.bodies):
         if id(ref) in body.carried:
             return (
-                f"`{body.name}` carries this ref: inside its function there is an inner "
-                "ref for it, and this is the outer one, whose value does not follow. Use "
-                f"the ref that `{body.name}` hands to the function, not the outer name."
+                f"`{body.name}` carries this ref: its function has an inner ref for it, "
+                "but this is the outer one, whose value is not updated. Use the ref that "
+                f"`{body.name}` passes to the function, not the outer name."
             )
     owner_trace = owner()
     if owner_trace is trace_ctx.trace:
         return None
     if owner_trace is None or not owner_trace.is_valid():
         return _ENDED
-    # The bottom trace always runs, also under one that does not say in which it was opened
-    # (that of an eager `shard_map`).
+    # The bottom trace always runs, even under a trace that does not know its parent (that
+    # of an eager `shard_map`).
     running = [*chain(trace_ctx.trace), eval_trace]
     if all(trace is not owner_trace for trace in running):
         return _UNRELATED
@@ -297,8 +297,8 @@ def _why_out_of_reach(ref: Any, owner: TraceRef) -> str | None:
 
 
 def undisturbed_state() -> ThreadState | None:
-    """The state of this thread if nothing is going on in it: no transform, no body of a
-    lifted one, no `mutable`. Else `None`."""
+    """The state of this thread if it is idle: no transform, no lifted body, no `mutable`.
+    Else `None`."""
     state = thread.state
     if trace_ctx.trace is eval_trace and not state.bodies and not guards.get():
         return state
@@ -306,7 +306,7 @@ def undisturbed_state() -> ThreadState | None:
 
 
 def is_at_home(owner: TraceRef) -> bool:
-    """The common case, decided quickly: `owner` runs, and no lifted body does."""
+    """The common case, decided quickly: `owner` is running, and no lifted body is."""
     return owner() is trace_ctx.trace and not thread.state.bodies
 
 
@@ -317,7 +317,7 @@ def outlives(owner: TraceRef, trace: TraceRef) -> bool:
 
 
 def is_inner(owner: TraceRef) -> bool:
-    """Whether `owner` is a trace that a lifted transform of ours opened, and runs."""
+    """Whether `owner` is a running trace opened by one of our lifted transforms."""
     return _body_of(owner()) is not None
 
 
