@@ -554,3 +554,23 @@ def test_a_key_that_matches_nothing():
     assert rx.filter_vmap(total, in_axes=(both,))(model).shape == (3,)
     with pytest.raises(rx.StructureError, match=r"rx\.axes\(parms=0\) does not say"):
         rx.filter_vmap(total, in_axes=(rx.axes(parms=0),))(model)
+
+
+def test_what_is_no_array_needs_no_axis():
+    model = (rx.Ref(jnp.arange(3.0), "params"), "a text")
+    f = rx.filter_vmap(lambda m: m[0].value * len(m[1]), in_axes=(rx.axes(params=0),))
+    assert f(model).tolist() == [0.0, 6.0, 12.0]
+
+
+def test_a_stack_keeps_its_size_and_may_hold_another_number_of_arrays():
+    class Sums(rx.Module):
+        sums: rx.Ref[tuple[Float[Array, ""], ...]]
+
+    stack = rx.filter_vmap(lambda x: Sums((x,)))(jnp.arange(4.0))
+    for n in (3, 1, 2):
+        stack.sums.value = (jnp.ones(4),) * n
+    stack.sums.value = ()
+    stack.sums.value = (jnp.ones(4), jnp.ones(4))
+    with pytest.raises(rx.RefTypeError, match=r"stack are \(4,\) and \(5,\) instead"):
+        stack.sums.value = (jnp.ones(4), jnp.ones(5))
+    assert len(stack.sums.value) == 2

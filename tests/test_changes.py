@@ -326,3 +326,13 @@ def test_functionalize_takes_a_state():
     out, updates = rx.functionalize(forward)(net, state, BATCH)
     assert eqx.tree_equal(out, forward(net, state, BATCH))
     assert jax.tree.leaves(updates) == []
+
+
+@pytest.mark.parametrize("transform", [rx.filter_jit, rx.filter_checkpoint])
+def test_a_key_that_is_renamed_in_the_value_of_a_ref(transform):
+    def rename(ref):
+        ref.value["b"] = ref.value.pop("a")
+
+    ref = rx.Ref({"a": ONE})
+    transform(rename)(ref)
+    assert ref.value == {"b": 1.0}

@@ -724,3 +724,40 @@ def test_a_rule_may_not_reach_a_ref_that_it_is_not_given(wrap):
 
     with pytest.raises(rx.TraceLevelError, match="'state'.*was not passed in"):
         wrap(rx.filter_grad(f))(jnp.array(1.0))
+
+
+def test_a_rule_of_a_class_is_had_from_the_class():
+    class Scale(rx.Module):
+        by: rx.Param[jax.Array]
+
+        @rx.filter_custom_jvp
+        def __call__(self, x):
+            return self.by.value * x
+
+    @Scale.__call__.def_jvp
+    def _(primals, tangents):
+        scale, x = primals
+        return scale(x), 10 * tangents[1]
+
+    scale = Scale(jnp.array(2.0))
+    assert Scale.__call__(scale, jnp.array(3.0)) == 6.0
+    assert rx.filter_grad(lambda x: scale(x))(jnp.array(3.0)) == 10.0
+
+
+def test_a_backward_write_beside_an_array_without_elements():
+    @rx.filter_custom_vjp
+    def f(x, empty, count):
+        return 2.0 * x + jnp.sum(empty)
+
+    @f.def_fwd
+    def _(perturbed, x, empty, count):
+        return f(x, empty, count), None
+
+    @f.def_bwd
+    def _(residuals, grad, perturbed, x, empty, count):
+        count.value += grad
+        return 2.0 * grad
+
+    count = rx.Ref(jnp.array(0.0))
+    grad = rx.filter_grad(f)(jnp.array(1.0), jnp.zeros(0), count)
+    assert grad == 2.0 and count.value == 1.0

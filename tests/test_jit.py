@@ -3,6 +3,7 @@
 # What is wrong on purpose here, or made at run time, is wrong to a static checker too.
 # pyright: reportAttributeAccessIssue=false
 
+import dataclasses
 import functools
 import time
 from pathlib import Path
@@ -831,3 +832,28 @@ def test_a_traceback_shows_the_code_of_the_user():
         "nested",
         "body",
     ]
+
+
+def test_a_result_may_have_no_hash(trace_counter):
+    f = trace_counter(lambda x: ({1, 2}, x))
+    step = rx.filter_jit(f)
+    for i in range(4):
+        assert step(jnp.array(i)) == ({1, 2}, i)
+    assert f.counter.count == 1
+
+
+def test_an_argument_without_a_hash_is_named():
+    @dataclasses.dataclass
+    class Settings:
+        size: int
+
+    @dataclasses.dataclass(frozen=True)
+    class Frozen:
+        size: int
+
+    f = rx.filter_jit(lambda settings: jnp.zeros(settings.size))
+    with pytest.raises(
+        TypeError, match=r"\(argument 0\): a Settings .* Make it hashable"
+    ):
+        f(Settings(2))
+    assert f(Frozen(2)).shape == (2,)

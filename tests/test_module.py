@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import functools
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -393,3 +393,30 @@ def test_a_module_made_inside_a_lifted_transform_has_refs_that_live_outside():
     assert jnp.allclose(linear.weight.value, make_linear().weight.value)
     linear.weight.value = jnp.zeros((2, 3))
     assert linear.weight.name == "Linear.weight"
+
+
+def test_a_named_tuple_stays_one_where_a_tuple_of_refs_is_declared():
+    class Ends(NamedTuple):
+        first: Any
+        last: Any
+
+    class Line(rx.Module):
+        ends: tuple[rx.Param[Array], rx.Param[Array]]
+
+    line = Line(Ends(jnp.zeros(2), jnp.ones(2)))
+    assert isinstance(line.ends, Ends)
+    assert line.ends.last.name == "Line.ends[1]" and line.ends.last[0] == 1.0
+
+
+def test_items_of_a_container_may_be_left_out_or_be_no_refs():
+    class Layers(rx.Module):
+        layers: tuple[rx.Param[Array] | None, int, rx.Param[Array]]
+        more: list[rx.Param[Array]] | None = None
+
+    # A static checker knows only that a whole field takes values.
+    make: Any = Layers
+    layers = make((None, 3, jnp.ones(2)))
+    assert layers.layers[:2] == (None, 3) and layers.more is None
+    assert isinstance(layers.layers[2], rx.Ref)
+    (more,) = make((None, 3, jnp.ones(2)), [jnp.ones(2)]).more
+    assert more.collection == "params"

@@ -857,3 +857,16 @@ def test_an_update_that_would_broadcast_what_it_is_added_to_is_refused():
     assert model["a"].shape == (1,)
     rx.apply_updates(model, {"a": jnp.ones(1)})
     assert model["a"].value.tolist() == [2.0]
+
+
+def test_what_is_no_array_in_the_state_may_be_another_object_that_is_equal():
+    def update(grads, state, params):
+        _, count = state
+        return grads, ("".join(["ad", "am"]), count + 1)
+
+    model = {"w": rx.Ref(jnp.array(1.0), "params")}
+    tx = optax.GradientTransformation(lambda _: ("adam", jnp.array(0)), update)
+    optimizer = rx.Optimizer(model, tx)
+    for _ in range(2):
+        optimizer.update(model, rx.deref(model))
+    assert rx.snapshot(optimizer.opt_state) == ("adam", 2)

@@ -10,6 +10,7 @@ import pytest
 from jaxtyping import Array, Float
 
 import refx_eqx as rx
+from refx_eqx._engine import _fast_path
 
 
 class Box:
@@ -189,3 +190,32 @@ def test_a_variable_that_a_function_inside_of_the_function_rebinds(trace_counter
     for _ in range(4):
         assert step(scale, jnp.array(1.0)) == 2.0
     assert f.counter.count == count == 1
+
+
+def test_what_changes_at_each_call_is_planned_a_bounded_number_of_times(monkeypatch):
+    made = []
+    make_plan = _fast_path.make_plan
+
+    def counted(*args):
+        made.append(args)
+        return make_plan(*args)
+
+    monkeypatch.setattr(_fast_path, "make_plan", counted)
+    monkeypatch.setattr(_fast_path, "_MAX_REMADE", 3)
+    step = rx.filter_jit(lambda holder: holder.ref.value * holder.held[0])
+    holder = Holder([0.0, 1.0], rx.Ref(jnp.array(2.0)))
+    for _ in range(6):
+        assert step(holder) == 0.0
+    assert len(made) == 1
+    for i in range(12):
+        holder.held[0] = jnp.array(float(i))
+        assert step(holder) == 2.0 * i
+    assert 1 < len(made) <= 3
+
+
+def test_a_shape_is_a_static_argument():
+    step = rx.filter_jit(lambda shape, ref: ref.value.reshape(shape.shape))
+    ref = rx.Ref(jnp.arange(4.0))
+    for shape in [(2, 2), (2, 2), (4, 1), (2, 2)]:
+        out = step(jax.ShapeDtypeStruct(shape, jnp.float32), ref)
+        assert out.shape == shape

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from typing import Generic, NamedTuple, Optional, TypeVar, Union
+from typing import Annotated, Generic, NamedTuple, Optional, TypeVar, Union
 
 import equinox as eqx
 import jax
@@ -855,3 +855,35 @@ def test_a_write_leaves_no_scope_of_names_behind():
         pair.first.value = jnp.ones(3)
     pair.first.value = jnp.zeros(2)
     assert not vars(_storage._shape_storage).get("memo_stack")
+
+
+def test_what_stands_beside_a_type_in_annotated_says_nothing():
+    class Model(rx.Module):
+        scale: rx.Ref[Annotated[Float[Array, "n"], "the scale"]]
+
+    model = Model(jnp.ones(2))
+    with pytest.raises(rx.RefTypeError, match=r"cannot hold f32\[2,2\]"):
+        model.scale.value = jnp.ones((2, 2))
+    model.scale.value = jnp.zeros(2)
+
+
+def test_a_bare_module_is_not_checked_where_checks_are_off():
+    class Bare(eqx.Module):
+        w: rx.Param[Float[Array, "n"]] = rx.field()
+
+    with pytest.raises(rx.RefTypeError, match=r"cannot hold f32\[2,2\]"):
+        Bare(jnp.ones((2, 2)))
+    with rx.config(check_types=False):
+        assert Bare(jnp.ones((2, 2))).w.shape == (2, 2)
+
+
+class Ends(rx.Module):
+    ends: tuple[rx.Param[Float[Array, "n"]], rx.Param[Float[Array, "m"]]]
+
+
+def test_each_ref_of_a_tuple_keeps_its_own_type_in_a_pickle():
+    first, last = pickle.loads(pickle.dumps(Ends((jnp.ones(2), jnp.ones(3))))).ends
+    first.value, last.value = jnp.zeros(2), jnp.zeros(3)
+    for ref, n in [(first, 3), (last, 2)]:
+        with pytest.raises(rx.RefTypeError, match=r"`Ends.ends\[.*cannot hold"):
+            ref.value = jnp.zeros(n)

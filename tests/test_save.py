@@ -19,9 +19,11 @@ import numpy as np
 import optax
 import pytest
 import safetensors.numpy
+from jax.extend.random import define_prng_impl
 from saved_models import Linear, make, make_tied
 
 import refx_eqx as rx
+from refx_eqx._checkpoint import _file
 
 
 @pytest.fixture
@@ -688,3 +690,62 @@ def test_a_missing_extra_is_named(tmp_path):
         "'refx_eqx[checkpoint]'`.\n"
     )
     assert done.stdout == text * 2 and os.listdir(tmp_path) == []
+
+
+# What a platform, or another process, does
+
+
+def test_where_files_cannot_be_locked_a_file_is_written_all_the_same(path, monkeypatch):
+    """As on Windows."""
+    monkeypatch.setattr(_file, "fcntl", None)
+    other = make()
+    rx.save(path, make(4.0))
+    rx.save(path, make(5.0))
+    rx.load(path, other)
+    assert values_of(other) == values_of(make(5.0))
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_a_new_file_that_another_process_took_for_a_leftover_is_made_again(
+    path, monkeypatch
+):
+    fcntl = pytest.importorskip("fcntl")
+    taken, lock = [], fcntl.flock
+
+    def flock(file, operation):
+        if not taken:
+            taken.append(file.name)
+            os.unlink(file.name)
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    other = make()
+    rx.save(path, make(5.0))
+    rx.load(path, other)
+    assert values_of(other) == values_of(make(5.0))
+    assert len(taken) == 1 and os.listdir(path.parent) == [path.name]
+
+
+def test_an_array_of_several_processes_is_refused(path, monkeypatch):
+    ref = rx.Ref(jnp.ones(2))
+    monkeypatch.setattr(type(ref.value), "is_fully_addressable", False)
+    with pytest.raises(rx.StructureError, match="`0` is spread over several processes"):
+        rx.save(path, [ref])
+    assert os.listdir(path.parent) == []
+
+
+def test_a_key_of_an_implementation_without_a_name_is_refused(path):
+    implementation = define_prng_impl(
+        key_shape=(2,),
+        seed=lambda seed: jnp.full(2, seed, jnp.uint32),
+        split=lambda key, shape: jnp.broadcast_to(key, (*shape, 2)),
+        random_bits=lambda key, width, shape: jnp.zeros(shape, jnp.uint32),
+        fold_in=lambda key, data: key,
+    )
+    ref = rx.Ref(jr.key(3, impl=implementation))
+    with pytest.raises(rx.StructureError, match="an implementation without a name"):
+        rx.save(path, [ref])
+    rx.save(path, [rx.Ref(jr.key_data(ref.value))])
+    data = rx.Ref(jnp.zeros(2, jnp.uint32))
+    rx.load(path, [data])
+    assert data.value.tolist() == [3, 3]

@@ -713,3 +713,13 @@ def test_associative_scan_does_not_trace_again(trace_counter: Any):
     n = f.counter.count
     rx.associative_scan(f, jnp.zeros(4))
     assert f.counter.count == n
+
+
+def test_a_static_leaf_of_the_carry_may_be_another_object_that_is_equal():
+    def step(carry, x):
+        name = "".join(["re", "lu"])  # a new text at each step
+        assert name is not carry["name"]
+        return {"name": name, "sum": carry["sum"] + x}, None
+
+    carry, _ = rx.scan(step, {"name": "relu", "sum": jnp.array(0.0)}, jnp.ones(3))
+    assert carry["name"] == "relu" and carry["sum"] == 3.0

@@ -740,3 +740,13 @@ def test_a_whole_that_breaks_the_declared_type_of_what_was_made_inside_is_refuse
     with pytest.raises(rx.RefTypeError, match=r"`Pair.both`.*cannot hold f32\[8\]"):
         run(Pair, jnp.arange(8.0), in_specs=P("data"), out_specs=P("data"))
     assert run(Pair, jnp.arange(2.0), in_specs=P(), out_specs=P()).both.shape == (2,)
+
+
+def test_rules_by_collection_may_be_the_specs_of_a_result():
+    specs = rx.specs(state=P(), default=P("data"))
+    made = lambda x: (rx.Ref(jnp.zeros(()), "state"), x)
+    ref, out = run(made, jnp.arange(4.0), in_specs=P("data"), out_specs=specs)
+    assert ref.shape == () and out.tolist() == [0.0, 1.0, 2.0, 3.0]
+    wrong = rx.specs(default=P("other"))
+    with pytest.raises(rx.MismatchError, match="names the mesh axis 'other'"):
+        run(lambda x: x, jnp.arange(4.0), in_specs=P("data"), out_specs=wrong)

@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import optax
 import pytest
 from jax._src.test_util import count_jit_and_pmap_lowerings as counting_compilations
@@ -823,3 +824,36 @@ def test_filter_shard_of_equinox_sees_no_arrays_in_refs(mesh):
     model = Large(jr.key(0))
     moved = eqx.filter_shard(model, NamedSharding(mesh, P("fsdp")))
     assert moved.up is model.up and len(model.up.value.devices()) == 1
+
+
+def test_a_ref_in_host_memory_moves_as_an_array_does(mesh):
+    sharding = NamedSharding(mesh, P("fsdp"), memory_kind="pinned_host")
+    ref = rx.Ref(jax.device_put(jnp.zeros(8), sharding))
+
+    def new(x):
+        return jnp.ones_like(x)
+
+    def write(ref):
+        ref.value = new(ref.value)
+
+    expected = jax.jit(new)(ref.value).sharding
+    rx.filter_jit(write)(ref)
+    assert ref.value.sharding == expected and ref.value.tolist() == [1.0] * 8
+
+
+def test_a_shape_with_a_sharding_takes_an_array_of_numpy_there(mesh):
+    sharding = NamedSharding(mesh, P("fsdp"))
+    ref = rx.Ref(jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding))
+    rx.update_refs(ref, np.arange(8, dtype=np.float32))
+    assert isinstance(ref.value, jax.Array) and ref.value.sharding == sharding
+    assert ref.value.tolist() == list(range(8))
+
+
+def test_the_axes_of_a_union_are_those_of_the_member_that_fits(mesh):
+    class Table(rx.Module):
+        rows: rx.Param[Float[Array, " size"] | Float[Array, "size out"]]
+
+    rules = rx.axis_rules({"size": "fsdp", "out": "tensor"})
+    for shape, spec in [((8,), P("fsdp")), ((8, 4), P("fsdp", "tensor"))]:
+        found = rules.shardings(Table(jnp.zeros(shape)), mesh)
+        assert found.rows.value.spec == spec

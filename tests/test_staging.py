@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import refx_eqx as rx
+from refx_eqx._engine._run_time_errors import _callback_errors, _MAX_CALLBACK_ERRORS
 
 
 def test_make_jaxpr_without_refs_is_that_of_equinox():
@@ -179,3 +180,19 @@ def test_what_is_closure_converted_says_what_it_returns():
     given, new, text = rx.filter_closure_convert(f, ref, x).out_struct
     assert given.value.shape == () and given.collection == "params"
     assert new.value.shape == (3,) and new.collection == "new" and text == "text"
+
+
+def test_what_callbacks_raised_and_nobody_asked_for_is_not_kept():
+    def fail(x):
+        raise ValueError("no")
+
+    @jax.jit  # of JAX: it hands the error over as a text
+    def run(x):
+        return rx.filter_pure_callback(fail, x, result_shape_dtypes=x)
+
+    for _ in range(_MAX_CALLBACK_ERRORS + 2):
+        with pytest.raises(Exception, match="CallbackFailed"):
+            run(jnp.array(1.0))
+    assert len(_callback_errors) <= _MAX_CALLBACK_ERRORS
+    with pytest.raises(ValueError, match="^no"):
+        rx.filter_jit(run)(jnp.array(1.0))

@@ -376,3 +376,13 @@ def test_a_failed_lane_changes_nothing():
     with pytest.raises(RuntimeError, match="no"):
         rx.filter_vmap(f)(ref)
     assert ref.value.tolist() == [0.0, 0.0]
+
+
+def test_a_ref_that_is_mapped_and_reached_at_several_places():
+    ref = rx.Ref(jnp.arange(3.0))
+    held = [ref, ref]
+    out = rx.filter_vmap(lambda x: x.value + len(held))(ref)
+    assert out.tolist() == [2.0, 3.0, 4.0]
+    for i in range(2):
+        with pytest.raises(rx.TraceLevelError, match=r"a slice of it, in argument 0\."):
+            rx.filter_vmap(lambda x: x.value + held[i].value.sum())(ref)

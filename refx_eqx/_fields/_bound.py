@@ -46,8 +46,6 @@ class BoundType:
         self._hash = hash((id(declared), names))
 
     def __eq__(self, other: Any) -> bool:
-        if self is other:
-            return True
         return isinstance(other, BoundType) and (
             self.declared is other.declared and self.names == other.names
         )
@@ -171,9 +169,12 @@ class BoundType:
             new = self.as_array(value, old)
             if new is not None:
                 return new
-        if reason is None and axes and _sizes(value, axes) != _sizes(old, axes):
-            reason = f"the sizes of the stack are {_sizes(value, axes)[0]} instead of "
-            reason += f"{_sizes(old, axes)[0]}"
+        if reason is None and axes:
+            # There may be more arrays than before, or none.
+            known, new = _sizes(old, axes)[0], dict.fromkeys(_sizes(value, axes))
+            if any(sizes != known for sizes in new):
+                found = " and ".join(map(str, new))
+                reason = f"the sizes of the stack are {found} instead of {known}"
         if reason is None:
             return value
         raise self.error(ref._name, ref._collection, value, reason, old, axes)

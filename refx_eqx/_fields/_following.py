@@ -69,8 +69,6 @@ class Following(BoundType):
         return self.path, self.collection, self.axes
 
     def __eq__(self, other: Any) -> bool:
-        if self is other:
-            return True
         return isinstance(other, Following) and self._what == other._what
 
     def __hash__(self) -> int:

@@ -151,6 +151,7 @@ def _as_arrays(ref: Ref, value: Any, where: str) -> Any:
         if not isinstance(old, jax.Array) or eqx.is_array(new):
             return new
         number = np.asarray(new)
+        # It is of the kind of what it replaces.
         if number.dtype.kind in "iu" and not _is_in_range(number, old.dtype):
             raise MismatchError(
                 f"Cannot update refs: {describe(ref)} at {where} "
@@ -163,8 +164,6 @@ def _as_arrays(ref: Ref, value: Any, where: str) -> Any:
 
 
 def _is_in_range(number: Any, dtype: Any) -> bool:
-    if not jnp.issubdtype(dtype, jnp.integer):
-        return True
     limits = jnp.iinfo(dtype)
     return int(limits.min) <= int(number) <= int(limits.max)
 

@@ -5,6 +5,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
@@ -296,7 +297,8 @@ def filter_pure_callback(
     - `callback`: the Python function to call, as `callback(*args, **kwargs)`.
     - `*args`, `**kwargs`: its arguments, of any type. It may also close over refs and
         arrays.
-    - `result_shape_dtypes`: the result, with `jax.ShapeDtypeStruct`s instead of arrays.
+    - `result_shape_dtypes`: the result, with `jax.ShapeDtypeStruct`s instead of arrays. An
+        array stands for its shape.
     - `sharding`, `vmap_method`, `vectorized`: as in `jax.pure_callback`.
 
     **Returns:**
@@ -315,6 +317,8 @@ def filter_pure_callback(
     derefed = Call(callback, args, kwargs)
     structure = derefed.structure
     types, statics = eqx.partition(result_shape_dtypes, is_traced)
+    # An array stands for its shape: a program keeps no array alive, and no tracer.
+    types = jtu.tree_map(_shape_of, types)
 
     def run(arrays: list[Leaves]) -> Any:
         try:
@@ -338,7 +342,7 @@ def filter_pure_callback(
         if not eqx.tree_equal(out_statics, statics):
             raise MismatchError(
                 "The callback of `filter_pure_callback` must return what "
-                f"`result_shape_dtypes` says: {eqx.tree_pformat(result_shape_dtypes)}; it "
+                f"`result_shape_dtypes` says: {eqx.tree_pformat(eqx.combine(types, statics))}; it "
                 f"returned {eqx.tree_pformat(out)}."
             )
         return out_arrays
@@ -357,6 +361,11 @@ def filter_pure_callback(
         explain(e, derefed.refs, derefed.values)
         raise
     return eqx.combine(arrays, statics)
+
+
+def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    is_shape = isinstance(x, jax.ShapeDtypeStruct)
+    return x if is_shape else jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
 
 
 def _refuse_writes(refs: Iterable[Ref]) -> None:
