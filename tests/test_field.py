@@ -75,9 +75,9 @@ def test_a_ref_of_another_collection_is_refused(module):
     with pytest.raises(
         rx.CollectionError,
         match=(
-            rf"The field `{module.__name__}\.weight` is of collection 'params', and was "
+            rf"The field `{module.__name__}\.weight` has collection 'params', but was "
             r"given an unnamed ref \(collection 'lora'\)\. Give it a ref of that "
-            r"collection, or pass the value \(`ref\.value`\) to make a ref of its own"
+            r"collection, or pass the value \(`ref\.value`\) to make a new ref"
         ),
     ):
         module(ref)
@@ -146,8 +146,8 @@ def test_two_different_collections_for_one_field_are_refused():
     error = caught.value.__cause__ or caught.value
     assert isinstance(error, rx.CollectionError)
     assert str(error) == (
-        "The field `Holder.ref` is annotated with collection 'params' and `rx.field` "
-        "says 'lora'. Say it once."
+        "The field `Holder.ref` is annotated with collection 'params', but `rx.field` "
+        "says 'lora'. Give only one."
     )
 
 

@@ -688,7 +688,7 @@ def test_what_is_one_for_all_is_not_known_of_modules_that_declare_nothing():
         jr.split(jr.key(0), 4)
     )
     shared = rx.nn.Linear(3, 2, key=jr.key(0))
-    text = r"different sizes, 4 of `.*` and 2 of `.*`: .* hold it in a field next to"
+    text = r"different sizes, 4 of `.*` and 2 of `.*`: .* hold the array in a field next to"
     with pytest.raises(rx.RefTypeError, match=text):
         Deep((stack, shared))
     assert Deep((stack,), shared).shared is shared  # the remedy

@@ -283,7 +283,7 @@ def test_a_part_of_a_declared_type_is_read_and_written():
     def widen(model):
         model.weight.value = jnp.concatenate([model.weight.value] * 2)
 
-    with pytest.raises(rx.RefTypeError, match="a part keeps its shape"):
+    with pytest.raises(rx.RefTypeError, match="must keep its shape"):
         run(widen, model, in_specs=(specs,))
 
 

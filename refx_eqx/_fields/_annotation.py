@@ -1,4 +1,4 @@
-"""Annotations that are strings, with the names in them looked up where a class body stands."""
+"""String annotations, whose names are looked up from the class body."""
 
 import builtins
 import sys
@@ -9,9 +9,9 @@ __tracebackhide__ = True
 
 
 def resolve_annotation(owner: type, annotation: Any) -> Any:
-    """The annotation itself, where `from __future__ import annotations` left a string, or
-    quotes did (`Optional["Param[Array]"]`)."""
-    for _ in range(2):  # An annotation in quotes is a string in a string there.
+    """Evaluates an annotation that is a string because of `from __future__ import
+    annotations` or quotes (`Optional["Param[Array]"]`)."""
+    for _ in range(2):  # A quoted annotation is then a string in a string.
         if isinstance(annotation, ForwardRef):
             annotation = annotation.__forward_arg__
         if isinstance(annotation, str):
@@ -20,7 +20,7 @@ def resolve_annotation(owner: type, annotation: Any) -> Any:
 
 
 class _Unknown:
-    """Stands for a name in an annotation that exists for the type checker alone."""
+    """Stands for a name in an annotation that exists only for the type checker."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -40,7 +40,7 @@ class _Unknown:
 
 
 class _Namespace(dict):
-    """The names that a string annotation may use. An unknown one is no reason to fail."""
+    """The names that a string annotation may use. Unknown names are not errors."""
 
     def __init__(self, owner: type):
         super().__init__()
@@ -55,7 +55,8 @@ class _Namespace(dict):
 
 
 def _globals_around(owner: type) -> dict:
-    """Those of the module of a class; of one that `exec` makes, those that it was given."""
+    """The globals of the module of a class; for a class made by `exec`, those given to
+    it."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_globals.get("__name__", "builtins") == owner.__module__:
@@ -65,7 +66,7 @@ def _globals_around(owner: type) -> dict:
 
 
 def _enclosing_locals(module: dict) -> list[dict]:
-    """The local names of the functions around a class body, while it is being executed."""
+    """The locals of the functions around a class body while it is being executed."""
     found = []
     frame = sys._getframe(1)
     while frame is not None:

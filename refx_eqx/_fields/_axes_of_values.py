@@ -1,8 +1,8 @@
-"""The names of the axes of what a ref holds, as its declared types and `Batched` say them.
+"""The axis names of the value of a ref, from its declared types and `Batched`.
 
-`weight: rx.Param[Float[Array, "out in"]]` names two axes. A ref of several fields has the
-names of all of them. In a stack (`filter_vmap(Linear)`) there are axes on top of these, and
-`layers: rx.Batched[Linear, "depth"]` names them.
+`weight: rx.Param[Float[Array, "out in"]]` names two axes. A ref shared by several fields
+has the names of all of them. A stack (`filter_vmap(Linear)`) has additional axes, which
+`layers: rx.Batched[Linear, "depth"]` names.
 """
 
 import types
@@ -27,8 +27,8 @@ Stack = tuple[str, ...]
 
 
 def declared_axes(ref: Ref, stack: Stack = ()) -> list[list[DeclaredAxes]]:
-    """For each leaf of the value of a ref: what its types say of the axes, of each type that
-    says how many there are."""
+    """For each leaf of the value of a ref, the axes according to each declared type that
+    fixes their number."""
     leaves, treedef = jtu.tree_flatten(ref._value)
     found: list[list[DeclaredAxes]] = [[] for _ in leaves]
     for bound in ref._declared or ():
@@ -43,7 +43,7 @@ def declared_axes(ref: Ref, stack: Stack = ()) -> list[list[DeclaredAxes]]:
 
 
 def _of_type(bound: BoundType, value: Any, stack: Stack) -> Any:
-    """The value with `DeclaredAxes`, or `None`, instead of each of its leaves."""
+    """The value, with each leaf replaced by `DeclaredAxes` or `None`."""
     extra = _extra_axes(bound, value)
 
     def of_array(x: Any, hint: Any) -> DeclaredAxes | None:
@@ -57,7 +57,7 @@ def _of_type(bound: BoundType, value: Any, stack: Stack) -> Any:
         names: list[str | None] = [None] * rank
         for i, word in zip(rest, words):
             names[i] = word
-        # If a `Batched` is in a stack in turn, the outer axes are those without a name.
+        # If a `Batched` is itself in a stack, the outer axes have no name.
         for i, word in zip(reversed(extra), reversed(stack)):
             names[i] = word
         return DeclaredAxes(tuple(names), extra, bound.declared.sharding)
@@ -66,20 +66,20 @@ def _of_type(bound: BoundType, value: Any, stack: Stack) -> Any:
 
 
 def _extra_axes(bound: BoundType, value: Any) -> tuple[int, ...]:
-    """As positions in the stack. (A type says which to take away, one after the other.)"""
+    """As positions in the stack. (A type says which to remove, one after the other.)"""
     if words_of(bound.declared.hint, _rank(value)):
-        return ()  # the common case, known without asking
+        return ()  # the common case, without a check
     rest = list(range(min(map(_rank, jtu.tree_leaves(value)), default=0)))
     return tuple(rest.pop(axis) for axis in bound.extra_axes(value) or ())
 
 
 def _rank(x: Any) -> int:
-    return len(getattr(x, "shape", ()))  # also of a `jax.ShapeDtypeStruct`
+    return len(getattr(x, "shape", ()))  # also for a `jax.ShapeDtypeStruct`
 
 
 def _walk(of_array: Any, value: Any, hint: Any) -> Any:
-    """`value` with `of_array(x, hint)` for each of its leaves, and the part of the type that
-    is about it."""
+    """Applies `of_array(x, hint)` to each leaf of `value`, with the part of the type for
+    that leaf."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         of_all = [_walk(of_array, value, member) for member in args]
@@ -97,8 +97,8 @@ def _walk(of_array: Any, value: Any, hint: Any) -> Any:
 
 
 def stacks_in(tree: Any) -> dict[int, Stack]:
-    """The names that the `Batched` fields of the modules in a tree give to the axes of
-    stacks, by the `id` of the ref."""
+    """The stack axis names given by the `Batched` fields of the modules in a tree, by the
+    `id` of the ref."""
     found: dict[int, Stack] = {}
 
     def visit(module: Any) -> bool:
@@ -107,7 +107,7 @@ def stacks_in(tree: Any) -> dict[int, Stack]:
                 if isinstance(hint, BatchedHint):
                     refs = jtu.tree_leaves(vars(module).get(name))
                     for ref in {id(x): x for x in refs if isinstance(x, Ref)}.values():
-                        # Modules are met from the outside in, and so are their axes.
+                        # Modules are visited from the outside in, and so are their axes.
                         stack = found.get(id(ref), ())
                         found[id(ref)] = (*stack, *hint.axes.split())
         return False

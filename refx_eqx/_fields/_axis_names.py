@@ -1,11 +1,11 @@
 """The axis names of jaxtyping: opening a scope with names bound, and reading them back.
 
 This is the only file that touches the internals of jaxtyping, which binds the names of one
-call (`"out in"`) in a stack of dictionaries, one entry a running `jaxtyped` function. We
-need two things that it has no public function for:
+call (`"out in"`) in a stack of dictionaries, with one entry per running `jaxtyped`
+function. We need two things for which it has no public function:
 
-1. to keep what the fields of an instance bound, for as long as the instance lives;
-2. to have these names bound when a `jaxtyped` method of the instance is called.
+1. to keep the names bound by the fields of an instance, for as long as it lives;
+2. to bind these names again when a `jaxtyped` method of the instance is called.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ __tracebackhide__ = True
 
 
 class AxisNames(NamedTuple):
-    """Names and what they are bound to: hashable, compared by value.
+    """Names and their bindings: hashable, compared by value.
 
     - `single`: `"in"`, of size 3;
-    - `variadic`: `"*batch"`, of sizes (2, 3), with jaxtyping's flag whether it broadcasts;
+    - `variadic`: `"*batch"`, of sizes (2, 3), with jaxtyping's flag for broadcasting;
     - `structures`: the `"T"` of `PyTree[..., "T"]`;
-    - `attributes`: those of the instance that an axis such as `"{self.size}"` names.
+    - `attributes`: instance attributes named by an axis such as `"{self.size}"`.
     """
 
     single: tuple[tuple[str, int], ...] = ()
@@ -47,7 +47,7 @@ NO_NAMES = AxisNames()
 
 @contextlib.contextmanager
 def name_scope(names: AxisNames = NO_NAMES, instance: Any = None) -> Iterator[None]:
-    """While it lasts, `names` are bound, and what is checked binds more.
+    """A scope in which `names` are bound, and checks bind more.
 
     **Arguments:**
 
@@ -64,8 +64,8 @@ def name_scope(names: AxisNames = NO_NAMES, instance: Any = None) -> Iterator[No
         scopes.append(memos)
         yield
     finally:
-        # Not the last: a signal may come before there is one. Nor `memos`: a check puts a
-        # new tuple in its place.
+        # Not the last: a signal may come before it is pushed. Nor `memos`: a check replaces
+        # it with a new tuple.
         del scopes[depth:]
 
 
@@ -77,9 +77,9 @@ def _bind(memos: tuple, names: AxisNames) -> None:
 
 
 def names_bound(words: frozenset[str] | None = None) -> AxisNames:
-    """The names that are bound in the running scope: all, or those among `words`."""
+    """The names bound in the running scope: all, or those among `words`."""
     *memos, _ = _storage.get_shape_memo()
-    # A name that depends on the place in a tree, `"?n"`, is bound as "(Leaf 0 ...) n".
+    # A name that varies with the place in a tree, `"?n"`, is bound as "(Leaf 0 ...) n".
     found = [
         tuple(
             item
@@ -92,9 +92,9 @@ def names_bound(words: frozenset[str] | None = None) -> AxisNames:
 
 
 def words_of(hint: Any, rank: int) -> tuple[str | None, ...] | None:
-    """The name of each axis of an array of this many, in a type such as
-    `Float[Array, "out in"]`: `None` for one without a name. `None` if the type does not say
-    how many axes there are, or says of another number.
+    """The name of each axis of an array of this rank in a type such as `Float[Array, "out
+    in"]`, with `None` for an axis without a name. `None` if the type does not fix the rank,
+    or fixes another.
     """
     words = getattr(hint, "dim_str", None)
     if words is None:
@@ -110,7 +110,7 @@ def words_of(hint: Any, rank: int) -> tuple[str | None, ...] | None:
 
 
 def union(all_names: list[AxisNames]) -> AxisNames:
-    """The names of several, without those that disagree."""
+    """The union of several, without names that disagree."""
     merged = []
     for kind in zip(*all_names):
         bound: dict[str, Any] = {}
@@ -123,19 +123,19 @@ def union(all_names: list[AxisNames]) -> AxisNames:
 
 
 def bind_in_methods(cls: type, names_of: Callable[[Any], AxisNames]) -> None:
-    """From now on a `jaxtyped` method of a `cls` starts with `names_of(self)` bound.
+    """Makes each `jaxtyped` method of `cls` start with `names_of(self)` bound.
 
-    jaxtyping has no hook for it (its issue 241): it opens a fresh scope after the method
-    was called and before the first argument is checked, so this replaces the function that
-    opens it. All other functions are left as they are.
+    jaxtyping has no hook for this (its issue 241): it opens a fresh scope after the method
+    is called and before the first argument is checked, so this replaces the function that
+    opens it. All other functions are unchanged.
     """
 
     if not hasattr(_decorator, "push_shape_memo"):
         warnings.warn(
-            "jaxtyping has no `jaxtyping._decorator.push_shape_memo` any more: the axis "
-            "names of the fields of a module are not bound in its `jaxtyped` methods. All "
-            "else is checked. Use a version of jaxtyping that refx_eqx was tested with "
-            "(0.3.11).",
+            "jaxtyping no longer has `jaxtyping._decorator.push_shape_memo`: the axis "
+            "names of the fields of a module are not bound in its `jaxtyped` methods. "
+            "Everything else is checked. Use a version of jaxtyping that refx_eqx was "
+            "tested with (0.3.11).",
             stacklevel=2,
         )
         return

@@ -1,4 +1,5 @@
-"""`Batched[Linear, "n"]`: the type of a stack of modules, as `filter_vmap(Linear)` makes."""
+"""`Batched[Linear, "n"]`: the type of a stack of modules, as made by
+`filter_vmap(Linear)`."""
 
 import operator
 from typing import Any, TYPE_CHECKING
@@ -14,7 +15,7 @@ from ._hints import conforms, hint_text
 
 
 class BatchedHint(type):
-    """The class of `Batched[T, "n"]`: a type, all of whose instances are stacks of `T`."""
+    """The class of `Batched[T, "n"]`: a type whose instances are stacks of `T`."""
 
     inside: Any
     axes: str
@@ -23,10 +24,10 @@ class BatchedHint(type):
         return cls.__instancecheck_str__(obj) == ""
 
     def __instancecheck_str__(cls, obj: Any) -> str:
-        """Why `obj` is no such stack; empty if it is one. (A hook of beartype's.)"""
+        """Why `obj` is not such a stack; empty if it is one. (A beartype hook.)"""
         n = len(cls.axes.split())
         if not conforms(obj, cls.inside):
-            return f"it is no {hint_text(cls.inside)}"
+            return f"it is not a {hint_text(cls.inside)}"
         found: dict[tuple[int, ...], str] = {}
         for leaf in jtu.tree_leaves(obj):
             sizes = _sizes_of(leaf, n)
@@ -40,18 +41,21 @@ class BatchedHint(type):
         if len(found) > 1:
             texts = [f"{_size_text(sizes)} of {what}" for sizes, what in found.items()]
             return (
-                f"its arrays are stacks of different sizes, {' and '.join(texts[:2])}: what is "
-                "one for the whole stack is known by the axes that its fields declare; if they "
-                "declare none, hold it in a field next to the stack"
+                f"its arrays are stacks of different sizes, {' and '.join(texts[:2])}: an "
+                "array for the whole stack is recognized by the axes that its field "
+                "declares; if it declares none, hold the array in a field next to the "
+                "stack"
             )
         (sizes,) = found
         stand_in = np.broadcast_to(np.zeros((), np.int8), sizes)
-        hint: Any = jaxtyping.Shaped[np.ndarray, cls.axes]  # to pyright an `Annotated`
+        hint: Any = jaxtyping.Shaped[
+            np.ndarray, cls.axes
+        ]  # pyright sees an `Annotated`
         return hint.__instancecheck_str__(stand_in)
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(
-            f"`rx.{cls.__name__}` is a type, and makes no stack. Make one with "
+            f"`rx.{cls.__name__}` is a type, and does not make a stack. Make one with "
             f"`rx.filter_vmap({hint_text(cls.inside)})(...)`."
         )
 
@@ -68,8 +72,8 @@ def _count(n: int) -> str:
 
 
 def _sizes_of(leaf: Any, n: int) -> tuple[int, ...] | None:
-    """The sizes of the first `n` axes of the stack that a leaf is. `()` for a leaf that
-    cannot be stacked, or is one for the whole stack; `None` for one that is neither."""
+    """The sizes of the first `n` axes of a stacked leaf. `()` for a leaf that cannot be
+    stacked, or is shared by the whole stack; `None` for any other leaf."""
     value = leaf._value if isinstance(leaf, Ref) else leaf
     types = leaf._declared or () if isinstance(leaf, Ref) else ()
     found: tuple[int, ...] = ()
@@ -98,15 +102,15 @@ def _stacked_along(
 
 
 if TYPE_CHECKING:
-    # A stack has the attributes of what is stacked, so that is what an editor shows.
+    # A stack has the attributes of the stacked class, so editors show those.
     from typing import Annotated as Batched
 else:
 
     class Batched:
-        """The type of a stack of modules, such as `filter_vmap` makes: `Batched[T, "n"]`.
+        """The type of a stack of modules, as made by `filter_vmap`: `Batched[T, "n"]`.
 
-        It means something to jaxtyping, beartype and typeguard, in a signature and in a
-        field, and in `isinstance`. The name of the axis is bound like those of an array.
+        It works with jaxtyping, beartype and typeguard, in signatures and fields, and in
+        `isinstance`. The name of the axis is bound like that of an array axis.
 
         !!! Example
 
@@ -133,16 +137,15 @@ else:
             assert not isinstance(Linear(jr.key(0)), rx.Batched[Linear, "n"])
             ```
 
-        A stack is told from a plain module by the declared types of its refs: they have
-        these axes on top of what they declare. A ref without them is one for the whole
-        stack, such as a feed-forward network that all layers share; not all refs may be. In
-        a module whose fields do not say how many axes they have, any arrays of equal
+        A stack differs from a plain module in its refs, which have these axes on top of
+        their declared types. A ref without them is shared by the whole stack, such as the
+        weight of a feed-forward network common to all layers; at least one ref must have
+        them. In a module whose fields do not declare their rank, any arrays of equal
         leading sizes are a stack.
 
         **Arguments:**
 
-        - `T`: the type that is stacked: a module, or another `Batched`, for a stack of
-            stacks.
+        - `T`: the stacked type: a module, or another `Batched` for a stack of stacks.
         - `"n"`: the axes, one or more, as in jaxtyping. Each stands for one axis: `"..."`
             and `"*n"` are not allowed.
 
@@ -153,7 +156,7 @@ else:
 
         def __new__(cls, *args, **kwargs):
             raise TypeError(
-                '`rx.Batched` is a type, to be subscripted: `rx.Batched[Linear, "n"]`. A '
+                '`rx.Batched` is a type to subscript: `rx.Batched[Linear, "n"]`. A '
                 "stack is made with `rx.filter_vmap(Linear)(...)`."
             )
 

@@ -1,13 +1,13 @@
-"""What an instance makes of a declared type: the type with its names bound.
+"""Declared types with their names bound by an instance.
 
-A class says of a field `weight: rx.Param[Float[Array, "out in"]]`: that is declared, see
-`_declared.py`. An instance binds the names: `out` is 2 and `in` is 3. Every ref of the
-instance carries that `BoundType`, and every write is checked by it.
+A class declares a field `weight: rx.Param[Float[Array, "out in"]]`, see `_declared.py`. An
+instance binds the names: `out` is 2 and `in` is 3. Every ref of the instance carries that
+`BoundType`, and every write is checked against it.
 
-A ref may hold more, or less, than what was declared. `filter_vmap(Linear)(keys)` makes refs
-with an axis in front; inside `filter_vmap` and `scan` it is gone again; under a
-`shard_map` a ref holds a part. Nothing has to tell the type: what a ref holds *before* a
-write has been checked already, so it shows which axes are extra.
+A ref may hold more, or less, than its declared type. `filter_vmap(Linear)(keys)` makes refs
+with an axis in front; inside `filter_vmap` and `scan` it is gone again; under a `shard_map`
+a ref holds a shard. The type need not be told: the value *before* a write has already been
+checked, so it shows which axes are extra.
 """
 
 import sys
@@ -33,8 +33,8 @@ __tracebackhide__ = True
 class BoundType:
     """The declared type of a ref with its names bound, as one instance bound them.
 
-    Hashable and compared by value: equal for two instances of equal sizes, so that a
-    program compiled for the one serves the other. `declared` is a `DeclaredRef`.
+    Hashable and compared by value: equal for two instances of equal sizes, which can thus
+    use the same compiled program. `declared` is a `DeclaredRef`.
     """
 
     __slots__ = ("_hash", "declared", "names")
@@ -42,7 +42,7 @@ class BoundType:
     def __init__(self, declared: Any, names: AxisNames):
         self.declared = declared
         self.names = names
-        # Asked for on every call of a program on modules that it has not seen.
+        # Needed on every call of a program with modules it has not seen.
         self._hash = hash((id(declared), names))
 
     def __eq__(self, other: Any) -> bool:
@@ -63,7 +63,7 @@ class BoundType:
         return _find, (*where, self.names)
 
     def why_not(self, value: Any, axes: tuple[int, ...] = ()) -> str | None:
-        """Why `value`, without these axes, is not of this type; or `None`."""
+        """Why `value`, without these axes, does not have this type; or `None`."""
         leaves, treedef = jtu.tree_flatten(value)
         if not axes and not any(map(is_placeholder, leaves)):
             with name_scope(self.names):
@@ -81,25 +81,24 @@ class BoundType:
                 )
             reasons.append(reason)
 
-        # Tracers of the shape that is left stand for the value: nothing is computed.
+        # Tracers of the remaining shape stand for the value: nothing is computed.
         jax.eval_shape(judge, [_without(x, axes) for x in leaves if _is_sized(x)])
         return reasons[0]
 
     def extra_axes(self, value: Any) -> tuple[int, ...] | None:
-        """The axes that `value` has on top of those of this type: of a stack. `None` if it is
-        not of this type whichever axes are taken away."""
+        """The axes that `value` has on top of those of this type, as in a stack. `None` if
+        it does not have this type without any choice of axes."""
         for axes in _candidates(value):
             if self.why_not(value, axes) is None:
                 return axes
         return None
 
     def rebound(self, name: str | None, collection: Any, value: Any) -> "BoundType":
-        """The same type, with the sizes of `value`: of the whole, where the names were bound
-        by a part.
+        """The same type with the sizes of `value`: the whole, if a shard bound the names.
 
         **Raises:**
 
-        - `RefTypeError`: if no sizes make it one of this type.
+        - `RefTypeError`: if `value` does not have this type for any sizes.
         """
         if not _is_data(value) or self.extra_axes(value) is not None:
             return self
@@ -115,11 +114,11 @@ class BoundType:
         return free
 
     def checked(self, ref: Any, value: Any) -> Any:
-        """`value`, converted for storage in `ref`: of this type.
+        """`value`, converted to this type for storage in `ref`.
 
         **Raises:**
 
-        - `RefTypeError`: if it is not.
+        - `RefTypeError`: if it does not have this type.
         """
         old = ref._value
         if not config.check_types:
@@ -130,22 +129,22 @@ class BoundType:
             and self.declared.by_shape
             and not _unchecked.any
         ):
-            # The common case: as what is there, which was checked before.
+            # The common case: like the current value, which was checked before.
             known = type(old) is type(value) or isinstance(old, jax.Array)
             if known and old.shape == value.shape and old.dtype == value.dtype:
                 return value
         return self._checked(ref, value, old)
 
     def check_rebuilt(self, ref: Any) -> None:
-        """As `checked`, of the value that is there already, which any transform may have
-        stacked meanwhile."""
+        """As `checked`, for the current value, which a transform may have stacked
+        meanwhile."""
         if config.check_types and self.is_part(ref) and not _is_in_shard():
             value = ref._value
             raise self.error(ref._name, ref._collection, value, self.why_not(value))
 
     def is_part(self, ref: Any) -> bool:
-        """Whether `ref` holds another value than one of this type, or a stack of these: under a
-        `shard_map` a part of one."""
+        """Whether `ref` holds neither a value of this type nor a stack of these: under a
+        `shard_map`, a shard of one."""
         return _is_data(ref._value) and self.extra_axes(ref._value) is None
 
     def _checked(self, ref: Any, value: Any, old: Any) -> Any:
@@ -158,12 +157,12 @@ class BoundType:
                 if is_same_tree(_same_type, old, value):
                     return value
                 reason = (
-                    "inside this transform it is a part of the declared value (a shard, or a "
-                    f"slice), and a part keeps its shape and dtype, {eqx.tree_pformat(old)}"
+                    "inside this transform it is part of the declared value (a shard, or "
+                    f"a slice), and must keep its shape and dtype, {eqx.tree_pformat(old)}"
                 )
                 raise self.error(ref._name, ref._collection, value, reason, old)
         elif _is_data(value) and self.extra_axes(value) is not None:
-            return value  # instead of a `None`, in a tree that was partitioned
+            return value  # in place of a `None` in a partitioned tree
         reason = self.why_not(value, axes)
         if reason is not None:
             new = self.as_array(value, old)
@@ -180,16 +179,16 @@ class BoundType:
         raise self.error(ref._name, ref._collection, value, reason, old, axes)
 
     def as_array(self, value: Any, old: Any = None) -> Any:
-        """A Python scalar as an array of the declared type, if JAX would promote it to that.
-        `None` if not.
+        """A Python scalar as an array of the declared type, or `None` if JAX would not
+        promote it to that.
 
-        As in `x.at[...].set(1.0)` the scalar is weakly typed: it takes the dtype of what it
-        replaces.
+        As in `x.at[...].set(1.0)`, the scalar is weakly typed: it takes the dtype of the
+        value it replaces.
         """
         if type(value) not in _SCALARS:
             return None
         kind = _SCALARS.index(type(value))
-        # A number takes any wider kind, a bool none.
+        # A number can be promoted to any wider kind, a bool to none.
         wider = _KINDS[kind : None if kind else 1]
         if isinstance(old, jax.Array):
             dtypes = [old.dtype] if old.ndim == 0 else []
@@ -230,7 +229,7 @@ class BoundType:
             )
         elif any(self.names):
             remedy = (
-                "Write a value of the declared type. The names stay bound to what they were "
+                "Write a value of the declared type. The names stay bound as they were "
                 "when the module was made: for other sizes, make a new module."
             )
         why = f": {reason}" if reason else ""
@@ -241,8 +240,8 @@ class BoundType:
 
 
 class _Unchecked:
-    """Whether some value was written while types are not checked: then what is there need
-    not be of its type."""
+    """Whether any value was written while checks were off: then current values may not have
+    their declared types."""
 
     any = False
 
@@ -270,7 +269,7 @@ def _without(leaf: Any, axes: tuple[int, ...]) -> jax.ShapeDtypeStruct:
 
 
 def _sizes(value: Any, axes: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The sizes of these axes, taken away one after the other, in each array."""
+    """The sizes of these axes, removed one after the other, in each array."""
     found = []
     for leaf in filter(_is_sized, jtu.tree_leaves(value)):
         shape = list(leaf.shape)
@@ -279,7 +278,7 @@ def _sizes(value: Any, axes: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def _candidates(value: Any) -> Iterator[tuple[int, ...]]:
-    """Which axes may be those of a stack: none, any one of them, several in front."""
+    """The possible axes of a stack: none, any single axis, several in front."""
     yield ()
     ranks = [len(x.shape) for x in jtu.tree_leaves(value) if _is_sized(x)]
     rank = min(ranks, default=0)
@@ -291,7 +290,7 @@ def _candidates(value: Any) -> Iterator[tuple[int, ...]]:
 
 
 def _is_data(value: Any) -> bool:
-    """Whether this is a value, not what a transform or a filter put in its place."""
+    """Whether this is a value, not a placeholder from a transform or a filter."""
     leaves = jtu.tree_leaves(value, is_leaf=lambda x: x is None)
     return bool(leaves) and all(map(_is_sized, leaves))
 
@@ -311,8 +310,8 @@ def _has_more_axes(value: Any, old: Any) -> bool:
 def _find(
     module: str, qualname: str, field: str, number: int, names: AxisNames
 ) -> BoundType | None:
-    """To unpickle a bound type: the class has what was declared. `None` if the class is not
-    to be found, as one that was defined inside a function."""
+    """Unpickles a bound type from the declaration in its class. `None` if the class cannot
+    be found, for example if it was defined inside a function."""
     owner: Any = sys.modules.get(module)
     for part in qualname.split("."):
         owner = getattr(owner, part, None)

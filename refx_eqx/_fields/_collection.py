@@ -1,4 +1,4 @@
-"""Collections: what a ref is for, as an annotation says it."""
+"""Collections: the purpose of a ref, given in an annotation."""
 
 import dataclasses
 from collections.abc import Hashable
@@ -59,7 +59,7 @@ Cache = Annotated[Ref[T], Collection("cache")]
 
 
 def _collection_of_alias(ref: Ref, alias: Any) -> None:
-    # `typing` tells what it made by which alias: `rx.Param(x)` is of collection "params".
+    # `typing` records the alias of an object: `rx.Param(x)` has collection "params".
     for metadata in getattr(alias, "__metadata__", ()):
         if isinstance(metadata, Collection) and ref._collection is None:
             ref._collection = metadata.name

@@ -17,16 +17,16 @@ def _parse(text: str) -> bool:
     if text.lower() in ("1", "true"):
         return True
     raise ValueError(
-        f"REFX_CHECK_TYPES={text!r} is not understood. Set REFX_CHECK_TYPES=0 to turn the "
-        "checks of declared types off, or REFX_CHECK_TYPES=1 (the default) to have them."
+        f"REFX_CHECK_TYPES={text!r} is invalid. Set REFX_CHECK_TYPES=0 to turn the checks "
+        "of declared types off, or REFX_CHECK_TYPES=1 (the default) to keep them on."
     )
 
 
 def _checked(value: bool) -> bool:
     if not isinstance(value, bool):
         raise TypeError(
-            f"`rx.config.check_types` is a bool, and was given {value!r}. Set it to `True` "
-            "or `False`."
+            f"`rx.config.check_types` must be a bool, but was given {value!r}. Set it to "
+            "`True` or `False`."
         )
     return value
 
@@ -45,20 +45,20 @@ class Config:
             weight: rx.Param[Float[Array, "out in"]]
 
         with rx.config(check_types=False):
-            linear = Linear(jnp.zeros(3))  # of the wrong rank, and not checked
+            linear = Linear(jnp.zeros(3))  # wrong rank, but not checked
         assert linear.weight.shape == (3,)
         ```
 
-    Assigning to `rx.config.check_types` sets it for the whole program. The `with` block
-    sets it for the running thread and `asyncio` task, and ends with the block.
+    Assigning to `rx.config.check_types` sets it for the whole program. A `with` block sets
+    it for the current thread and `asyncio` task, until the block ends.
     """
 
-    # Nothing else can be set: a misspelled name would be without effect.
+    # Nothing else can be set: a misspelled name would have no effect.
     __slots__ = ("_everywhere", "_here")
 
     def __init__(self):
         self._everywhere = _parse(os.environ.get("REFX_CHECK_TYPES", "1"))
-        # For each `asyncio` task, and so each thread: all begin with none.
+        # Per `asyncio` task, thus per thread: all start without one.
         self._here: contextvars.ContextVar[tuple[tuple[object, bool], ...]]
         self._here = contextvars.ContextVar("refx_eqx.config", default=())
 
@@ -86,7 +86,7 @@ class Config:
             self._here.set((*self._here.get(), mine))
             yield
         finally:
-            # Not what was before: a generator may end in between.
+            # Not the previous value: a generator may end in between.
             self._here.set(tuple(x for x in self._here.get() if x is not mine))
 
     def __repr__(self) -> str:

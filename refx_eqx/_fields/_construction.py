@@ -1,7 +1,7 @@
-"""What making a module changes of the refs that it is given, undone if it fails.
+"""Undoes changes to refs if the construction of a module fails.
 
-A field that is given a ref names it, gives it its collection and holds it to its type. All
-of that is kept here while a module is being made, and set back if an exception ends it.
+A field that is given a ref sets its name, collection and declared type. The previous state
+is kept here while the module is being made, and restored if an exception ends it.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ _State = tuple[Ref, tuple[Any, ...]]
 
 
 class _Log(NamedTuple):
-    """The states of refs, and the trace in which the module is made that they belong to."""
+    """The states of refs, and the trace in which their module is being made."""
 
     states: list[_State]
     trace: _jax.TraceRef
@@ -28,9 +28,9 @@ class _Log(NamedTuple):
 
 class _Here(threading.local):
     def __init__(self):
-        # One for each module that is being made, the outermost first.
+        # One per module that is being made, outermost first.
         self.logs: list[_Log] = []
-        # Those fields of a bare `equinox.Module` that are converted already.
+        # The fields of a bare `equinox.Module` that are already converted.
         self.converted: list[_State] = []
 
 
@@ -38,7 +38,7 @@ _here = _Here()
 
 
 def keep_state(ref: Ref) -> None:
-    """To be called before anything of a ref is changed by a field that holds it."""
+    """Call this before a field changes any attribute of a ref it holds."""
     if _here.logs:
         state = ref._collection, ref._name, ref._declared, ref._value
         _here.logs[-1].states.append((ref, state))
@@ -46,12 +46,12 @@ def keep_state(ref: Ref) -> None:
 
 @contextlib.contextmanager
 def making_a_module() -> Iterator[None]:
-    """While it lasts, a module is made. If that fails, its refs are as they were."""
+    """The context in which a module is made. If that fails, its refs are restored."""
     with _logging([]) as log:
         yield
         if len(_here.logs) > 1:
-            # The module around it may fail yet. (A ref of a trace inside it, as that of
-            # `filter_vmap` over layers, ends with that trace, and may not be kept.)
+            # The enclosing module may still fail. (A ref of an inner trace, such as
+            # `filter_vmap` over layers, ends with that trace, and must not be kept.)
             outer = _here.logs[-2]
             mine = (x for x in log if _trace.outlives(x[0]._trace, outer.trace))
             outer.states.extend(mine)
@@ -59,8 +59,8 @@ def making_a_module() -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_of_several(is_first: bool, is_last: bool) -> Iterator[None]:
-    """While it lasts, a field of a bare `equinox.Module` is converted: there is no hook
-    around all of them. If it fails, those before it are undone too."""
+    """The context in which a field of a bare `equinox.Module` is converted: no hook
+    surrounds all of them. If it fails, the fields before it are undone too."""
     if is_first:
         _here.converted = []
     log = _here.converted
@@ -91,5 +91,5 @@ def _logging(log: list[_State]) -> Iterator[list[_State]]:
             commits.restructured += 1
         raise
     finally:
-        # Not the last: a signal may come before there is one.
+        # Not the last: a signal may come before it is pushed.
         _here.logs[:] = [log for log in _here.logs if log is not mine]

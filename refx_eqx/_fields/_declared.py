@@ -1,4 +1,4 @@
-"""What a class declares of the refs in a field, read off its annotation.
+"""What a class declares about the refs in a field, read from its annotation.
 
 `weight: rx.Param[Float[Array, "out in"]]` declares one ref; `tuple[rx.Param[Array], ...]`
 declares a container of refs. An instance binds the names: see `_bound.py`.
@@ -32,20 +32,21 @@ from ._ref_type import OpenRefHint, RefHint
 __tracebackhide__ = True
 
 
-# What to do with what is there instead of a declared ref: with what is declared, what is
-# there, and where that is.
+# Visits each place that is declared a ref: with the declaration, the object there, and its
+# place.
 Visit = Callable[["DeclaredRef", Any, str], Any]
 
 
 class DeclaredRef:
-    """What a class declares of one ref in a field. Made once a class, compared by identity.
+    """What a class declares about one ref in a field. Made once per class, compared by
+    identity.
 
     - `owner`, `field`: the class, and the name of the field;
     - `number`: which of the refs in the annotation of the field, for a container;
     - `hint`: the type of the value;
-    - `ref_type`, `collection`: of the ref;
-    - `sharding`: the `PartitionSpec` that `rx.field` gives it, or `None`;
-    - `optional`: whether there may be `None` instead.
+    - `ref_type`, `collection`: those of the ref;
+    - `sharding`: the `PartitionSpec` given by `rx.field`, or `None`;
+    - `optional`: whether `None` is allowed instead.
     """
 
     __slots__ = (
@@ -79,34 +80,34 @@ class DeclaredRef:
         self.sharding: Any = None
         self.optional = False
         text = hint_text(hint)
-        # Whether all that counts is shape and dtype.
+        # Whether only shape and dtype matter.
         self.by_shape = "self." not in text and (
             hint is jax.Array or isinstance(hint, type(jaxtyping.AbstractArray))
         )
-        # The names in the hint, and the attributes that it has as `{self.name}`.
+        # The names in the hint, and the attributes it uses as `{self.name}`.
         self._words = (
             frozenset(re.findall(r"\w+", text)),
             tuple(sorted(set(re.findall(r"\bself\.(\w+)", text)))),
         )
 
     def refs(self) -> Iterator["DeclaredRef"]:
-        """All refs that are declared here."""
+        """All refs declared here."""
         yield self
 
     def map(self, visit: Visit, value: Any, where: str) -> Any:
-        """`value` with `visit(declared, x, where)` for each `x` in it that is declared a
-        ref. The same object, if nothing in it changes.
+        """Replaces each `x` in `value` that is declared a ref with `visit(declared, x,
+        where)`. Returns the same object if nothing changes.
 
         **Raises:**
 
-        - `RefTypeError`: if a container is of another kind, or has another number of items.
+        - `RefTypeError`: if a container has the wrong kind or the wrong number of items.
         """
         if value is None and self.optional:
             return value
         return visit(self, value, where)
 
     def names(self, instance: Any = None) -> AxisNames:
-        """Those of the names bound in the running scope that this type speaks of."""
+        """The names bound in the running scope that this type mentions."""
         words, attributes = self._words
         names = names_bound(words)
         found = []
@@ -117,12 +118,12 @@ class DeclaredRef:
         return names._replace(attributes=tuple(found)) if found else names
 
     def bound(self, instance: Any = None) -> BoundType:
-        """The type, with its names as they are bound in the running scope."""
+        """The type, with its names bound as in the running scope."""
         return BoundType(self, self.names(instance))
 
     def ref_of(self, value: Any, where: str) -> Ref:
         """A new ref for `value`; or `value` itself if it is a ref, which takes the name and
-        the collection of the field, as far as it has none."""
+        the collection of the field unless it already has them."""
         if not isinstance(value, Ref):
             ref = self.ref_type(value, self.collection)
             ref._name = where
@@ -133,33 +134,33 @@ class DeclaredRef:
             commits.restructured += 1
         elif self.collection is not None and value._collection != self.collection:
             raise CollectionError(
-                f"The field `{where}` is of collection {self.collection!r}, and was given "
-                f"{describe(value)}. Give it a ref of that "
-                "collection, or pass the value (`ref.value`) to make a ref of its own."
+                f"The field `{where}` has collection {self.collection!r}, but was given "
+                f"{describe(value)}. Give it a ref of that collection, or pass the value "
+                "(`ref.value`) to make a new ref."
             )
         if value._name is None:
             value._name = where
         return value
 
     def check(self, ref: Any, where: str) -> None:
-        """That there is a ref of the declared class at this place, with a value of its type.
+        """Checks that this place has a ref of the declared class, with a value of its type.
         Binds axis names in the running scope.
 
         **Raises:**
 
-        - `RefTypeError`: if not.
+        - `RefTypeError`: if it does not.
         """
         if not isinstance(ref, self.ref_type):
             raise RefTypeError(
-                f"`{where}` is declared a `{self.ref_type.__name__}`, and there is "
+                f"`{where}` is declared a `{self.ref_type.__name__}`, but holds "
                 f"{eqx.tree_pformat(ref)}. Put `rx.Ref(value)` there, or assign the whole "
-                "field, which makes a ref of each value."
+                "field, which wraps each value in a ref."
             )
         value = ref._value
         if type(value) is Withheld:
-            return  # a module that is rebuilt where its refs may not be touched
+            return  # a module rebuilt where its refs may not be touched
         if any(map(is_placeholder, jtu.tree_leaves(value))):
-            return  # shapes without arrays, to build a model without its memory
+            return  # shapes instead of arrays, to build a model without allocating it
         reason = why_not_of_type(value, self.hint)
         if reason is None:
             return
@@ -173,10 +174,10 @@ class DeclaredRef:
 
 
 class DeclaredContainer:
-    """What a class declares of a tuple, list or dict that holds refs.
+    """What a class declares about a tuple, list or dict that holds refs.
 
-    - `kind`: of the container;
-    - `items`: what is declared of each item, or once for all of them; `None` for an item
+    - `kind`: the type of the container;
+    - `items`: the declaration of each item, or one for all of them; `None` for an item
         without refs.
     """
 
@@ -203,7 +204,7 @@ class DeclaredContainer:
         if value is None and self.optional:
             return value
         self._check(value, where)
-        container: Any = value  # which pyright takes for a possible `None` until here
+        container: Any = value  # pyright considers it possibly `None` until here
         keys = list(container) if isinstance(value, Mapping) else range(len(container))
         items = self.items * len(keys) if self.is_same_for_all else self.items
         new = {
@@ -229,17 +230,18 @@ class DeclaredContainer:
             expected = f"a {self.kind.__name__}"
         elif not self.is_same_for_all and len(value) != n:
             expected = f"a {self.kind.__name__} of {n} items"
-        elif jtu.all_leaves([value]):  # a range, a text, a subclass of `list`
+        elif jtu.all_leaves([value]):  # a range, a string, a subclass of `list`
             raise RefTypeError(
-                f"`{where}` is declared a {self.kind.__name__} of refs, and was given "
-                f"{eqx.tree_pformat(value)}, which JAX does not look into: it is no "
-                "pytree. Assign a tuple, a list or a dict."
+                f"`{where}` is declared a {self.kind.__name__} of refs, but was given "
+                f"{eqx.tree_pformat(value)}, which is not a pytree. Assign a tuple, a list "
+                "or a dict."
             )
         else:
             return
         raise RefTypeError(
-            f"`{where}` is declared {expected}, and cannot hold {eqx.tree_pformat(value)}. "
-            "Assign what is declared, or declare what is assigned."
+            f"`{where}` is declared {expected}, and cannot hold "
+            f"{eqx.tree_pformat(value)}. Assign a value of the declared type, or change "
+            "the declaration."
         )
 
 
@@ -249,17 +251,17 @@ Declared = DeclaredRef | DeclaredContainer
 def read_annotation(
     annotation: Any, owner: type, field: str, numbers: Iterator[int] | None = None
 ) -> Declared | None:
-    """What `annotation` says of refs; `None` if it does not speak of any.
+    """What `annotation` declares about refs; `None` if it contains none.
 
     **Arguments:**
 
-    - `annotation`: the type; strings in it are looked up from `owner`.
-    - `owner`, `field`: the class that the annotation is in, and the name that has it.
-    - `numbers`: for the refs in it.
+    - `annotation`: the type; strings in it are evaluated from `owner`.
+    - `owner`, `field`: the class that contains the annotation, and the annotated name.
+    - `numbers`: numbers for the refs in it.
 
     **Raises:**
 
-    - `TypeError`: if it says that refs are in something which is no pytree.
+    - `TypeError`: if it puts refs into something that is not a pytree.
     """
     numbers = itertools.count() if numbers is None else numbers
     hint, metadata = split_hint(resolve_annotation(owner, annotation))
@@ -285,8 +287,8 @@ def read_annotation(
             return None
         if issubclass(origin, Set):
             raise TypeError(
-                f"A field is annotated as a {origin.__name__} of refs, which JAX does not "
-                "look into: it is no pytree. Use a tuple, a list or a dict."
+                f"A field is annotated as a {origin.__name__} of refs, which is not a "
+                "pytree. Use a tuple, a list or a dict."
             )
         return DeclaredContainer(origin, items, is_same_for_all)
     if isinstance(hint, RefHint | OpenRefHint):

@@ -1,8 +1,8 @@
-"""Fields that hold refs, in a class.
+"""Dataclass fields that hold refs.
 
 `weight: rx.Param[Float[Array, "out in"]]` and `weight: Ref[...] = rx.field(collection=
-"params")` come to the same: a dataclass field whose converter makes a ref of the field's
-collection of a value, and lets a ref through.
+"params")` are the same: a dataclass field whose converter wraps a value in a ref of the
+field's collection, and keeps a ref unchanged.
 """
 
 import dataclasses
@@ -31,10 +31,10 @@ __tracebackhide__ = True
 
 
 class RefField(dataclasses.Field):
-    """A dataclass field that may hold refs, and what its class declares of them.
+    """A dataclass field that may hold refs, and what its class declares about them.
 
-    - `declared`: one ref, or a container of them; `None` for a field that holds none.
-    - `refs`: all refs that are declared in it.
+    - `declared`: one ref, or a container of refs; `None` for a field without refs.
+    - `refs`: all refs declared in it.
     """
 
     declared: Declared | None = None
@@ -53,10 +53,10 @@ class RefField(dataclasses.Field):
         if isinstance(plain.default, Ref):
             raise TypeError(
                 "The default of a field is a ref, which all instances would share. Give "
-                "the value, of which each makes a ref of its own; or "
-                "`rx.field(default_factory=lambda: ref)`, if sharing is meant."
+                "the value, and each instance makes its own ref; or use "
+                "`rx.field(default_factory=lambda: ref)` to share it."
             )
-        # The parameters of `Field` grow from one Python to the next (3.14 adds `doc`).
+        # `Field` gains parameters from one Python to the next (3.14 adds `doc`).
         names = inspect.signature(dataclasses.Field).parameters
         super().__init__(**{name: getattr(plain, name) for name in names})
         with_converter = {**plain.metadata, "converter": self._convert}
@@ -70,15 +70,14 @@ class RefField(dataclasses.Field):
     def __set_name__(self, owner: type, name: str) -> None:
         for other in owner.__dict__.values():
             if isinstance(other, RefField) and other is not self:
-                if other._siblings[0]._owner_name:  # those before this one
+                if other._siblings[0]._owner_name:  # the fields before this one
                     self._siblings = other._siblings
                     self._siblings.append(self)
                     break
         if not issubclass(owner, eqx.Module):
             raise TypeError(
-                f"`rx.field` of `{owner.__name__}.{name}` makes no ref: "
-                f"`{owner.__name__}` is no module. Derive it from `rx.Module` or "
-                "`eqx.Module`."
+                f"`rx.field` of `{owner.__name__}.{name}` makes no ref: `{owner.__name__}` "
+                "is not a module. Derive it from `rx.Module` or `eqx.Module`."
             )
         annotation = inspect.get_annotations(owner).get(name, Any)
         declared = read_annotation(annotation, owner, name)
@@ -86,14 +85,14 @@ class RefField(dataclasses.Field):
             declared = DeclaredRef(owner, name, 0, Any)
         if self._sharding is not None and declared is None:
             raise TypeError(
-                f"`rx.field(sharding=...)` of `{owner.__name__}.{name}`: the field holds no "
-                "ref. Annotate it as one, `rx.Param[...]` or `rx.Ref[...]`; the arrays "
+                f"`rx.field(sharding=...)` of `{owner.__name__}.{name}`: the field holds "
+                "no ref. Annotate it as one, `rx.Param[...]` or `rx.Ref[...]`; arrays "
                 "outside refs are placed by `rx.axis_rules({rx.path(...): P(...)})`."
             )
         self.bind(owner, declared)
 
     def bind(self, owner: type, declared: Declared | None) -> None:
-        """Takes what the annotation of the field says, once its class is known."""
+        """Takes the declaration in the annotation of the field, once its class is known."""
         self._owner_name = owner.__name__
         self.declared = declared
         self.refs = () if declared is None else tuple(declared.refs())
@@ -105,20 +104,20 @@ class RefField(dataclasses.Field):
             if ref.collection not in (None, self._collection):
                 raise CollectionError(
                     f"The field `{owner.__name__}.{ref.field}` is annotated with "
-                    f"collection {ref.collection!r} and `rx.field` says "
-                    f"{self._collection!r}. Say it once."
+                    f"collection {ref.collection!r}, but `rx.field` says "
+                    f"{self._collection!r}. Give only one."
                 )
             ref.collection = self._collection
 
     def _convert(self, value: Any) -> Any:
-        """What Equinox calls after the `__init__` of an instance."""
+        """Called by Equinox after the `__init__` of an instance."""
         if self.of_module:
-            # The module has converted what was assigned: not a default that was not.
+            # The module has already converted assigned values, but not unassigned defaults.
             is_default = value is self.default
             done = not is_default and self._is_converted(value)
             return value if done else self.convert(value)
-        # A bare `equinox.Module` has no other hook: each ref is checked by itself, so axis
-        # names are shared within one annotation.
+        # A bare `equinox.Module` has no other hook: each field is checked separately, so
+        # axis names are only shared within one annotation.
         siblings = self._siblings
         with one_of_several(self is siblings[0], self is siblings[-1]):
             value = self.convert(value)
@@ -145,7 +144,8 @@ class RefField(dataclasses.Field):
             declare(ref, bound)
 
     def convert(self, value: Any, owner_name: str | None = None) -> Any:
-        """What the field is to hold: a ref for each value that is declared one."""
+        """Converts a value for the field: each value that is declared a ref is wrapped in
+        one."""
         if self.declared is None:
             return value if self._converter is None else self._converter(value)
         if self._converter is not None and not isinstance(value, Ref):
@@ -157,8 +157,8 @@ class RefField(dataclasses.Field):
     def refs_in(
         self, value: Any, owner_name: str | None = None
     ) -> list[tuple[DeclaredRef, Any, str]]:
-        """For each place that is declared a ref: what is declared of it, what `value` has
-        there, and where that is."""
+        """For each place that is declared a ref: the declaration, the object there in
+        `value`, and the place."""
         found: list[tuple[DeclaredRef, Any, str]] = []
 
         def visit(declared: DeclaredRef, x: Any, where: str) -> Any:
@@ -202,13 +202,12 @@ def field(
 
     **Arguments:**
 
-    - `collection`: of the ref. If omitted, it is what the annotation of the field says.
-    - `converter`: as in `equinox.field`; applied to a value before it is wrapped. A `Ref`
-        that is assigned is shared, and not converted.
+    - `collection`: the collection of the ref. By default, the one in the annotation.
+    - `converter`: as in `equinox.field`; applied to a value before it is wrapped. An
+        assigned `Ref` is shared, not converted.
     - `static`: as in `equinox.field`. A static field cannot hold a ref.
-    - `sharding`: how the value is split over a mesh, whichever rules there are for the names
-        of its axes: a `jax.sharding.PartitionSpec` of mesh axes. See
-        [`refx_eqx.axis_rules`][].
+    - `sharding`: how the value is split over a mesh, a `jax.sharding.PartitionSpec` of mesh
+        axes. It takes precedence over rules for axis names: see [`refx_eqx.axis_rules`][].
     - `**kwargs`: all other arguments of `equinox.field`.
 
     **Returns:**
@@ -217,16 +216,16 @@ def field(
 
     **Raises:**
 
-    - `ValueError`: if `static=True` is given, and `collection` or `sharding` too.
-    - `TypeError`: if `collection` is not hashable, if the default is a ref, if the field is
-        in a class that is no `equinox.Module`, or if `sharding` is no `PartitionSpec`, or
-        for a field without refs.
+    - `ValueError`: if `static=True` is combined with `collection` or `sharding`.
+    - `TypeError`: if `collection` is not hashable, if the default is a ref, if the class is
+        not an `equinox.Module`, or if `sharding` is not a `PartitionSpec` or is given for a
+        field without refs.
     """
     if sharding is not None and not isinstance(sharding, PartitionSpec):
         raise TypeError(
-            f"`rx.field(sharding={sharding!r})`: give a `jax.sharding.PartitionSpec` of mesh "
-            "axes. The mesh itself is no part of a class: it is chosen where the model is "
-            "placed."
+            f"`rx.field(sharding={sharding!r})`: give a `jax.sharding.PartitionSpec` of "
+            "mesh axes. The mesh itself is not part of a class: it is chosen where the "
+            "model is placed."
         )
     if static:
         given = {
@@ -250,8 +249,8 @@ _plain_hints: weakref.WeakKeyDictionary[type, dict[str, Any]] = (
 
 
 def plain_hints(cls: type) -> dict[str, Any]:
-    """The types of the fields without refs, as far as they can be checked: arrays of
-    jaxtyping, and stacks."""
+    """The types of the fields without refs that can be checked: jaxtyping arrays, and
+    stacks."""
     hints: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         hints.update(_plain_hints.get(base, {}))
@@ -265,10 +264,10 @@ def _is_checkable(hint: Any) -> bool:
 
 
 def declare_ref_fields(cls: type) -> None:
-    """Gives every field of `cls` that is annotated as a ref a `RefField`.
+    """Gives a `RefField` to every field of `cls` that is annotated as a ref.
 
-    For the class body `weight: rx.Param[Array]` this is as if it had said
-    `weight: rx.Param[Array] = rx.field()`.
+    A class body with `weight: rx.Param[Array]` behaves as if it were `weight:
+    rx.Param[Array] = rx.field()`.
     """
     hints = _plain_hints[cls] = {}
     slots = cls.__dict__.get("__slots__")

@@ -1,5 +1,5 @@
-"""`Following`: the type of a ref that goes where another one does, as the moments of an
-optimizer go with their weight."""
+"""`Following`: the type of a ref that is sharded like another, as optimizer moments are
+sharded like their weight."""
 
 from collections.abc import Hashable
 from typing import Any, NamedTuple
@@ -19,11 +19,11 @@ _ANY_ARRAY = DeclaredRef(Ref, "value", 0, jax.Array)
 
 
 class DeclaredAxes(NamedTuple):
-    """What one declared type says of the axes of one array.
+    """What one declared type says about the axes of one array.
 
-    - `names`: of each, or `None` for one without a name;
-    - `extra`: the positions of the axes of a stack;
-    - `sharding`: the `PartitionSpec` of the other axes that the field gives, or `None`.
+    - `names`: the name of each axis, or `None`;
+    - `extra`: the positions of stack axes;
+    - `sharding`: the `PartitionSpec` from the field for the other axes, or `None`.
     """
 
     names: tuple[str | None, ...]
@@ -31,8 +31,8 @@ class DeclaredAxes(NamedTuple):
     sharding: Any
 
     def with_rank(self, rank: int) -> "DeclaredAxes":
-        """The same in a stack that was made since, or for a slice of one: the axes of stacks
-        come and go in front."""
+        """The same in a stack made since, or in a slice of one: stack axes come and go in
+        front."""
         more = rank - len(self.names)
         if more == 0:
             return self
@@ -42,12 +42,12 @@ class DeclaredAxes(NamedTuple):
 
 
 class Following(BoundType):
-    """Any array, with the axes of the weight that it follows.
+    """Any array, with the axes of the weight it follows.
 
-    It is a declared type, because that is what a ref keeps through every transform.
+    It is a declared type, because a ref keeps those through every transform.
 
-    - `path`, `collection`: of the weight, for filters;
-    - `axes`: what the types of the weight say of its axes.
+    - `path`, `collection`: those of the weight, for filters;
+    - `axes`: what the types of the weight say about its axes.
     """
 
     __slots__ = ("axes", "collection", "path")
@@ -79,6 +79,6 @@ class Following(BoundType):
 
 
 def followed(ref: Ref) -> Following | None:
-    """What a ref follows, if it follows another."""
+    """The `Following` of a ref that follows another, or `None`."""
     found = (bound for bound in ref._declared or () if type(bound) is Following)
     return next(found, None)

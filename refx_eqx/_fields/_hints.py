@@ -1,4 +1,4 @@
-"""Whether a value is of a type: beartype's and jaxtyping's answer, with the reason."""
+"""Whether a value has a type, according to beartype and jaxtyping, with the reason."""
 
 import types
 from typing import Annotated, Any, get_args, get_origin, Union
@@ -10,19 +10,21 @@ __tracebackhide__ = True
 
 
 def conforms(value: Any, hint: Any) -> bool:
-    """Whether `value` is of the type `hint`, under the axis names bound so far.
+    """Whether `value` has the type `hint`, given the axis names bound so far.
 
-    As beartype, and in every item of a tuple, list or dict: beartype looks at one of them,
-    drawn at random.
+    As beartype, but checks every item of a tuple, list or dict: beartype checks one at
+    random.
     """
     if hint is Any:
         return True
     if isinstance(hint, type) and not isinstance(hint, types.GenericAlias):
-        # The same answer as beartype's, without its set-up. And without its lock, which is
-        # not re-entrant (beartype 0.23): it calls our `__instancecheck__` while it holds it.
+        # The same answer as beartype, without its set-up, and without its lock, which is
+        # not re-entrant (beartype 0.23) and is held while it calls our `__instancecheck__`.
         try:
             return isinstance(value, hint)
-        except TypeError:  # a `TypedDict`, a protocol that is not for run time
+        except (
+            TypeError
+        ):  # a `TypedDict`, or a protocol that is not `runtime_checkable`
             pass
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
@@ -32,15 +34,15 @@ def conforms(value: Any, hint: Any) -> bool:
     items = _typed_items(value, origin, args)
     if items is not None:
         return all(conforms(item, item_hint) for item, item_hint in items)
-    # Here, because beartype takes as long to import as this library.
+    # Here, because importing beartype takes as long as importing this library.
     from beartype.door import is_bearable
     from beartype.roar import BeartypeDecorHintException
 
     try:
-        # (pyright: `hint` may be any object that stands for a type.)
+        # (pyright: `hint` may be any object that represents a type.)
         return is_bearable(value, hint)  # pyright: ignore[reportArgumentType]
     except BeartypeDecorHintException:
-        return True  # an annotation that means nothing at run time
+        return True  # an annotation without a meaning at run time
 
 
 def _is_validator(metadata: Any) -> bool:
@@ -48,8 +50,8 @@ def _is_validator(metadata: Any) -> bool:
 
 
 def _typed_items(value: Any, origin: Any, args: tuple) -> list[tuple[Any, Any]] | None:
-    """The items of a container, each with its type. `None` if it is none that we know, or
-    not the one that is asked for."""
+    """The items of a container, each with its type. `None` if it is not a known container,
+    or not the required one."""
     if origin not in (tuple, list, dict) or not isinstance(value, origin):
         return None
     if isinstance(value, dict):
@@ -61,21 +63,21 @@ def _typed_items(value: Any, origin: Any, args: tuple) -> list[tuple[Any, Any]] 
 
 
 def why_not_of_type(value: Any, hint: Any) -> str | None:
-    """The reason why `value` is not of the type `hint`; or `None`.
+    """The reason why `value` does not have the type `hint`; or `None`.
 
-    The reason is empty where there is no more to say than that it is not.
+    The reason is empty if there is nothing more to say.
     """
     try:
         if conforms(value, hint):
             return None
     except (jaxtyping.AnnotationError, AttributeError, NameError):
-        # An axis such as "n+1" whose "n" is bound nowhere: there is nothing to hold it to.
+        # An axis such as "n+1" whose "n" is not bound: there is nothing to check.
         return None
     explain = getattr(hint, "__instancecheck_str__", None)
     reason = "" if explain is None else explain(value)
     reason, of_dtypes, _ = reason.partition(", not any of ")
-    if of_dtypes:  # it goes on with every dtype there is
-        reason += f", which is no {hint.dtype.__name__}"
+    if of_dtypes:  # it continues with a list of every dtype
+        reason += f", which is not a {hint.dtype.__name__}"
     if "the underlying array type" in reason:
         reason = f"its type is {type(value).__name__}, not {hint_text(hint.array_type)}"
     return reason

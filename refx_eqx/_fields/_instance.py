@@ -1,7 +1,7 @@
-"""An instance of a module, held against what its class declares of the fields.
+"""Checks an instance of a module against the declared types of its fields.
 
-The fields are checked together, so the axis names in their types are shared. What an
-annotation says is worked out once a class; an instance pays for the checks alone.
+The fields are checked together, so the axis names in their types are shared. Annotations
+are read once per class; an instance only pays for the checks.
 """
 
 import threading
@@ -34,11 +34,11 @@ __tracebackhide__ = True
 
 
 class _Plan(NamedTuple):
-    """Which fields of a class there are to check."""
+    """The fields of a class to check."""
 
     of_refs: tuple[RefField, ...]
     plain: tuple[tuple[str, Any], ...]
-    # What was found right before, by the shapes and dtypes of the refs.
+    # Results of earlier successful checks, by the shapes and dtypes of the refs.
     known: dict[tuple, tuple[BoundType | None, ...]]
 
 
@@ -64,7 +64,7 @@ def check_instance(instance: Any) -> None:
 
     **Raises:**
 
-    - `RefTypeError`: if a field is not of its type. No ref has been given a type then.
+    - `RefTypeError`: if a field does not have its type. Then no ref has been given a type.
     """
     plan = _plan_of(type(instance))
     if not plan.of_refs and not plan.plain:
@@ -87,7 +87,7 @@ def check_instance(instance: Any) -> None:
         ]
         for declared, ref, where in found:
             declared.check(ref, where)
-        # Only now are all names bound.
+        # All names are bound only now.
         all_bound = {declared: declared.bound(instance) for declared, _, _ in found}
     for declared, ref, _ in found:
         keep_state(ref)
@@ -102,7 +102,7 @@ _MAX_KNOWN = 1000
 
 
 def _shapes_of(plan: _Plan, fields: dict[str, Any]) -> tuple | None:
-    """The shapes and dtypes of the refs, if nothing else matters to the check."""
+    """The shapes and dtypes of the refs, if nothing else matters for the check."""
     if plan.plain:
         return None
     shapes: list[Any] = []
@@ -121,8 +121,8 @@ def _shapes_of(plan: _Plan, fields: dict[str, Any]) -> tuple | None:
 
 
 def _check_plain(value: Any, hint: Any, where: str) -> None:
-    """A field without refs. Only an array is held to the type: Equinox is free with what
-    else stands in for one."""
+    """Checks a field without refs. Only arrays are checked: Equinox allows other objects in
+    their place."""
     if not isinstance(hint, BatchedHint) and not isinstance(value, jax.Array):
         return
     reason = why_not_of_type(value, hint)
@@ -139,11 +139,10 @@ def _check_plain(value: Any, hint: Any, where: str) -> None:
 
 
 def names_of_instance(instance: Any) -> AxisNames:
-    """The names that the fields of an instance bound when it was made, for its methods.
+    """The names bound by the fields of an instance when it was made, for its methods.
 
-    They are read off its refs, because JAX rebuilds instances and refs survive that. A ref
-    that was put there later (by `eqx.tree_at`) may disagree with the others: then the name
-    is free.
+    They are read from its refs, which survive when JAX rebuilds instances. A ref that was
+    put there later (by `eqx.tree_at`) may disagree with the others: then the name is free.
     """
     if not config.check_types:
         return NO_NAMES
@@ -152,10 +151,10 @@ def names_of_instance(instance: Any) -> AxisNames:
         try:
             refs = field.refs_in(fields[field.name])
         except (KeyError, RefTypeError):
-            continue  # in `__init__` still, or in a tree that is being manipulated
+            continue  # still in `__init__`, or in a tree that is being manipulated
         for declared, ref, _ in refs:
             if isinstance(ref, Ref):
-                # A part has other sizes (and there are parts in a body alone).
+                # A shard has other sizes (and shards exist only in a body).
                 found.extend(
                     bound.names
                     for bound in ref._declared or ()
@@ -165,24 +164,24 @@ def names_of_instance(instance: Any) -> AxisNames:
     return union(found) if found else NO_NAMES
 
 
-# What `__getattribute__` below asks on each access: real classes, so it is quick. (The
-# `jax.Array` of the annotations answers `isinstance` in Python.)
+# Checked by `__getattribute__` below on each access: concrete classes, to be fast.
+# (`isinstance` of the `jax.Array` in annotations runs Python code.)
 _ARRAYS = (_jax.ConcreteArray, _jax.Tracer, np.ndarray)
 MAY_HOLD_ARRAYS = (*_ARRAYS, tuple, list, dict)
 
 
 def check_field(instance: Any, name: str, value: Any) -> None:
-    """That a field which is declared a ref, and is being read, holds one.
+    """Checks, when a field that is declared a ref is read, that it holds one.
 
     Equinox's own functions (`tree_at`, `combine`, ...) make instances without `__init__`,
-    so they may put an array in the place of a ref. Writing to that would do nothing: JAX
-    lets any attribute of an array be set. It is not always a mistake: in what `snapshot`
-    makes *all* refs are arrays. So it is one if the instance has a ref besides, or if
-    something was written already.
+    so they can put an array in place of a ref. Writing to it would do nothing: JAX allows
+    setting any attribute of an array. It is not always a mistake: in a snapshot *all* refs
+    are arrays. So it is an error if the instance also has a ref, or if something was
+    already written.
 
     **Raises:**
 
-    - `RefTypeError`: if there is an array by mistake; here, or where one was read last.
+    - `RefTypeError`: if there is an array by mistake, here or where one was last read.
     """
     _check_last_read()
     field = type(instance).__dataclass_fields__.get(name)
@@ -199,8 +198,8 @@ def check_field(instance: Any, name: str, value: Any) -> None:
 
 
 class _LastRead(threading.local):
-    """The last array that was read of a field which is declared a ref, with its place. If a
-    value is written to it, nothing can stop that: it is noticed at the next door."""
+    """The last array read from a field that is declared a ref, with its place. A write to
+    it cannot be prevented, but is noticed at the next check."""
 
     array: "tuple[Callable[[], Any], str, DeclaredRef] | None" = None
 
@@ -217,11 +216,11 @@ def _check_last_read() -> None:
 
 
 def check_refs_in_place(tree: Any, failure: str) -> None:
-    """That the fields which are declared refs hold refs, in every module of a tree.
+    """Checks that fields declared as refs hold refs, in every module of a tree.
 
     **Raises:**
 
-    - `RefTypeError`: if there is something array-like in the place of a ref.
+    - `RefTypeError`: if something array-like is in place of a ref.
     """
     refuse_cycle(tree)
 
@@ -244,7 +243,7 @@ def _refs_held(
     try:
         return field.refs_in(value, cls.__name__)
     except RefTypeError:
-        return []  # of another structure: a tree that is being manipulated
+        return []  # another structure: a tree that is being manipulated
 
 
 def _has_refs(instance: Any) -> bool:
@@ -268,9 +267,9 @@ def _not_a_ref(
     made = "rx.Ref(value)" if collection is None else f"rx.Ref(value, {collection!r})"
     return RefTypeError(
         (f"{failure}: " if failure else "")
-        + f"`{where}`{f' at {place}' if place else ''} is declared a ref, and holds "
+        + f"`{where}`{f' at {place}' if place else ''} is declared a ref, but holds "
         + f"{eqx.tree_pformat(x)} instead"
-        + (", to which a value was written that no ref took" if lost else "")
+        + (", and a value written to it was lost" if lost else "")
         + f". Where it is put there (by `eqx.tree_at`, `eqx.combine`, ...), put `{made}`. "
         "In a module whose refs are all arrays, as in a snapshot, read the fields only."
     )

@@ -15,7 +15,8 @@ from ._instance import check_field, check_instance, MAY_HOLD_ARRAYS, names_of_in
 if TYPE_CHECKING:
     from equinox._module._module import _ModuleMeta as _EquinoxMeta
 
-    # Type checkers ask the metaclass what a field is, and Equinox's knows only its own.
+    # Type checkers ask the metaclass for field specifiers, and Equinox's only knows its
+    # own.
     @dataclass_transform(field_specifiers=(dataclasses.field, eqx.field, field))
     class _ModuleMeta(_EquinoxMeta): ...
 
@@ -31,12 +32,12 @@ __tracebackhide__ = True
 
 
 class Module(eqx.Module, metaclass=_ModuleMeta):
-    """An `equinox.Module` whose fields may hold refs. It is nothing more than that: every
-    function of Equinox works on it, because a ref is a leaf.
+    """An `equinox.Module` whose fields may hold refs. Every function of Equinox works on
+    it, because a ref is a leaf.
 
-    A field annotated as a ref (`rx.Param[...]`, `rx.Ref[...]`, or a collection of your
-    own) wraps what is assigned to it. Assigning a value makes a new ref in the field's
-    collection; assigning a ref shares it. Inside `__init__` too `self.weight` is the ref.
+    A field annotated as a ref (`rx.Param[...]`, `rx.Ref[...]`, or a collection of your own)
+    wraps the values assigned to it. Assigning a value makes a new ref in the field's
+    collection; assigning a ref shares it. `self.weight` is the ref inside `__init__` too.
 
     !!! Example
 
@@ -73,11 +74,12 @@ class Module(eqx.Module, metaclass=_ModuleMeta):
 
     When it is made:
 
-    - `RefTypeError`: if a field is given what it does not declare.
-    - `CollectionError`: if a field is given a ref of another collection than its own.
-    - `TypeError`: if a field is annotated as refs in what is no pytree, such as a set.
+    - `RefTypeError`: if a field is given a value of another type than declared.
+    - `CollectionError`: if a field is given a ref of another collection.
+    - `TypeError`: if an annotation puts refs into something that is not a pytree, such as a
+        set.
 
-    And `dataclasses.FrozenInstanceError`: if a field is assigned to after `__init__`.
+    And `dataclasses.FrozenInstanceError`: if a field is assigned after `__init__`.
     """
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -85,7 +87,7 @@ class Module(eqx.Module, metaclass=_ModuleMeta):
         declare_ref_fields(cls)
 
     def __check_init__(self) -> None:
-        # The hook of Equinox for what must hold of an instance, called after `__init__`.
+        # Equinox's hook for invariants of an instance, called after `__init__`.
         if config.check_types:
             check_instance(self)
 
@@ -104,7 +106,7 @@ class Module(eqx.Module, metaclass=_ModuleMeta):
                 return
             try:
                 # Before the conversion, which may give the ref a name and a collection: a
-                # frozen module must leave it unchanged.
+                # frozen module must not change it.
                 super().__setattr__(name, value)
             except dataclasses.FrozenInstanceError:
                 raise dataclasses.FrozenInstanceError(

@@ -1,8 +1,8 @@
-"""`Ref[T]` as a type: for the editor, for jaxtyping, for beartype.
+"""`Ref[T]` as a type, for editors, jaxtyping and beartype.
 
-`Ref[Float[Array, "out in"]]` is a class whose `isinstance` check looks at the *value* of a
-ref. So it means something to every run-time type checker, in a signature and in a field,
-and the axis names in it are those of the running jaxtyping context.
+`Ref[Float[Array, "out in"]]` is a class whose `isinstance` checks the *value* of a ref. So
+it works with every run-time type checker, in signatures and fields, and its axis names are
+those of the running jaxtyping context.
 """
 
 import functools
@@ -19,13 +19,13 @@ __tracebackhide__ = True
 
 
 def _is_shape_only(value: Any) -> bool:
-    """Whether this is the value of a model that was made without its memory."""
+    """Whether this is a value of a model that was made without allocating it."""
     leaves = jtu.tree_leaves(value)
     return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
 
 
 class RefHint(type):
-    """The class of `Ref[T]`: a type, all of whose instances are refs with a `T` inside."""
+    """The class of `Ref[T]`: a type whose instances are refs with a `T` inside."""
 
     ref_type: type
     value_hint: Any
@@ -38,7 +38,7 @@ class RefHint(type):
     def __instancecheck__(cls, obj: Any) -> bool:
         if not isinstance(obj, cls.ref_type):
             return False
-        # Not `obj.value`: the type of a ref may be asked where its value may not be read.
+        # Not `obj.value`: the type may be checked where the value may not be read.
         value = obj._value
         return conforms(value, cls.value_hint) or _is_shape_only(value)
 
@@ -54,10 +54,10 @@ class RefHint(type):
 
 
 class OpenRefHint:
-    """`Ref[T]` for a type variable `T`: what `Param[...]` and the like are made of.
+    """`Ref[T]` for a type variable `T`, from which `Param[...]` and the like are made.
 
-    It has what `typing` asks of a generic alias (`__parameters__`, `__getitem__`), so that
-    `Annotated[Ref[T], ...][X]` becomes `Annotated[Ref[X], ...]`.
+    It has the attributes that `typing` requires of a generic alias (`__parameters__`,
+    `__getitem__`), so `Annotated[Ref[T], ...][X]` becomes `Annotated[Ref[X], ...]`.
     """
 
     __parameters__: ClassVar[tuple] = ()
@@ -102,13 +102,13 @@ def _type_variables(hint: Any) -> tuple:
     if isinstance(hint, TypeVar):
         return (hint,)
     if isinstance(hint, type):
-        # jaxtyping builds a class at once; the type variable of its dtype is lost in it.
+        # jaxtyping builds a class immediately, which loses the type variable of its dtype.
         return ()
     return tuple(getattr(hint, "__parameters__", ()))
 
 
 def subscript(ref_type: type, hint: Any) -> Any:
-    """The type `ref_type[hint]`; one and the same object for equal arguments."""
+    """The type `ref_type[hint]`; the same object for equal arguments."""
     if _type_variables(hint):
         return OpenRefHint(ref_type, hint)
     try:
@@ -126,5 +126,5 @@ def _ref_hint(ref_type: type, value_hint: Any) -> RefHint:
 _cached_ref_hint = functools.lru_cache(maxsize=None)(_ref_hint)
 
 
-# `Ref` itself knows no types: what `Ref[T]` means is said here.
+# `Ref` itself knows nothing about types: the meaning of `Ref[T]` is defined here.
 Ref.__class_getitem__ = classmethod(subscript)  # type: ignore[method-assign]

@@ -1,16 +1,16 @@
 """Modules whose tree holds refs, and whose methods see the values.
 
-A module of Equinox is written for arrays: its methods compute with `self.weight`. Once its
-arrays are refs, it is made an instance of a subclass, one for each class, whose methods run on
-what `view` makes of the module at that moment: the same module, of its own class, with the
-values of the refs. From outside, its attributes are the refs.
+An Equinox module is written for arrays: its methods compute with `self.weight`. Once its
+arrays are refs, it becomes an instance of a subclass (one per class), whose methods run on
+the current `view` of the module: the same module, of its original class, with the values of
+the refs. From outside, its attributes are the refs.
 
     layer.weight      # a ref
     layer(x)          # type(layer).__call__(view(layer), x): an array
 
-The subclass differs by its methods alone. It has the fields, the name, the documentation and
-the signature of its base, and is a pytree of its own, so two trees are of one structure when
-they would be without.
+The subclass differs only in its methods. It has the fields, name, docstring and signature
+of its base, and is a separate pytree type, so two trees have the same structure exactly
+when the original modules would.
 """
 
 import functools
@@ -34,7 +34,7 @@ __tracebackhide__ = True
 
 _bases: dict[type, type] = {}
 _subclasses: dict[type, type] = {}
-# Nothing is kept alive by these: JAX keeps every class that is a pytree.
+# This keeps nothing alive: JAX keeps every pytree class anyway.
 
 
 def is_referenced(x: Any) -> bool:
@@ -42,7 +42,7 @@ def is_referenced(x: Any) -> bool:
 
 
 def plain_class(cls: type) -> type | None:
-    """The class that a module of this one had without refs, if methods see values in it."""
+    """The original class of a module, if this is a subclass whose methods see values."""
     return _bases.get(cls)
 
 
@@ -74,20 +74,22 @@ def subclass_of(cls: type) -> type:
 
 
 def view(module: Any) -> Any:
-    """What the methods of a module see: itself, of its own class, with the values of refs.
+    """What the methods of a module see: the module in its original class, with the values
+    of refs.
 
-    A module inside that was written for refs is left unchanged.
+    A submodule that was written for refs is left unchanged.
     """
     return _lowered(module, _value_in_zone)
 
 
 def snapshot_of(tree: Any) -> Any:
-    """The tree without refs, and with the classes that its modules had without."""
+    """The tree without refs, with its modules in their original classes."""
     return _lowered_leaf(tree, _value_everywhere)
 
 
 def zone(module: eqx.Module) -> Callable[[Any], bool]:
-    """Where the fields of a module end: at the modules in them. For use as an `is_leaf`."""
+    """Marks where the fields of a module end: at its submodules. For use as an
+    `is_leaf`."""
     return lambda x: x is not module and isinstance(x, eqx.Module)
 
 
@@ -130,7 +132,7 @@ def _with_fields(module: Any, cls: type, fields: Any) -> Any:
     return new
 
 
-# The methods that make a module or look at it as an object, and do not compute with it.
+# Methods that make a module or treat it as an object, but do not compute with it.
 _NAMES_OF_THE_OBJECT = (
     "init new post_init check_init init_subclass class_getitem getattr getattribute setattr "
     "delattr repr str format dir hash eq ne reduce reduce_ex getstate setstate copy deepcopy "
@@ -140,7 +142,7 @@ _OF_THE_OBJECT = frozenset(f"__{name}__" for name in _NAMES_OF_THE_OBJECT.split(
 
 
 def _attributes(cls: type) -> dict[str, Any]:
-    """What a class and those above it define, down to `equinox.Module`."""
+    """The attributes of a class and its bases, up to `equinox.Module`."""
     found: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         if base is not object and base not in eqx.Module.__mro__:
@@ -151,14 +153,14 @@ def _attributes(cls: type) -> dict[str, Any]:
 
 
 def _on_values(name: str, attribute: Any) -> Any:
-    """The attribute of a class, for `view(self)` instead of `self`; `None` if it has no
-    `self`."""
+    """The attribute of a class, bound to `view(self)` instead of `self`; `None` if it has
+    no `self`."""
     if name in _OF_THE_OBJECT or isinstance(
         attribute, (staticmethod, classmethod, type)
     ):
         return None
     if isinstance(attribute, types.FunctionType):
-        # As it is: a module calls it on a view.
+        # Unchanged: a module calls it on a view.
         return _method(attribute, lambda self: attribute.__get__(self))
     if not hasattr(type(attribute), "__get__"):
         return None
@@ -178,7 +180,7 @@ def _method(attribute: Any, bind: Callable[[Any], Any]) -> Any:
 
 
 def _reduce(self: Any) -> tuple:
-    # Its class is made, and so is not to be found by its name.
+    # Its class is generated, so it cannot be found by name.
     return _rebuild, (_bases[type(self)], dict(vars(self)))
 
 

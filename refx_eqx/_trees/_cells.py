@@ -1,7 +1,6 @@
-"""What the functions in a tree hold: in their closure cells, as defaults, in partials.
+"""The contents of functions in a tree: their closure cells, defaults and partials.
 
-JAX treats a function as an opaque leaf, and Python lets one hold anything, which need be no
-pytree at all.
+JAX treats a function as an opaque leaf, and in Python it can hold anything, pytree or not.
 """
 
 import dis
@@ -25,9 +24,9 @@ def is_shared(leaf: Any) -> bool:
 
 
 def shared_in(x: Any) -> Any:
-    """A shared leaf in a set, or among the keys of a dict; `None` if there is none. These
-    are not in the tree that the set or the dict is in."""
-    # By type first: this is asked of each dict in a tree. And no hash is asked for.
+    """A shared leaf in a set, or among the keys of a dict, or `None`. These are not part of
+    the tree that contains the set or dict."""
+    # By type first: this is called for each dict in a tree. It computes no hashes.
     if isinstance(x, set | frozenset | dict) and any(
         issubclass(kind, Shared) for kind in set(map(type, x))
     ):
@@ -36,8 +35,8 @@ def shared_in(x: Any) -> Any:
 
 
 def is_lookup(x: Any) -> bool:
-    """Whether `x` is to look up shared leaves in. Such a dict is no tree to JAX, which sorts
-    the keys; so it is a leaf, like a set."""
+    """Whether `x` is for looking up shared leaves. JAX cannot flatten such a dict, as it
+    sorts the keys; so it is a leaf, like a set."""
     return shared_in(x) is not None
 
 
@@ -64,7 +63,7 @@ def is_filled(cell: types.CellType) -> bool:
 def carried_cells(
     fn: types.FunctionType, is_wanted: Callable[[Any], bool] = is_shared
 ) -> list[types.CellType]:
-    """The cells of a function whose content is carried with it."""
+    """The cells of a function whose contents are carried with it."""
     return [
         cell
         for cell in fn.__closure__ or ()
@@ -73,7 +72,7 @@ def carried_cells(
 
 
 def inside(obj: Any) -> Iterator[Any]:
-    """The trees that a callable leaf holds."""
+    """The trees in a callable leaf."""
     if type(obj) is types.FunctionType:
         for cell in obj.__closure__ or ():
             if is_filled(cell):
@@ -87,12 +86,12 @@ def inside(obj: Any) -> Iterator[Any]:
 
 
 def reaches(tree: Any, is_wanted: Callable[[Any], bool] = is_shared) -> bool:
-    """Whether there is such a leaf in a tree, or in a function in it."""
+    """Whether there is such a leaf in a tree, or in a function in the tree."""
     return any(map(is_wanted, reachable(tree)))
 
 
 def reachable(tree: Any) -> Iterator[Any]:
-    """The leaves of a tree, and of what the functions in it hold."""
+    """The leaves of a tree, and of the contents of functions in it."""
     seen: set[int] = set()
     todo = [tree]
     while todo:
@@ -104,10 +103,11 @@ def reachable(tree: Any) -> Iterator[Any]:
 
 
 def _leaves(tree: Any) -> list[Any]:
-    """The leaves of what a function holds; none if JAX cannot tell them.
+    """The leaves of the contents of a function; empty if JAX cannot flatten them.
 
-    What is in a cell need be no pytree: a dict with keys of two types is not one, nor a
-    list that holds itself. JAX never asks, so the function must work here as well.
+    The content of a cell need not be a pytree: a dict with keys of two types is not one,
+    nor is a list that contains itself. JAX never flattens it, so such a function must work
+    here as well.
     """
     if holds_itself(tree):
         return []
@@ -118,15 +118,15 @@ def _leaves(tree: Any) -> list[Any]:
 
 
 def holds_itself(tree: Any) -> bool:
-    """Whether a list or a dict is inside itself, by lists, dicts, tuples and modules
-    alone.
+    """Whether a list or a dict contains itself, through lists, dicts, tuples and modules
+    only.
 
-    To be asked before JAX is: its `RecursionError` (jaxlib 0.10 to 0.12) leaves the count
-    of the interpreter wrong, so that everything after it fails, up to the exit.
+    Call this before JAX: its `RecursionError` (jaxlib 0.10 to 0.12) corrupts the recursion
+    count of the interpreter, and everything after it fails until exit.
     """
     if not _is_container(tree):
         return False
-    # A container is left when it is met the second time on the stack.
+    # A container is finished when it is met on the stack for the second time.
     todo, entered, left = [tree], set(), set()
     while todo:
         obj = todo[-1]
@@ -146,7 +146,7 @@ def holds_itself(tree: Any) -> bool:
 
 def _is_container(x: Any) -> bool:
     kind = type(x)
-    # The second question is for speed: `issubclass` by itself asks Python's `abc`.
+    # The second test is for speed: `issubclass` alone goes through Python's `abc`.
     return kind in _MAY_HOLD_ITSELF or (
         hasattr(kind, "__dataclass_fields__") and issubclass(kind, eqx.Module)
     )
@@ -162,12 +162,12 @@ _MAY_HOLD_ITSELF = frozenset((list, dict, tuple))
 
 
 def _is_opaque(x: Any) -> bool:
-    # A state that was consumed does not let itself be flattened, and holds no refs.
+    # A consumed state cannot be flattened, and holds no refs.
     return isinstance(x, eqx.nn.State) or is_lookup(x)
 
 
 def reachable_functions(fn: types.FunctionType) -> list[types.FunctionType]:
-    """`fn` and the functions that are in its cells, and in theirs."""
+    """`fn` and the functions in its cells, recursively."""
     functions, seen = [fn], {id(fn)}
     for function in functions:
         for cell in function.__closure__ or ():
@@ -181,7 +181,7 @@ def reachable_functions(fn: types.FunctionType) -> list[types.FunctionType]:
 def rebound_cells(functions: list[types.FunctionType]) -> set[int]:
     """The cells that these functions rebind themselves (`nonlocal count; count += 1`).
 
-    They are no input of a function but a side effect, which JAX runs once a trace.
+    These are not inputs of a function but a side effect, which JAX runs once per trace.
     """
     return {
         id(cell)

@@ -1,15 +1,15 @@
-"""What may be changed in place in a tree, and what a function changed of what it was given.
+"""What can be changed in place in a tree, and what a function changed in its inputs.
 
-A function is given trees that are rebuilt for it. What it changes in them in place is not
-seen by the caller, as in JAX:
+A function is given trees that are rebuilt for it. As in JAX, the caller does not see
+in-place changes to them:
 
-1. A list or a dict of an argument is a copy. Its entries may be replaced, added and
-   removed; only the refs in it must stay, because what becomes of a ref is carried back.
-2. A list or a dict in a module or in a closure is state. So is a static field, and a closure
-   variable. A change of it would be lost, so it is refused.
-3. What is returned is carried by the result, however it was changed.
+1. A list or a dict in an argument is a copy. Its entries may be replaced, added and
+    removed; only the refs in it must stay, because writes to them are carried back.
+2. A list or a dict in a module or a closure is state, as are static fields and closure
+    variables. A change to it would be lost, so it is refused.
+3. Anything returned is carried by the result, however it was changed.
 
-Only what could have changed is looked at again.
+Only objects that could have changed are examined again.
 """
 
 import copy
@@ -43,7 +43,7 @@ def is_writeable(leaf: Any) -> bool:
 
 
 def containers(value: Any) -> dict[int, Any]:
-    """What in a value may be changed in place, by its `id`."""
+    """The parts of a value that can be changed in place, by `id`."""
     found: dict[int, Any] = {}
 
     def visit(x: Any) -> bool:
@@ -56,7 +56,8 @@ def containers(value: Any) -> dict[int, Any]:
 
 
 def owned(value: Any) -> Any:
-    """The value with lists, dicts and NumPy arrays of its own; itself if it has none."""
+    """The value with its own copies of lists, dicts and NumPy arrays; the value itself if
+    it has none."""
     return copied(value) if containers(value) else value
 
 
@@ -68,11 +69,11 @@ def _copied_one(x: Any) -> Any:
     if type(x) is list:
         return list(map(copied, x))
     if type(x) in _CHANGEABLE:
-        # Not by JAX, which puts the keys in order.
+        # Not by JAX, which sorts the keys.
         new = copy.copy(x)
         new.update((key, copied(item)) for key, item in x.items())
         return new
-    # A NumPy array that its giver cannot change: a change there would be no write.
+    # A NumPy array that the caller cannot change: a change there would not be a write.
     return x.copy() if is_writeable(x) else x
 
 
@@ -87,7 +88,7 @@ def is_same_value(a: Any, b: Any) -> bool:
 
 
 class _Node(NamedTuple):
-    """Something that may be changed in place, and what was in it."""
+    """Something that can be changed in place, and its contents at the time."""
 
     obj: Any
     part: int
@@ -97,7 +98,7 @@ class _Node(NamedTuple):
 
 
 class Changes:
-    """What is changed in place in some trees from now on."""
+    """Tracks in-place changes to some trees from now on."""
 
     __slots__ = ("_nodes",)
 
@@ -115,7 +116,8 @@ class Changes:
                 seen.add(id(obj))
                 is_copy = is_copy and type(obj) in _CHANGEABLE
                 node = _Node(obj, part, is_copy, children, rest)
-                # What makes its children when it is flattened has others each time.
+                # A node that makes its children when it is flattened has new ones each
+                # time.
                 if type(obj) in _CHANGEABLE or not _differs(node):
                     self._nodes.append(node)
             todo.extend((child, part, is_copy) for child in children)
@@ -124,7 +126,7 @@ class Changes:
         return any(map(_differs, self._nodes))
 
     def lost(self, result: Any) -> _Node | None:
-        """Something whose change would be lost, of a function that returns `result`."""
+        """A change that would be lost when the function returns `result`."""
         found = [x for x in self._nodes if _differs(x) and _matters(x)]
         if found:
             returned = _nodes_in(result)
@@ -132,13 +134,14 @@ class Changes:
         return found[0] if found else None
 
 
-# An `equinox.nn.State` is consumed by a function that is given one, and may not be
-# flattened then.
+# An `equinox.nn.State` is consumed by the function it is given to, and cannot be flattened
+# after that.
 _OPAQUE = (Shared, ByValue, eqx.nn.State)
 
 
 def _open(obj: Any) -> tuple[list[Any], Any] | None:
-    """What is in `obj`, and what else it has; `None` if nothing in it can change."""
+    """The contents of `obj`, and its other attributes; `None` if nothing in it can
+    change."""
     if obj is None or isinstance(obj, _OPAQUE):
         return None
     if may_carry(obj):
@@ -156,7 +159,7 @@ def _differs(node: _Node) -> bool:
 
 
 def _matters(node: _Node) -> bool:
-    """Whether a change of `node` is more than one of a copy."""
+    """Whether a change to `node` affects more than a copy."""
     now, _ = _open(node.obj) or ([], None)
     return not node.is_copy or _refs(node.children) != _refs(now)
 
@@ -166,13 +169,13 @@ def _open_callable(fn: Any) -> tuple[list[Any], Any] | None:
         return [fn.__func__, fn.__self__], None
     if type(fn) is functools.partial:
         return [fn.func, *fn.args, *fn.keywords.values()], tuple(fn.keywords)
-    # The cells that were made for it; all others are the user's own.
+    # The cells made for it; all others are the user's own.
     cells = carried_cells(fn)
     return [cell.cell_contents for cell in cells] + [fn.__kwdefaults__], None
 
 
 def _refs(trees: list[Any]) -> list[int]:
-    """The refs in some trees, as often as they are in them."""
+    """The refs in some trees, with repetitions."""
     leaves = reachable(trees)
     return sorted(id(leaf) for leaf in leaves if isinstance(leaf, Shared))
 
@@ -189,7 +192,7 @@ def _nodes_in(tree: Any) -> set[int]:
 
 
 def place_of(node: _Node, trees: list[Any]) -> str:
-    """Which of the trees of a call it is that was changed, and where; for a message."""
+    """Which tree of a call was changed, and where; for a message."""
     last = len(trees) - 1
     if node.part == last:
         return "the callable, or what it closes over,"

@@ -1,14 +1,14 @@
-"""Functions in a tree: those that hold something are nodes of it.
+"""Functions in a tree as nodes of the tree.
 
-To JAX a function is a leaf. So before a tree is derefed, and wherever its refs are looked
-for, each function, bound method and partial in it that reaches a ref becomes a `Closure`: a
-pytree node with the trees that the function carries as children, by the names that they have
-in it. `closed` makes functions of them again.
+To JAX a function is a leaf. So before a tree is derefed or searched for refs, each
+function, bound method and partial in it that reaches a ref becomes a `Closure`: a pytree
+node whose children are the trees that the function carries, under the names they have in
+it. `closed` turns the nodes back into functions.
 
     {"f": lambda x: w[...] * x}   -- opened -->  {"f": Closure(w=w)}  -- deref -->  {"f": Closure(w=Value(...))}
 
-The trees of a call are opened in the same way. What is carried with a function
-`_functions.py` says.
+The trees of a call are opened in the same way. `_functions.py` defines what a function
+carries.
 """
 
 import functools
@@ -26,9 +26,9 @@ __tracebackhide__ = True
 
 
 class Closure:
-    """A function that holds refs, as a pytree node: its children are what it carries.
+    """A function that holds refs, as a pytree node whose children are the trees it carries.
 
-    - `head`: the function without that. Structure.
+    - `head`: the function without them. Structure.
     """
 
     __slots__ = ("contents", "head")
@@ -65,29 +65,30 @@ def is_closure(x: Any) -> bool:
 
 
 class _Opening(NamedTuple):
-    """Which functions are opened: those that reach a leaf that `is_wanted`, and all partials
-    of a call. `numbers` are those of the functions that were met, by their ids."""
+    """Which functions to open: those that reach a leaf that `is_wanted`, and all partials
+    of a call. `numbers` are the numbers of the functions met so far, by id."""
 
     is_wanted: Callable[[Any], bool]
     is_call: bool
     numbers: dict[int, int]
 
     def tree(self, tree: Any) -> Any:
-        # A dict of refs is no tree to JAX, which sorts the keys; so it is none in a call.
+        # JAX cannot flatten a dict of refs, as it sorts the keys; so it is a leaf in a
+        # call.
         is_leaf = None if self.is_call else is_lookup
         leaves, treedef = jtu.tree_flatten(tree, is_leaf=is_leaf)
         return self.opened(tree, leaves, treedef)
 
     def opened(self, tree: Any, leaves: list[Any], treedef: Any) -> Any:
-        """The tree of these leaves; `tree` itself if no function in it is opened."""
+        """The tree of these leaves, or `tree` itself if no function in it is opened."""
         if not any(map(may_carry, leaves)):
             return tree
         new = list(map(self._leaf, leaves))
         return treedef.unflatten(new) if any(map(is_closure, new)) else tree
 
     def _leaf(self, leaf: Any) -> Any:
-        # Only a function that reaches a ref: another one stays the object that it is, so that
-        # the caches of JAX, which are by that, know it again.
+        # Only a function that reaches a ref. Others stay the same objects, so that JAX's
+        # caches, which go by identity, recognize them.
         is_opened = may_carry(leaf) and (
             (self.is_call and type(leaf) is functools.partial)
             or reaches(leaf, self.is_wanted)
@@ -104,7 +105,7 @@ def opened(tree: Any) -> Any:
 
 
 def closed(tree: Any) -> Any:
-    """The opposite of `opened`, whatever is in the place of the refs.
+    """The inverse of `opened`, whatever has replaced the refs.
 
     **Raises:**
 
@@ -123,19 +124,19 @@ def _closed(tree: Any, made: dict[int, Any]) -> Any:
 def _closed_leaf(leaf: Any, made: dict[int, Any]) -> Any:
     if not is_closure(leaf):
         return leaf
-    # Not yet what it carries: a recursive function must be there before its own cells.
+    # Without its contents yet: a recursive function must exist before its own cells.
     return rebuilt(leaf.head, lambda: _closed(leaf.contents, made), made)
 
 
 class _Names(tuple):
-    """Instead of the head of a function: the names of what it carries, and no more."""
+    """Replaces the head of a function: only the names of the trees it carries."""
 
     __slots__ = ()
 
 
 def by_name(tree: Any) -> Any:
-    """`opened`, to be aligned with another tree: two functions are of one structure when
-    they carry trees of the same names. `closed` does not take it."""
+    """`opened`, for aligning with another tree: two functions have the same structure if
+    they carry trees of the same names. `closed` does not accept it."""
     return jtu.tree_map(_by_name, opened(tree), is_leaf=is_closure)
 
 
@@ -149,39 +150,39 @@ def _names_in(head: Any) -> Iterable[str]:
     return head if type(head) is _Names else names_in(head)
 
 
-# JAX compares the nodes of two treedefs by `==` of their heads, but hashes a treedef by its
-# shape alone (jaxlib 0.10 to 0.12): so functions that carry the same share a hash, no more.
+# JAX compares nodes of treedefs by `==` of their heads, but hashes a treedef only by its
+# shape (jaxlib 0.10 to 0.12): functions that carry the same trees merely share a hash.
 
 
 class Part(NamedTuple):
-    """The structure of one tree of a call: hashable, and without any of its leaves.
+    """The structure of one tree of a call: hashable, and without leaves.
 
-    - `treedef`: of the tree, with a `Closure` for each function that is opened;
-    - `has_functions`: whether there may be any.
+    - `treedef`: that of the tree, with a `Closure` for each opened function;
+    - `has_functions`: whether there may be opened functions.
     """
 
     treedef: Any
     has_functions: bool
 
     def tree(self, leaves: Iterable[Any]) -> Any:
-        """The tree of these leaves, with a `Closure` for each function that is opened."""
+        """The tree of these leaves, with a `Closure` for each opened function."""
         return self.treedef.unflatten(leaves)
 
     def unflatten(self, leaves: Iterable[Any]) -> Any:
-        """The tree of these leaves. Each function that was opened is a new one."""
+        """The tree of these leaves. Each opened function is rebuilt."""
         return closed(self.tree(leaves)) if self.has_functions else self.tree(leaves)
 
     def outer(self) -> list[Any]:
-        """For each leaf of the tree itself its number; or, for a function that is opened, the
-        `Closure` of the numbers that are in it."""
+        """For each leaf of the tree itself, its number; for an opened function, the
+        `Closure` of the numbers in it."""
         numbers = range(self.treedef.num_leaves)
         if not self.has_functions:
             return list(numbers)
         return jtu.tree_leaves(self.tree(numbers), is_leaf=is_closure)
 
     def place_of(self, number: int) -> tuple[tuple, bool]:
-        """The key path of a leaf, or that of the function that it is in; and which of the
-        two it is."""
+        """The key path of a leaf, or of the function that it is in; and which of the
+        two."""
         numbers = self.tree(range(self.treedef.num_leaves))
         for path, x in jtu.tree_flatten_with_path(numbers, is_leaf=is_closure)[0]:
             if number in jtu.tree_leaves(x):
@@ -189,12 +190,12 @@ class Part(NamedTuple):
         raise IndexError(number)
 
     def leaves_up_to(self, tree: Any) -> list[Any]:
-        """The subtrees of a tree of which this is a prefix. What is in a function has `None`
-        where the tree has no node for it.
+        """The subtrees of a tree that this is a prefix of. The contents of a function get
+        `None` if the tree has no node for the function.
 
         **Raises:**
 
-        - `ValueError`, `TypeError`: JAX's, if it is of another structure.
+        - `ValueError`, `TypeError`: from JAX, if the structure differs.
         """
         if not self.has_functions:
             return self.treedef.flatten_up_to(tree)
@@ -217,17 +218,17 @@ def _leaves_up_to(prefix: Any, tree: Any) -> list[Any]:
 def flatten(
     tree: Any, is_wanted: Callable[[Any], bool] = is_shared
 ) -> tuple[list[Any], Part]:
-    """The leaves of a tree of a call, those inside functions included.
+    """The leaves of a tree of a call, including those inside functions.
 
-    In a call more functions are opened than in a derefed tree: a partial is, whatever is bound
-    in it, because those are arguments like others.
+    In a call more functions are opened than in a derefed tree: a partial always is, because
+    its bound arguments are arguments like any other.
 
     **Arguments:**
 
-    - `is_wanted`: which leaves make a node of the function that they are in.
+    - `is_wanted`: selects the leaves whose functions become nodes.
     """
     leaves, treedef = jtu.tree_flatten(tree)
-    # Most trees have no function, and are flattened once.
+    # Most trees have no functions, and are flattened only once.
     new = _Opening(is_wanted, True, {}).opened(tree, leaves, treedef)
     if new is tree:
         return leaves, Part(treedef, False)
@@ -236,7 +237,7 @@ def flatten(
 
 
 def without_empty(tree: Any, is_held: Callable[[Any], bool]) -> Any:
-    """The tree with `None` for each `Closure` that holds none of these leaves."""
+    """The tree, with `None` for each `Closure` that holds none of these leaves."""
     return _without_empty(tree, is_held, set())
 
 
@@ -248,7 +249,7 @@ def _without_empty(tree: Any, is_held: Callable[[Any], bool], met: set[Any]) -> 
             return x if x.head in met else None
         # A bound method and a partial have no number: they cannot be in their own cells.
         number = x.head[0] if x.head else None
-        # Before what is in it, where a recursive function is met again.
+        # Before its contents, where a recursive function is met again.
         met.add(number)
         new = Closure(x.head, _without_empty(x.contents, is_held, met))
         if any(map(is_held, jtu.tree_leaves(new.contents, is_leaf=is_held))):

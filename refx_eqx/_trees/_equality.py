@@ -1,4 +1,4 @@
-"""What things are equal by, in a tree and in the key of a cache."""
+"""Equality of objects in trees and in cache keys."""
 
 import contextlib
 import weakref
@@ -9,31 +9,30 @@ import jax.tree_util as jtu
 
 
 class Shared:
-    """A leaf that is one thing wherever it is in a tree. There is one class of them: `Ref`,
-    of which this room knows no more."""
+    """A leaf that is the same object wherever it occurs in a tree. The only subclass is
+    `Ref`, about which this room knows nothing else."""
 
     __slots__ = ()
 
 
 class ByValue:
-    """A node of a tree that is passed by value: what is changed in it is not to be carried
-    back."""
+    """A tree node that is passed by value: changes to it are not carried back."""
 
     __slots__ = ()
 
 
 def is_same_tree(is_same: Callable[[Any, Any], bool], a: Any, b: Any) -> bool:
-    """Whether two trees are of one structure, and their leaves the same by `is_same`."""
+    """Whether two trees have the same structure, and leaves that are the same by
+    `is_same`."""
     a_leaves, a_def = jtu.tree_flatten(a)
     b_leaves, b_def = jtu.tree_flatten(b)
     return a_def == b_def and all(map(is_same, a_leaves, b_leaves))
 
 
 class Unlike:
-    """An object that stands for something which no value can: equal to itself alone, also
-    where it is pickled.
+    """A sentinel: equal only to itself, even after pickling.
 
-    - `name`: of the global variable that has it; `text`: for messages.
+    - `name`: the global variable that holds it; `text`: for messages.
     """
 
     def __init__(self, module: str, name: str, text: str = ""):
@@ -49,11 +48,12 @@ class Unlike:
 
 
 UNSET: Any = Unlike(__name__, "UNSET")
-"""An argument that was not given, where `None` is one that was."""
+"""An argument that was not given, where `None` is a valid argument."""
 
 
 class Identity:
-    """Stands for an object; equal for the same object. Holds it weakly if it is to, and can."""
+    """Stands for an object; equal for the same object. Holds it weakly if asked to, and if
+    possible."""
 
     __slots__ = ("_id", "recall")
 
@@ -73,7 +73,7 @@ class Identity:
             return True
         if not isinstance(other, Identity) or self._id != other._id:
             return False
-        # What is gone is equal to nothing: its id may be another's by now.
+        # A dead object equals nothing: its id may have been reused.
         return self._is_alive() and other._is_alive()
 
     def _is_alive(self) -> bool:
@@ -84,8 +84,8 @@ class Identity:
 
 
 class Ignored(tuple):
-    """A part of a structure that does not count for what it is equal to, such as a name:
-    any two are equal."""
+    """A part of a structure that is ignored in comparisons, such as a name: any two are
+    equal."""
 
     __slots__ = ()
 

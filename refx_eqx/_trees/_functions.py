@@ -1,10 +1,10 @@
-"""A function, taken apart into what it is and what it carries; and made again of the two.
+"""Taking a function apart into a head and the trees it carries, and rebuilding it.
 
-For us a function that closes over refs is a node: its children are the contents of those of
-its closure cells in which a ref can be reached, followed through nested functions, bound
-methods and `functools.partial`, and its default arguments if there is one in them. Rebuilding
-the node makes a new function, of the same code, with new cells. Cells without refs stay the
-very same objects, so `nonlocal` works on them.
+For us a function that closes over refs is a node: its children are the contents of those
+closure cells from which a ref can be reached (through nested functions, bound methods and
+`functools.partial`), and its default arguments if they contain one. Rebuilding the node
+makes a new function with the same code and new cells. Cells without refs stay the very same
+objects, so `nonlocal` works on them.
 """
 
 import functools
@@ -28,7 +28,7 @@ __tracebackhide__ = True
 
 
 class _OwnCell:
-    """A cell that the rebuilt function has as well; equal when it is the same cell, of the same
+    """A cell that the rebuilt function keeps; equal if it is the same cell with the same
     content."""
 
     __slots__ = ("cell", "key")
@@ -47,22 +47,22 @@ class _OwnCell:
 
 
 class FirstPlaceGone(LookupError):
-    """A function was at two places of a tree, and only the later one is left."""
+    """A function was at two places of a tree, and only the later place is left."""
 
 
 class _FunctionHead(tuple):
     """A function: `(number, code, globals, cells, extras, origin)`.
 
-    `cells` has the cell that is kept, or `None` for one whose content is carried. `extras`
-    are its looks, defaults and attributes; the defaults are `None` if they are carried,
-    behind the contents of the cells. `origin` is the function itself, weakly.
+    `cells` has each kept cell, or `None` for one whose content is carried. `extras` are its
+    names, defaults and attributes; the defaults are `None` if they are carried, after the
+    contents of the cells. `origin` is the function itself, held weakly.
     """
 
     __slots__ = ()
 
 
 class _MethodHead(tuple):
-    """A bound method of an object that is a pytree. It carries `[function, object]`."""
+    """A bound method of a pytree. It carries `[function, object]`."""
 
     __slots__ = ()
 
@@ -74,7 +74,7 @@ class _PartialHead(tuple):
 
 
 class LaterPlace(int):
-    """A later place of the function with this number. A recursive function has one."""
+    """A later place of the function with this number. Recursive functions have one."""
 
     __slots__ = ()
 
@@ -82,12 +82,12 @@ class LaterPlace(int):
 def head_of(
     leaf: Any, numbers: dict[int, int], is_wanted: Callable[[Any], bool] = is_shared
 ) -> tuple[Any, list[Any]]:
-    """A function, taken apart: what it is without the trees that it carries, and these
-    trees. A function that was met before carries none.
+    """Takes a function apart into its head and the trees it carries. A function that was
+    met before carries none.
 
     **Arguments:**
 
-    - `numbers`: of the functions that were met, by their ids. This one is added.
+    - `numbers`: the numbers of the functions met so far, by id. This one is added.
     """
     if type(leaf) is types.MethodType:
         return _MethodHead(), [leaf.__func__, leaf.__self__]
@@ -95,14 +95,14 @@ def head_of(
         return _PartialHead(), [leaf.func, leaf.args, leaf.keywords]
     number = numbers.get(id(leaf))
     if number is not None:
-        # The same function again, or a call of itself from its own cell: without this the
-        # tree of a recursive function would have no end.
+        # The same function again, or a reference to itself in its own cell: without this
+        # the tree of a recursive function would be infinite.
         return LaterPlace(number), []
-    # Before its contents are looked at: a recursive function is in one of its own cells.
+    # Before visiting its contents: a recursive function is in one of its own cells.
     number = numbers[id(leaf)] = len(numbers)
     rebound = rebound_cells(reachable_functions(leaf))
     carried = carried_cells(leaf, is_wanted)
-    # By identity: cells are equal when their contents are.
+    # By identity: cells compare equal if their contents do.
     ids = set(map(id, carried))
     kept = tuple(
         None if id(cell) in ids else _OwnCell(cell, id(cell) in rebound)
@@ -115,11 +115,11 @@ def head_of(
         extras.append(None if is_carried else _itself(defaults))
         if is_carried:
             contents.append(defaults)
-    # `functools.wraps` leaves the wrapped function here: it is in a cell as well, where what
-    # it holds is carried.
+    # `functools.wraps` puts the wrapped function here: it is also in a cell, where its
+    # contents are carried.
     extras += ((k, _itself(v)) for k, v in vars(leaf).items() if k != "__wrapped__")
-    # Each call makes a new function of the same code. A program is kept by the one that the
-    # user wrote, and dies with it.
+    # Each call makes a new function with the same code. A program is kept by the user's own
+    # function, and dies with it.
     origin = Ignored((weakref.ref(origin_of(leaf)),))
     looks = (
         number,
@@ -133,12 +133,12 @@ def head_of(
 
 
 def _itself(obj: Any) -> Identity:
-    """To be equal by identity, and to be had again."""
+    """Equal by identity, and recoverable."""
     return Identity(obj, weak=False)
 
 
 def names_in(head: Any) -> list[str]:
-    """What the trees that a function carries are called in it."""
+    """The names of the trees that a function carries."""
     if type(head) is _MethodHead:
         return ["__func__", "__self__"]
     if type(head) is _PartialHead:
@@ -155,13 +155,13 @@ _LOOKS = "__annotations__", "__doc__", "__module__", "__name__", "__qualname__"
 
 
 def rebuilt(head: Any, contents: Callable[[], Any], made: dict[int, Any]) -> Any:
-    """The opposite of `head_of`.
+    """The inverse of `head_of`.
 
     **Arguments:**
 
-    - `contents`: gives the trees that the function carries. Called when it is there: a
-        recursive function is in one of them.
-    - `made`: the functions that were made, by their numbers. This one is added.
+    - `contents`: returns the trees that the function carries. Called once the function
+        exists: a recursive function is in one of them.
+    - `made`: the functions made so far, by number. This one is added.
     """
     if isinstance(head, LaterPlace):
         if int(head) not in made:
@@ -174,7 +174,7 @@ def rebuilt(head: Any, contents: Callable[[], Any], made: dict[int, Any]) -> Any
         return functools.partial(func, *args, **keywords)
     number, code, globals_, kept, extras, (origin,) = head
     looks, defaults, kwdefaults, *own = extras
-    # Empty cells, filled below: a recursive function is needed to make what is in them.
+    # Empty cells, filled below: a recursive function is needed to make their contents.
     cells = tuple(types.CellType() if keep is None else keep.cell for keep in kept)
     fn = types.FunctionType(code, globals_.recall(), closure=cells)
     for name, value in looks:
@@ -192,16 +192,16 @@ def rebuilt(head: Any, contents: Callable[[], Any], made: dict[int, Any]) -> Any
     return fn
 
 
-# For each function that was rebuilt, the one that it stands for.
+# For each rebuilt function, the function it stands for.
 _origins: weakref.WeakKeyDictionary[types.FunctionType, weakref.ref] = (
     weakref.WeakKeyDictionary()
 )
 
 
 def origin_of(fn: types.FunctionType) -> types.FunctionType:
-    """The function that `fn` was rebuilt from, by however many transforms; or `fn`.
+    """The function that `fn` was rebuilt from, through any number of transforms; or `fn`.
 
-    A body is rebuilt at each call. What is compiled for it is kept by its origin.
+    A body is rebuilt at each call. Programs compiled for it are kept by its origin.
     """
     origin = _origins.get(fn, gone)()
     return fn if origin is None else origin

@@ -1,4 +1,4 @@
-"""What stands for something static in the key of a cache."""
+"""Cache keys for static objects."""
 
 import types
 import weakref
@@ -15,12 +15,11 @@ __tracebackhide__ = True
 
 
 def static_key(leaf: Any) -> Any:
-    """What stands for a static leaf in the key of a cache.
+    """The cache key of a static leaf.
 
-    Two leaves have equal keys only if a program traced with the one is right for the
-    other: `1`, `1.0` and `True` are equal in Python, and so are `0.0` and `-0.0`. What a
-    function closes over is a part of its key: a cell that is bound to something else makes
-    another function of it.
+    Two leaves have equal keys only if a program traced with one is right for the other:
+    `1`, `1.0` and `True` are equal in Python, and so are `0.0` and `-0.0`. The closed-over
+    values of a function are part of its key: rebinding a cell makes it another function.
     """
     if isinstance(leaf, types.FunctionType):
         return Identity(leaf), _closure_key(leaf) if leaf.__closure__ else None
@@ -32,13 +31,13 @@ def static_key(leaf: Any) -> Any:
 
 
 def static_keys(tree: Any) -> tuple:
-    """What static trees are equal by."""
+    """The keys of the leaves of static trees."""
     leaves, treedef = jtu.tree_flatten(tree)
     return treedef, *map(static_key, leaves)
 
 
 def identities_in(key: Any) -> Iterator[Identity]:
-    """The objects that a key has by identity."""
+    """The objects that a key holds by identity."""
     if isinstance(key, Identity):
         yield key
     elif isinstance(key, tuple | frozenset):
@@ -47,8 +46,8 @@ def identities_in(key: Any) -> Iterator[Identity]:
 
 
 def weakly(leaf: Any) -> "Identity | Members | None":
-    """What a cache has of a static leaf, to keep no function and no ref alive; `None` if it
-    has the leaf itself."""
+    """What a cache stores for a static leaf, so as not to keep functions and refs alive;
+    `None` if it stores the leaf itself."""
     if type(leaf) is frozenset and is_lookup(leaf):
         return Members(leaf)
     if _is_own(leaf) or (isinstance(leaf, set | frozenset) and is_lookup(leaf)):
@@ -58,20 +57,21 @@ def weakly(leaf: Any) -> "Identity | Members | None":
 
 
 def _is_own(leaf: Any) -> bool:
-    """Whether it is equal to nothing but itself, or a ref, which is held by identity."""
+    """Whether it equals only itself, or is a ref, which is held by identity."""
     if isinstance(leaf, Shared):
         return True
     return type(leaf).__eq__ is object.__eq__ and not isinstance(leaf, weakref.ref)
 
 
 def recalled(held: Any) -> Any:
-    """The leaf that `weakly` is for, or that is held as it is; `None` if it is gone."""
+    """The leaf that `weakly` was given, or that is stored directly; `None` if it is
+    gone."""
     return held.recall() if isinstance(held, Identity | Members) else held
 
 
 class Members:
-    """A frozenset of refs, held weakly by its members: the set itself may be made for one
-    call, and gone after it."""
+    """A frozenset of refs, whose members are held weakly: the set itself may only exist for
+    one call."""
 
     __slots__ = ("_kept", "_weak")
 
@@ -81,7 +81,7 @@ class Members:
         self._weak = [weak for _, weak in both if weak is not None]
 
     def recall(self) -> frozenset | None:
-        """The set again; `None` if a member is gone."""
+        """The set, or `None` if a member is gone."""
         alive: list[Any] = [weak.recall() for weak in self._weak]
         if any(x is None for x in alive):
             return None
@@ -103,9 +103,9 @@ EMPTY = object()
 
 
 def content_key(cell: types.CellType) -> Any:
-    """What stands for the content of a cell. A container or an array is itself: like JAX,
-    we do not notice a list that is appended to. But refs are taken into a set and out of
-    it (layers that are frozen, and thawed one by one), so that is noticed."""
+    """The key for the content of a cell. A container or array goes by identity: like JAX,
+    we do not notice an append to a list. But refs are added to and removed from sets
+    (layers that are frozen, and unfrozen one by one), so that is noticed."""
     content: Any = cell.cell_contents if is_filled(cell) else EMPTY
     if type(content) in (set, frozenset) and is_lookup(content):
         return _Items(map(_object_key, content))
@@ -116,7 +116,7 @@ def content_key(cell: types.CellType) -> Any:
 
 
 class _Items(frozenset):
-    """Stands for the items of a set or dict of refs."""
+    """The key for the items of a set or dict of refs."""
 
     __slots__ = ()
 
@@ -127,13 +127,13 @@ def _object_key(obj: Any) -> Any:
     return Identity(obj)
 
 
-# The position of a cell in a closure; what stands for its content; and that content itself, if
-# it is told by its identity. (If not: the refs in a set change, and the set does not.)
+# The position of a cell in a closure; the key of its content; and the content itself, if
+# its identity determines the key. (It does not for a set, whose refs change.)
 Watched = tuple[int, Any, Any]
 
 
 def same_content(cell: types.CellType, key: Any) -> bool:
-    """Whether a cell still has the content that `key` stands for."""
+    """Whether the content of a cell still has this key."""
     return content_key(cell) == key
 
 

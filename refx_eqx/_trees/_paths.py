@@ -1,4 +1,4 @@
-"""Where in a tree something is: for messages, and for filters."""
+"""Paths in a tree, for messages and filters."""
 
 import fnmatch
 from typing import Any
@@ -23,20 +23,21 @@ def dotted(path: Path) -> str:
 
 
 def pattern_of(path: Path) -> str:
-    """How `rx.path` is given this place."""
+    """The pattern of this place for `rx.path`."""
     special = any(set(key) & set(".*?[") for key in path)
     return repr(path) if special else f'"{dotted(path)}"'
 
 
 def path_text(path: tuple) -> str:
-    """Where in a tree something is, for messages: what `rx.path` takes. Of texts, or of the
-    keys that JAX has."""
+    """A path in a tree for messages, in the form that `rx.path` takes. Accepts strings or
+    JAX's keys."""
     names = tuple(map(key_text, path))
     return f"`{pattern_of(names).strip(chr(34))}`" if names else "the root of the tree"
 
 
 def n_common(a: tuple, b: tuple) -> int:
-    """How many first items of two tuples are the same; or fewer. In few steps of Python."""
+    """A lower bound on the length of the common prefix of two tuples. Takes few Python
+    steps."""
     n, step = min(len(a), len(b)), 1
     while a[:n] != b[:n]:
         n, step = max(0, n - step), 2 * step
@@ -44,17 +45,18 @@ def n_common(a: tuple, b: tuple) -> int:
 
 
 class Pattern:
-    """A pattern of `rx.path`, walked along one path after the other.
+    """A pattern of `rx.path`, matched against one path after another.
 
-    The paths of a tree come in order, so each begins like the one before: what is known of
-    that is kept, or a deep tree would take the square of its depth.
+    The paths of a tree come in order, so each shares a prefix with the one before. The
+    result for that prefix is kept; otherwise a deep tree would take time quadratic in its
+    depth.
     """
 
     __slots__ = ("_last", "_pattern")
 
     def __init__(self, pattern: str):
         self._pattern = tuple(pattern.split("."))
-        # A path, and after each of its keys: how much of the pattern may be behind us.
+        # A path, and after each of its keys, the possible positions in the pattern.
         self._last: tuple[Path, list[frozenset[int]]] = ((), [self._skip({0})])
 
     def matches(self, path: Path) -> bool:
@@ -77,7 +79,7 @@ class Pattern:
         return self._skip(found)
 
     def _skip(self, reached: set[int]) -> frozenset[int]:
-        """`**` stands for no key, too."""
+        """`**` also matches zero keys."""
         for i, head in enumerate(self._pattern):
             if i in reached and head == "**":
                 reached.add(i + 1)
