@@ -27,7 +27,7 @@ class BatchedHint(type):
         """Why `obj` is not such a stack; empty if it is one. (A beartype hook.)"""
         n = len(cls.axes.split())
         if not conforms(obj, cls.inside):
-            return f"it is not a {hint_text(cls.inside)}"
+            return f"it is not of type {hint_text(cls.inside)}"
         found: dict[tuple[int, ...], str] = {}
         for leaf in jtu.tree_leaves(obj):
             sizes = _sizes_of(leaf, n)

@@ -77,7 +77,7 @@ def why_not_of_type(value: Any, hint: Any) -> str | None:
     reason = "" if explain is None else explain(value)
     reason, of_dtypes, _ = reason.partition(", not any of ")
     if of_dtypes:  # it continues with a list of every dtype
-        reason += f", which is not a {hint.dtype.__name__}"
+        reason += f", which is not {hint.dtype.__name__}"
     if "the underlying array type" in reason:
         reason = f"its type is {type(value).__name__}, not {hint_text(hint.array_type)}"
     return reason
