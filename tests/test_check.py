@@ -27,7 +27,7 @@ def net():
 def test_arrays_in_no_ref_are_named():
     model = net()
     text = (
-        r"3 of the arrays are in no ref: `layers\.0\.offset`, float32\[2\]; "
+        r"3 of the arrays are not in refs: `layers\.0\.offset`, float32\[2\]; "
         r"`layers\.1\.offset`, float32\[3\]; `table`, float32\[2, 2\]\. .*rx\.as_refs"
     )
     for tree in (model, rx.deref(model)):

@@ -365,7 +365,7 @@ def test_rebinding_a_cell_that_holds_refs_is_refused(call):
         rx.StructureError,
         match=(
             r"cannot carry back a change of structure: the function changed the callable, "
-            r"or what it closes over, in place .*Put what changes into a `rx.Ref`"
+            r"or what it closes over, in place .*Put changing state into a `rx.Ref`"
         ),
     ):
         call(f)

@@ -224,7 +224,9 @@ def test_what_is_not_hashable_is_named(make, text):
 
 
 def test_as_refs_asks_a_function():
-    with pytest.raises(TypeError, match="`where` is a function .* was given 5"):
+    with pytest.raises(
+        TypeError, match="`where` must be a function .* but was given 5"
+    ):
         rx.as_refs({"a": jnp.ones(2)}, where=5)  # pyright: ignore[reportArgumentType]
 
 

@@ -122,8 +122,7 @@ def test_what_a_filter_keeps_of_refs_is_weak():
     [
         ("parms", r"rx.collection\('parms'\) selects nothing in this tree, which has refs of "
          r"the collections 'params', 'counts', and leaves at `encoder.weight`, "
-         r"`encoder.calls`, `decoder.weight`, `decoder.calls`. Correct the name. If there "
-         r"may be none, say so: `rx.collection\('lora'\) \| False`"),
+         r"`encoder.calls`, `decoder.weight`, `decoder.calls`. Correct the name. If it may select nothing, say so: `rx.collection\('lora'\) \| False`"),
         (rx.path("encodr.**"), r"rx.path\('encodr.\*\*'\) selects nothing"),
         (rx.collection("parms", "lora"), r"rx.collection\('parms', 'lora'\) selects nothing"),
         (rx.collection("params") & rx.path("head.**"), "selects nothing"),
@@ -169,12 +168,12 @@ wrong: Any = rx
 @pytest.mark.parametrize(
     "make_filter, text",
     [
-        (lambda: wrong.collection(["a", "b"]), r"which are hashable, and was given \['a', 'b'\]"),
-        (lambda: wrong.collection(rx.Ref(1)), "For this very ref, use the ref itself"),
-        (lambda: wrong.path(3), "takes patterns, .* and was given 3"),
-        (lambda: wrong.path(None), "and was given None"),
+        (lambda: wrong.collection(["a", "b"]), r"which are hashable, but was given \['a', 'b'\]"),
+        (lambda: wrong.collection(rx.Ref(1)), "To select this ref, use the ref itself"),
+        (lambda: wrong.path(3), "takes patterns, .* but was given 3"),
+        (lambda: wrong.path(None), "but was given None"),
         (lambda: wrong.path(["a"]), r"was given \['a'\]"),
-        (lambda: wrong.path(("a", 0)), r"was given \('a', 0\). Positions are text too"),
+        (lambda: wrong.path(("a", 0)), r"was given \('a', 0\). Positions are strings too"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_of_filters(make_filter, text):
@@ -212,8 +211,7 @@ def test_a_predicate_only_answers():
         with pytest.raises(
             rx.ImmutableError,
             match=(
-                r"Cannot write `Linear.weight` \(collection 'params'\): this code runs in a "
-                r"filter, which only answers which refs are meant. Write the ref before"
+                r"Cannot write `Linear.weight` \(collection 'params'\): this code runs in a filter, which only selects refs. Write the ref before"
             ),
         ):
             use()

@@ -661,7 +661,7 @@ def test_a_tied_weight_has_one_gradient():
         optimizer,
         lambda: optimizer.update(model, plain),
         rx.StructureError,
-        "one ref at `first` and `again` of the target, and the gradients has a different",
+        "one ref at `first` and `again` of the target, but the gradients has a different",
     )
 
 
@@ -699,7 +699,7 @@ def test_an_array_in_no_ref_is_not_left_out_silently():
 
 def test_a_derefed_model_is_refused():
     with pytest.raises(
-        rx.StructureError, match="is derefed, and has a Value at `first`"
+        rx.StructureError, match="is derefed: it has a Value at `first`"
     ):
         rx.Optimizer(rx.deref(make()), optax.adam(0.1))
 

@@ -96,7 +96,7 @@ def test_combine_of_incomplete_parts_is_refused():
         rx.StructureError,
         match=(
             r"no part has a leaf at `a.2`. Pass all the parts that `rx.partition` "
-            r"returned, the last one included."
+            r"returned, including the last."
         ),
     ):
         rx.combine(params, rest)
@@ -173,11 +173,11 @@ def test_a_partition_is_a_pytree():
 def test_merge_of_what_does_not_fit_is_refused():
     (params, rest), treedef = rx.tree_partition(make(), "params")
     with pytest.raises(
-        rx.StructureError, match=r"`a.0` has 2 leaves, and must have one"
+        rx.StructureError, match=r"`a.0` has 2 leaves, but must have one"
     ):
         rx.merge_partitions((params, rest, params), treedef)
     with pytest.raises(
-        rx.StructureError, match=r"`a.2` has no leaf, and must have one"
+        rx.StructureError, match=r"`a.2` has no leaf, but must have one"
     ):
         rx.merge_partitions((params,), treedef)
     with pytest.raises(rx.StructureError, match=r"with different paths"):

@@ -267,8 +267,7 @@ def test_missing_and_left_over_names_are_listed(path):
         path,
         [Linear()],
         rx.StructureError,
-        "No ref that the filter selects is at its key '1'. Pass as `filter` what the state "
-        "was made of; or pass `strict=False`",
+        "No ref that the filter selects is at its key '1'. Pass the `filter` that the state was made with; or pass `strict=False`",
     )
     assert str(path) in error.__notes__[0] and "`rename=`" in error.__notes__[0]
     rx.load(path, tree, strict=False)

@@ -148,7 +148,7 @@ def test_a_ref_that_is_the_tree_has_the_empty_path():
 def test_a_derefed_tree_is_refused():
     opened = rx.deref(make())
     text = (
-        "the tree is derefed, and has a Value at `encoder.weight`. Pass the tree of refs "
+        "the tree is derefed: it has a Value at `encoder.weight`. Pass the tree of refs "
         "itself."
     )
     with pytest.raises(rx.StructureError, match=f"Cannot make a state dict: {text}"):
@@ -339,10 +339,10 @@ def test_missing_and_unexpected_keys_are_listed():
         model,
         state,
         rx.StructureError,
-        "Cannot load the state: it does not fit the tree. It has no value for "
+        "Cannot load the state: it does not match the tree. It has no value for "
         "`encoder.weight`, `Linear.weight` (collection 'params'); `layers.0.uses`, "
         "`Linear.uses` (collection 'counts'). No ref that the filter selects is at its keys "
-        "'old.weight', 'name'. Pass as `filter` what the state was made of; or pass "
+        "'old.weight', 'name'. Pass the `filter` that the state was made with; or pass "
         "`strict=False`, which leaves refs without a value unchanged, and ignores other keys.",
     )
     rx.load_state_dict(model, state, strict=False)  # the remedy
@@ -431,7 +431,7 @@ def test_another_dtype_of_the_declared_kind_is_refused_and_nothing_is_written(
         rx.state_dict(make(5.0)) | {"layers.1.weight": value},
         rx.StructureError,
         "Cannot load the state: `Linear.weight` (collection 'params') at `layers.1.weight` "
-        f"holds f32[2], and the state has {shown}. If the change is meant, write it: "
+        f"holds f32[2], and the state has {shown}. If the change is intended, write it: "
         "`ref.value = ...`.",
     )
 

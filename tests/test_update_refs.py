@@ -112,7 +112,7 @@ def test_a_derefed_target_is_refused():
     with pytest.raises(
         rx.StructureError,
         match=(
-            r"Cannot update refs: the target is derefed, and has a Value at `weight`. Pass "
+            r"Cannot update refs: the target is derefed: it has a Value at `weight`. Pass "
             "the tree of refs itself."
         ),
     ):
@@ -126,8 +126,7 @@ def test_two_different_values_for_one_ref_are_refused():
     with pytest.raises(
         rx.StructureError,
         match=(
-            r"\(collection 'params'\) is one ref at `0` and `1` of the target, and the "
-            "source has a different value at each. Give one of them, and `rx.NOTHING` at "
+            r"\(collection 'params'\) is one ref at `0` and `1` of the target, but the source has a different value at each. Give one of them, and `rx.NOTHING` at "
             "the other."
         ),
     ):
@@ -167,8 +166,7 @@ def test_another_shape_dtype_or_kind_is_refused_and_nothing_is_written(wrong):
     with pytest.raises(
         rx.StructureError,
         match=(
-            r"\(collection 'params'\) at `1` holds f32\[2\], and the source has .*If the "
-            "change is meant, write it: `ref.value = ...`."
+            r"\(collection 'params'\) at `1` holds f32\[2\], and the source has .*If the change is intended, write it: `ref.value = ...`."
         ),
     ):
         rx.update_refs([first, second], [jnp.zeros(2), rx.Value(wrong, 0, "params")])
@@ -192,8 +190,7 @@ def test_another_collection_is_refused():
     with pytest.raises(
         rx.CollectionError,
         match=(
-            r"at `1` the target has an unnamed ref \(collection 'params'\), and the "
-            "source is of collection 'counts'. Align the two trees"
+            r"at `1` the target has an unnamed ref \(collection 'params'\), but the source has collection 'counts'. Align the two trees"
         ),
     ):
         rx.update_refs([a, b], [rx.Ref(5, "params"), rx.Ref(6, "counts")])

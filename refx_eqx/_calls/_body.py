@@ -1,4 +1,4 @@
-"""The body of a lifted transform: the function of a call, on refs of its own."""
+"""The body of a lifted transform: the function of a call, run on inner refs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,32 +30,32 @@ def run_body(
     apply: Callable[..., Any] = apply,
     withheld: Mapping[tuple[int, int], Withheld] = {},
 ) -> Outcome:
-    """Calls the function of a call on inner refs, made of these arrays.
+    """Calls the function of a call on inner refs made from these arrays.
 
-    The inner refs are owned by the running trace, and stand for `refs` (`None` if it is
-    not known for which) in `body`. This is a pure function of `arrays`. `apply` is given
-    the callable and its arguments: one with several functions in it says which. At the
-    leaves that are `withheld`, by the numbers of tree and leaf, there are refs that
-    may not be touched.
+    The inner refs belong to the current trace, and stand for `refs` (`None` if these are
+    unknown) in `body`. This is a pure function of `arrays`. `apply` is given the callable
+    and its arguments; if the callable contains several functions, it chooses. Leaves in
+    `withheld`, by the numbers of tree and leaf, get refs that may not be touched.
 
     **Raises:**
 
-    - `StructureError`: if the function changed something that cannot be carried back.
-    - `RefTypeError`: if it changed a value in place to one that a ref does not declare.
+    - `StructureError`: if the function made a change that cannot be carried back.
+    - `RefTypeError`: if an in-place change of a value breaks the declared type of its ref.
     """
     name = body.name
-    # Made where the function runs, so the trace that is running owns them: it may write them.
+    # Made where the function runs, so they belong to the current trace, which may write
+    # them.
     inner: dict[int, Ref] = {}
     leaves = structure.leaves(arrays, inner)
     both = [*inner.items(), *_withhold(structure, leaves, withheld).items()]
     for i, ref in both:
         ref._body, ref._outer = body, refs[i]
-    # A ref that comes back out is known by this number, a withheld one too. (By `id`: each
-    # is alive until the body has ended, and to hash one is to ask which it is.)
+    # Identifies returned refs, including withheld ones. (By `id`: each is alive until the
+    # body has ended, and hashing a ref would count as asking for its identity.)
     numbers = {id(ref): i for i, ref in both}
     trees = structure.trees(leaves)
     before = {i: (ref._collection, _Before(ref)) for i, ref in inner.items()}
-    # From here on: what the function does to what it is given would be lost, if it is no ref.
+    # From here on, changes by the function to anything but refs would be lost.
     changes = Changes(trees)
     *args, kwargs, fn = trees
 
@@ -66,8 +66,9 @@ def run_body(
         raise CarryError(
             f"`{name}` cannot carry back a change of structure: the function changed "
             f"{place_of(lost, trees)} in place (a list appended to, an entry of a dict "
-            "replaced, a closure variable rebound, ...). Put what changes into a `rx.Ref`, "
-            "or change a copy, such as `list(...)` or `dict(...)`, and return that."
+            "replaced, a closure variable rebound, ...). Put changing state into a "
+            "`rx.Ref`, or change a copy, such as `list(...)` or `dict(...)`, and return "
+            "that."
         )
     updates, written, in_place = {}, {}, set()
     for i, ref in inner.items():
@@ -78,7 +79,7 @@ def run_body(
                 f"{describe(ref)} had no collection when it came "
                 "in. Give it one where it is made: `rx.Ref(value, collection)`."
             )
-        # Always asked, as it also checks the type of what was changed in place.
+        # Always called, as it also checks the types of values changed in place.
         differs = earlier.differs(ref)
         if ref._written or differs:
             updates[i], written[i] = split_value(content(ref))
@@ -93,8 +94,8 @@ def _withhold(
     leaves: list[Leaves],
     withheld: Mapping[tuple[int, int], Withheld],
 ) -> dict[int, Ref]:
-    """Puts refs that may not be touched at these leaves. Returns them, by the numbers of the
-    refs that they are instead of."""
+    """Puts refs that may not be touched at these leaves. Returns them, by the numbers of
+    the refs that they replace."""
     made: dict[int, Ref] = {}
     for (i, k), reason in withheld.items():
         node = structure.statics[i][k]
@@ -105,7 +106,7 @@ def _withhold(
 
 
 class _Before:
-    """What a ref held when a body began: to notice what was not assigned."""
+    """The value of a ref when a body began, to notice changes without an assignment."""
 
     __slots__ = ("_changes", "_channel", "_value")
 
@@ -123,7 +124,7 @@ class _Before:
             return True
         if not self.changed_in_place():
             return False
-        # It was changed in place: only now is its type checked, against what was there.
+        # It was changed in place: its type is checked only now, against the old value.
         value = ref._value
         set_value(ref, self._value)
         set_value(ref, check_value(ref, value))
@@ -131,15 +132,15 @@ class _Before:
 
 
 def is_ref_or_tracer(leaf: Any) -> bool:
-    """What makes a node of a function that is returned: an array of the trace must come
-    out as the other results do, and not stay behind in a cell."""
+    """The leaves for which a returned function becomes a node: an array of the trace must
+    come out like the other results, and not stay in a cell."""
     return isinstance(leaf, Ref) or _jax.is_tracer(leaf)
 
 
 def _deref_result(
     result: Any, numbers: dict[int, int], name: str
 ) -> tuple[Leaves, Structure]:
-    """`numbers` are those of the inner refs in the call, by `id`."""
+    """`numbers` are the numbers of the inner refs in the call, by `id`."""
     leaves, part = flatten(result, is_ref_or_tracer)
 
     def read(ref: Ref) -> Any:
@@ -151,7 +152,7 @@ def _deref_result(
             )
         return ref._value
 
-    # A `jax.ShapeDtypeStruct` stands for an array in what a function is given, not in what it
-    # returns.
+    # A `jax.ShapeDtypeStruct` stands for an array in the arguments of a function, but not
+    # in its result.
     out, statics = split(deref_leaves(leaves, numbers, read), eqx.is_array)
     return out, Structure([part], [statics])

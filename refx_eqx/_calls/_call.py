@@ -2,16 +2,15 @@
 
 Every lifted transform is the same three steps, with a transform of JAX in the middle:
 
-    derefed = Call(fn, args, kwargs)         # trees of refs -> arrays | structure
-    outcome = transform(derefed.run)(...)    # the body runs on inner refs, of its own
-    result = derefed.finish(outcome)         # close the result, write back what was written
+    derefed = Call(fn, args, kwargs)         # trees of refs -> arrays | structure outcome =
+    transform(derefed.run)(...) # the body runs on inner refs result =
+    derefed.finish(outcome) # close the result, write back the updates
 
-`Call` finds every ref that the call carries: in the arguments, in the callable, in what a
-function closes over. `run` makes an inner ref for each, rebuilds the trees around them, calls
-the function, and returns an `Outcome`: the arrays of the result and of the refs that were
-written, and no others. `finish` is the only place where a caller's ref is written: all at
-once, last. The arguments come first, so the refs of a call are numbered as `rx.deref(args)`
-numbers them.
+`Call` finds every ref that the call carries: in the arguments, the callable and closures.
+`run` makes an inner ref for each, rebuilds the trees around them, calls the function, and
+returns an `Outcome`: only the arrays of the result and of the refs that were written.
+`finish` is the only place where a caller's refs are written: last, and all at once. The
+arguments come first, so the refs of a call are numbered as in `rx.deref(args)`.
 """
 
 import copy
@@ -41,12 +40,12 @@ T = TypeVar("T")
 
 
 class Call:
-    """A call, derefed: the refs that it carries, the arrays of its trees, its structure.
+    """A derefed call: the refs it carries, the arrays of its trees, its structure.
 
-    - `arrays`: for each argument, the keywords and the callable, its derefed leaves, with
-        `None` for what is static;
-    - `leaves`: the same with refs and statics in it, as they were found;
-    - `refs`, `values`: the refs by number, and what was read from them.
+    - `arrays`: the derefed leaves of each argument, the keywords and the callable, with
+        `None` for static leaves;
+    - `leaves`: the original leaves, including refs and statics;
+    - `refs`, `values`: the refs by number, and the values read from them.
     """
 
     __slots__ = (
@@ -71,28 +70,30 @@ class Call:
         is_dynamic: Callable[[Any], bool] = is_traced,
     ):
         parts, self.leaves = [], []
-        # The function last, so that a ref is first where the arguments have it.
+        # The function last, so that the first place of a ref is in the arguments if
+        # possible.
         for tree in (*args, kwargs, fn):
             leaves, part = flatten(tree)
             self.leaves.append(leaves)
             parts.append(part)
             _check_no_lost_write(fn, leaves)
-        # A body tells by it which traces a transform of JAX opened around it.
+        # Tells a body which traces a JAX transform opened around it.
         self.trace = _jax.current_trace()
-        # What `filter_jit` learned of this call before it compiles.
+        # What `filter_jit` learned about this call before compiling.
         self.traced: Any = None
-        # Its arrays as a program takes them: see `_engine/_flat.py`.
+        # Its arrays in the form a program takes: see `_engine/_flat.py`.
         self.flat: Any = None
-        # What a program returned that may have been given buffers of the refs: see `rescue`.
+        # The result of a program that may have been given buffers of the refs: see
+        # `rescue`.
         self.returned: list[Any] = []
-        # What the body asked of the identity of the refs, by their ids.
+        # What the body asked about the identity of the refs, by their ids.
         self.asked: dict[int, set[Any]] = {}
         in_body = bool(_trace.thread.state.bodies)
         self.refs: list[Ref] = []
         self.values: list[Any] = []
 
         def read(ref: Ref) -> Any:
-            # Most refs are of the running trace, outside all bodies: nothing to ask.
+            # Most refs belong to the current trace, outside all bodies: nothing to check.
             is_elsewhere = in_body or ref._trace() is not self.trace
             if is_elsewhere and type(ref._trace) is not Withheld:
                 check_readable(ref)
@@ -102,7 +103,7 @@ class Call:
                 check_unleaked(ref, ref._value)
             return content(ref)
 
-        # At one moment: `commit` compares.
+        # All at one moment: `commit` compares.
         self.started = commits.count
         numbers: dict[int, int] = {}
         derefed = [deref_leaves(leaves, numbers, read) for leaves in self.leaves]
@@ -115,7 +116,7 @@ class Call:
         return self.structure.parts
 
     def tree(self, i: int, leaves: Leaves) -> Any:
-        """The derefed tree number `i`, with other leaves: a gradient, say."""
+        """The derefed tree number `i` with other leaves, such as gradients."""
         return tree_of(self.parts[i], leaves)
 
     @_trace.tidying
@@ -128,19 +129,20 @@ class Call:
         withheld: Mapping[tuple[int, int], Withheld] = {},
     ) -> Outcome:
         """The body of the lifted transform `name`, on these arrays. See `run_body`."""
-        # Here JAX traces, or evaluates: in a trace of its own, to which the inner refs belong.
+        # JAX traces or evaluates here, in a separate trace to which the inner refs belong.
         with _trace.running_body(
             name, self.refs, self.trace, transparent, self.asked
         ) as body:
             return run_body(self.structure, body, self.refs, arrays, apply, withheld)
 
     def identities(self) -> Asked:
-        """What the body has asked of the identity of the refs."""
+        """What the body has asked about the identity of the refs."""
         return asked_of(self.refs, self.asked)
 
     def finish(self, outcome: Outcome) -> Any:
-        """Closes the result, and writes back what was written."""
-        # First, because it runs code of others, which may raise: how a node of theirs is made.
+        """Closes the result and writes back the updates."""
+        # First, because it runs foreign code that may raise: the unflattening of other
+        # nodes.
         result = close_result(outcome, self.refs)
         commit(self.refs, self.values, self.started, updates_of(outcome, self.refs))
         for i in outcome.info.in_place:
@@ -149,28 +151,28 @@ class Call:
 
 
 def _check_no_lost_write(fn: Any, leaves: list[Any]) -> None:
-    """JAX lets any attribute of an array be set. An array in the place of a ref (put there by
-    `eqx.tree_at`, say) swallows what is written to it."""
+    """JAX allows setting any attribute of an array. An array in place of a ref (put there
+    by `eqx.tree_at`, say) silently absorbs a write."""
     for leaf in leaves:
         if type(leaf) is _jax.ConcreteArray and "value" in leaf.__dict__:
             raise RefTypeError(
-                f"`{name_of(fn)}` is called with {leaf.dtype}{list(leaf.shape)}, an array in "
-                "no ref, to which `.value = ...` was written: no ref took that. Put a ref "
-                "where the array is, `rx.Ref(value, collection)`, with `eqx.tree_at` for a "
-                "field of a module, and write to the ref."
+                f"`{name_of(fn)}` is called with {leaf.dtype}{list(leaf.shape)}, an array "
+                "outside refs whose `.value = ...` was assigned: this write was lost. Put "
+                "a ref where the array is, `rx.Ref(value, collection)`, with "
+                "`eqx.tree_at` for a field of a module, and write to the ref."
             )
 
 
 def dispatching(derefed: Call) -> _trace.pushed:
-    """While it lasts, `derefed` is the call that `running_call` finds.
+    """A context in which `derefed` is the call that `running_call` returns.
 
-    A transform of JAX that caches is given a function that knows nothing of a single call:
-    it may be traced now, or was traced for another call of the same structure. Which refs
-    and static leaves it runs on, when it is traced, the call says that is running then.
+    A caching JAX transform is given a function that knows nothing about a single call: it
+    may be traced now, or may have been traced for another call of the same structure. When
+    it is traced, the running call supplies its refs and static leaves.
 
-    Why not as an argument: all that `jax.jit` is given is traced, or hashed and kept in its
-    cache. A call can be neither: it holds refs and arrays, and is a new one each time. And why
-    a list: the function may be traced inside the trace of another.
+    Why not an argument: `jax.jit` either traces its arguments, or hashes them and keeps
+    them in its cache. A call allows neither: it holds refs and arrays, and is new each
+    time. And why a list: the function may be traced inside the trace of another.
     """
     return _trace.pushed(_trace.thread.state.calls, derefed)
 
@@ -178,13 +180,13 @@ def dispatching(derefed: Call) -> _trace.pushed:
 def running_call() -> Call:
     call = _trace.thread.state.calls[-1]
     if type(call) is tuple:
-        # A plan: it knows all of a call but the refs that it is given.
+        # A plan: it knows everything about a call except its refs.
         call = with_refs(*call)
     return call
 
 
 def with_refs(derefed: Call, refs: list[Ref]) -> Call:
-    """The same call, of other refs."""
+    """The same call with other refs."""
     if derefed.refs is refs:
         return derefed
     derefed = copy.copy(derefed)
@@ -193,7 +195,7 @@ def with_refs(derefed: Call, refs: list[Ref]) -> Call:
 
 
 def close_result(outcome: Outcome, refs: list[Ref]) -> Any:
-    """The result with refs in it: those of the call are `refs`, the others are new."""
+    """The result with refs: `refs` are those of the call, and the others are new."""
     if outcome.info.build is not None:
         return outcome.info.build(outcome.out)
     structure = outcome.info.result
@@ -204,7 +206,7 @@ def close_result(outcome: Outcome, refs: list[Ref]) -> Any:
 _MAX_TRIES = 1000
 
 
-# JAX takes the frames of this library and its own out of a traceback that passes here.
+# JAX removes its own frames and those of this library from a traceback that passes here.
 @_jax.api_boundary
 @_trace.tidying
 def call(
@@ -216,8 +218,8 @@ def call(
 ) -> Any:
     """One call of a lifted transform: deref, transform, finish.
 
-    If another thread wrote a ref of the call meanwhile, it starts again: the outcome of
-    calls from several threads is that of some order of them.
+    If another thread wrote a ref of the call meanwhile, it is retried: calls from several
+    threads have the same outcome as in some sequential order.
     """
     hook = _jax.debug_hook()
     for _ in range(_MAX_TRIES):

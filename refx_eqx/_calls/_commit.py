@@ -1,4 +1,4 @@
-"""Writing what a call has written into the refs of its caller: all of it at once, or nothing."""
+"""Writes the updates of a call into the refs of its caller: all at once, or none."""
 
 from collections.abc import Set
 from typing import Any
@@ -21,7 +21,8 @@ def updates_of(outcome: Outcome, refs: list[Ref]) -> list[tuple[Ref, Any]]:
 
     **Raises:**
 
-    - `StructureError`: if a list or a dict was changed in place that another ref holds too.
+    - `StructureError`: if a list or a dict that was changed in place is also held by
+        another ref.
     """
     if outcome.info.in_place:
         _check_unshared(refs, outcome.info.in_place)
@@ -37,10 +38,11 @@ def _check_unshared(refs: list[Ref], in_place: Set[int]) -> None:
                 both = [describe(r) for r in (refs[i], other)]
                 raise StructureError(
                     f"Cannot write {both[0]}: the function changed a "
-                    f"{type(shared[0]).__name__} in its value in place, and {both[1]} holds "
-                    "the same one, so Python would change both, and a transform one. Give "
-                    "each ref its own, such as `rx.Ref(dict(...))`; or write a new value, "
-                    "`ref.value = {**ref.value, ...}`, which changes one."
+                    f"{type(shared[0]).__name__} in its value in place, and {both[1]} "
+                    "holds the same one, so plain Python would change both, but a "
+                    "transform only one. Give each ref its own, such as "
+                    "`rx.Ref(dict(...))`; or write a new value, `ref.value = "
+                    "{**ref.value, ...}`, which changes one."
                 )
 
 
@@ -53,23 +55,23 @@ def commit(
 ) -> None:
     """Writes the updates of a call into the caller's refs: all of them, or none.
 
-    The result of a call is right if no ref that it read was written meanwhile. If one was,
-    raises `Disturbed`, and nothing is written.
+    The result of a call is right if no ref it read was written meanwhile. If one was,
+    raises `Disturbed` and writes nothing.
 
     **Arguments:**
 
     - `refs`, `values`: the refs of the call, and what was read from them.
-    - `started`: `commits.count` before that.
+    - `started`: `commits.count` before the read.
     - `updates`: the refs to write, with their new values.
     """
     trace, state = _jax.current_trace(), _trace.thread.state
-    # The common case, decided once for all refs: a step writes thousands.
+    # The common case, decided once for all refs: a step may write thousands.
     quiet = not state.bodies and not _trace.guards.get()
     for ref, _ in updates:
         if not (quiet and ref._trace() is trace):
             check_writable(ref)
     with commits.lock:
-        # The count first: only if another thread wrote something are the refs compared.
+        # The count first: refs are compared only if another thread wrote something.
         if commits.count != started and not all(
             ref._value is value for ref, value in zip(refs, values)
         ):
@@ -79,13 +81,14 @@ def commit(
 
 
 def rescue(refs: list[Ref], values: list[Any], returned: list[Any]) -> bool:
-    """What is done if a call breaks off. Where buffers of its refs were donated, the new
-    values are written, because the old ones are gone. Returns whether that was so.
+    """Called if a call is interrupted. If buffers of its refs were donated, writes the new
+    values, because the old ones are gone. Returns whether it did.
 
     **Arguments:**
 
     - `refs`, `values`: the refs of the call, and what was read from them.
-    - `returned`: what the program returned, if it did, behind what makes an outcome of it.
+    - `returned`: a function that makes the outcome, then the result of the program, if it
+        returned.
     """
     if len(returned) < 2 or not any(map(_jax.is_deleted, jtu.tree_leaves(values))):
         return False

@@ -1,4 +1,4 @@
-"""Where in a call something is; for messages."""
+"""Places in a call, for messages."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,10 +12,11 @@ __tracebackhide__ = True
 
 
 def place(parts: Sequence[Part], i: int, k: int, names: Sequence[str] = ()) -> str:
-    """Where in a call leaf number `k` of tree number `i` is, such as "argument 1 at `w`".
+    """The place of leaf number `k` of tree number `i` in a call, such as "argument 1 at
+    `w`".
 
-    The last two trees are the keywords and the callable; of a result there is one tree. The first arguments have these
-    names, and those after them are operands.
+    The last two trees are the keywords and the callable; a result is a single tree. The
+    first arguments have these names; the others are operands.
     """
     path, is_in_function = parts[i].place_of(k)
     if len(parts) == 1:
@@ -23,7 +24,7 @@ def place(parts: Sequence[Part], i: int, k: int, names: Sequence[str] = ()) -> s
     if i == len(parts) - 1:
         return "what the function holds"
     if i == len(parts) - 2:
-        # The keywords are a dict: the first key of the path is the name of one.
+        # The keywords are a dict: the first key of the path is the keyword.
         which = f"the keyword argument `{path[0].key if path else '?'}`"
         path = path[1:]
     elif i < len(names):
@@ -35,7 +36,7 @@ def place(parts: Sequence[Part], i: int, k: int, names: Sequence[str] = ()) -> s
 
 
 def ref_place(derefed: Any, number: int, names: Sequence[str] = ()) -> str:
-    """Where in a call the ref with this number is first."""
+    """The first place in a call of the ref with this number."""
     for i, leaves in enumerate(derefed.arrays):
         for k, leaf in enumerate(leaves):
             if type(leaf) is Value and leaf.index == number:
@@ -44,7 +45,7 @@ def ref_place(derefed: Any, number: int, names: Sequence[str] = ()) -> str:
 
 
 def leaf_place(part: Part, k: int) -> str:
-    """Where in its tree a leaf is: `0.weight`."""
+    """The place of a leaf in its tree: `0.weight`."""
     return place_text(part.place_of(k)[0])
 
 

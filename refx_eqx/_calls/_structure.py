@@ -1,15 +1,15 @@
-"""The boundary: the derefed trees of a call, split into arrays and all the rest.
+"""The boundary: the derefed trees of a call, split into arrays and everything else.
 
     (*args, kwargs, fn)  -- deref -->  Value, Index, arrays, statics  -- split -->  arrays | statics
 
-Every tree of a call is flattened once, functions that close over refs included (see
-`_trees/`); its leaves are derefed, as `deref` does it, under one numbering. What is then
-handed to JAX is `arrays`: for each tree the list of its leaves, with `None` for what is static.
-Gradients, tangents, axes and shardings are lists of the same form, and `tree_of` makes the
-derefed tree of one of them again. All the rest is a `Structure`: the key of every cache.
+Every tree of a call is flattened once, including functions that close over refs (see
+`_trees/`); its leaves are derefed as by `deref`, with a common numbering. JAX is then given
+`arrays`: for each tree the list of its leaves, with `None` for static leaves. Gradients,
+tangents, axes and shardings are lists of the same form, and `tree_of` turns such a list
+back into a derefed tree. Everything else is a `Structure`: the key of every cache.
 
-A result is derefed in the same way, under the numbering of its call: a ref of the call is an
-`Index`, whose `Value` the call has, and a new ref has the next number.
+A result is derefed in the same way, with the numbering of its call: a ref of the call is an
+`Index`, whose `Value` is in the call, and a new ref gets the next number.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -56,9 +56,9 @@ def values_of(trees: Iterable[Leaves]) -> dict[int, Any]:
 def split(
     leaves: Leaves, is_dynamic: Callable[[Any], bool] = is_traced
 ) -> tuple[Leaves, Leaves]:
-    """Derefed leaves as `(arrays, statics)`, each with `None` for the other."""
-    # As `eqx.partition`, but the nodes stay whole: an `Index` is in both, and a `Value` has one
-    # part of its value in each.
+    """Derefed leaves as `(arrays, statics)`, each with `None` in place of the other."""
+    # As `eqx.partition`, but the nodes stay whole: an `Index` is in both, and a `Value` in
+    # each has one part of the value.
     arrays, statics = [], []
     for leaf in leaves:
         if type(leaf) is Value:
@@ -78,11 +78,11 @@ def split(
 
 
 def join(arrays: Leaves, statics: Leaves) -> Leaves:
-    """The opposite of `split`."""
+    """The inverse of `split`."""
     return [
         x.with_value(join_value(x.value, static.value))
         if type(x) is Value
-        # Static leaves may be held weakly: a plan keeps no function alive.
+        # Static leaves may be held weakly: a plan does not keep functions alive.
         else (x if static is None else recalled(static))
         for x, static in zip(arrays, statics)
     ]
@@ -91,34 +91,34 @@ def join(arrays: Leaves, statics: Leaves) -> Leaves:
 def flatten(
     tree: Any, is_wanted: Callable[[Any], bool] = is_ref
 ) -> tuple[list[Any], Part]:
-    """The leaves of a tree, those inside functions that carry refs included.
+    """The leaves of a tree, including those inside functions that carry refs.
 
     **Arguments:**
 
-    - `is_wanted`: which leaves make a node of the function that they are in.
+    - `is_wanted`: selects the leaves whose functions become nodes.
 
     **Raises:**
 
-    - `StructureError`: if a list or a dict holds itself.
+    - `StructureError`: if a list or a dict contains itself.
     """
     refuse_cycle(tree)
     return _closure.flatten(tree, is_wanted)
 
 
 def tree_of(part: Part, leaves: Leaves) -> Any:
-    """The derefed tree that has these leaves. In a call more functions are opened than in a
-    derefed tree: `None` is here for each that holds no refs."""
+    """The derefed tree with these leaves. A call opens more functions than a derefed tree:
+    here, each that holds no refs is `None`."""
     tree = part.tree(leaves)
     return without_empty(tree, is_node) if part.has_functions else tree
 
 
 class Structure:
-    """All of a call, or of a result, that is not an array.
+    """Everything in a call or a result that is not an array.
 
     - `parts`: the structure of each tree;
-    - `statics`: its derefed leaves, with `None` for arrays;
-    - `key`: what two calls have in common that can run one program. It is hashable, and holds
-        no ref, no array, and no function strongly.
+    - `statics`: the derefed leaves, with `None` for arrays;
+    - `key`: equal for two calls that can run the same program. It is hashable, and holds no
+        refs or arrays, and no functions strongly.
     """
 
     __slots__ = ("_key", "parts", "statics")
@@ -135,35 +135,35 @@ class Structure:
         return self._key
 
     def leaves(self, arrays: list[Leaves], refs: dict[int, Ref]) -> list[Leaves]:
-        """The leaves of the trees again. `refs` are those that are known, by number; the
-        others are made, owned by the running trace, and added to it."""
+        """Restores the leaves of the trees. `refs` are the known refs by number; the others
+        are made in the current trace, and added to it."""
         return [
             reref_leaves(join(mine, statics), refs)
             for mine, statics in zip(arrays, self.statics)
         ]
 
     def trees(self, leaves: list[Leaves]) -> list[Any]:
-        """The trees again, of their leaves."""
+        """Restores the trees from their leaves."""
         return list(map(Part.unflatten, self.parts, leaves))
 
     def with_statics(self, statics: list[Leaves]) -> "Structure":
-        """The same structure, with other objects for its static leaves."""
+        """The same structure with other objects as static leaves."""
         structure = Structure(self.parts, statics)
         structure._key = self.key
         return structure
 
     def mortal(self) -> list[Any]:
-        """What the key has and does not keep alive: functions, refs in a frozenset or in a
-        cell. It is met by no call once one of them is gone."""
+        """The objects that the key holds weakly: functions, refs in a frozenset or a cell.
+        Once one of them is gone, the key matches no call."""
         return list(self.key.mortal())
 
     def refs(self) -> dict[int, Value]:
-        """The nodes of the refs, by number: what each is called, and its collection."""
+        """The nodes of the refs by number, with the name and collection of each."""
         return {x.index: x for mine in self.statics for x in mine if type(x) is Value}
 
     def refs_after(self, outcome: "Outcome", arrays: list[Leaves]) -> list[Ref]:
-        """New refs, with the values that those of the call have after it. `arrays` are those
-        of the call."""
+        """New refs, with the values of the refs of the call after it. `arrays` are those of
+        the call."""
         before = values_of(arrays)
         copies = []
         for i, node in self.refs().items():
@@ -176,7 +176,7 @@ class Structure:
 
 
 class Key:
-    """What a `Structure` is equal by. See there."""
+    """The key of a `Structure`. See there."""
 
     __slots__ = ("_hash", "_what")
 
@@ -189,7 +189,7 @@ class Key:
             if type(leaf) is Value
         )
         keys = tuple(map(static_key, statics))
-        # Declared types by themselves: in the treedef any two labels are equal.
+        # Declared types separately: in the treedef any two labels are equal.
         self._what = tuple(structure.parts), treedef, keys, declared
         try:
             self._hash = hash(self._what)
@@ -243,12 +243,12 @@ def _why_not_hashable(leaf: Any) -> str:
 
 
 class Outcome:
-    """What a body returns: a pytree node, whose children are arrays.
+    """What a body returns: a pytree node whose children are arrays.
 
-    - `out`: the derefed leaves of the result. One of the call's own refs is an `Index`, and
-        a new one has the next number there is;
+    - `out`: the derefed leaves of the result. Each of the call's own refs is an `Index`,
+        and each new one has the next free number;
     - `updates`: the new value of each ref that was written, by number;
-    - `info`: all the rest. Made again whenever the body is traced.
+    - `info`: everything else. Made anew whenever the body is traced.
     """
 
     __slots__ = ("info", "out", "updates")
@@ -270,16 +270,17 @@ ONE_ARRAY = jtu.tree_structure(0)
 
 
 class OutcomeInfo:
-    """What a body did, apart from arrays. Equal to another that says the same: caches of JAX
-    keep one for each that is not.
+    """What a body did, apart from arrays. Compared by value: JAX's caches keep one entry
+    for each distinct one.
 
     - `result`: the structure of the result;
-    - `written`: of each ref that was written, the statics of its new value;
-    - `build`: makes the result of its arrays, if it has nothing else; or `None`. `is_one`:
-        whether it is just one array.
+    - `written`: the statics of the new value of each written ref;
+    - `build`: makes the result from its arrays, if it has nothing else; or `None`.
+        `is_one`: whether it is a single array.
     - `waits`: whether a call must wait for run-time checks. `filter_jit` finds out.
-    - `in_place`: the refs in whose value something was changed in place.
-    - `asked`: what was asked of the identity of the refs: for which the program is right.
+    - `in_place`: the refs whose values were changed in place.
+    - `asked`: what was asked about the identity of the refs, which limits the refs that the
+        program is right for.
 
     By itself it is a pytree node without children, which is how it gets out of `jax.jit`.
     """
@@ -317,7 +318,7 @@ class OutcomeInfo:
         return key is not None and key == other._key()
 
     def _key(self) -> Any:
-        """`None` if there is a static value that is not hashable."""
+        """`None` if a static value is not hashable."""
         try:
             written = self.written_keys()
             return self.result.key, written, self.in_place, self.waits
@@ -325,11 +326,11 @@ class OutcomeInfo:
             return None
 
     def written_keys(self) -> dict[int, Any]:
-        """What is static in the new values, to compare."""
+        """The static parts of the new values, for comparison."""
         return {i: static_keys(statics) for i, statics in self.written.items()}
 
     def value(self, number: int, arrays: Any) -> Any:
-        """The new value of a ref, of its arrays."""
+        """The new value of a ref, from its arrays."""
         return join_value(arrays, self.written[number])
 
 
@@ -337,8 +338,8 @@ jtu.register_pytree_node(OutcomeInfo, lambda info: ((), info), lambda info, _: i
 
 
 def arrays_of(outcome: Outcome) -> tuple[Leaves, dict[int, Any]]:
-    """What a body returns and writes, with arrays instead of numbers: those of Python in a
-    ref, and the constants of a jaxpr."""
+    """The results and updates of a body, with numbers (Python numbers in a ref, and
+    constants of a jaxpr) converted to arrays."""
     return jtu.tree_map(array_of, (outcome.out, outcome.updates))
 
 

@@ -1,4 +1,4 @@
-"""`as_refs`: the arrays of a plain tree become refs, and its modules go on working."""
+"""`as_refs`: turns the arrays of a plain tree into refs, while its modules keep working."""
 
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
@@ -36,7 +36,7 @@ def as_refs(
     collection: Hashable | Mapping[Hashable, FilterLike] = None,
     where: Callable[[Any], bool] = eqx.is_array,
 ) -> T:
-    """Turns the arrays of a plain tree into refs: the opposite of `snapshot`.
+    """Turns the arrays of a plain tree into refs: the inverse of `snapshot`.
 
     !!! Example
 
@@ -56,34 +56,34 @@ def as_refs(
         assert jnp.allclose(linear(jnp.ones(3)), 2 * before)
         ```
 
-    A module of Equinox goes on working: its methods and properties see the values that its
-    refs have when they are called, and its attributes are the refs. They write nothing: what
-    a method returns is plain. So every stateless layer of any library is a layer with refs,
-    whose weights can be shared with any other.
+    Equinox modules keep working: their methods and properties see the current values of the
+    refs, and their attributes are the refs. Methods write nothing, and return plain values.
+    So any stateless layer of any library becomes a layer with refs, whose weights can be
+    shared with others.
 
     **Arguments:**
 
-    - `tree`: any pytree. Refs that it holds already are kept, and so is a module
-        that holds some: its methods know of refs.
-    - `collection`: of the new refs. Or a dict from collection to filter, for several: a leaf
-        goes to the first that selects it.
-    - `where`: which leaves to turn into refs, a function of a leaf.
+    - `tree`: any pytree. Existing refs are kept, and so are modules that hold some: their
+        methods are written for refs.
+    - `collection`: the collection of the new refs; or, for several, a dict from collection
+        to filter. A leaf goes to the first one whose filter selects it.
+    - `where`: a function of a leaf, which says whether to turn it into a ref.
 
     **Returns:**
 
-    The same tree with a ref for each selected leaf. An array object that is met twice
-    becomes one ref.
+    The tree, with a ref for each selected leaf. An array object that occurs twice becomes
+    one ref.
 
     **Raises:**
 
     - `StructureError`: if a module in the tree uses `equinox.nn.State`.
     - `CollectionError`: if one array would be in two collections.
-    - `TypeError`: if `where` is no function.
+    - `TypeError`: if `where` is not a function.
     """
     if not callable(where):
         raise TypeError(
-            f"`rx.as_refs`: `where` is a function of a leaf that returns a bool, and was "
-            f"given {where!r}. Pass, for example, `where=eqx.is_inexact_array`."
+            "`rx.as_refs`: `where` must be a function of a leaf that returns a bool, but "
+            f"was given {where!r}. Pass, for example, `where=eqx.is_inexact_array`."
         )
     refuse_cycle(tree)
     if not isinstance(collection, Mapping):
@@ -103,12 +103,12 @@ class _Conversion:
         """The tree, with its leaves converted, and the modules in it."""
         if isinstance(tree, eqx.nn.StateIndex):
             raise StructureError(
-                f"`rx.as_refs`: there is an `equinox.nn.StateIndex` at {path_text(path)}. A "
-                "module with `equinox.nn.State` has its state outside of itself, and gets it "
-                "as an argument, so its methods cannot run on the values of refs. Use "
-                "`rx.nn.BatchNorm` or `rx.nn.SpectralNorm`, which have their state in refs; "
-                "write any other layer with a ref for its state: an `rx.Module` with a field "
-                "of `rx.BatchStat[...]`."
+                f"`rx.as_refs`: there is an `equinox.nn.StateIndex` at {path_text(path)}. "
+                "A module with `equinox.nn.State` gets its state as an argument, so its "
+                "methods cannot run on the values of refs. Use `rx.nn.BatchNorm` or "
+                "`rx.nn.SpectralNorm`, which keep their state in refs; write any other "
+                "layer with a ref for its state: an `rx.Module` with a field of "
+                "`rx.BatchStat[...]`."
             )
         knew_refs = (
             isinstance(tree, eqx.Module) and next(refs_in_zone(tree), None) is not None
@@ -172,7 +172,7 @@ def snapshot(tree: PyTree) -> PyTree:
 
     **Returns:**
 
-    The same tree without refs. What was shared now is the same array object twice.
+    The tree without refs. A shared ref becomes the same array object at each place.
 
     **Raises:**
 

@@ -1,4 +1,4 @@
-"""`check`: whether all arrays of a model are in refs."""
+"""`check`: checks that all arrays of a model are in refs."""
 
 from typing import Any
 
@@ -21,12 +21,12 @@ _MOST = 8
 
 
 def check(tree: PyTree, constants: FilterLike = False) -> None:
-    """That every array of a model is in a ref: for the end of an `__init__`, or a test.
+    """Checks that every array of a model is in a ref. Use it at the end of an `__init__`,
+    or in a test.
 
-    An array in a field that is not declared a ref is a constant. It stays as it is when
-    `wrt="params"` is trained, [`refx_eqx.update_refs`][] leaves it, and
-    [`refx_eqx.state_dict`][] does not have it. If it was meant to be a parameter, nothing
-    says so.
+    An array in a field that is not declared a ref is a constant. Training `wrt="params"`
+    and [`refx_eqx.update_refs`][] do not change it, and [`refx_eqx.state_dict`][] does not
+    contain it. If it was meant to be a parameter, nothing else reports it.
 
     !!! Example
 
@@ -49,8 +49,9 @@ def check(tree: PyTree, constants: FilterLike = False) -> None:
 
     **Arguments:**
 
-    - `tree`: a tree of refs, or a derefed one. Nothing is read, so it may be called anywhere.
-    - `constants`: any filter. The arrays that it selects may be in no ref.
+    - `tree`: a tree of refs, or a derefed one. No ref is read, so this may be called
+        anywhere.
+    - `constants`: any filter. The arrays it selects need not be in refs.
 
     **Returns:**
 
@@ -58,7 +59,7 @@ def check(tree: PyTree, constants: FilterLike = False) -> None:
 
     **Raises:**
 
-    - `StructureError`: if there are arrays in no ref. It names them.
+    - `StructureError`: if there are arrays outside refs. It names them.
     - `RefTypeError`: if a field that is declared a ref holds an array.
     """
     check_refs_in_place(tree, "`rx.check`")
@@ -71,10 +72,10 @@ def check(tree: PyTree, constants: FilterLike = False) -> None:
     if found:
         more = [f"{len(found) - _MOST} more"] if len(found) > _MOST else []
         raise StructureError(
-            f"`rx.check`: {len(found)} of the arrays are in no ref: "
-            f'{"; ".join(found[:_MOST] + more)}. They are trained by no `wrt="params"` and '
-            "are in no state dict. Declare their fields, such as `weight: "
-            "rx.Param[Array]`, or make refs of them with `rx.as_refs`; if they are "
+            f"`rx.check`: {len(found)} of the arrays are not in refs: "
+            f'{"; ".join(found[:_MOST] + more)}. They are not trained by `wrt="params"`, and '
+            "not in the state dict. Declare their fields, such as `weight: "
+            "rx.Param[Array]`, or turn them into refs with `rx.as_refs`; if they are "
             "constants, say so: `rx.check(model, constants=rx.path(...))`."
         )
 

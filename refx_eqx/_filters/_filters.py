@@ -1,4 +1,4 @@
-"""Filters: which refs of a tree are meant.
+"""Filters: selecting refs of a tree.
 
 A filter is
 
@@ -6,12 +6,12 @@ A filter is
 - a subclass of `Ref`;
 - `True` (everything) or `False` (nothing);
 - `rx.collection("params", "lora")` or `rx.path("encoder.**.weight")`;
-- a ref, or a tree or set of refs, such as a part of the model: these very refs;
+- a ref, or a tree or set of refs, such as part of the model: exactly these refs;
 - a predicate: a function of a leaf that returns a bool;
 - a combination of these with `&`, `|` and `~`.
 
-A filter decides per ref, not per place. It sees a ref also where the tree is derefed, and
-it must give the same answer at every place of one ref, so that a tie cannot be torn.
+A filter decides per ref, not per place. It sees refs even if the tree is derefed, and it
+must give the same answer at every place of a ref, so that a tie cannot be torn.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ __tracebackhide__ = True
 
 
 class Filter:
-    """The base of the filters that can be combined with `&`, `|` and `~`.
+    """The base class of filters, which can be combined with `&`, `|` and `~`.
 
     [`refx_eqx.collection`][] and [`refx_eqx.path`][] make them. A filter is also a function
     of a leaf, so on a tree of refs it is an Equinox filter spec.
@@ -52,17 +52,17 @@ class Filter:
         ```
     """
 
-    # Whether it asks what a ref is: its collection, its class.
+    # Whether it depends on what a ref is: its collection, its class.
     _asks_refs = False
-    # Whether it is made of names alone: if it selects nothing, that is likely to be a typing
-    # error. What a predicate, a type, `~` and `False` select depends on the tree.
+    # Whether it consists only of names: if it selects nothing, that is probably a typo. A
+    # predicate, a type, `~` or `False` may rightly select nothing.
     _is_by_name = False
-    # What else may be wrong if it selects nothing.
+    # Another possible mistake if it selects nothing.
     _hint = ""
 
     def matches(self, path: Path | None, leaf: Any) -> bool:
-        """Whether the filter selects a leaf. `path` is `None` where it is not known."""
-        raise NotImplementedError(f"{type(self).__name__} must say what it matches.")
+        """Whether the filter selects a leaf. `path` is `None` if it is unknown."""
+        raise NotImplementedError(f"{type(self).__name__} must define `matches`.")
 
     def __call__(self, leaf: Any) -> bool:
         with only_answering():
@@ -84,17 +84,17 @@ class Filter:
         return _Not(self)
 
     def __bool__(self) -> bool:
-        # `f and g` would be `g` alone, and `not f` would select nothing.
+        # `f and g` would be just `g`, and `not f` would select nothing.
         raise TypeError(
-            f"The filter {self!r} is neither true nor false: `and`, `or`, `not` and `if` ask "
-            "whether it is. Combine filters with `&`, `|` and `~`."
+            f"The filter {self!r} has no truth value, so it cannot be used with `and`, "
+            "`or`, `not` and `if`. Combine filters with `&`, `|` and `~`."
         )
 
 
 FilterLike: TypeAlias = Filter | Hashable | Callable[[Any], bool] | PyTree
-"""What may stand where a filter is asked for: a [`refx_eqx.Filter`][], the name of a
-collection, a subclass of [`refx_eqx.Ref`][], a function of a leaf, `True`, `False`, a ref,
-or a tree or set of refs."""
+"""Anything accepted as a filter: a [`refx_eqx.Filter`][], the name of a collection, a
+subclass of [`refx_eqx.Ref`][], a function of a leaf, `True`, `False`, a ref, or a tree or
+set of refs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ class _Collections(Filter):
     @property
     def _hint(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         if len(self.names) == 1 and isinstance(self.names[0], tuple):
-            # A tuple of names is a name itself.
+            # A tuple of names is itself a name.
             return f" (for several collections, write `rx.collection{self.names[0]!r}`)"
         return ""
 
@@ -137,11 +137,11 @@ class _Paths(Filter):
     def matches(self, path: Path | None, leaf: Any) -> bool:
         if path is None:
             raise TypeError(
-                f"`{self!r}` selects by place, so it needs the tree, not a leaf. Make an "
-                "Equinox filter spec of it: `rx.filter_spec(tree, filter)`. Under "
+                f"`{self!r}` selects by place, so it needs the tree, not a leaf. Convert "
+                "it to an Equinox filter spec: `rx.filter_spec(tree, filter)`. Under "
                 "`rx.mutable`, pass the tree too: `rx.mutable(filter, tree)`."
             )
-        # One key may be several names: "encoder.weight" in the state of an optimizer.
+        # One key may hold several names: "encoder.weight" in the state of an optimizer.
         names = tuple(".".join(path).split(".")) if path else ()
         return path in self.patterns or any(w.matches(names) for w in self._walked)
 
@@ -164,7 +164,8 @@ class _OfType(Filter):
 
 @dataclasses.dataclass(frozen=True)
 class _Refs(Filter):
-    """These very refs. Held weakly: options of a transform, and so of a cache, have it."""
+    """Exactly these refs. Held weakly, as options of a transform, and thus cache keys,
+    contain it."""
 
     refs: tuple[Identity, ...]
     text: str = dataclasses.field(compare=False)
@@ -179,7 +180,7 @@ class _Refs(Filter):
             return False
         if Identity(leaf) in self._set:
             return True
-        # Refs of one body are told apart without asking which refs they stand for.
+        # Refs of one body are distinguished without asking which refs they stand for.
         alive = [ref for ref in (x.recall() for x in self.refs) if ref is not None]
         return any(ref._body is not leaf._body and ref == leaf for ref in alive)
 
@@ -199,7 +200,7 @@ def _refs_in(tree: Any) -> list[Ref]:
 
 
 def _these(tree: Any) -> _Refs | None:
-    """The filter for the refs of a tree; `None` for what is no tree of refs."""
+    """The filter for the refs of a tree; `None` if it is not a tree of refs."""
     refs = list({id(ref): ref for ref in _refs_in(tree)}.values())
     if not refs:
         return None
@@ -269,7 +270,7 @@ class _Not(Filter):
 
 
 def collection(*names: Hashable) -> Filter:
-    """The refs of any of these collections.
+    """Selects the refs of any of these collections.
 
     !!! Example
 
@@ -292,20 +293,20 @@ def collection(*names: Hashable) -> Filter:
 
     **Raises:**
 
-    - `TypeError`: if a name is not hashable, or is a ref: a ref is a filter itself.
+    - `TypeError`: if a name is not hashable, or is a ref (which is itself a filter).
     """
     for name in names:
         if isinstance(name, Ref):
             raise TypeError(
-                f"`rx.collection` takes the names of collections, and was given a ref, "
-                f"{describe(name)}. For this very ref, use the ref itself as the filter; for those "
-                "of its collection, `rx.collection(ref.collection)`."
+                "`rx.collection` takes the names of collections, but was given a ref, "
+                f"{describe(name)}. To select this ref, use the ref itself as the filter; "
+                "to select its collection, `rx.collection(ref.collection)`."
             )
         try:
             hash(name)
         except TypeError:
             raise TypeError(
-                f"`rx.collection` takes the names of collections, which are hashable, and "
+                "`rx.collection` takes the names of collections, which are hashable, but "
                 f"was given {name!r}. Pass several one by one: `rx.collection('params', "
                 "'lora')`, or `rx.collection(*names)`."
             ) from None
@@ -313,7 +314,7 @@ def collection(*names: Hashable) -> Filter:
 
 
 def path(*patterns: str | tuple[str, ...]) -> Filter:
-    """The leaves at places that match any of these patterns.
+    """Selects the leaves at places that match any of these patterns.
 
     !!! Example
 
@@ -328,32 +329,32 @@ def path(*patterns: str | tuple[str, ...]) -> Filter:
     **Arguments:**
 
     - `*patterns`: the keys on the way to a leaf, joined with dots: attribute names, dict
-        keys, positions. `*` stands for one key or a part of one, `**` for any number of
-        keys, none included. Or a tuple of keys, which are taken literally: for a key with
-        a dot, a bracket or a star in it.
+        keys, positions. `*` matches one key or part of one, `**` any number of keys,
+        including none. Or a tuple of keys, taken literally, for keys that contain a dot, a
+        bracket or a star.
 
     **Returns:**
 
-    A filter. It needs the tree, so it is not a function of a leaf alone: use it where a
-    filter is asked for, or through [`refx_eqx.filter_spec`][].
+    A filter. It needs the tree, so it is not a function of a leaf: use it wherever a filter
+    is accepted, or through [`refx_eqx.filter_spec`][].
 
     **Raises:**
 
-    - `TypeError`: if a pattern is neither a text nor a tuple of texts.
+    - `TypeError`: if a pattern is neither a string nor a tuple of strings.
     """
     for pattern in patterns:
         keys = pattern if isinstance(pattern, tuple) else (pattern,)
         if not all(isinstance(key, str) for key in keys):
             raise TypeError(
-                "`rx.path` takes patterns, such as 'encoder.**.weight', or tuples of keys, "
-                f"such as ('layers', '0', 'weight'), and was given {pattern!r}. Positions "
-                "are text too: '0'. Pass several patterns one by one."
+                "`rx.path` takes patterns, such as 'encoder.**.weight', or tuples of "
+                f"keys, such as ('layers', '0', 'weight'), but was given {pattern!r}. "
+                "Positions are strings too: '0'. Pass several patterns one by one."
             )
     return _Paths(patterns)
 
 
 def as_filter(filter: Any) -> Filter:
-    """The filter that is meant, whatever its form (see the top of this file)."""
+    """Converts any form of a filter (see the top of this file) to a `Filter`."""
     if isinstance(filter, Filter):
         return filter
     if isinstance(filter, bool):
@@ -383,7 +384,7 @@ def as_filter(filter: Any) -> Filter:
 
 
 def asks_identity(filter: Filter) -> bool:
-    """Whether a filter asks which refs they are, so that it selects no copies."""
+    """Whether a filter depends on the identity of refs, so that it selects no copies."""
     if isinstance(filter, _Joined):
         return any(map(asks_identity, filter.filters))
     if isinstance(filter, _Not):
@@ -392,7 +393,7 @@ def asks_identity(filter: Filter) -> bool:
 
 
 def _is_tree(filter: Any) -> bool:
-    """Whether a filter may be a tree of refs: a module is, also one that can be called; a
+    """Whether a filter may be a tree of refs: a module is, even if it is callable; a
     function or a partial is a predicate, whatever it holds."""
     if isinstance(filter, eqx.Module):
         return not isinstance(filter, eqx.Partial)
@@ -400,6 +401,6 @@ def _is_tree(filter: Any) -> bool:
 
 
 def as_option(filter: Any) -> Any:
-    """A filter as an option that is kept: a tree of refs is not held, only known again."""
+    """A filter as a stored option: a tree of refs is not kept alive, only recognized."""
     found = as_filter(filter)
     return found if isinstance(found, _Refs) else filter

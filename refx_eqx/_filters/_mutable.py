@@ -1,4 +1,4 @@
-"""`mutable`: which refs may be written."""
+"""`mutable`: limits which refs may be written."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -20,9 +20,10 @@ __tracebackhide__ = True
 def mutable(filter: FilterLike, tree: PyTree = None) -> Iterator[None]:
     """Inside the `with` block, only refs selected by `filter` may be written.
 
-    The limit holds for this thread and this `asyncio` task. It may be nested; then all of
-    the filters must allow a write. A generator that yields inside the block limits who
-    runs it until it goes on, as a context manager made of a generator is meant to. What a lifted transform writes back is checked too.
+    The limit applies to this thread and this `asyncio` task. It may be nested; then all of
+    the filters must allow a write. A generator that yields inside the block limits its
+    caller until it resumes, as a context manager made from a generator is meant to. Writes
+    by lifted transforms are checked too.
 
     !!! Example
 
@@ -41,13 +42,13 @@ def mutable(filter: FilterLike, tree: PyTree = None) -> Iterator[None]:
 
     **Arguments:**
 
-    - `filter`: any filter. `False` forbids every write. Without a tree, one cannot tell
-        whether a name is misspelled; nothing is written then that is not selected.
-    - `tree`: the tree that the paths of a path filter are of. Not needed for others.
+    - `filter`: any filter. `False` forbids every write. Without a tree, misspelled names
+        cannot be detected; a ref that is not selected cannot be written either way.
+    - `tree`: the tree for the paths of a path filter. Other filters do not need it.
 
     **Raises:**
 
-    - `ImmutableError`: at a write that is not allowed.
+    - `ImmutableError`: on a write that is not allowed.
     """
     resolved = as_filter(filter)
     allows: Callable[[Any], bool] = resolved
@@ -56,7 +57,7 @@ def mutable(filter: FilterLike, tree: PyTree = None) -> Iterator[None]:
 
         def allows_in_tree(ref: Ref) -> bool:
             # An inner ref of a lifted transform is not in the tree. Its write is checked
-            # when it comes back to the ref that is.
+            # when it is written back to the ref that is.
             return id(ref) in allowed or _trace.is_inner(ref._trace)
 
         allows = allows_in_tree

@@ -1,4 +1,4 @@
-"""Partitions: a tree taken apart by filters, and put together again.
+"""Partitions: splitting a tree by filters, and combining the parts.
 
 There are two forms. `partition` and `combine` keep the shape of the tree, with `NOTHING`
 where a part has no leaf. `tree_partition`, `get_partition` and `merge_partitions` give flat
@@ -27,8 +27,8 @@ T = TypeVar("T")
 
 
 def _split(tree: Any, filters: tuple) -> tuple[list[Path], list[list[Any]], Any]:
-    """The paths of a tree; for each filter, and for the rest, its leaves with `NOTHING` for
-    those of the others; and the treedef."""
+    """The paths of a tree; the leaves for each filter and for the rest, with `NOTHING` for
+    the other leaves; and the treedef."""
     check_can_select(tree, *filters)
     pairs, treedef = leaves_with_paths(tree)
     chosen = choose(pairs, *filters)
@@ -40,7 +40,7 @@ def _split(tree: Any, filters: tuple) -> tuple[list[Path], list[list[Any]], Any]
 
 
 def partition(tree: T, *filters: FilterLike) -> tuple[T, ...]:
-    """Takes a tree apart, keeping its shape.
+    """Splits a tree by filters, keeping its shape.
 
     !!! Example
 
@@ -61,9 +61,9 @@ def partition(tree: T, *filters: FilterLike) -> tuple[T, ...]:
 
     **Returns:**
 
-    One tree for each filter and one for the rest, of the structure of `tree`. A leaf is in
-    one of them, and [`refx_eqx.NOTHING`][] (a pytree without leaves) is in the others. Refs
-    are the same objects.
+    One tree for each filter and one for the rest, with the structure of `tree`. Each leaf
+    is in one of them, and [`refx_eqx.NOTHING`][] (a pytree without leaves) in the others.
+    Refs are the same objects.
 
     **Raises:**
 
@@ -84,10 +84,10 @@ def _is_leaf_of_part(x: Any) -> bool:
 
 
 def combine(*parts: T) -> T:
-    """Puts together what `partition` took apart.
+    """Combines the parts returned by `partition`.
 
-    Parts that `equinox.partition` made of a tree of refs, with `None` for what is
-    missing, are taken as well.
+    Also accepts parts that `equinox.partition` made from a tree of refs, with `None` for
+    missing leaves.
 
     !!! Example
 
@@ -101,7 +101,7 @@ def combine(*parts: T) -> T:
 
     **Arguments:**
 
-    - `*parts`: trees of one structure.
+    - `*parts`: trees of the same structure.
 
     **Returns:**
 
@@ -109,8 +109,8 @@ def combine(*parts: T) -> T:
 
     **Raises:**
 
-    - `StructureError`: if the structures differ, if two parts have a leaf at one place, if
-        none has, or if one ref is in different parts.
+    - `StructureError`: if the structures differ, if two parts or no part have a leaf at a
+        place, or if one ref is in different parts.
     """
     if not parts:
         raise StructureError("Cannot combine nothing: `rx.combine` needs a part.")
@@ -133,13 +133,13 @@ def combine(*parts: T) -> T:
         if len(present) > 1:
             raise MismatchError(
                 f"Cannot combine: parts {present[0][0]} and {present[1][0]} both have a "
-                f"leaf at {where}. Combine parts that `rx.partition` made of one tree."
+                f"leaf at {where}. Combine parts that `rx.partition` made from one tree."
             )
         if not present:
             if any(leaf is NOTHING for _, leaf in here):
                 raise MismatchError(
                     f"Cannot combine: no part has a leaf at {where}. Pass all the parts "
-                    "that `rx.partition` returned, the last one included."
+                    "that `rx.partition` returned, including the last."
                 )
             combined.append(None)
             continue
@@ -158,13 +158,13 @@ def combine(*parts: T) -> T:
 
 
 def _whole(treedef: Any, leaves: list[Any]) -> Any:
-    """The tree that was taken apart: if it was one of refs, with its functions."""
+    """The tree that was split; if it was a tree of refs, with its functions."""
     tree = jtu.tree_unflatten(treedef, leaves)
     return tree if any(map(is_node, leaves)) else closed(tree)
 
 
 class FlatPartition(Mapping[Path, Any]):
-    """An immutable mapping from path to leaf: a part of a tree, and a pytree itself.
+    """An immutable mapping from path to leaf: part of a tree, and itself a pytree.
 
     Made by [`refx_eqx.tree_partition`][] and [`refx_eqx.get_partition`][]. Equal to a dict
     with the same items.
@@ -184,7 +184,7 @@ class FlatPartition(Mapping[Path, Any]):
 
     **Arguments:**
 
-    - `leaves`: a mapping from path to leaf, with `NOTHING` for what is in another part.
+    - `leaves`: a mapping from path to leaf, with `NOTHING` for leaves in other parts.
     """
 
     __slots__ = ("_leaves",)
@@ -216,7 +216,7 @@ jtu.register_pytree_with_keys(
 def tree_partition(
     tree: PyTree, *filters: FilterLike
 ) -> tuple[tuple[FlatPartition, ...], Hashable]:
-    """Takes a tree apart into flat mappings from path to leaf.
+    """Splits a tree into flat mappings from path to leaf.
 
     !!! Example
 
@@ -239,8 +239,8 @@ def tree_partition(
 
     **Returns:**
 
-    `(partitions, treedef)`: one mapping for each filter and one for the rest, all with the
-    path of every leaf as keys; and what [`refx_eqx.merge_partitions`][] needs.
+    `(partitions, treedef)`: one mapping for each filter and one for the rest, each with the
+    paths of all leaves as keys; and the `treedef` for [`refx_eqx.merge_partitions`][].
 
     **Raises:**
 
@@ -261,7 +261,7 @@ def tree_partition(
 
 
 def get_partition(tree: PyTree, filter: FilterLike) -> FlatPartition:
-    """The first mapping of `tree_partition`: what `filter` selects.
+    """The first mapping of `tree_partition`: the leaves selected by `filter`.
 
     !!! Example
 
@@ -279,7 +279,8 @@ def get_partition(tree: PyTree, filter: FilterLike) -> FlatPartition:
 
     **Returns:**
 
-    A mapping with the path of every leaf as keys, and `NOTHING` for what is not selected.
+    A mapping with the paths of all leaves as keys, and `NOTHING` for leaves that are not
+    selected.
 
     **Raises:**
 
@@ -294,7 +295,7 @@ def get_partition(tree: PyTree, filter: FilterLike) -> FlatPartition:
 def merge_partitions(
     partitions: Sequence[Mapping[tuple[str, ...], Any]], treedef: Any
 ) -> PyTree:
-    """Puts together what `tree_partition` took apart.
+    """Combines the mappings returned by `tree_partition`.
 
     !!! Example
 
@@ -318,7 +319,7 @@ def merge_partitions(
     **Raises:**
 
     - `StructureError`: if the partitions do not have the same paths, or if a path has a
-        leaf in two of them or in none.
+        leaf in two or none of them.
     """
     if not isinstance(treedef, jtu.PyTreeDef):
         raise StructureError(
@@ -331,8 +332,8 @@ def merge_partitions(
     for other in others:
         if list(other) != list(first):
             raise MismatchError(
-                "Cannot merge partitions with different paths. Pass those that one call "
-                "of `rx.tree_partition` returned."
+                "Cannot merge partitions with different paths. Pass those from one call "
+                "of `rx.tree_partition`."
             )
     leaves = []
     for path in first:
@@ -340,7 +341,7 @@ def merge_partitions(
         if len(present) != 1:
             count = "no leaf" if not present else f"{len(present)} leaves"
             raise MismatchError(
-                f"Cannot merge partitions: {path_text(path)} has {count}, and must have "
+                f"Cannot merge partitions: {path_text(path)} has {count}, but must have "
                 "one. Pass all the partitions of one tree, each once."
             )
         leaves.append(present[0])

@@ -1,4 +1,4 @@
-"""What a filter selects in a tree."""
+"""Applying filters to a tree."""
 
 from typing import Any
 
@@ -22,8 +22,8 @@ __tracebackhide__ = True
 
 
 def leaves_with_paths(tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
-    """The leaves of a tree, of refs or derefed, each with its path; and the treedef. A
-    function that holds refs is a node, so `closed` is to be called on what is made of it."""
+    """The leaves of a tree (with refs or derefed), each with its path; and the treedef. A
+    function that holds refs is a node, so call `closed` on a tree rebuilt from them."""
     refuse_cycle(tree)
     leaves, treedef = jtu.tree_flatten_with_path(
         opened(tree), is_leaf=lambda x: is_node(x) or is_lookup(x)
@@ -37,7 +37,7 @@ def leaves_with_paths(tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
 
 
 def as_closed(leaves: list[Any]) -> list[Any]:
-    """The leaves with refs instead of `Value` and `Index` nodes, for a filter to see."""
+    """The leaves, with refs instead of `Value` and `Index` nodes, as a filter sees them."""
     refs = {x.index: make_ref_of(x) for x in leaves if isinstance(x, Value)}
     closed = []
     for leaf in leaves:
@@ -53,7 +53,7 @@ def as_closed(leaves: list[Any]) -> list[Any]:
 
 
 def refuse_derefed(pairs: list[tuple[Path, Any]], failure: str) -> None:
-    """That these are the leaves of a tree of refs, as `leaves_with_paths` gives them.
+    """Refuses the leaves of a derefed tree, as returned by `leaves_with_paths`.
 
     **Raises:**
 
@@ -62,14 +62,14 @@ def refuse_derefed(pairs: list[tuple[Path, Any]], failure: str) -> None:
     for path, leaf in pairs:
         if is_node(leaf):
             raise StructureError(
-                f"{failure}: the tree is derefed, and has a {type(leaf).__name__} at "
+                f"{failure}: the tree is derefed: it has a {type(leaf).__name__} at "
                 f"{path_text(path)}. Pass the tree of refs itself."
             )
 
 
 def check_can_select(tree: Any, *filters: Any) -> None:
-    """That a filter which asks what a ref is finds refs wherever the modules of the tree
-    declare them.
+    """Checks that a filter by collection or class finds refs wherever the modules of the
+    tree declare them.
 
     **Raises:**
 
@@ -81,13 +81,13 @@ def check_can_select(tree: Any, *filters: Any) -> None:
 
 
 def choose(pairs: list[tuple[Path, Any]], *filters: Any) -> list[int]:
-    """For each leaf, with its path, which of the filters is the first to select it;
-    `len(filters)` if none does. A filter sees refs also where the tree is derefed.
+    """For each leaf, the number of the first filter that selects it; `len(filters)` if none
+    does. A filter sees refs even if the tree is derefed.
 
     **Raises:**
 
     - `StructureError`: if the answer differs between two places of one ref, or if a filter
-        names what there is not.
+        by name selects nothing.
     """
     resolved = [as_filter(f) for f in filters]
     paths, leaves = [path for path, _ in pairs], as_closed([leaf for _, leaf in pairs])
@@ -97,7 +97,7 @@ def choose(pairs: list[tuple[Path, Any]], *filters: Any) -> list[int]:
         ]
     for i, f in enumerate(resolved):
         if leaves and i not in answers and f._is_by_name:
-            # It may be that those before it took all.
+            # The filters before it may have taken everything.
             if not any(map(f.matches, paths, leaves)):
                 raise _selects_nothing(f, paths, leaves)
     _check_ties(resolved, paths, leaves, answers)
@@ -145,7 +145,7 @@ def _selects_nothing(
         )
         + f", and leaves at {', '.join(places)}. Correct the name"
         + filter._hint
-        + ". If there may be none, say so: `rx.collection('lora') | False`."
+        + ". If it may select nothing, say so: `rx.collection('lora') | False`."
     )
 
 
@@ -158,7 +158,7 @@ def selected_refs(tree: Any, filter: Any) -> list[Ref]:
 
 
 def values(tree: PyTree, filter: FilterLike = True) -> list[Any]:
-    """The values of the refs of a tree, each once: for counts, norms and sizes.
+    """The values of the refs of a tree, each once, for counts, norms and sizes.
 
     !!! Example
 
@@ -175,19 +175,19 @@ def values(tree: PyTree, filter: FilterLike = True) -> list[Any]:
 
     **Arguments:**
 
-    - `tree`: a tree of refs. Those that are selected must be readable here.
+    - `tree`: a tree of refs. The selected ones must be readable here.
     - `filter`: any filter.
 
     **Returns:**
 
-    A list with the value of each ref that is selected, in the order of the tree. A shared
-    ref is in it once. For the tree with values instead of refs, see
-    [`refx_eqx.snapshot`][]; for values by path, [`refx_eqx.state_dict`][].
+    A list with the value of each selected ref, in tree order. A shared ref appears once.
+    For the tree with values instead of refs, see [`refx_eqx.snapshot`][]; for values by
+    path, [`refx_eqx.state_dict`][].
 
     **Raises:**
 
     - `StructureError`: if the filter selects a ref at one of its places and not at another,
-        or names what there is not.
+        or if a filter by name selects nothing.
     - `TraceLevelError`: if a ref may not be read here.
     """
     return [ref.value for ref in selected_refs(tree, filter)]
@@ -232,7 +232,7 @@ def filter_spec(tree: PyTree, filter: FilterLike) -> PyTree[bool]:
 
 
 def aliases(tree: PyTree) -> dict[Ref[Any], tuple[str, ...]]:
-    """Each ref of a tree, with all the places where it is.
+    """Lists the refs of a tree, each with all of its places.
 
     !!! Example
 
@@ -246,12 +246,12 @@ def aliases(tree: PyTree) -> dict[Ref[Any], tuple[str, ...]]:
 
     **Arguments:**
 
-    - `tree`: a tree of refs. Nothing is read, so it may be called anywhere.
+    - `tree`: a tree of refs. None is read, so this may be called anywhere.
 
     **Returns:**
 
-    A dict from each ref to its paths, in the notation of [`refx_eqx.path`][]. In order of
-    the first place.
+    A dict from each ref to its paths, in the notation of [`refx_eqx.path`][], in order of
+    the first places.
     """
     places: dict[Ref, tuple[str, ...]] = {}
     pairs, _ = leaves_with_paths(tree)

@@ -1,4 +1,4 @@
-"""The values of a tree of refs as a flat dict, for a file format, and back into the refs.
+"""The values of a tree of refs as a flat dict, for file formats, and back into the refs.
 
 tree of refs   -- state_dict -->  {"encoder.weight": array, ...}  -- load_state_dict -->
 """
@@ -32,11 +32,11 @@ __tracebackhide__ = True
 
 
 def state_dict(tree: PyTree, filter: FilterLike = True) -> dict[str, Any]:
-    """The values of the refs of a tree, each by the first place of its ref.
+    """The values of the refs of a tree, keyed by the first place of each ref.
 
-    Only what is in a ref is in the dict. An array in no ref is a constant of the tree and is
-    left out: [`refx_eqx.check`][] names such arrays, [`refx_eqx.save`][] refuses them, and
-    [`refx_eqx.as_refs`][] makes refs of them.
+    The dict only contains the values of refs. Arrays outside refs are constants of the tree
+    and are left out: [`refx_eqx.check`][] names such arrays, [`refx_eqx.save`][] refuses
+    them, and [`refx_eqx.as_refs`][] turns them into refs.
 
     !!! Example
 
@@ -53,23 +53,23 @@ def state_dict(tree: PyTree, filter: FilterLike = True) -> dict[str, Any]:
 
     **Arguments:**
 
-    - `tree`: a tree of refs. Those that are selected must be readable here.
-    - `filter`: any filter. The refs that it selects are in the dict.
+    - `tree`: a tree of refs. The selected ones must be readable here.
+    - `filter`: any filter. The refs it selects are in the dict.
 
     **Returns:**
 
-    A dict from path to value, in the order of the tree. A path is the keys on the way
-    to the ref, joined with dots, as in [`refx_eqx.path`][] and [`refx_eqx.aliases`][]; that
-    of a ref that is itself the tree is `""`. A shared ref is in it once.
+    A dict from path to value, in tree order. A path is the keys on the way to the ref,
+    joined with dots, as in [`refx_eqx.path`][] and [`refx_eqx.aliases`][], or `""` if the
+    tree itself is the ref. A shared ref appears once.
 
-    A value that is a pytree has an entry for each of its arrays and numbers, whose path goes
-    on into it: `"layer.weight"` for a ref `layer` to a module. The other leaves of such a
-    value (functions, texts) are not in the dict. A typed key is there as its data, which
-    [`refx_eqx.load_state_dict`][] makes a key again.
+    A value that is a pytree has an entry for each of its arrays and numbers, with the path
+    continued into the value: `"layer.weight"` for a ref `layer` to a module. Its other
+    leaves (functions, strings) are not in the dict. A typed key is stored as its data,
+    which [`refx_eqx.load_state_dict`][] turns back into a key.
 
-    So any format that takes arrays by name takes it: `numpy.savez`, safetensors, Orbax.
-    Nothing is copied, so write the dict to its file, or copy its arrays, before a call of
-    `filter_jit(donate="refs")` reuses them.
+    The dict works with any format that takes arrays by name: `numpy.savez`, safetensors,
+    Orbax. Nothing is copied, so write the dict to a file, or copy its arrays, before a call
+    of `filter_jit(donate="refs")` reuses them.
 
     **Raises:**
 
@@ -82,8 +82,8 @@ def state_dict(tree: PyTree, filter: FilterLike = True) -> dict[str, Any]:
     if "allow_pickle" in places:
         raise StructureError(
             "Cannot make a state dict: `allow_pickle` is the path of "
-            f"{describe(places['allow_pickle'])}, and `numpy.savez` would take it for its "
-            "own argument, and leave it out. Call the field or the key something else."
+            f"{describe(places['allow_pickle'])}, which `numpy.savez` would take for its "
+            "own argument, and leave out. Rename the field or the key."
         )
     slots = _slots(places, "Cannot make a state dict")
     first = first_places(places)
@@ -104,7 +104,7 @@ def load_state_dict(
 ) -> None:
     """Writes the values of a state dict into the refs of a tree.
 
-    All is validated first: on any mismatch nothing is written.
+    Everything is validated first: on any mismatch nothing is written.
 
     !!! Example
 
@@ -126,40 +126,41 @@ def load_state_dict(
 
     **Arguments:**
 
-    - `tree`: a tree of refs, whose values are of the structure, shapes and dtypes of those
-        to load. A `jax.ShapeDtypeStruct` is enough, as in the model that
-        [`refx_eqx.filter_eval_shape`][] makes.
-    - `state`: a mapping from path to value, as [`refx_eqx.state_dict`][] gives. Any place
-        of a ref may be its key, so what was saved before two refs were tied, or with their
-        places in another order, can be loaded. If several places of one ref are keys, their
-        values must be the same. A ref to a pytree takes its whole value too, by its own
-        path. An array becomes what the ref holds: a JAX array, with the sharding of the one
-        that it replaces, a Python scalar, or a typed key. Another precision is converted if
-        no number changes by it: an `int64` counter to `int32`, `bfloat16` to `float32`.
-    - `filter`: any filter. Only the refs that it selects are written.
-    - `strict`: whether each of these refs must have a value, and each key be a place of
-        one of them. If `False`, refs without a value stay unchanged, and other keys are
-        not looked at.
+    - `tree`: a tree of refs, whose values have the structure, shapes and dtypes of those to
+        load. They may be `jax.ShapeDtypeStruct`s, as in a model made by
+        [`refx_eqx.filter_eval_shape`][].
+    - `state`: a mapping from path to value, as returned by [`refx_eqx.state_dict`][]. Any
+        place of a ref may be its key, so a state saved before two refs were tied, or with
+        their places in another order, can be loaded. If several places of one ref are keys,
+        their values must be the same. A ref to a pytree also accepts its whole value under
+        its own path. An array is converted to what the ref holds: a JAX array, with the
+        sharding of the array it replaces, a Python scalar, or a typed key. Another
+        precision is converted if no number changes: an `int64` counter to `int32`,
+        `bfloat16` to `float32`.
+    - `filter`: any filter. Only the refs it selects are written.
+    - `strict`: whether each of these refs must have a value, and each key must be a place
+        of one of them. If `False`, refs without a value stay unchanged, and other keys are
+        ignored.
 
     **Raises:**
 
-    - `StructureError`: if refs or keys are left over, if a value has another shape than
-        what it replaces, or a dtype that changes its numbers, or if two keys give different values for one ref. Also
-        whenever [`refx_eqx.state_dict`][] raises it.
+    - `StructureError`: if refs or keys are left over, if a value has another shape than the
+        one it replaces, or a dtype that changes its numbers, or if two keys give different
+        values for one ref. Also whenever [`refx_eqx.state_dict`][] raises it.
     - `RefTypeError`: if a value breaks the declared type of its ref.
     - `TraceLevelError`, `ImmutableError`: if a ref may not be written here.
-    - `TypeError`: if `state` is no mapping.
+    - `TypeError`: if `state` is not a mapping.
     """
     if not isinstance(state, Mapping):
         raise TypeError(
-            f"`rx.load_state_dict` takes a mapping from path to value, and was given a "
+            "`rx.load_state_dict` takes a mapping from path to value, but was given a "
             f"`{type(state).__name__}`. For a tree of values, use `rx.update_refs`."
         )
     places = places_of(tree, filter, "Cannot load the state")
     slots = _slots(places, "Cannot load the state")
     if strict:
         _check_complete(places, slots, state)
-    # For each ref: the keys of its leaves, and of a whole value under -1.
+    # For each ref: the keys of its leaves, and of its whole value under -1.
     given: dict[int, tuple[Ref, dict[int, list[str]]]] = {}
     for key in state:
         if key in slots or key in places:
@@ -169,8 +170,8 @@ def load_state_dict(
 
 
 def _new_value(ref: Ref, given: dict[int, list[str]], state: Mapping[str, Any]) -> Any:
-    """The value of a ref with the leaves that the state has for it."""
-    check_writable(ref)  # before its value is looked at, which may be forbidden too
+    """The value of a ref, with its leaves from the state."""
+    check_writable(ref)  # before reading its value, which may be forbidden too
     old_leaves, treedef = jtu.tree_flatten(ref.value)
     held, leaves = {}, list(old_leaves)
     for i, keys in given.items():
@@ -195,28 +196,28 @@ def _new_value(ref: Ref, given: dict[int, list[str]], state: Mapping[str, Any]) 
 
 
 def check_all_in_tree(pairs: list[tuple[Path, Any]], failure: str) -> None:
-    """That each ref in a set, or among the keys of a dict, is in the tree as well."""
+    """Checks that each ref in a set, or among the keys of a dict, is also in the tree."""
     in_tree = {id(leaf) for _, leaf in pairs if isinstance(leaf, Ref)}
     for path, leaf in filter(lambda pair: is_lookup(pair[1]), pairs):
         for ref in filter(is_ref, leaf):
-            # In a transform the set has the refs outside, and the tree the inner ones.
+            # In a transform the set has the outer refs, and the tree the inner ones.
             if id(ref) not in in_tree and _trace.is_at_home(ref._trace):
                 raise StructureError(
                     f"{failure}: {describe(ref)} is in a {type(leaf).__name__} at "
-                    f"{path_text(path)}, which is no part of a tree, and nowhere else. Hold "
-                    "it in a list, a tuple or a field too."
+                    f"{path_text(path)}, which is not part of the tree, and nowhere else. "
+                    "Hold it in a list, a tuple or a field too."
                 )
 
 
 def places_of(tree: Any, filter: Any, failure: str) -> dict[str, Ref]:
-    """Each place of each selected ref: the refs in the order of the tree, the first place
-    of a ref before its others."""
+    """Each place of each selected ref: the refs in tree order, the first place of a ref
+    before its others."""
     pairs, _ = leaves_with_paths(tree)
     refuse_derefed(pairs, failure)
     check_refs_in_place(tree, failure)
     check_all_in_tree(pairs, failure)
     chosen = choose(pairs, filter)
-    # By id: a program in which a ref is hashed is used for no other refs.
+    # By id: a program in which a ref is hashed is not used for other refs.
     paths: dict[int, tuple[Ref, list[str]]] = {}
     for (path, leaf), answer in zip(pairs, chosen):
         if answer == 0 and isinstance(leaf, Ref):
@@ -239,7 +240,7 @@ Slots = dict[str, tuple[Ref, int, str]]
 
 
 def _slots(places: dict[str, Ref], failure: str) -> Slots:
-    """By its key in a state dict: each array of each ref, as the ref, the number of the leaf
+    """Each array of each ref, by its key in a state dict: the ref, the number of the leaf
     in its value, and the place of the ref."""
     slots: Slots = {}
     named = {id(ref): _named_leaves(ref) for ref in first_places(places).values()}
@@ -258,7 +259,7 @@ def _slots(places: dict[str, Ref], failure: str) -> Slots:
 
 
 def _named_leaves(ref: Ref) -> list[tuple[str, int]]:
-    # Which leaves there are is no secret where the value may not be read.
+    # The structure is no secret even where the value may not be read.
     leaves, _ = jtu.tree_flatten_with_path(ref._value)
     return [
         (".".join(map(key_text, path)), i)
@@ -277,7 +278,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _storable(leaf: Any) -> Any:
-    """A leaf as any file format takes it: of a typed key, the data."""
+    """A leaf as any file format takes it: the data of a typed key."""
     return jr.key_data(leaf) if _is_key(leaf) else leaf
 
 
@@ -318,9 +319,9 @@ def _check_complete(
         )
     if reasons:
         raise MismatchError(
-            f"Cannot load the state: it does not fit the tree. {' '.join(reasons)} Pass as "
-            "`filter` what the state was made of; or pass `strict=False`, which leaves "
-            "refs without a value unchanged, and ignores other keys."
+            f"Cannot load the state: it does not match the tree. {' '.join(reasons)} Pass "
+            "the `filter` that the state was made with; or pass `strict=False`, which "
+            "leaves refs without a value unchanged, and ignores other keys."
         )
 
 
@@ -331,7 +332,7 @@ def _checked_value(ref: Ref, key: str, value: Any) -> Any:
                 ref, value, "Cannot load the state", f"`{_shown(key)}`", "the state"
             )
         except StructureError:
-            # A declared type that is broken too says more than a wrong shape.
+            # A broken declared type is more informative than a wrong shape.
             if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
                 with np.errstate(over="ignore"):
                     check_value(ref, jnp.asarray(value))
@@ -344,7 +345,7 @@ def _checked_value(ref: Ref, key: str, value: Any) -> Any:
 
 
 def _as_held(old: Any, new: Any) -> Any:
-    """`new` with its arrays as `old` has them, where that changes no number."""
+    """`new`, with its arrays converted to those of `old` where that changes no number."""
     old_leaves, old_def = jtu.tree_flatten(old)
     new_leaves, new_def = jtu.tree_flatten(new)
     if old_def != new_def:
@@ -370,28 +371,28 @@ def _leaf_as_held(old: Any, new: Any) -> Any:
     sharding = sharding_of(old)
     if isinstance(new, jax.Array):
         return new if sharding is None else put(new, sharding)
-    # A copy: `jax.device_put` may share memory with NumPy, where it may be written.
+    # A copy: `jax.device_put` may share memory with NumPy, where it could be written.
     return jnp.array(new, device=sharding)
 
 
 def _as_key(old: Any, data: Any) -> Any:
-    """The typed keys that `old` stands for, of their data."""
+    """The typed keys that `old` stands for, from their data."""
     if data.dtype != jnp.uint32 or data.shape[: old.ndim] != old.shape:
         return data
     if not isinstance(old, jax.Array):
-        # A shape says its implementation by the name of its dtype alone: `key<fry>`.
+        # For a shape, only the name of the dtype gives the implementation: `key<fry>`.
         names = {str(jr.key(0, impl=i).dtype): i for i in ("threefry2x32", "rbg")}
         return jr.wrap_key_data(jnp.array(data), impl=names.get(str(old.dtype)))
     return jr.wrap_key_data(jnp.array(data), impl=jr.key_impl(old))
 
 
 def _converted(new: Any, dtype: Any) -> Any:
-    """`new` in this dtype, if no number changes by it; else unchanged."""
+    """`new` in this dtype, if no number changes; else unchanged."""
     if _is_key(new):
         return new
     array = np.asarray(new)
     if array.dtype.type is np.void and dtype.kind == "V":
-        # NumPy's files have no name for `bfloat16` and the like, and give back bytes.
+        # NumPy's files have no name for `bfloat16` and the like, and return bytes.
         same_size = array.dtype.itemsize == dtype.itemsize
         return array.view(dtype) if array.dtype.fields is None and same_size else new
     kinds = (jnp.integer, jnp.floating, jnp.complexfloating)
@@ -409,11 +410,11 @@ def _converted(new: Any, dtype: Any) -> Any:
 
 
 def _is_same_bits(a: Any, b: Any) -> bool:
-    """Whether two leaves, both of which fit one ref, are equal bit by bit: NaN is NaN."""
+    """Whether two leaves that fit the same ref are equal bit by bit, including NaNs."""
     if a is b:
         return True
     if _jax.is_tracer(a) or _jax.is_tracer(b):
-        return False  # not known before the program runs
+        return False  # unknown before the program runs
     if isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
         a, b = jr.key_data(a), jr.key_data(b)
     if hasattr(a, "dtype"):

@@ -1,4 +1,4 @@
-"""`update_refs`: the values of one tree into the refs of another, all of them or none."""
+"""`update_refs`: writes the values of one tree into the refs of another, all or none."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -33,9 +33,9 @@ def _is_place(x: Any) -> bool:
 def update_refs(target: PyTree, source: PyTree) -> None:
     """Writes the values of `source` into the aligned refs of `target`.
 
-    All is validated first: on any mismatch nothing is written. The values are those that the
-    refs get: the updates of an Optax transformation, which are to be added, have the same
-    structure, and go to [`refx_eqx.apply_updates`][].
+    Everything is validated first: on any mismatch nothing is written. The values replace
+    those of the refs. To add the updates of an Optax transformation, which have the same
+    structure, use [`refx_eqx.apply_updates`][].
 
     !!! Example
 
@@ -53,24 +53,24 @@ def update_refs(target: PyTree, source: PyTree) -> None:
 
     **Arguments:**
 
-    - `target`: a tree of refs. Its leaves that are not refs stay unchanged.
-    - `source`: a tree of the same structure, with at the place of each ref a ref, a
-        `Value`, an `Index` (which stands for the `Value` of that index), a value itself, or
-        `None` or `NOTHING` for "leave it". Arrays must have the shape and dtype of what they
-        replace.
+    - `target`: a tree of refs. Its other leaves stay unchanged.
+    - `source`: a tree of the same structure. In place of each ref it has a ref, a `Value`,
+        an `Index` (which stands for the `Value` of that index), a bare value, or `None` or
+        `NOTHING` to leave the ref unchanged. Arrays must have the shape and dtype of those
+        they replace.
 
     **Raises:**
 
     - `StructureError`: if `target` is derefed, if the structures differ, if a value has
         another shape or dtype, or if one ref of `target` gets two different values.
-    - `CollectionError`: if a ref or node of `source` is of another collection.
+    - `CollectionError`: if a ref or node of `source` has another collection.
     - `RefTypeError`: if a value breaks the declared type of its ref.
     - `TraceLevelError`, `ImmutableError`: if a ref may not be written here.
     """
     new_values: dict[int, tuple[Ref, Any]] = {}
     for ref, value, where in aligned(target, source, "Cannot update refs", "source"):
-        check_writable(ref)  # before its value is looked at, which may be forbidden too
-        # A broken declared type says more than a wrong shape.
+        check_writable(ref)  # before reading its value, which may be forbidden too
+        # A broken declared type is more informative than a wrong shape.
         stored = check_value(ref, value)
         check_fits(ref, value, "Cannot update refs", where, "the source")
         new_values[id(ref)] = ref, _as_arrays(ref, stored, where)
@@ -80,9 +80,9 @@ def update_refs(target: PyTree, source: PyTree) -> None:
 def aligned(
     target: Any, source: Any, failure: str, what: str
 ) -> Iterator[tuple[Ref, Any, str]]:
-    """Each ref of `target` that `source` has a value for, with that value and its place.
+    """Each ref of `target` for which `source` has a value, with that value and its place.
 
-    A ref is met once for each place that has one. It is the same at all of them.
+    Yields a ref once for each place with a value, which is the same at all of them.
     """
     check_refs_in_place(target, failure)
     leaves, treedef = jtu.tree_flatten_with_path(by_name(target), is_leaf=_is_place)
@@ -91,15 +91,15 @@ def aligned(
     except (ValueError, TypeError) as e:
         raise MismatchError(
             f"{failure}: target and {what} do not have the same structure. JAX says: {e} "
-            f"Pass as {what} a tree aligned with the target, with `rx.NOTHING` or `None` "
-            "where a ref is to stay."
+            f"The {what} must be a tree aligned with the target, with `rx.NOTHING` or "
+            "`None` where a ref should stay unchanged."
         ) from None
     nodes = {new.index: new for new in sources if isinstance(new, Value)}
     first: dict[int, tuple[Any, str]] = {}
     for (path, ref), new in zip(leaves, sources):
         if is_node(ref):
             raise StructureError(
-                f"{failure}: the target is derefed, and has a {type(ref).__name__} at "
+                f"{failure}: the target is derefed: it has a {type(ref).__name__} at "
                 f"{path_text(path)}. Pass the tree of refs itself."
             )
         if not isinstance(ref, Ref) or new is None or new is NOTHING:
@@ -116,34 +116,34 @@ def aligned(
             new = nodes[new.index]
         value = new.value if isinstance(new, (Ref, Value)) else new
         if not isinstance(new, Ref) and not jtu.tree_leaves(value):
-            continue  # `Value(None)`: this ref was filtered out of the source
+            continue  # `Value(None)`: the source filtered out this ref
         where = path_text(path)
         earlier, at = first.setdefault(id(ref), (value, where))
         if earlier is not value:
             raise MismatchError(
-                f"{failure}: {describe(ref)} is one ref at {at} and "
-                f"{where} of the target, and the {what} has a different value at each. Give "
-                "one of them, and `rx.NOTHING` at the other."
+                f"{failure}: {describe(ref)} is one ref at {at} and {where} of the target, "
+                f"but the {what} has a different value at each. Give one of them, and "
+                "`rx.NOTHING` at the other."
             )
         yield ref, value, where
 
 
 def write_all(checked: list[tuple[Ref, Any]]) -> None:
-    """Writes values that were all checked, for refs that may be written."""
+    """Writes values that have all been checked, for refs that may be written."""
     with commits.lock:
         commits.store(checked)
 
 
 def check_and_write(updates: list[tuple[Ref, Any]]) -> None:
-    """Writes all, or nothing: every check comes before the first write."""
+    """Writes all or none: every check comes before the first write."""
     for ref, _ in updates:
         check_writable(ref)
     write_all([(ref, check_value(ref, value)) for ref, value in updates])
 
 
 def _as_arrays(ref: Ref, value: Any, where: str) -> Any:
-    """`value` with an array for each Python number that replaces one, and each array where
-    the shape that it replaces says."""
+    """`value`, with an array for each Python number that replaces one, and with each array
+    on the sharding of the shape it replaces."""
 
     def convert(old: Any, new: Any) -> Any:
         if isinstance(old, jax.ShapeDtypeStruct) and old.sharding is not None:
@@ -173,17 +173,17 @@ def _check_collection(
 ) -> None:
     if ref.collection != new.collection:
         raise CollectionError(
-            f"{failure}: at {path_text(path)} the target has "
-            f"{describe(ref)}, and the {what} is of collection "
-            f"{new.collection!r}. Align the two trees, or put `rx.NOTHING` there."
+            f"{failure}: at {path_text(path)} the target has {describe(ref)}, but the "
+            f"{what} has collection {new.collection!r}. Align the two trees, or put "
+            "`rx.NOTHING` there."
         )
 
 
 def check_fits(ref: Ref, value: Any, failure: str, place: str, source: str) -> None:
-    """Same structure, shapes and dtypes as the present value of `ref`."""
+    """Checks for the structure, shapes and dtypes of the current value of `ref`."""
     old = ref.value
     if not is_same_tree(_same_kind, old, value):
-        remedy = "If the change is meant, write it: `ref.value = ...`."
+        remedy = "If the change is intended, write it: `ref.value = ...`."
         if _only_dtypes_differ(old, value):
             remedy += f' Or convert it: `jnp.asarray(value, "{old.dtype}")`.'
         raise MismatchError(
@@ -198,7 +198,7 @@ def _only_dtypes_differ(old: Any, new: Any) -> bool:
 
 
 def sharding_of(old: Any) -> Any:
-    """Where what replaces `old` is to be: the sharding that it was given, or `None`."""
+    """The sharding for the replacement of `old`: the one it was given, or `None`."""
     if isinstance(old, jax.ShapeDtypeStruct):
         return old.sharding
     placed = type(old) is _jax.ConcreteArray and old.committed
@@ -206,7 +206,7 @@ def sharding_of(old: Any) -> Any:
 
 
 def _same_kind(old: Any, new: Any) -> bool:
-    if isinstance(old, jax.ShapeDtypeStruct):  # stands for an array that is to come
+    if isinstance(old, jax.ShapeDtypeStruct):  # stands for a future array
         found = getattr(new, "shape", None), getattr(new, "dtype", None)
         return found == (old.shape, old.dtype)
     if not eqx.is_array_like(old):
@@ -219,7 +219,7 @@ def _same_kind(old: Any, new: Any) -> bool:
 
 
 def _dtype_kind(x: Any) -> str:
-    # NumPy has dtypes that JAX has not, such as that of a text.
+    # NumPy has dtypes that JAX does not, such as strings.
     dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
-    # To NumPy, `bfloat16` is of the kind of all that it does not know.
+    # To NumPy, `bfloat16` has the kind of unknown dtypes.
     return "f" if jnp.issubdtype(dtype, jnp.floating) else dtype.kind
