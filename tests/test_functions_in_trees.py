@@ -248,3 +248,15 @@ def test_the_later_place_of_a_function_alone_is_refused():
     ):
         rx.reref(derefed["later"])
     assert rx.reref(derefed)["later"](1.0) == f(1.0)
+
+
+def test_a_derefed_function_is_equal_to_itself_while_it_holds_the_same():
+    ref = rx.Ref(jnp.array(1.0), "params")
+
+    def scale(x):
+        return x * ref.value
+
+    first = rx.deref(scale)
+    assert first == rx.deref(scale) and first != rx.deref(lambda x: scale(x))
+    ref.value = jnp.array(2.0)
+    assert first != rx.deref(scale) and first != ref.value
