@@ -254,3 +254,16 @@ def test_specs_that_contradict_the_types_are_told_by_the_ref():
         rx.filter_shard_map(
             forward, mesh=MESH, in_specs=(P("data"), P("data")), out_specs=P("data")
         )(model, x)
+
+
+def test_filter_shard_inside_changes_the_type():
+    ref = rx.Ref(jnp.arange(4.0))
+
+    @rx.filter_jit
+    def split(ref):
+        x = rx.filter_shard(ref.value, NamedSharding(MESH, P("data")))
+        assert jax.typeof(x).sharding.spec == P("data")
+        return 2.0 * x
+
+    with jax.set_mesh(MESH):
+        assert split(ref).tolist() == [0.0, 2.0, 4.0, 6.0]

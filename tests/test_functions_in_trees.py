@@ -260,3 +260,25 @@ def test_a_derefed_function_is_equal_to_itself_while_it_holds_the_same():
     assert first == rx.deref(scale) and first != rx.deref(lambda x: scale(x))
     ref.value = jnp.array(2.0)
     assert first != rx.deref(scale) and first != ref.value
+
+
+def test_a_recursive_function_as_an_argument():
+    ref = rx.Ref(jnp.array(2.0), "params")
+
+    def factorial(n):
+        return ref.value if n == 0 else n * factorial(n - 1)
+
+    assert repr(rx.deref(factorial)).startswith(
+        "Closure(factorial=Closure(), ref=Value("
+    )
+    grads = rx.filter_grad(lambda f: f(3))(factorial)
+    (grad,) = jax.tree.leaves(grads)
+    assert grad == 6.0
+
+
+def test_a_function_that_a_program_returns_is_no_static_part_of_its_result():
+    def adder(x):
+        return lambda y: x + y, "a text"
+
+    _, out_shape, static = rx.filter_make_jaxpr(adder)(jnp.array(1.0))
+    assert out_shape == (None, None) and static == (None, "a text")

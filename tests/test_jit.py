@@ -857,3 +857,17 @@ def test_an_argument_without_a_hash_is_named():
     ):
         f(Settings(2))
     assert f(Frozen(2)).shape == (2,)
+
+
+def test_a_check_in_a_program_that_was_compiled_ahead_of_time():
+    def step(ref, x):
+        ref.value = ref.value + 1.0
+        return eqx.error_if(x, x > 1.0, "too large")
+
+    ref = rx.Ref(jnp.array(1.0))
+    with jax.check_tracer_leaks(False):  # `eqx.error_if` leaks one, whoever calls it
+        compiled = rx.filter_jit(step).lower(ref, jnp.array(0.0)).compile()
+    assert compiled(ref, jnp.array(0.5)) == 0.5 and ref.value == 2.0
+    with pytest.raises(eqx.EquinoxRuntimeError, match="too large"):
+        compiled(ref, jnp.array(2.0))
+    assert ref.value == 2.0

@@ -430,3 +430,12 @@ def test_a_transform_of_equinox(transform):
     lifted = rx.lift(transform)(_f)
     for i in range(1, 3):
         assert lifted(w, count, jnp.array(3.0)) == 6.0 and count.value == i
+
+
+def test_what_was_compiled_for_one_ref_is_not_run_for_another(trace_counter):
+    a, b = rx.Ref(jnp.array(1.0)), rx.Ref(jnp.array(2.0))
+    f = trace_counter(lambda x, y: x.value * (10.0 if x == a else 1.0) + y.value)
+    lifted = rx.lift(jax.jit)(f)
+    for _ in range(3):
+        assert lifted(a, b) == 12.0 and lifted(b, a) == 3.0
+    assert f.counter.count == 2

@@ -418,8 +418,33 @@ def test_a_size_that_is_a_static_field():
     with pytest.raises(rx.RefTypeError, match=r"self.size=2"):
         sized.weight.value = jnp.ones((3, 4))
     sized.weight.value = jnp.zeros((2, 3))
-    with pytest.raises(rx.RefTypeError, match="Sized.weight"):
+    with pytest.raises(
+        rx.RefTypeError, match=r"`Sized.weight`.* with self.size=2, and"
+    ):
         Sized(2, jnp.ones((2, 2)))
+
+
+def test_a_size_in_a_list_of_the_instance():
+    class Sized(rx.Module):
+        sizes: list[int]
+        weight: rx.Param[Float[Array, "{self.sizes[0]} {len(self.sizes)}"]]
+
+    sized = Sized([3, 4], jnp.ones((3, 2)))
+    with pytest.raises(rx.RefTypeError, match=r"with self.sizes=\(3, 4\), and"):
+        sized.weight.value = jnp.ones((4, 2))
+    sized.weight.value = jnp.zeros((3, 2))
+    with pytest.raises(rx.RefTypeError, match=r"with self.sizes=\(3, 4\), and"):
+        Sized([3, 4], jnp.ones((4, 2)))
+
+
+def test_a_bare_module_has_no_instance_to_ask_for_a_size():
+    class Sized(eqx.Module):
+        size: int
+        weight: rx.Param[Float[Array, "{self.size} n"]] = rx.field()
+
+    sized = Sized(3, jnp.ones((3, 2)))
+    sized.weight.value = jnp.zeros((3, 2))
+    assert sized.weight.value.sum() == 0.0
 
 
 def test_variadic_names_are_bound():

@@ -857,3 +857,25 @@ def test_the_axes_of_a_union_are_those_of_the_member_that_fits(mesh):
     for shape, spec in [((8,), P("fsdp")), ((8, 4), P("fsdp", "tensor"))]:
         found = rules.shardings(Table(jnp.zeros(shape)), mesh)
         assert found.rows.value.spec == spec
+
+
+def test_the_types_of_arrays_outside_refs_name_no_stack(mesh):
+    class Tabled(rx.Module):
+        table: Float[Array, "n"]
+        layers: rx.Batched[FeedForward, "depth"]
+
+    layers = rx.filter_vmap(FeedForward)(jr.split(jr.key(0), 4))
+    rules = rx.axis_rules({"depth": "fsdp"})
+    found = rules.shardings(Tabled(jnp.zeros(4), layers), mesh)
+    assert found.layers.scale.value.spec == P("fsdp") and found.table.spec == P()
+
+
+def test_rules_that_name_a_ref_are_for_the_tree_of_refs(mesh):
+    ref, other = rx.Ref(jnp.zeros(8)), rx.Ref(jnp.zeros(8))
+    rules = rx.axis_rules({ref: P("fsdp")})
+    found = rules.shardings([ref, other], mesh)
+    assert [x.value.spec for x in found] == [P("fsdp"), P()]
+    with pytest.raises(
+        rx.StructureError, match="the tree is derefed.*the tree of refs"
+    ):
+        rules.shardings(rx.deref([ref, other]), mesh)

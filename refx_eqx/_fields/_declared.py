@@ -111,8 +111,10 @@ class DeclaredRef:
         words, attributes = self._words
         names = names_bound(words)
         found = []
-        for attribute in attributes:
+        # A field of a bare `equinox.Module` is made without its instance.
+        for attribute in attributes if instance is not None else ():
             value = getattr(instance, attribute, None)
+            value = tuple(value) if type(value) is list else value  # which has a hash
             if isinstance(value, Hashable) and not isinstance(value, jax.Array):
                 found.append((attribute, value))
         return names._replace(attributes=tuple(found)) if found else names
@@ -142,7 +144,7 @@ class DeclaredRef:
             value._name = where
         return value
 
-    def check(self, ref: Any, where: str) -> None:
+    def check(self, ref: Any, where: str, instance: Any = None) -> None:
         """Checks that this place has a ref of the declared class, with a value of its type.
         Binds axis names in the running scope.
 
@@ -164,7 +166,7 @@ class DeclaredRef:
         reason = why_not_of_type(value, self.hint)
         if reason is None:
             return
-        bound = self.bound()
+        bound = self.bound(instance)
         new = bound.as_array(value)
         if new is None:
             raise bound.error(where, ref._collection, value, reason)

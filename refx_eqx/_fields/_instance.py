@@ -86,7 +86,7 @@ def check_instance(instance: Any) -> None:
             for held in field.refs_in(fields[field.name], class_name)
         ]
         for declared, ref, where in found:
-            declared.check(ref, where)
+            declared.check(ref, where, instance)
         # All names are bound only now.
         all_bound = {declared: declared.bound(instance) for declared, _, _ in found}
     for declared, ref, _ in found:

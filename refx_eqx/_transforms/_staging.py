@@ -56,8 +56,6 @@ class _MakeJaxpr(Lifted):
 def _statics(outcome: Outcome) -> Any:
     """The result with `None` for each array and ref."""
     (part,), (statics,) = outcome.info.result.parts, outcome.info.result.statics
-    if part.has_functions:
-        statics = [None] * len(statics)
     return tree_of(part, [None if is_node(x) else x for x in statics])
 
 
