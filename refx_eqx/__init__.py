@@ -19,6 +19,7 @@ from ._core._errors import (
     CollectionError as CollectionError,
     ConcurrencyError as ConcurrencyError,
     DonatedError as DonatedError,
+    hide_frames as _hide_frames,
     ImmutableError as ImmutableError,
     MismatchError as MismatchError,
     RefError as RefError,
@@ -114,6 +115,8 @@ from ._transforms._functionalize import functionalize as functionalize
 if _TYPE_CHECKING:
     from . import nn as nn
 
+
+_hide_frames(__name__)
 
 __version__ = _version("refx_eqx")
 

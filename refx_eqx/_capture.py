@@ -26,9 +26,6 @@ from ._transforms._lift import lift
 from ._trees._paths import key_text
 
 
-__tracebackhide__ = True
-
-
 def capture(
     fn: Callable[..., Any],
     *,

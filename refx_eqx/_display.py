@@ -22,9 +22,6 @@ from ._transforms._jit import filter_jit
 from ._trees._paths import dotted, key_text
 
 
-__tracebackhide__ = True
-
-
 def count(tree: PyTree, filter: FilterLike = True) -> int:
     """How many numbers a tree holds: those of a shared ref once.
 

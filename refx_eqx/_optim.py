@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     import optax
 
 
-__tracebackhide__ = True
-
-
 class Optimizer(Module):
     """An optimizer of Optax, with its state in refs: a step updates model and state in
     place.

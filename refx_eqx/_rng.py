@@ -17,9 +17,6 @@ from ._fields._field import field
 from ._fields._module import Module
 
 
-__tracebackhide__ = True
-
-
 DEFAULT = "default"
 
 

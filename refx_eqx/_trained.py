@@ -38,9 +38,6 @@ from ._trees._closure import opened
 from ._trees._paths import path_text
 
 
-__tracebackhide__ = True
-
-
 class Trained:
     """The refs of a model that are trained.
 

@@ -119,6 +119,15 @@ def test_importing_changes_nothing_for_others():
     assert out.strip() == "[]"
 
 
+def test_pytest_leaves_out_the_frames_of_every_module():
+    assert rx.nn.Linear
+    modules = [
+        m for name, m in sys.modules.items() if f"{name}.".startswith("refx_eqx.")
+    ]
+    assert len(modules) > 100
+    assert [m for m in modules if not getattr(m, "__tracebackhide__", False)] == []
+
+
 def test_the_version_is_that_of_the_project():
     text = (ROOT / "pyproject.toml").read_text()
     assert re.search(rf'^version = "{re.escape(rx.__version__)}"$', text, re.MULTILINE)

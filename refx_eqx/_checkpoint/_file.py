@@ -26,9 +26,6 @@ except ImportError:  # Windows
     fcntl = None
 
 
-__tracebackhide__ = True
-
-
 METADATA = "__metadata__"
 """The one name that an array cannot have."""
 

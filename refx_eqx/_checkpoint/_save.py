@@ -33,9 +33,6 @@ from ._file import Stored, TensorFile
 from ._values import decoded, encoded, Note
 
 
-__tracebackhide__ = True
-
-
 VERSION = 1
 _METADATA_KEY = "refx_eqx"
 

@@ -23,9 +23,6 @@ from .._core._errors import DonatedError, StructureError, TraceLevelError
 from ._file import has_dtype, METADATA, Stored
 
 
-__tracebackhide__ = True
-
-
 Note = dict[str, Any]
 
 

@@ -20,9 +20,6 @@ from ._errors import (
 )
 
 
-__tracebackhide__ = True
-
-
 class Withheld:
     """Replaces the value of a ref that the function of a transform can reach but may not
     touch: `reason` says why. It is carried, and stays withheld, like any value.

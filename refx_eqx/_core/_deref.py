@@ -28,9 +28,6 @@ from ._nodes import Index, index_node, is_node, label_of, Value, value_node
 from ._ref import check_no_attributes, is_ref, make_ref, Ref
 
 
-__tracebackhide__ = True
-
-
 T = TypeVar("T")
 
 

@@ -4,11 +4,9 @@ Every message answers three questions: which ref, where, and what to do about it
 are next to the checks that raise them; shared parts are here.
 """
 
+import sys
 from collections.abc import Hashable
 from typing import Any
-
-
-__tracebackhide__ = True
 
 
 class RefError(Exception):
@@ -278,6 +276,14 @@ def name_of(fn: Any) -> str:
     """How every message refers to a function."""
     fn = getattr(fn, "__wrapped__", fn)
     return getattr(fn, "__qualname__", type(fn).__qualname__)
+
+
+def hide_frames(package: str) -> None:
+    """Keeps the frames of the modules of a package, as far as it is imported, out of the
+    tracebacks of pytest, which asks each module. (JAX asks for a path: see `_jax.py`.)"""
+    for name, module in list(sys.modules.items()):
+        if f"{name}.".startswith(f"{package}."):
+            vars(module)["__tracebackhide__"] = True
 
 
 def check_hashable(what: str, **given: Any) -> None:

@@ -27,9 +27,6 @@ from .._trees._equality import Identity
 from ._errors import describe, TraceLevelError
 
 
-__tracebackhide__ = True
-
-
 # The question by hash. The others are the `Identity` of a ref that was compared with.
 BY_HASH: Any = "by hash"
 

@@ -20,9 +20,6 @@ from jax._src.traceback_util import api_boundary as api_boundary, register_exclu
 from jax._src.tree_util import default_registry, none_leaf_registry
 
 
-__tracebackhide__ = True
-
-
 # JAX omits the frames of these files from tracebacks. It matches by prefix, so the package
 # folder is enough.
 register_exclusion(f"{pathlib.Path(__file__).parents[1]}{os.sep}")

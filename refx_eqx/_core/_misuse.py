@@ -11,9 +11,6 @@ from typing import Any
 from ._errors import describe, RefTypeError, TraceLevelError
 
 
-__tracebackhide__ = True
-
-
 # This makes `hasattr(ref, "__float__")` and the like `True`, as for a JAX tracer, whose
 # `float` raises too. There is no `__index__`: JAX and NumPy check for one to tell a
 # dimension from an array.

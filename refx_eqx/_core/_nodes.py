@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 
-__tracebackhide__ = True
-
-
 class Label(Ignored):
     """The attributes of a ref that are not part of its structure: `(name, declared types)`.
 

@@ -10,9 +10,6 @@ from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from . import _jax
 
 
-__tracebackhide__ = True
-
-
 Shardings = tuple[Any, ...]
 """The sharding of each array in the refs of a call: `None` if it is on one device. Empty if
 all are. On a mesh with explicit axes it is part of the array types, and `None` here too."""

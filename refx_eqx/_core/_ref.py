@@ -48,9 +48,6 @@ if TYPE_CHECKING:
     from jax.typing import ArrayLike
 
 
-__tracebackhide__ = True
-
-
 T = TypeVar("T")
 _R = TypeVar("_R", bound="Ref")
 

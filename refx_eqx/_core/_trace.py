@@ -40,9 +40,6 @@ from ._jax import (
 )
 
 
-__tracebackhide__ = True
-
-
 P = ParamSpec("P")
 T = TypeVar("T")
 

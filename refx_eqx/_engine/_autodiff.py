@@ -32,9 +32,6 @@ from ._backward import apart_from_channels
 from ._tangents import read_tangents
 
 
-__tracebackhide__ = True
-
-
 def first_of(args: tuple, name: str) -> Any:
     """The first argument: what most of these transforms differentiate."""
     if not args:

@@ -16,9 +16,6 @@ from .._trees._equality import UNSET
 from ._by_filter import ByFilter, each_leaf, NotGiven
 
 
-__tracebackhide__ = True
-
-
 class axes(ByFilter):
     """Axes by collection, or by any other filter, for the `in_axes` of
     [`refx_eqx.filter_vmap`][], [`refx_eqx.scan`][] and [`refx_eqx.map`][].

@@ -41,9 +41,6 @@ from .._trees._equality import is_same_tree
 from ._channel import decode, encode, has_channel
 
 
-__tracebackhide__ = True
-
-
 class BackwardWrite(CarryError):
     """A backward rule wrote a ref that has no channel. `which` says who wrote what."""
 

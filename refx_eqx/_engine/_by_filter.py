@@ -14,9 +14,6 @@ from .._trees._equality import UNSET
 from .._trees._paths import key_text
 
 
-__tracebackhide__ = True
-
-
 RNG = "rng"
 """The collection of what randomness is drawn from. See `_rng_split.py`."""
 

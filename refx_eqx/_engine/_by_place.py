@@ -15,9 +15,6 @@ from .._trees._closure import is_closure, Part
 from ._by_filter import ELSEWHERE, Within
 
 
-__tracebackhide__ = True
-
-
 class Given(NamedTuple):
     """What one leaf has, and whether the leaf is inside a function."""
 

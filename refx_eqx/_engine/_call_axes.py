@@ -22,9 +22,6 @@ from ._by_filter import RNG, SAME
 from ._by_place import agreed, each_array, of_new_value, Place, read_places
 
 
-__tracebackhide__ = True
-
-
 @dataclasses.dataclass(eq=False)
 class Axes:
     """The axes of a call.

@@ -34,9 +34,6 @@ from ._specs import (
 )
 
 
-__tracebackhide__ = True
-
-
 _EXAMPLE = "rx.specs(params=P(), default=P()), P('data')"
 
 

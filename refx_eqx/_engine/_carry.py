@@ -18,9 +18,6 @@ from .._core._ref import Ref
 from .._trees._keys import static_keys
 
 
-__tracebackhide__ = True
-
-
 def numbers_to_arrays(tree: Any) -> Any:
     """Python numbers become arrays, as in JAX. Those in a module stay what they are: there
     they are static, as in Equinox."""

@@ -12,9 +12,6 @@ import jax.numpy as jnp
 from .._core import _jax
 
 
-__tracebackhide__ = True
-
-
 def encode(arrays: Any) -> Any:
     """The arrays of the value of a ref as floating-point arrays, and exactly."""
     return jax.tree.map(lambda x: _encode(jnp.asarray(x)), arrays)

@@ -13,9 +13,6 @@ from .._core._nodes import split_value
 from .._trees._keys import static_key, static_keys
 
 
-__tracebackhide__ = True
-
-
 def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """A function that takes what is at these positions; one of C where there are several."""
     if len(positions) > 1:

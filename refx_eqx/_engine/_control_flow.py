@@ -29,9 +29,6 @@ from .._trees._keys import static_keys
 from ._kinds import convert, join_kinds, kind_of
 
 
-__tracebackhide__ = True
-
-
 class TracedBody:
     """A body, traced once: from arrays to its outcome.
 

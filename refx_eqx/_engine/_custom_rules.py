@@ -24,9 +24,6 @@ from .._core._nodes import Index, Value
 from .._core._ref import Ref
 
 
-__tracebackhide__ = True
-
-
 P = ParamSpec("P")
 T = TypeVar("T")
 

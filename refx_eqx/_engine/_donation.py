@@ -12,9 +12,6 @@ from .._core._nodes import is_node
 from ._contents import picker
 
 
-__tracebackhide__ = True
-
-
 Donate = Literal["all", "all-except-first", "warn", "warn-except-first", "none", "refs"]
 
 

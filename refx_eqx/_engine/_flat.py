@@ -19,9 +19,6 @@ from .._core._on_mesh import on_mesh, Shardings
 from .._trees._keys import weakly
 
 
-__tracebackhide__ = True
-
-
 class Flat(NamedTuple):
     """The arrays, and what they are the leaves of: those outside refs, and the values; and
     where those in refs are, as far as they are on a mesh."""

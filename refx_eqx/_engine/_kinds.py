@@ -11,9 +11,6 @@ import jax.numpy as jnp
 from .._core import _jax
 
 
-__tracebackhide__ = True
-
-
 class Kind(NamedTuple):
     """What the type of an array says, all that a loop must keep.
 

@@ -38,9 +38,6 @@ from ._run_time_errors import explain, has_runtime_check, JIT_ID
 from ._shardings import keep_in_place
 
 
-__tracebackhide__ = True
-
-
 T = TypeVar("T")
 
 

@@ -16,9 +16,6 @@ import jax.tree_util as jtu
 from .._calls._structure import Leaves, map_values
 
 
-__tracebackhide__ = True
-
-
 def is_key(x: jax.Array) -> bool:
     """Whether these are keys: typed ones, or raw ones of the default implementation."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):

@@ -17,9 +17,6 @@ from .._core._errors import ConcurrencyError, describe, DonatedError
 from .._core._ref import Ref
 
 
-__tracebackhide__ = True
-
-
 def has_runtime_check(equations: Iterable[Any]) -> bool:
     """Whether a program calls back into Python, which may raise: `eqx.error_if` does."""
     for eqn in equations:

@@ -24,9 +24,6 @@ from .._sharding._prefix import leaf_shardings
 from .._sharding._shard import placed_tree
 
 
-__tracebackhide__ = True
-
-
 ProgramBody = Callable[[Call, list[Leaves]], Outcome]
 
 

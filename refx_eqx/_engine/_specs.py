@@ -16,9 +16,6 @@ from .._trees._equality import Unlike, UNSET
 from ._by_filter import ByFilter, each_leaf, ELSEWHERE, NotGiven, SAME
 
 
-__tracebackhide__ = True
-
-
 class specs(ByFilter):
     """Specs by collection, or by any other filter, for the `in_specs` and `out_specs` of
     [`refx_eqx.filter_shard_map`][]. The sister of [`refx_eqx.axes`][].

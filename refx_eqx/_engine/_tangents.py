@@ -22,9 +22,6 @@ from .._core._ref import Ref
 from .._trees._closure import Part
 
 
-__tracebackhide__ = True
-
-
 def read_tangents(
     parts: Sequence[Part], like: Sequence[Leaves], trees: Sequence[Any], what: str
 ) -> list[Leaves]:

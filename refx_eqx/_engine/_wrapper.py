@@ -10,9 +10,6 @@ import jax.tree_util as jtu
 from .._core._errors import name_of
 
 
-__tracebackhide__ = True
-
-
 class Lifted:
     """The base of what a lifted transform returns: a callable, and a pytree.
 

@@ -5,9 +5,6 @@ import sys
 from typing import Any, ForwardRef, Union
 
 
-__tracebackhide__ = True
-
-
 def resolve_annotation(owner: type, annotation: Any) -> Any:
     """Evaluates an annotation that is a string because of `from __future__ import
     annotations` or quotes (`Optional["Param[Array]"]`)."""

@@ -19,9 +19,6 @@ from ._field import plain_hints
 from ._following import DeclaredAxes, Following
 
 
-__tracebackhide__ = True
-
-
 Stack = tuple[str, ...]
 """The names of the axes of a stack, outermost first."""
 

@@ -17,9 +17,6 @@ from typing import Any, NamedTuple
 from jaxtyping import _decorator, _storage
 
 
-__tracebackhide__ = True
-
-
 class AxisNames(NamedTuple):
     """Names and their bindings: hashable, compared by value.
 

@@ -180,6 +180,3 @@ else:
                 inside, axes = inside.inside, f"{axes} {inside.axes}"
             name = f'Batched[{hint_text(inside)}, "{axes}"]'
             return BatchedHint(name, (), {"inside": inside, "axes": axes})
-
-
-__tracebackhide__ = True

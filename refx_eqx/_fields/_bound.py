@@ -27,9 +27,6 @@ from ._config import config
 from ._hints import hint_text, why_not_of_type
 
 
-__tracebackhide__ = True
-
-
 class BoundType:
     """The declared type of a ref with its names bound, as one instance bound them.
 

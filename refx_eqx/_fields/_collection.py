@@ -9,9 +9,6 @@ from .._core._ref import Ref
 from . import _ref_type as _ref_type  # `Ref[T]` means something from here on
 
 
-__tracebackhide__ = True
-
-
 T = TypeVar("T")
 
 

@@ -8,9 +8,6 @@ from collections.abc import Iterator
 import jaxtyping
 
 
-__tracebackhide__ = True
-
-
 def _parse(text: str) -> bool:
     if text.lower() in ("0", "false"):
         return False

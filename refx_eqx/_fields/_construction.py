@@ -13,9 +13,6 @@ from .._core import _jax, _trace
 from .._core._ref import commits, Ref, set_content
 
 
-__tracebackhide__ = True
-
-
 _State = tuple[Ref, tuple[Any, ...]]
 
 

@@ -29,9 +29,6 @@ from ._hints import hint_text, split_hint, why_not_of_type
 from ._ref_type import OpenRefHint, RefHint
 
 
-__tracebackhide__ = True
-
-
 # Visits each place that is declared a ref: with the declaration, the object there, and its
 # place.
 Visit = Callable[["DeclaredRef", Any, str], Any]

@@ -27,9 +27,6 @@ from ._construction import keep_state, one_of_several
 from ._declared import Declared, DeclaredRef, read_annotation
 
 
-__tracebackhide__ = True
-
-
 class RefField(dataclasses.Field):
     """A dataclass field that may hold refs, and what its class declares about them.
 

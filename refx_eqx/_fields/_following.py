@@ -12,9 +12,6 @@ from ._bound import BoundType
 from ._declared import DeclaredRef
 
 
-__tracebackhide__ = True
-
-
 _ANY_ARRAY = DeclaredRef(Ref, "value", 0, jax.Array)
 
 

@@ -6,9 +6,6 @@ from typing import Annotated, Any, get_args, get_origin, Union
 import jaxtyping
 
 
-__tracebackhide__ = True
-
-
 def conforms(value: Any, hint: Any) -> bool:
     """Whether `value` has the type `hint`, given the axis names bound so far.
 

@@ -30,9 +30,6 @@ from ._field import plain_hints, RefField
 from ._hints import hint_text, why_not_of_type
 
 
-__tracebackhide__ = True
-
-
 class _Plan(NamedTuple):
     """The fields of a class to check."""
 

@@ -28,9 +28,6 @@ else:
                 return super().__call__(*args, **kwargs)
 
 
-__tracebackhide__ = True
-
-
 class Module(eqx.Module, metaclass=_ModuleMeta):
     """An `equinox.Module` whose fields may hold refs. Every function of Equinox works on
     it, because a ref is a leaf.

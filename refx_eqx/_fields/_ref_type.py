@@ -15,9 +15,6 @@ from .._core._ref import Ref
 from ._hints import conforms
 
 
-__tracebackhide__ = True
-
-
 def _is_shape_only(value: Any) -> bool:
     """Whether this is a value of a model that was made without allocating it."""
     leaves = jtu.tree_leaves(value)

@@ -29,9 +29,6 @@ from .._trees._changes import owned
 from .._trees._closure import opened
 
 
-__tracebackhide__ = True
-
-
 _bases: dict[type, type] = {}
 _subclasses: dict[type, type] = {}
 # This keeps nothing alive: JAX keeps every pytree class anyway.

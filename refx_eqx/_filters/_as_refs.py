@@ -25,9 +25,6 @@ from .._trees._paths import key_text, path_text
 from ._filters import as_filter, Filter, FilterLike
 
 
-__tracebackhide__ = True
-
-
 T = TypeVar("T")
 
 

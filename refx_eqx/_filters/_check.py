@@ -14,9 +14,6 @@ from ._filters import FilterLike
 from ._select import choose, leaves_with_paths
 
 
-__tracebackhide__ = True
-
-
 _MOST = 8
 
 

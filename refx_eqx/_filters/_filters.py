@@ -30,9 +30,6 @@ from .._trees._paths import Path, Pattern
 from ._guard import only_answering
 
 
-__tracebackhide__ = True
-
-
 class Filter:
     """The base class of filters, which can be combined with `&`, `|` and `~`.
 

@@ -10,9 +10,6 @@ from .._core._ref import commits, Ref
 from .._trees._changes import containers, copied, is_same_value
 
 
-__tracebackhide__ = True
-
-
 @contextlib.contextmanager
 def guarded(allows: Callable[[Ref], bool], where: str) -> Iterator[None]:
     """A context in which only refs selected by `allows` may be written.

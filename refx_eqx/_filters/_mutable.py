@@ -13,9 +13,6 @@ from ._guard import guarded
 from ._select import selected_refs
 
 
-__tracebackhide__ = True
-
-
 @contextlib.contextmanager
 def mutable(filter: FilterLike, tree: PyTree = None) -> Iterator[None]:
     """Inside the `with` block, only refs selected by `filter` may be written.

@@ -20,9 +20,6 @@ from ._filters import FilterLike, Path
 from ._select import check_can_select, choose, leaves_with_paths
 
 
-__tracebackhide__ = True
-
-
 T = TypeVar("T")
 
 

@@ -18,9 +18,6 @@ from ._filters import as_filter, Filter, FilterLike
 from ._guard import only_answering
 
 
-__tracebackhide__ = True
-
-
 def leaves_with_paths(tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
     """The leaves of a tree (with refs or derefed), each with its path; and the treedef. A
     function that holds refs is a node, so call `closed` on a tree rebuilt from them."""

@@ -28,9 +28,6 @@ from ._select import choose, leaves_with_paths, refuse_derefed
 from ._update import check_fits, sharding_of, write_all
 
 
-__tracebackhide__ = True
-
-
 def state_dict(tree: PyTree, filter: FilterLike = True) -> dict[str, Any]:
     """The values of the refs of a tree, keyed by the first place of each ref.
 

@@ -23,9 +23,6 @@ from .._trees._equality import is_same_tree
 from .._trees._paths import path_text
 
 
-__tracebackhide__ = True
-
-
 def _is_place(x: Any) -> bool:
     return x is None or x is NOTHING or isinstance(x, (Ref, Value, Index))
 

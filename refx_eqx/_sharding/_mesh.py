@@ -11,9 +11,6 @@ from .._core import _jax
 from .._core._errors import MismatchError
 
 
-__tracebackhide__ = True
-
-
 def current_mesh() -> Any:
     """The mesh of `jax.set_mesh`; `None` if there is none. While a transform runs it is an
     abstract mesh, as JAX has it there."""

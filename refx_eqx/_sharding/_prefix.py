@@ -13,9 +13,6 @@ from ._mesh import check_spec, current_mesh
 from ._rules import axis_rules
 
 
-__tracebackhide__ = True
-
-
 def leaf_shardings(given: Any, tree: Any, derefed: Any, what: str) -> list[Any]:
     """The sharding of each leaf of a derefed tree; `None` where none is given.
 

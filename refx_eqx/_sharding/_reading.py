@@ -26,9 +26,6 @@ from .._trees._paths import Path, path_text
 from ._mesh import check_spec, mesh_axes
 
 
-__tracebackhide__ = True
-
-
 class Reading:
     """The rules, read for one tree."""
 

@@ -12,9 +12,6 @@ from ._mesh import current_mesh
 from ._reading import Reading
 
 
-__tracebackhide__ = True
-
-
 MeshAxes = str | tuple[str, ...] | None
 """What splits one axis of an array: one mesh axis, several, or none."""
 

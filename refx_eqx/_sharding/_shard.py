@@ -19,9 +19,6 @@ from ._mesh import is_explicit
 from ._prefix import leaf_shardings
 
 
-__tracebackhide__ = True
-
-
 T = TypeVar("T")
 
 

@@ -16,9 +16,6 @@ from .._filters._filters import FilterLike
 from .._filters._select import selected_refs
 
 
-__tracebackhide__ = True
-
-
 T = TypeVar("T")
 
 

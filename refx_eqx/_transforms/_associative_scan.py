@@ -25,9 +25,6 @@ from .._engine._control_flow import TracedBody
 from .._engine._program import Program, program_of
 
 
-__tracebackhide__ = True
-
-
 T = TypeVar("T")
 
 

@@ -23,9 +23,6 @@ from .._trees._closure import Part
 from .._trees._keys import static_keys
 
 
-__tracebackhide__ = True
-
-
 T = TypeVar("T")
 
 

@@ -12,9 +12,6 @@ from .._engine._program import Program, program_of
 from .._engine._wrapper import Lifted
 
 
-__tracebackhide__ = True
-
-
 P = ParamSpec("P")
 T = TypeVar("T")
 

@@ -28,9 +28,6 @@ from .._engine._custom_rules import (
 from .._engine._tangents import read_tangents
 
 
-__tracebackhide__ = True
-
-
 P = ParamSpec("P")
 T = TypeVar("T")
 

@@ -42,9 +42,6 @@ from .._trees._closure import Part
 from .._trees._paths import path_text
 
 
-__tracebackhide__ = True
-
-
 P = ParamSpec("P")
 T = TypeVar("T")
 

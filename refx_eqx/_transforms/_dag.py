@@ -14,9 +14,6 @@ from .._core._ref import is_ref, Ref
 from .._trees._equality import ByValue
 
 
-__tracebackhide__ = True
-
-
 T = TypeVar("T")
 
 # What a `Dag` holds instead of a derefed tree once its refs are made.

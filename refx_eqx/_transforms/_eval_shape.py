@@ -9,9 +9,6 @@ from .._calls._call import Call, close_result
 from .._calls._structure import Leaves, Outcome
 
 
-__tracebackhide__ = True
-
-
 T = TypeVar("T")
 
 

@@ -19,9 +19,6 @@ from .._core._ref import Ref
 from ._dag import Dag
 
 
-__tracebackhide__ = True
-
-
 _PLAIN = str, int, float, bool, type(None)
 
 

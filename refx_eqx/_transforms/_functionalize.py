@@ -13,9 +13,6 @@ from .._core._errors import CarryError, describe, name_of
 from .._core._nodes import Index, Value
 
 
-__tracebackhide__ = True
-
-
 P = ParamSpec("P")
 T = TypeVar("T")
 

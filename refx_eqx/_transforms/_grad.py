@@ -29,9 +29,6 @@ from .._engine._wrapper import Lifted
 from .._filters._filters import as_option, FilterLike
 
 
-__tracebackhide__ = True
-
-
 P = ParamSpec("P")
 T = TypeVar("T")
 Tree = TypeVar("Tree", bound=Any)

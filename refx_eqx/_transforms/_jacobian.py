@@ -19,9 +19,6 @@ from .._engine._wrapper import Lifted
 from .._filters._filters import as_option, FilterLike
 
 
-__tracebackhide__ = True
-
-
 class _Jacobian(Lifted):
     """The derivative of every array of the result with respect to every array of the first
     argument."""

@@ -20,9 +20,6 @@ from .._engine._tangents import read_tangents
 from .._filters._filters import FilterLike
 
 
-__tracebackhide__ = True
-
-
 Aux = TypeVar("Aux")
 
 

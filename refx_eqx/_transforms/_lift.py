@@ -27,9 +27,6 @@ from .._engine._wrapper import Lifted
 from .._trees._closure import Part
 
 
-__tracebackhide__ = True
-
-
 P = ParamSpec("P")
 T = TypeVar("T")
 

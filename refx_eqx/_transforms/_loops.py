@@ -34,9 +34,6 @@ from .._engine._program import Program, program_of
 from ._scan import run_scan
 
 
-__tracebackhide__ = True
-
-
 T = TypeVar("T")
 
 

@@ -18,9 +18,6 @@ from ._scan import n_steps, run_scan
 from ._vmap import vmapped
 
 
-__tracebackhide__ = True
-
-
 Y = TypeVar("Y")
 
 

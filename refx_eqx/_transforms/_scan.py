@@ -38,9 +38,6 @@ from .._engine._program import Program, program_of
 from .._engine._rng_split import split_keys
 
 
-__tracebackhide__ = True
-
-
 Carry = TypeVar("Carry")
 Y = TypeVar("Y")
 

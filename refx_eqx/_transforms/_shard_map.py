@@ -30,9 +30,6 @@ from .._engine._specs import (
 from .._engine._wrapper import Lifted
 
 
-__tracebackhide__ = True
-
-
 P = ParamSpec("P")
 T = TypeVar("T")
 

@@ -10,9 +10,6 @@ from .._engine._autodiff import LinearMap, with_linear_map
 from .._filters._filters import FilterLike
 
 
-__tracebackhide__ = True
-
-
 T = TypeVar("T")
 
 

@@ -23,9 +23,6 @@ from .._engine._rng_split import is_key, split_keys
 from .._engine._wrapper import Lifted
 
 
-__tracebackhide__ = True
-
-
 P = ParamSpec("P")
 T = TypeVar("T")
 

@@ -16,9 +16,6 @@ import jax.tree_util as jtu
 from ._equality import Shared
 
 
-__tracebackhide__ = True
-
-
 def is_shared(leaf: Any) -> bool:
     return isinstance(leaf, Shared)
 

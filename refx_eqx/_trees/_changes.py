@@ -28,9 +28,6 @@ from ._equality import ByValue, is_same_tree, Shared
 from ._paths import path_text
 
 
-__tracebackhide__ = True
-
-
 _CHANGEABLE = frozenset((list, dict, OrderedDict, defaultdict))
 
 

@@ -22,9 +22,6 @@ from ._cells import is_lookup, is_shared, may_carry, reaches
 from ._functions import head_of, LaterPlace, names_in, rebuilt
 
 
-__tracebackhide__ = True
-
-
 class Closure:
     """A function that holds refs, as a pytree node whose children are the trees it carries.
 

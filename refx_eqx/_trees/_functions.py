@@ -24,9 +24,6 @@ from ._equality import Identity, Ignored
 from ._keys import content_key, gone
 
 
-__tracebackhide__ = True
-
-
 class _OwnCell:
     """A cell that the rebuilt function keeps; equal if it is the same cell with the same
     content."""

@@ -11,9 +11,6 @@ from ._cells import is_filled, is_lookup, reachable_functions, rebound_cells
 from ._equality import Identity, Shared
 
 
-__tracebackhide__ = True
-
-
 def static_key(leaf: Any) -> Any:
     """The cache key of a static leaf.
 

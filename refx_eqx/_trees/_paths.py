@@ -4,9 +4,6 @@ import fnmatch
 from typing import Any
 
 
-__tracebackhide__ = True
-
-
 Path = tuple[str, ...]
 """The keys on the way to a leaf, as text: `("layers", "0", "weight")`."""
 

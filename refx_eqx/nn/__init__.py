@@ -26,6 +26,7 @@ from equinox.nn import (
     RotaryPositionalEmbedding as RotaryPositionalEmbedding,
 )
 
+from .._core._errors import hide_frames as _hide_frames
 from ._attention import MultiheadAttention as MultiheadAttention
 from ._batch_norm import BatchNorm as BatchNorm
 from ._dropout import Dropout as Dropout
@@ -53,3 +54,6 @@ from ._stateless import (
     Sequential as Sequential,
 )
 from ._weight_norm import WeightNorm as WeightNorm
+
+
+_hide_frames(__name__)

@@ -25,9 +25,6 @@ from ._dropout import drop, Dropout
 from ._stateless import with_params
 
 
-__tracebackhide__ = True
-
-
 _FULL = (
     "`rx.nn.MultiheadAttention`: the cache is full. Make the layer with a larger "
     "`cache_size`, begin another sequence by `reset_cache()`, or let the cache keep only the "

@@ -14,9 +14,6 @@ from .._fields._collection import BatchStat, Param
 from .._fields._module import Module
 
 
-__tracebackhide__ = True
-
-
 class BatchNorm(Module):
     """As `equinox.nn.BatchNorm`, with its running statistics in refs: there is no `State` to
     pass in and out.

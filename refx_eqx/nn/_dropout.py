@@ -11,9 +11,6 @@ from .._fields._module import Module
 from .._rng import Rngs, RngStream
 
 
-__tracebackhide__ = True
-
-
 class Dropout(Module):
     """As `equinox.nn.Dropout`, with a stream of randomness of its own: there is no key to
     split and pass.

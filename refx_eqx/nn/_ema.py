@@ -16,9 +16,6 @@ from .._filters._select import selected_refs
 from .._filters._update import check_and_write
 
 
-__tracebackhide__ = True
-
-
 class EMA(Module):
     """The exponential moving average of a model: a copy of it that follows slowly.
 

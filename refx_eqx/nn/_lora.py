@@ -15,9 +15,6 @@ from ._stateless import with_params
 from ._weights import weight_of, with_weight
 
 
-__tracebackhide__ = True
-
-
 T = TypeVar("T")
 _Lora = Annotated[Ref[T], Collection("lora")]
 

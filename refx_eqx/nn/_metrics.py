@@ -10,9 +10,6 @@ from .._fields._collection import Collection
 from .._fields._module import Module
 
 
-__tracebackhide__ = True
-
-
 T = TypeVar("T")
 _MetricRef = Annotated[Ref[T], Collection("metrics")]
 

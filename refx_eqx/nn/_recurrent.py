@@ -11,9 +11,6 @@ from .._fields._module import Module
 from ._stateless import with_params
 
 
-__tracebackhide__ = True
-
-
 class GRUCell(Module):
     """As `equinox.nn.GRUCell`, with its hidden state in a ref: it is called with the input of
     the step alone.

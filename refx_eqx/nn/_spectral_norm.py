@@ -14,9 +14,6 @@ from ._stateless import with_params
 from ._weights import weight_of, with_weight
 
 
-__tracebackhide__ = True
-
-
 class SpectralNorm(Module):
     """As `equinox.nn.SpectralNorm`, with its singular vectors in refs: there is no `State` to
     pass in and out.

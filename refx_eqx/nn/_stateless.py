@@ -17,9 +17,6 @@ from .._fields._referenced import is_referenced
 from .._filters._as_refs import as_refs
 
 
-__tracebackhide__ = True
-
-
 _plain: dict[type, type] = {}
 
 

@@ -12,9 +12,6 @@ from ._stateless import with_params
 from ._weights import weight_of, with_weight
 
 
-__tracebackhide__ = True
-
-
 class WeightNorm(Module):
     """As `equinox.nn.WeightNorm`: a layer whose weight is `g * weight / |weight|`.
 

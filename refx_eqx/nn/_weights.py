@@ -8,9 +8,6 @@ from jaxtyping import Array
 from .._core._ref import like, Ref
 
 
-__tracebackhide__ = True
-
-
 def weight_of(layer: Any, name: str) -> Array:
     """The value of the weight of this name."""
     weight = _weight(layer, name)
