@@ -30,6 +30,8 @@ from ._core._errors import (
 from ._core._nodes import Index as Index, Value as Value
 from ._core._ref import is_ref as is_ref, Ref as Ref
 from ._display import count as count, mermaid as mermaid, tabulate as tabulate
+from ._engine._axes import axes as axes
+from ._engine._specs import specs as specs
 from ._fields._batched import Batched as Batched
 from ._fields._collection import (
     BatchStat as BatchStat,
@@ -76,40 +78,42 @@ from ._optim import (
 from ._rng import Rngs as Rngs
 from ._sharding._rules import axis_rules as axis_rules
 from ._sharding._shard import filter_shard as filter_shard
-from ._transforms import (
-    _export as _export,  # registers the nodes with JAX
-    add_axis as add_axis,
-    associative_scan as associative_scan,
-    axes as axes,
-    cond as cond,
-    Dag as Dag,
-    filter_checkpoint as filter_checkpoint,
-    filter_closure_convert as filter_closure_convert,
-    filter_custom_jvp as filter_custom_jvp,
-    filter_custom_vjp as filter_custom_vjp,
-    filter_eval_shape as filter_eval_shape,
+from ._transforms import _export as _export  # registers the nodes with JAX
+from ._transforms._add_axis import add_axis as add_axis
+from ._transforms._associative_scan import associative_scan as associative_scan
+from ._transforms._branches import cond as cond, switch as switch
+from ._transforms._checkpoint import filter_checkpoint as filter_checkpoint
+from ._transforms._custom_jvp import filter_custom_jvp as filter_custom_jvp
+from ._transforms._custom_vjp import filter_custom_vjp as filter_custom_vjp
+from ._transforms._dag import Dag as Dag
+from ._transforms._eval_shape import filter_eval_shape as filter_eval_shape
+from ._transforms._functionalize import functionalize as functionalize
+from ._transforms._grad import (
     filter_grad as filter_grad,
+    filter_value_and_grad as filter_value_and_grad,
+)
+from ._transforms._jacobian import (
     filter_hessian as filter_hessian,
     filter_jacfwd as filter_jacfwd,
     filter_jacrev as filter_jacrev,
-    filter_jit as filter_jit,
+)
+from ._transforms._jit import filter_jit as filter_jit
+from ._transforms._jvp import (
     filter_jvp as filter_jvp,
     filter_linearize as filter_linearize,
+)
+from ._transforms._lift import lift as lift
+from ._transforms._loops import fori_loop as fori_loop, while_loop as while_loop
+from ._transforms._map import map as map
+from ._transforms._scan import scan as scan
+from ._transforms._shard_map import filter_shard_map as filter_shard_map
+from ._transforms._staging import (
+    filter_closure_convert as filter_closure_convert,
     filter_make_jaxpr as filter_make_jaxpr,
     filter_pure_callback as filter_pure_callback,
-    filter_shard_map as filter_shard_map,
-    filter_value_and_grad as filter_value_and_grad,
-    filter_vjp as filter_vjp,
-    filter_vmap as filter_vmap,
-    fori_loop as fori_loop,
-    lift as lift,
-    map as map,
-    scan as scan,
-    specs as specs,
-    switch as switch,
-    while_loop as while_loop,
 )
-from ._transforms._functionalize import functionalize as functionalize
+from ._transforms._vjp import filter_vjp as filter_vjp
+from ._transforms._vmap import filter_vmap as filter_vmap
 
 
 if _TYPE_CHECKING:
