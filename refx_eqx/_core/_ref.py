@@ -8,14 +8,12 @@ import copy
 import itertools
 import threading
 import types
-import weakref
 from collections.abc import Hashable, Iterable
-from typing import Any, Generic, overload, Self, TYPE_CHECKING, TypeVar
+from typing import Any, Generic, NamedTuple, overload, Self, TYPE_CHECKING, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import numpy as np
 from jax import Array
 
@@ -39,6 +37,7 @@ from ._misuse import (
     refuse_to_be_a_value,
 )
 from ._on_mesh import has_moved
+from ._shown import pdoc, treescope_repr
 from ._trace import Body
 
 
@@ -359,55 +358,8 @@ class Ref(Shared, Generic[T]):
     def __repr__(self) -> str:
         return eqx.tree_pformat(self)
 
-    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
-        drawn = _drawn.get(self)
-        if drawn is None:
-            drawn = _drawn[self] = _Drawn(self)
-        return subtree_renderer(drawn, path=path)
-
-    def __pdoc__(self, **kwargs: Any):
-        # The hook of `eqx.tree_pformat`. It bypasses the trace rule, because a message
-        # about an unreadable ref has to print it.
-        import wadler_lindig as wl
-
-        docs = [wl.pdoc(self._value, **kwargs)]
-        if self._collection is not None:
-            if isinstance(self._collection, str):
-                docs.append(wl.TextDoc(f'"{self._collection}"'))
-            else:
-                docs.append(wl.pdoc(self._collection, **kwargs))
-        return wl.bracketed(
-            begin=wl.TextDoc(f"{type(self).__name__}("),
-            docs=docs,
-            sep=wl.comma,
-            end=wl.TextDoc(")"),
-            indent=kwargs.get("indent", 2),
-        )
-
-
-class _Drawn:
-    """What treescope renders for a ref. It marks repeated objects as shared, unless they
-    have an `__eq__` and a `__hash__`, as a `Ref` does: those it takes to be immutable."""
-
-    __slots__ = ("__weakref__", "_ref")
-
-    def __init__(self, ref: Ref):
-        self._ref = weakref.ref(ref)
-
-    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
-        from treescope import repr_lib
-
-        ref = self._ref()
-        assert ref is not None
-        return repr_lib.render_object_constructor(
-            object_type=type(ref),
-            attributes={"value": ref._value, "collection": ref._collection},
-            path=path,
-            subtree_renderer=subtree_renderer,
-        )
-
-
-_drawn: "weakref.WeakKeyDictionary[Ref, _Drawn]" = weakref.WeakKeyDictionary()
+    __treescope_repr__ = treescope_repr
+    __pdoc__ = pdoc
 
 
 def is_ref(x: Any) -> "TypeIs[Ref]":
@@ -435,21 +387,11 @@ def is_ref(x: Any) -> "TypeIs[Ref]":
     return isinstance(x, Ref)
 
 
-class Channeled:
+class Channeled(NamedTuple):
     """The value of a ref together with its channel, as a transform carries them."""
 
-    __slots__ = ("channel", "value")
-
-    def __init__(self, value: Any, channel: Any):
-        self.value = value
-        self.channel = channel
-
-
-jtu.register_pytree_node(
-    Channeled,
-    lambda x: ((x.value, x.channel), None),
-    lambda _, children: Channeled(*children),
-)
+    value: Any
+    channel: Any
 
 
 def content(ref: Ref) -> Any:
