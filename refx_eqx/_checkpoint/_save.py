@@ -11,6 +11,7 @@ in JSON:
 - `tied`: by the first place of each shared ref, its other places.
 """
 
+import dataclasses
 import difflib
 import json
 import os
@@ -316,21 +317,15 @@ def _renaming(content: _Content, rename: Rename | None) -> Callable[[str], str |
     return lambda name: rename.get(name, name)
 
 
+@dataclasses.dataclass(eq=False)
 class _StateOfFile(Mapping[str, Any]):
     """What `load_state_dict` is given. A value is read when it is asked for: the file is
     never on the host as a whole."""
 
-    def __init__(
-        self,
-        content: _Content,
-        sources: dict[str, str],
-        held: dict[str, Any],
-        convert: Callable[[str, np.ndarray], Any] | None,
-    ):
-        self._content = content
-        self._sources = sources
-        self._held = held
-        self._convert = convert
+    _content: _Content
+    _sources: dict[str, str]
+    _held: dict[str, Any]
+    _convert: Callable[[str, np.ndarray], Any] | None
 
     def __getitem__(self, key: str) -> Any:
         value = self._content.value(self._sources[key], self._held.get(key))

@@ -2,6 +2,8 @@
 
 import builtins
 import sys
+import types
+from collections.abc import Iterator
 from typing import Any, ForwardRef, Union
 
 
@@ -54,20 +56,20 @@ class _Namespace(dict):
 def _globals_around(owner: type) -> dict:
     """The globals of the module of a class; for a class made by `exec`, those given to
     it."""
-    frame = sys._getframe(1)
-    while frame is not None:
+    for frame in _frames():
         if frame.f_globals.get("__name__", "builtins") == owner.__module__:
             return frame.f_globals
-        frame = frame.f_back
     return vars(sys.modules[owner.__module__])
 
 
 def _enclosing_locals(module: dict) -> list[dict]:
     """The locals of the functions around a class body while it is being executed."""
-    found = []
+    return [frame.f_locals for frame in _frames() if frame.f_globals is module]
+
+
+def _frames() -> Iterator[types.FrameType]:
+    """The running frames, from the inside out."""
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_globals is module:
-            found.append(frame.f_locals)
+        yield frame
         frame = frame.f_back
-    return found

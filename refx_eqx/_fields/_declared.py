@@ -5,6 +5,7 @@ declares a container of refs. An instance binds the names: see `_bound.py`.
 """
 
 import copy
+import dataclasses
 import inspect
 import itertools
 import re
@@ -34,6 +35,7 @@ from ._ref_type import OpenRefHint, RefHint
 Visit = Callable[["DeclaredRef", Any, str], Any]
 
 
+@dataclasses.dataclass(eq=False)
 class DeclaredRef:
     """What a class declares about one ref in a field. Made once per class, compared by
     identity.
@@ -46,40 +48,20 @@ class DeclaredRef:
     - `optional`: whether `None` is allowed instead.
     """
 
-    __slots__ = (
-        "_words",
-        "by_shape",
-        "collection",
-        "field",
-        "hint",
-        "number",
-        "optional",
-        "owner",
-        "ref_type",
-        "sharding",
-    )
+    owner: type
+    field: str
+    number: int
+    hint: Any
+    ref_type: type[Ref] = Ref
+    collection: Hashable = None
+    sharding: Any = None
+    optional: bool = False
 
-    def __init__(
-        self,
-        owner: type,
-        field: str,
-        number: int,
-        hint: Any,
-        ref_type: type[Ref] = Ref,
-        collection: Hashable = None,
-    ):
-        self.owner = owner
-        self.field = field
-        self.number = number
-        self.hint = hint
-        self.ref_type = ref_type
-        self.collection = collection
-        self.sharding: Any = None
-        self.optional = False
-        text = hint_text(hint)
+    def __post_init__(self) -> None:
+        text, kind = hint_text(self.hint), type(jaxtyping.AbstractArray)
         # Whether only shape and dtype matter.
         self.by_shape = "self." not in text and (
-            hint is jax.Array or isinstance(hint, type(jaxtyping.AbstractArray))
+            self.hint is jax.Array or isinstance(self.hint, kind)
         )
         # The names in the hint, and the attributes it uses as `{self.name}`.
         self._words = (
@@ -172,6 +154,7 @@ class DeclaredRef:
             commits.store(((ref, new),))
 
 
+@dataclasses.dataclass(eq=False)
 class DeclaredContainer:
     """What a class declares about a tuple, list or dict that holds refs.
 
@@ -180,18 +163,10 @@ class DeclaredContainer:
         without refs.
     """
 
-    __slots__ = ("is_same_for_all", "items", "kind", "optional")
-
-    def __init__(
-        self,
-        kind: type,
-        items: tuple["DeclaredRef | DeclaredContainer | None", ...],
-        is_same_for_all: bool,
-    ):
-        self.kind = kind
-        self.items = items
-        self.is_same_for_all = is_same_for_all
-        self.optional = False
+    kind: type
+    items: tuple["DeclaredRef | DeclaredContainer | None", ...]
+    is_same_for_all: bool
+    optional: bool = False
 
     def refs(self) -> Iterator[DeclaredRef]:
         for item in self.items:

@@ -143,13 +143,10 @@ def names_of_instance(instance: Any) -> AxisNames:
     """
     if not config.check_types:
         return NO_NAMES
-    fields, found = vars(instance), []
-    for field in _plan_of(type(instance)).of_refs:
-        try:
-            refs = field.refs_in(fields[field.name])
-        except (KeyError, RefTypeError):
-            continue  # still in `__init__`, or in a tree that is being manipulated
-        for declared, ref, _ in refs:
+    cls, fields, found = type(instance), vars(instance), []
+    for field in _plan_of(cls).of_refs:
+        # The field may be missing, while `__init__` runs.
+        for declared, ref, _ in _refs_held(field, fields.get(field.name), cls):
             if isinstance(ref, Ref):
                 # A shard has other sizes (and shards exist only in a body).
                 found.extend(

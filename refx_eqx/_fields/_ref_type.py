@@ -5,8 +5,9 @@ it works with every run-time type checker, in signatures and fields, and its axi
 those of the running jaxtyping context.
 """
 
+import dataclasses
 import functools
-from typing import Any, ClassVar, TypeVar, Union
+from typing import Any, TypeVar, Union
 
 import jax
 import jax.tree_util as jtu
@@ -50,6 +51,7 @@ class RefHint(type):
         return subscript, (cls.ref_type, cls.value_hint)
 
 
+@dataclasses.dataclass(frozen=True, repr=False)
 class OpenRefHint:
     """`Ref[T]` for a type variable `T`, from which `Param[...]` and the like are made.
 
@@ -57,12 +59,12 @@ class OpenRefHint:
     `__getitem__`), so `Annotated[Ref[T], ...][X]` becomes `Annotated[Ref[X], ...]`.
     """
 
-    __parameters__: ClassVar[tuple] = ()
+    ref_type: type
+    value_hint: Any
 
-    def __init__(self, ref_type: type, value_hint: Any):
-        self.ref_type = ref_type
-        self.value_hint = value_hint
-        self.__parameters__ = _type_variables(value_hint)  # type: ignore[misc]
+    @property
+    def __parameters__(self) -> tuple:
+        return _type_variables(self.value_hint)
 
     def __getitem__(self, params: Any) -> Any:
         if not isinstance(params, tuple):
@@ -85,14 +87,6 @@ class OpenRefHint:
 
     def __repr__(self) -> str:
         return f"{self.ref_type.__name__}[{self.value_hint}]"
-
-    def __eq__(self, other: Any) -> bool:
-        return isinstance(other, OpenRefHint) and (
-            (self.ref_type, self.value_hint) == (other.ref_type, other.value_hint)
-        )
-
-    def __hash__(self) -> int:
-        return hash((self.ref_type, self.value_hint))
 
 
 def _type_variables(hint: Any) -> tuple:

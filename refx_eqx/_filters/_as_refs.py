@@ -1,5 +1,6 @@
 """`as_refs`: turns the arrays of a plain tree into refs, while its modules keep working."""
 
+import dataclasses
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
@@ -90,11 +91,11 @@ def as_refs(
     return _Conversion(filters, where).tree(tree, ())
 
 
+@dataclasses.dataclass
 class _Conversion:
-    def __init__(self, filters: dict[Hashable, Filter], where: Callable[[Any], bool]):
-        self.filters = filters
-        self.where = where
-        self.made: dict[int, Ref] = {}
+    filters: dict[Hashable, Filter]
+    where: Callable[[Any], bool]
+    made: dict[int, Ref] = dataclasses.field(default_factory=dict)
 
     def tree(self, tree: Any, path: tuple) -> Any:
         """The tree, with its leaves converted, and the modules in it."""
