@@ -9,23 +9,22 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
-from .._core import _jax, _trace
+from .._core import _trace
 from .._core._access import check_value, check_writable
 from .._core._errors import describe, MismatchError, RefTypeError, StructureError
-from .._core._on_mesh import put
 from .._core._ref import is_ref, Ref
 from .._fields._instance import check_refs_in_place
 from .._trees._cells import is_lookup
 from .._trees._equality import is_same_tree
 from .._trees._paths import key_text, Path, path_text
+from ._as_held import as_held, is_same_bits, storable
 from ._filters import FilterLike
 from ._select import choose, leaves_with_paths, refuse_derefed
-from ._update import check_fits, sharding_of, write_all
+from ._update import check_fits, write_all
 
 
 def state_dict(tree: PyTree, filter: FilterLike = True) -> dict[str, Any]:
@@ -86,7 +85,7 @@ def state_dict(tree: PyTree, filter: FilterLike = True) -> dict[str, Any]:
     first = first_places(places)
     leaves = {path: jtu.tree_leaves(ref.value) for path, ref in first.items()}
     return {
-        key: _storable(leaves[path][i])
+        key: storable(leaves[path][i])
         for key, (_, i, path) in slots.items()
         if path in first
     }
@@ -172,17 +171,16 @@ def _new_value(ref: Ref, given: dict[int, list[str]], state: Mapping[str, Any]) 
     old_leaves, treedef = jtu.tree_flatten(ref.value)
     held, leaves = {}, list(old_leaves)
     for i, keys in given.items():
-        if i == -1:
-            held[i] = [(key, _as_held(ref.value, state[key])) for key in keys]
-            continue
-        held[i] = [(key, _leaf_as_held(old_leaves[i], state[key])) for key in keys]
-        leaves[i] = held[i][0][1]
+        old = ref.value if i == -1 else old_leaves[i]
+        held[i] = [(key, as_held(old, state[key])) for key in keys]
+        if i != -1:
+            leaves[i] = held[i][0][1]
     first_key = next(iter(held.values()))[0][0]
     whole = held[-1][0][1] if -1 in held else jtu.tree_unflatten(treedef, leaves)
     value = _checked_value(ref, first_key, whole)
     for (key, earlier), *others in held.values():
         for other_key, other in others:
-            if not is_same_tree(_is_same_bits, earlier, other):
+            if not is_same_tree(is_same_bits, earlier, other):
                 raise MismatchError(
                     f"Cannot load the state: {describe(ref)} is one ref at "
                     f"`{_shown(key)}` and `{_shown(other_key)}`, and the state has a "
@@ -269,16 +267,6 @@ def _is_shape(leaf: Any) -> bool:
     return isinstance(leaf, jax.ShapeDtypeStruct)
 
 
-def _is_key(leaf: Any) -> bool:
-    is_array = isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
-    return is_array and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _storable(leaf: Any) -> Any:
-    """A leaf as any file format takes it: the data of a typed key."""
-    return jr.key_data(leaf) if _is_key(leaf) else leaf
-
-
 def first_places(places: dict[str, Ref]) -> dict[str, Ref]:
     """The first of these places of each ref."""
     first: dict[int, tuple[str, Ref]] = {}
@@ -339,81 +327,3 @@ def _checked_value(ref: Ref, key: str, value: Any) -> Any:
         return check_value(ref, value)
     except RefTypeError as e:
         raise RefTypeError(f"Cannot load the state: at `{_shown(key)}`: {e}") from None
-
-
-def _as_held(old: Any, new: Any) -> Any:
-    """`new`, with its arrays converted to those of `old` where that changes no number."""
-    old_leaves, old_def = jtu.tree_flatten(old)
-    new_leaves, new_def = jtu.tree_flatten(new)
-    if old_def != new_def:
-        return new
-    return jtu.tree_unflatten(new_def, map(_leaf_as_held, old_leaves, new_leaves))
-
-
-def _leaf_as_held(old: Any, new: Any) -> Any:
-    if _jax.is_tracer(old) or _jax.is_tracer(new) or not eqx.is_array(new):
-        if not isinstance(new, np.generic):
-            return new
-    if not isinstance(old, (jax.Array, jax.ShapeDtypeStruct)):
-        is_numpy = isinstance(new, (np.ndarray, np.generic))
-        if is_numpy and new.ndim == 0 and type(new.item()) is type(old):
-            return new.item()
-        return new
-    if _is_key(old) and not _is_key(new):
-        new = _as_key(old, new)
-    elif old.dtype != new.dtype:
-        new = _converted(new, old.dtype)
-    if (old.shape, old.dtype) != (new.shape, new.dtype):
-        return new
-    sharding = sharding_of(old)
-    if isinstance(new, jax.Array):
-        return new if sharding is None else put(new, sharding)
-    # A copy: `jax.device_put` may share memory with NumPy, where it could be written.
-    return jnp.array(new, device=sharding)
-
-
-def _as_key(old: Any, data: Any) -> Any:
-    """The typed keys that `old` stands for, from their data."""
-    if data.dtype != jnp.uint32 or data.shape[: old.ndim] != old.shape:
-        return data
-    if not isinstance(old, jax.Array):
-        # For a shape, only the name of the dtype gives the implementation: `key<fry>`.
-        names = {str(jr.key(0, impl=i).dtype): i for i in ("threefry2x32", "rbg")}
-        return jr.wrap_key_data(jnp.array(data), impl=names.get(str(old.dtype)))
-    return jr.wrap_key_data(jnp.array(data), impl=jr.key_impl(old))
-
-
-def _converted(new: Any, dtype: Any) -> Any:
-    """`new` in this dtype, if no number changes; else unchanged."""
-    if _is_key(new):
-        return new
-    array = np.asarray(new)
-    if array.dtype.type is np.void and dtype.kind == "V":
-        # NumPy's files have no name for `bfloat16` and the like, and return bytes.
-        same_size = array.dtype.itemsize == dtype.itemsize
-        return array.view(dtype) if array.dtype.fields is None and same_size else new
-    kinds = (jnp.integer, jnp.floating, jnp.complexfloating)
-    if not any(
-        jnp.issubdtype(array.dtype, kind) and jnp.issubdtype(dtype, kind)
-        for kind in kinds
-    ):
-        return new
-    with np.errstate(over="ignore", invalid="ignore"):
-        converted = array.astype(dtype)
-        back = converted.astype(array.dtype)
-    same = (back == array) | ((back != back) & (array != array))  # NaN stays NaN
-    in_range = (converted < 0) == (array < 0)  # a sign that wraps around
-    return converted if np.all(same) and np.all(in_range | (array != array)) else new
-
-
-def _is_same_bits(a: Any, b: Any) -> bool:
-    """Whether two leaves that fit the same ref are equal bit by bit, including NaNs."""
-    if a is b:
-        return True
-    if _jax.is_tracer(a) or _jax.is_tracer(b):
-        return False  # unknown before the program runs
-    if isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-        a, b = jr.key_data(a), jr.key_data(b)
-    if hasattr(a, "dtype"):
-        return np.asarray(a).tobytes() == np.asarray(b, a.dtype).tobytes()
-    return bool(a == b)
