@@ -20,9 +20,9 @@ from .._calls._structure import Leaves, Outcome, values_of
 from .._core import _jax
 from .._core._errors import describe, MismatchError, RefError, StructureError
 from .._core._ref import Ref
+from .._engine._by_call import ByCall
 from .._engine._by_place import of_new_value
 from .._engine._call_axes import check_axis
-from .._engine._program import ByCall
 from .._engine._wrapper import Lifted
 from .._trees._closure import Part
 
@@ -208,7 +208,9 @@ class _Call(Lifted):
             # function it is given: nothing may be kept from one call to the next.
             return self._dispatch(derefed, _Transformed(derefed, self))
         while True:
-            known = self._transformed.get(derefed, self._apply)
+            known = self._transformed.get(
+                derefed, lambda _: _Transformed(derefed, self)
+            )
             try:
                 outcome = self._dispatch(derefed, known)
             finally:
@@ -217,9 +219,6 @@ class _Call(Lifted):
             # Another thread may have traced it meanwhile, for its own refs.
             if outcome.info.asked.holds_for(derefed.refs):
                 return outcome
-
-    def _apply(self, derefed: Call) -> _Transformed:
-        return _Transformed(derefed, self)
 
     def _dispatch(self, derefed: Call, transformed: _Transformed) -> Outcome:
         outcome = transformed(derefed)
