@@ -208,21 +208,25 @@ def index_node(
 _VALUE_KEY = jtu.GetAttrKey("value")
 
 
-def _unflatten_value(aux: tuple, children: Iterable[Any]) -> Value:
+def unflatten_value(aux: tuple, children: Iterable[Any]) -> Value:
     (value,) = children
     return value_node(value, *aux)
+
+
+def unflatten_index(aux: tuple, _: Iterable[Any]) -> Index:
+    return index_node(*aux)
 
 
 jtu.register_pytree_with_keys(
     Value,
     lambda node: (((_VALUE_KEY, node.value),), (*node.structure(), node.label)),
-    _unflatten_value,
+    unflatten_value,
     lambda node: ((node.value,), (*node.structure(), node.label)),
 )
 jtu.register_pytree_with_keys(
     Index,
     lambda node: ((), (*node.structure(), node.label)),
-    lambda aux, _: index_node(*aux),
+    unflatten_index,
 )
 
 

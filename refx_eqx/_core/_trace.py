@@ -21,6 +21,7 @@ write. Plain `jax.grad` is refused because no gradient would flow to the ref.
 """
 
 import contextvars
+import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Iterable
@@ -44,6 +45,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class Body:
     """One body of a lifted transform, on one thread.
 
@@ -52,31 +54,13 @@ class Body:
         `_identity.py`.
     """
 
-    __slots__ = (
-        "asked",
-        "carried",
-        "depth",
-        "name",
-        "opened",
-        "running",
-        "transparent",
-    )
-
-    def __init__(
-        self,
-        name: str,
-        carried: dict,
-        transparent: bool,
-        opened: list,
-        asked: dict[int, set[Any]],
-    ):
-        self.name = name
-        self.carried = carried
-        self.transparent = transparent
-        self.opened = opened
-        self.asked = asked
-        self.depth = len(thread.state.bodies) + 1
-        self.running = True
+    name: str
+    carried: dict[int, Any]
+    transparent: bool
+    opened: list[Any]
+    asked: dict[int, set[Any]]
+    depth: int
+    running: bool = True
 
 
 class ThreadState:
@@ -177,8 +161,9 @@ class running_body(pushed):
             opened.append(trace)
         # Compares refs by identity: a subclass may define its own equality.
         by_id = {id(ref): ref for ref in carried}
-        body = Body(name, by_id, transparent, opened, asked)
-        super().__init__(thread.state.bodies, body)
+        bodies = thread.state.bodies
+        body = Body(name, by_id, transparent, opened, asked, len(bodies) + 1)
+        super().__init__(bodies, body)
         self._hook = debug_hook()
 
     def __exit__(self, *_: Any) -> None:

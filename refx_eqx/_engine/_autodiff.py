@@ -42,11 +42,6 @@ def first_of(args: tuple, name: str) -> Any:
     return args[0]
 
 
-def inexact_part(leaves: Leaves) -> Leaves:
-    """Derefed leaves, with `None` for all that has no derivative."""
-    return eqx.filter(leaves, is_inexact)
-
-
 def differentiable(
     derefed: Call, trees: tuple, wrt: Any = None, by_first: bool = False
 ) -> tuple[list[Leaves], list[Leaves]]:
@@ -190,7 +185,7 @@ class DifferentiableCall:
         part, leaves = arrays_of_result(self.derefed.structure, outcome, everything)
         if self.has_aux:
             part, leaves = first_of_pair(part, leaves, self.name)
-        out = [inexact_part(leaves)]
+        out = [eqx.filter(leaves, is_inexact)]
         self.outputs = tangent_space((part,), out)
         return out, outcome
 

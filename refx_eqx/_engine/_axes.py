@@ -64,6 +64,7 @@ class axes(ByFilter):
 
     called = "rx.axes"
     what = "axis"
+    example = "0"
 
     def __init__(
         self,
@@ -76,9 +77,6 @@ class axes(ByFilter):
 
     def checked(self, one: Any, text: str) -> int | None:
         return _as_axis(one, text)
-
-    def example(self) -> str:
-        return "0"
 
     def ask(self, function: Any, leaf: Any) -> Any:
         return _ask(function, leaf)
@@ -103,10 +101,6 @@ def _as_axis(axis: Any, what: str) -> int | None:
         ) from None
 
 
-def _is_none(x: Any) -> bool:
-    return x is None
-
-
 def leaf_axes(spec: Any, tree: Any, what: str) -> list[Any]:
     """The axis of each leaf of `tree`, as `in_axes` gives it: an int, `None`, or a function
     that is still to be called on the arrays of a ref. For a function it may be a `Within`;
@@ -124,7 +118,7 @@ def leaf_axes(spec: Any, tree: Any, what: str) -> list[Any]:
         )
 
     # Not a tree: `None` is an axis here, and no leaf of the tree that has it.
-    return each_leaf(spec, tree, what, resolve, _is_none)
+    return each_leaf(spec, tree, what, resolve, lambda x: x is None)
 
 
 _NO_ANSWER = object()

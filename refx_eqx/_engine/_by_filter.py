@@ -43,6 +43,9 @@ class ByFilter:
     what = ""
     """What there is one of for each leaf."""
 
+    example = ""
+    """One that may be given, as text for messages."""
+
     by_collection: Mapping[Hashable, Any]
     default: Any
 
@@ -56,7 +59,7 @@ class ByFilter:
             raise TypeError(
                 f"`{self.called}({by_collection!r})`: give a mapping from collection, or "
                 f"from any filter, to {self.what}, as in "
-                f"`{self.called}({{'params': {self.example()}}})`."
+                f"`{self.called}({{'params': {self.example}}})`."
             )
         merged = {**(by_collection or {}), **collections}
         merged = {as_option(given): one for given, one in merged.items()}
@@ -75,10 +78,6 @@ class ByFilter:
         - `TypeError`: if it is none.
         """
         raise NotImplementedError("A subclass says what may be given.")
-
-    def example(self) -> str:
-        """What one may give, as text for messages."""
-        raise NotImplementedError("A subclass says what is given, for messages.")
 
     def is_whole(self, one: Any) -> bool:
         """Whether this leaves a leaf whole, so that randomness is the same everywhere."""

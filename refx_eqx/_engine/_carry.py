@@ -2,6 +2,7 @@
 
 import functools
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -22,17 +23,15 @@ def numbers_to_arrays(tree: Any) -> Any:
     """Python numbers become arrays, as in JAX. Those in a module stay what they are: there
     they are static, as in Equinox."""
 
-    def convert_leaf(x: Any) -> Any:
-        return jnp.asarray(x) if isinstance(x, bool | int | float | complex) else x
+    def is_number(x: Any) -> bool:
+        return isinstance(x, bool | int | float | complex)
 
     refuse_cycle(tree)
+    leaves, treedef = jtu.tree_flatten(tree, is_leaf=is_module)
     # The very same tree, where it has none: what a function returns is what it was given.
-    leaves = jtu.tree_leaves(tree, is_leaf=is_module)
-    if not any(isinstance(x, bool | int | float | complex) for x in leaves):
+    if not any(map(is_number, leaves)):
         return tree
-    return jtu.tree_map(
-        lambda x: x if is_module(x) else convert_leaf(x), tree, is_leaf=is_module
-    )
+    return treedef.unflatten([jnp.asarray(x) if is_number(x) else x for x in leaves])
 
 
 def whole_number(x: Any, name: str, what: str, least: int | None = None) -> int:
@@ -138,6 +137,14 @@ def check_carry(given: CarryBefore, after: Any, name: str) -> None:
             f"in its arrays at most. At {_path(given.tree(), i)} it was given {_carried_text(a)}, "
             f"and returned {_carried_text(b)}{_whence(b, given)}. {remedy}"
         )
+
+
+def next_carry(step: Callable[[Any], Any], carry: Any, name: str) -> Any:
+    """What a step makes of a carry: the same, with other values in its arrays at most."""
+    given = CarryBefore(carry)
+    new = numbers_to_arrays(step(carry))
+    check_carry(given, new, name)
+    return new
 
 
 def _whence(leaf: Any, given: CarryBefore) -> str:

@@ -13,7 +13,10 @@ from .._core._nodes import split_value
 from .._trees._keys import static_key, static_keys
 
 
-def picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+Picker = Callable[[Sequence[Any]], tuple[Any, ...]]
+
+
+def picker(positions: Sequence[int]) -> Picker:
     """A function that takes what is at these positions; one of C where there are several."""
     if len(positions) > 1:
         return itemgetter(*positions)

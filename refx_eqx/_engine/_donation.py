@@ -1,5 +1,6 @@
 """Donation: which buffers a call gives away, and never one that somebody else holds."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from sys import getrefcount
 from typing import Any, Literal
@@ -9,12 +10,13 @@ import jax
 from .._calls._structure import Structure
 from .._core import _trace
 from .._core._nodes import is_node
-from ._contents import picker
+from ._contents import Picker, picker
 
 
 Donate = Literal["all", "all-except-first", "warn", "warn-except-first", "none", "refs"]
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class Split:
     """Which of the flat arrays are donated.
 
@@ -26,27 +28,16 @@ class Split:
         positions.
     """
 
-    __slots__ = (
-        "alone",
-        "donated",
-        "kept",
-        "n_outside",
-        "take_donated",
-        "take_kept",
-        "trees",
-    )
+    donated: tuple[int, ...]
+    kept: tuple[int, ...]
+    n_outside: int = 0
+    alone: list[int] = dataclasses.field(default_factory=list)
+    trees: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    take_donated: Picker = dataclasses.field(init=False)
+    take_kept: Picker = dataclasses.field(init=False)
 
-    def __init__(
-        self,
-        donated: tuple[int, ...],
-        kept: tuple[int, ...],
-        n_outside: int = 0,
-        alone: Sequence[int] = (),
-        trees: tuple[tuple[int, tuple[int, ...]], ...] = (),
-    ):
-        self.donated, self.kept = donated, kept
-        self.take_donated, self.take_kept = picker(donated), picker(kept)
-        self.n_outside, self.alone, self.trees = n_outside, list(alone), trees
+    def __post_init__(self) -> None:
+        self.take_donated, self.take_kept = picker(self.donated), picker(self.kept)
 
     def joined(self, donated: Sequence[Any], kept: Sequence[Any]) -> list[Any]:
         """The flat arrays again."""

@@ -71,6 +71,7 @@ class specs(ByFilter):
 
     called = "rx.specs"
     what = "spec"
+    example = "P('data')"
 
     def __init__(
         self,
@@ -90,9 +91,6 @@ class specs(ByFilter):
             raise TypeError(
                 f"`{text}`: a spec is a `jax.P`, or `None` for `P()`, and this is {one!r}."
             ) from None
-
-    def example(self) -> str:
-        return "P('data')"
 
     def is_whole(self, one: Any) -> bool:
         return not axes_in(one)

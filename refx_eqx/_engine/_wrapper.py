@@ -39,7 +39,7 @@ class Lifted:
         # is made of; what it took over of the function for show does not always pickle.
         if _is_named(self):
             return getattr(self, "__qualname__")  # noqa: B009 (set by `update_wrapper`)
-        return _lift_again, (type(self), self.__wrapped__, self.options)
+        return functools.partial(type(self), **self.options), (self.__wrapped__,)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("A lifted transform says what a call does.")
@@ -57,10 +57,6 @@ class Lifted:
             ),
             lambda aux, children: cls(*children, **aux.options),
         )
-
-
-def _lift_again(cls: type[Lifted], fn: Any, options: dict[str, Any]) -> Lifted:
-    return cls(fn, **options)
 
 
 def _is_named(lifted: Lifted) -> bool:

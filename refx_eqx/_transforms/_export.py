@@ -7,14 +7,14 @@ the structure, and come from the refs that the values are written to.
 
 import importlib
 import json
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from typing import Any
 
 import jax.export
 
 from .._core._deref import NOTHING
 from .._core._errors import describe_named, StructureError
-from .._core._nodes import Index, index_node, Label, Value, value_node
+from .._core._nodes import Index, Label, unflatten_index, unflatten_value, Value
 from .._core._ref import Ref
 from ._dag import Dag
 
@@ -71,26 +71,20 @@ def _from_file(data: bytes) -> tuple:
     return index, collection, ref_type, Label((found["name"], None))
 
 
-def _value(aux_data: Any, children: Iterable[Any]) -> Value:
-    (value,) = children
-    return value_node(value, *aux_data)
-
-
-def _index(aux_data: Any, children: Iterable[Any]) -> Index:
-    return index_node(*aux_data)
-
-
-def _register() -> None:
-    """Registers the nodes of derefed trees under the names used in files."""
-    register = jax.export.register_pytree_node_serialization
-    aux: Any = dict(serialize_auxdata=_to_file, deserialize_auxdata=_from_file)
-    register(Value, serialized_name="refx_eqx.Value", from_children=_value, **aux)
-    register(Index, serialized_name="refx_eqx.Index", from_children=_index, **aux)
-    none: Any = dict(
-        serialize_auxdata=lambda _: b"", deserialize_auxdata=lambda _data: None
+# Under the names used in files.
+_register: Any = jax.export.register_pytree_node_serialization
+for _node, _unflatten in ((Value, unflatten_value), (Index, unflatten_index)):
+    _register(
+        _node,
+        serialized_name=f"refx_eqx.{_node.__name__}",
+        serialize_auxdata=_to_file,
+        deserialize_auxdata=_from_file,
+        from_children=_unflatten,
     )
-    register(Dag, serialized_name="refx_eqx.Dag", **none)
-    register(type(NOTHING), serialized_name="refx_eqx.NOTHING", **none)
-
-
-_register()
+for _node, _name in ((Dag, "Dag"), (type(NOTHING), "NOTHING")):
+    _register(
+        _node,
+        serialized_name=f"refx_eqx.{_name}",
+        serialize_auxdata=lambda _: b"",
+        deserialize_auxdata=lambda _: None,
+    )
