@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from .._core import _jax
 from .._core._errors import MismatchError
@@ -19,11 +19,6 @@ def current_mesh() -> Any:
     else:
         mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh
-
-
-def is_explicit(mesh: Any) -> bool:
-    """Whether the types of arrays say how they are split over this mesh."""
-    return AxisType.Explicit in mesh.axis_types
 
 
 def mesh_axes(entry: Any) -> tuple[str, ...]:

@@ -39,6 +39,7 @@ def leaf_shardings(given: Any, tree: Any, derefed: Any, what: str) -> list[Any]:
 
     def resolve(sharding: Any, subtree: Any) -> None:
         if isinstance(sharding, axis_rules):
+            # Only here is it known which part of the tree they are for.
             found.extend(sharding.leaf_shardings(subtree))
             return
         for node in jtu.tree_leaves(subtree, is_leaf=is_node):
@@ -53,7 +54,7 @@ def leaf_shardings(given: Any, tree: Any, derefed: Any, what: str) -> list[Any]:
 
     try:
         jtu.tree_map(resolve, given, derefed, is_leaf=_is_one)
-    except MismatchError:
+    except MismatchError:  # ours, which is a `ValueError` as JAX's is
         raise
     except ValueError as e:
         raise MismatchError(

@@ -37,6 +37,7 @@ class Reading:
         self.paths = [path for path, _ in pairs]
         self.derefed = [leaf for _, leaf in pairs]
         if any(map(is_node, self.derefed)):
+            # Filters ask refs, and a derefed tree has none: so each node gets a stand-in.
             self._refuse_identity()
             self.closed = as_closed(_with_values(self.derefed))
         else:
@@ -107,6 +108,7 @@ class Reading:
             for name in axes.names:
                 if name is not None:
                     self.declared.setdefault(name, what)
+        # From what names this very array to what is said of all.
         spec = self._by_filter(path, leaf)
         if spec is None:
             spec = self._by_field(declared, what)
@@ -123,6 +125,7 @@ class Reading:
         asked = [(path, leaf)]
         weight = followed(leaf) if isinstance(leaf, Ref) else None
         if weight is not None:
+            # A filter that selects a weight selects its moments too, wherever they are.
             stand_in = make_ref(Ref, leaf._value, weight.collection, leaf._name, None)
             asked.append((weight.path, stand_in))
         for filter, spec in self.filters:

@@ -192,7 +192,7 @@ class axis_rules:
         return jtu.tree_map(
             lambda spec: NamedSharding(mesh, spec),
             self.specs(tree, mesh),
-            is_leaf=_is_spec,
+            is_leaf=lambda x: isinstance(x, PartitionSpec),
         )
 
     def leaf_shardings(self, derefed: Any) -> list[NamedSharding | None]:
@@ -217,7 +217,3 @@ def _is_mesh_axes(rule: Any) -> bool:
         return False
     names = rule if isinstance(rule, tuple) else (rule,)
     return rule is None or all(isinstance(name, str) for name in names)
-
-
-def _is_spec(x: Any) -> bool:
-    return isinstance(x, PartitionSpec)

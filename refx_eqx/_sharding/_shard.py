@@ -4,7 +4,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.tree_util as jtu
-from jax.sharding import NamedSharding, Sharding
+from jax.sharding import AxisType, NamedSharding, Sharding
 from jaxtyping import PyTree
 
 from .._core import _jax
@@ -15,7 +15,6 @@ from .._core._on_mesh import put
 from .._core._ref import Ref
 from .._filters._select import leaves_with_paths
 from .._filters._update import write_all
-from ._mesh import is_explicit
 from ._prefix import leaf_shardings
 
 
@@ -85,6 +84,7 @@ def filter_shard(x: T, device_or_shardings: PyTree) -> T:
             continue
         outside.append(leaf)
         if isinstance(new, Value):
+            # All of them before the first write.
             check_writable(leaf)
             writes.append((leaf, new.value))
     write_all(writes)
@@ -108,6 +108,10 @@ def _placed(x: Any, sharding: Sharding | None) -> Any:
         return x
     if _jax.is_evaluating():
         return put(x, sharding)
-    if isinstance(sharding, NamedSharding) and is_explicit(sharding.mesh):
+    # Where the types of arrays say how they are split, a constraint moves nothing.
+    if (
+        isinstance(sharding, NamedSharding)
+        and AxisType.Explicit in sharding.mesh.axis_types
+    ):
         return jax.sharding.reshard(x, sharding)
     return jax.lax.with_sharding_constraint(x, sharding)
