@@ -105,12 +105,12 @@ from ._transforms._jvp import (
 from ._transforms._lift import lift as lift
 from ._transforms._loops import fori_loop as fori_loop, while_loop as while_loop
 from ._transforms._map import map as map
+from ._transforms._pure_callback import filter_pure_callback as filter_pure_callback
 from ._transforms._scan import scan as scan
 from ._transforms._shard_map import filter_shard_map as filter_shard_map
 from ._transforms._staging import (
     filter_closure_convert as filter_closure_convert,
     filter_make_jaxpr as filter_make_jaxpr,
-    filter_pure_callback as filter_pure_callback,
 )
 from ._transforms._vjp import filter_vjp as filter_vjp
 from ._transforms._vmap import filter_vmap as filter_vmap

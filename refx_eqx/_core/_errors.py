@@ -279,8 +279,8 @@ def name_of(fn: Any) -> str:
 
 
 def hide_frames(package: str) -> None:
-    """Keeps the frames of the modules of a package, as far as it is imported, out of the
-    tracebacks of pytest, which asks each module. (JAX asks for a path: see `_jax.py`.)"""
+    """Hides the frames of all imported modules of a package from pytest's tracebacks. pytest
+    reads this variable of each module; JAX takes a path instead, see `_jax.py`."""
     for name, module in list(sys.modules.items()):
         if f"{name}.".startswith(f"{package}."):
             vars(module)["__tracebackhide__"] = True

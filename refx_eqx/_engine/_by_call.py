@@ -1,5 +1,5 @@
-"""What is kept from one call to the next: by the structure of the call, and by its very refs as
-far as it matters which ones they are."""
+"""Caches by call: keyed by the structure of the call, and by the identity of its refs as far as
+it matters."""
 
 import sys
 import weakref

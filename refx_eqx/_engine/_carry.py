@@ -140,7 +140,7 @@ def check_carry(given: CarryBefore, after: Any, name: str) -> None:
 
 
 def next_carry(step: Callable[[Any], Any], carry: Any, name: str) -> Any:
-    """What a step makes of a carry: the same, with other values in its arrays at most."""
+    """Runs one step on a carry, and checks that only the values of arrays change."""
     given = CarryBefore(carry)
     new = numbers_to_arrays(step(carry))
     check_carry(given, new, name)

@@ -39,7 +39,7 @@ def leaf_shardings(given: Any, tree: Any, derefed: Any, what: str) -> list[Any]:
 
     def resolve(sharding: Any, subtree: Any) -> None:
         if isinstance(sharding, axis_rules):
-            # Only here is it known which part of the tree they are for.
+            # Rules inside a prefix apply to this subtree only.
             found.extend(sharding.leaf_shardings(subtree))
             return
         for node in jtu.tree_leaves(subtree, is_leaf=is_node):

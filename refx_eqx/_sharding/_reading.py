@@ -37,7 +37,7 @@ class Reading:
         self.paths = [path for path, _ in pairs]
         self.derefed = [leaf for _, leaf in pairs]
         if any(map(is_node, self.derefed)):
-            # Filters ask refs, and a derefed tree has none: so each node gets a stand-in.
+            # Filters expect refs, so each node of a derefed tree gets a stand-in.
             self._refuse_identity()
             self.closed = as_closed(_with_values(self.derefed))
         else:
@@ -108,7 +108,7 @@ class Reading:
             for name in axes.names:
                 if name is not None:
                     self.declared.setdefault(name, what)
-        # From what names this very array to what is said of all.
+        # From the most specific source to the most general.
         spec = self._by_filter(path, leaf)
         if spec is None:
             spec = self._by_field(declared, what)
@@ -125,7 +125,7 @@ class Reading:
         asked = [(path, leaf)]
         weight = followed(leaf) if isinstance(leaf, Ref) else None
         if weight is not None:
-            # A filter that selects a weight selects its moments too, wherever they are.
+            # A filter that selects a weight also selects its moments, wherever they are.
             stand_in = make_ref(Ref, leaf._value, weight.collection, leaf._name, None)
             asked.append((weight.path, stand_in))
         for filter, spec in self.filters:

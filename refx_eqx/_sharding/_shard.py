@@ -84,7 +84,7 @@ def filter_shard(x: T, device_or_shardings: PyTree) -> T:
             continue
         outside.append(leaf)
         if isinstance(new, Value):
-            # All of them before the first write.
+            # Checked for all refs before the first write.
             check_writable(leaf)
             writes.append((leaf, new.value))
     write_all(writes)
@@ -108,7 +108,7 @@ def _placed(x: Any, sharding: Sharding | None) -> Any:
         return x
     if _jax.is_evaluating():
         return put(x, sharding)
-    # Where the types of arrays say how they are split, a constraint moves nothing.
+    # On explicit mesh axes the sharding is part of the type, which a constraint cannot change.
     if (
         isinstance(sharding, NamedSharding)
         and AxisType.Explicit in sharding.mesh.axis_types

@@ -91,6 +91,7 @@ def _with_axis(ref: Ref, size: int, axis: int) -> Ref:
                 f"`rx.add_axis` cannot give {describe(ref)} an axis "
                 f"{axis}: its shape is {one.shape}. Put it in front: `axis=0`."
             )
+        # Copies of one key would draw the same numbers at every place.
         if ref._collection == RNG and is_key(one):
             many = jax.vmap(lambda number: fold_in(one, number))(jnp.arange(size))
         else:

@@ -15,9 +15,8 @@ from .._core._nodes import is_traced
 from .._core._ref import Ref
 from .._engine._carry import (
     as_callable,
-    CarryBefore,
-    check_carry,
     flag,
+    next_carry,
     numbers_to_arrays,
     whole_number,
 )
@@ -30,10 +29,7 @@ T = TypeVar("T")
 
 def _combine(fn: Any, a: Any, b: Any) -> Any:
     """One application of the function of `associative_scan`."""
-    given = CarryBefore(a)
-    out = numbers_to_arrays(fn(a, b))
-    check_carry(given, out, "associative_scan")
-    return out
+    return next_carry(lambda a: fn(a, b), a, "associative_scan")
 
 
 def associative_scan(
@@ -104,12 +100,10 @@ def associative_scan(
     def run(derefed: Call, arrays: list[Leaves]) -> Outcome:
         return _run_associative_scan(derefed, arrays, reverse, axis)
 
-    def transform(derefed: Call) -> Outcome:
-        key = ("associative_scan", reverse, axis)
-        make = lambda: Program("associative_scan", run, as_a_whole=False)
-        return program_of((fn,), key, make)(derefed)
-
-    return call(_combine, (fn, elems, elems), {}, transform)
+    # `fn` combines two stacks of elements, so the call is given `elems` twice.
+    key = ("associative_scan", reverse, axis)
+    make = lambda: Program("associative_scan", run, as_a_whole=False)
+    return call(_combine, (fn, elems, elems), {}, program_of((fn,), key, make))
 
 
 def _run_associative_scan(

@@ -1,7 +1,7 @@
 """`cond` and `switch`."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -11,10 +11,16 @@ from jaxtyping import ArrayLike, PyTree
 
 from .._calls._call import Call, call
 from .._calls._places import leaf_place, ref_place
-from .._calls._structure import arrays_of, Leaves, Outcome, Structure, values_of
+from .._calls._structure import (
+    arrays_of,
+    Leaves,
+    Outcome,
+    OutcomeInfo,
+    Structure,
+    values_of,
+)
 from .._core._errors import describe, MismatchError
 from .._core._nodes import is_node, Value
-from .._core._ref import Ref
 from .._engine._carry import as_callable, numbers_to_arrays
 from .._engine._control_flow import runs_in_python, TracedBody
 from .._engine._kinds import convert, join_kinds, Kind, kind_of
@@ -26,58 +32,52 @@ from .._trees._keys import static_keys
 T = TypeVar("T")
 
 
-def _true_branch(_: None, pred: Any, true_fun: Any, false_fun: Any, *operands) -> Any:
-    return numbers_to_arrays(true_fun(*operands))
+class _Choice(NamedTuple):
+    """The differences between `cond` and `switch`. Both are called with the predicate or
+    index, the branches, and the operands.
 
-
-def _false_branch(_: None, pred: Any, true_fun: Any, false_fun: Any, *operands) -> Any:
-    return numbers_to_arrays(false_fun(*operands))
-
-
-def _branch(i: int) -> Callable[..., Any]:
-    def apply(_: None, index: Any, branches: Sequence[Any], *operands: Any) -> Any:
-        return numbers_to_arrays(branches[i](*operands))
-
-    return apply
-
-
-def _run_branches(
-    derefed: Call,
-    arrays: list[Leaves],
-    name: str,
-    which: dict[str, Callable[..., Any]],
-    position: Callable[[Any], int],
-    choose: Callable[[Any, list[Callable], Any], Any],
-) -> Outcome:
-    """Traces each branch, checks that they agree, and builds the conditional.
-
-    **Arguments:**
-
-    - `which`: the name of each branch, and the function that calls it.
-    - `position`: maps the first argument to the number of the branch, if it is concrete.
-    - `choose`: called with the first argument, functions of the arrays, and the arrays.
+    - `name`: of the transform; `labels`: of the branches, for messages;
+    - `position`: maps the predicate or index to the number of the branch, if it is concrete;
+    - `choose`: called with the predicate or index, functions of the arrays, and the arrays.
     """
-    (first,) = arrays[0]
-    if runs_in_python(first):
+
+    name: str
+    labels: list[str]
+    position: Callable[[Any], int]
+    choose: Callable[[Any, list[Callable], list[Leaves]], Any]
+
+    def branch(self, i: int) -> Callable[..., Any]:
+        n = len(self.labels)
+
+        # A call has one callable, but here there are several. So the branches are arguments of
+        # a call whose callable is `None`, and this function selects the one to run.
+        def apply(_: None, index: Any, *rest: Any) -> Any:
+            return numbers_to_arrays(rest[i](*rest[n:]))
+
+        return apply
+
+
+def _run_choice(derefed: Call, arrays: list[Leaves], choice: _Choice) -> Outcome:
+    """Traces each branch, checks that they agree, and builds the conditional."""
+    (index,) = arrays[0]
+    if runs_in_python(index):
         # Only the chosen branch runs.
-        apply = list(which.values())[position(first)]
-        outcome = derefed.run(name, arrays, False, apply)
+        apply = choice.branch(choice.position(index))
+        outcome = derefed.run(choice.name, arrays, False, apply)
         return Outcome(*arrays_of(outcome), outcome.info)
 
-    def stage(apply: Callable[..., Any]) -> TracedBody:
+    # Traced before `jax.lax.cond` sees them: it requires results of the same structure, and we
+    # know which refs a branch writes only after tracing it.
+    def stage(i: int) -> TracedBody:
+        apply = choice.branch(i)
         return TracedBody(
-            lambda arrays: derefed.run(name, arrays, False, apply), arrays
+            lambda arrays: derefed.run(choice.name, arrays, False, apply), arrays
         )
 
-    staged = [stage(apply) for apply in which.values()]
-    names = list(which)
-    info = staged[0].avals.info
-    for other, other_name in zip(staged[1:], names[1:]):
-        both = names[0], other_name
-        results = info.result, other.avals.info.result
-        _check_same_results(derefed, results, both, name)
-    written = sorted({i for branch in staged for i in branch.avals.updates})
-    nodes = derefed.structure.refs()
+    branches = [stage(i) for i in range(len(choice.labels))]
+    for i in range(1, len(branches)):
+        _check_same_results(derefed, branches, i, choice)
+    written = sorted({i for branch in branches for i in branch.avals.updates})
 
     def completed(outcome: Outcome, arrays: list[Leaves]) -> tuple[Leaves, dict]:
         """A branch that does not write a ref leaves it unchanged."""
@@ -85,123 +85,135 @@ def _run_branches(
         return outcome.out, {i: outcome.updates.get(i, before[i]) for i in written}
 
     avals = jtu.tree_map(jax.typeof, arrays)
-    found = [completed(branch.avals, avals) for branch in staged]
-    whats = _places_in_result(info.result.parts[0], found[0][0])
-    for i in written:
-        ref = derefed.refs[i]
-        values = [updates[i] for _, updates in found]
-        statics = [b.avals.info.written.get(i, nodes[i].value) for b in staged]
-        _check_values(ref, values, statics, names, name)
-        which_ref = describe(ref)
-        whats += [which_ref] * len(jtu.tree_leaves(values[0]))
-        info.written.setdefault(i, nodes[i].value)
-    kinds = [
-        _joined_kind([kind_of(x) for x in each], names, what, name)
-        for what, *each in zip(whats, *map(jtu.tree_leaves, found))
-    ]
+    found = [completed(branch.avals, avals) for branch in branches]
+    info = _common_info(derefed, branches, [updates for _, updates in found], choice)
+    kinds = _common_kinds(derefed, info, found, choice)
     treedef = jtu.tree_structure(found[0])
 
     def function_of(branch: TracedBody) -> Callable[..., Any]:
         def run(arrays: list[Leaves]) -> Any:
             leaves = jtu.tree_leaves(completed(branch(arrays), arrays))
+            # A result may be a constant of the jaxpr, which need not be a JAX array.
             leaves = map(jnp.asarray, leaves)
             return jtu.tree_unflatten(treedef, map(convert, leaves, kinds))
 
         return run
 
-    out, updates = choose(first, [*map(function_of, staged)], arrays)
+    out, updates = choice.choose(index, [*map(function_of, branches)], arrays)
     return Outcome(out, updates, info)
 
 
-def _joined_kind(kinds: list[Kind], names: list[str], what: str, name: str) -> Kind:
+def _common_info(
+    derefed: Call,
+    branches: list[TracedBody],
+    updates: list[dict[int, Any]],
+    choice: _Choice,
+) -> OutcomeInfo:
+    """The info of the first branch, with the statics of every written ref, whose value must
+    have the same structure after every branch."""
+    infos, nodes = [branch.avals.info for branch in branches], derefed.structure.refs()
+    for i in updates[0]:
+        statics = [info.written.get(i, nodes[i].value) for info in infos]
+        first, *others = [
+            (jtu.tree_structure(new[i]), static_keys(static))
+            for new, static in zip(updates, statics)
+        ]
+        for structure, label in zip(others, choice.labels[1:]):
+            if structure != first:
+                raise MismatchError(
+                    f"`{choice.name}`: the value of {describe(derefed.refs[i])} has "
+                    f"another structure, or other static parts, after {label} than after "
+                    f"{choice.labels[0]}. Write values of the same structure in all "
+                    "branches; only arrays may depend on the branch."
+                )
+        infos[0].written[i] = statics[0]
+    return infos[0]
+
+
+def _common_kinds(
+    derefed: Call,
+    info: OutcomeInfo,
+    found: list[tuple[Leaves, dict[int, Any]]],
+    choice: _Choice,
+) -> list[Kind]:
+    """The kind of each array that the branches return or leave in a ref."""
+    out, updates = found[0]
+    whats = _places_in_result(info.result.parts[0], out)
+    for i, new in updates.items():
+        whats += [describe(derefed.refs[i])] * len(jtu.tree_leaves(new))
+    return [
+        _joined_kind([kind_of(x) for x in each], what, choice)
+        for what, *each in zip(whats, *map(jtu.tree_leaves, found))
+    ]
+
+
+def _joined_kind(kinds: list[Kind], what: str, choice: _Choice) -> Kind:
     kind = join_kinds(kinds)
     if kind is None:
         i = next(i for i, k in enumerate(kinds) if join_kinds([kinds[0], k]) is None)
+        differs = (
+            f"it is {kinds[0]!r} after {choice.labels[0]}, and {kinds[i]!r} after "
+            f"{choice.labels[i]}. Make it the same in each"
+        )
         if kinds[0].split != kinds[i].split:
             raise MismatchError(
-                f"`{name}`: the branches must agree on how {what} is split over the mesh: it "
-                f"is {kinds[0]!r} after {names[0]}, and {kinds[i]!r} after {names[i]}. Make "
-                "it the same in each: `jax.sharding.reshard(x, P(...))`."
+                f"`{choice.name}`: the branches must agree on how {what} is split over the "
+                f"mesh: {differs}: `jax.sharding.reshard(x, P(...))`."
             )
         raise MismatchError(
-            f"`{name}`: the branches must agree on the shape and dtype of {what}: it is "
-            f"{kinds[0]!r} after {names[0]}, and {kinds[i]!r} after {names[i]}. Make it the "
-            "same in each, for example with `x.astype(...)` or `x.reshape(...)`."
+            f"`{choice.name}`: the branches must agree on the shape and dtype of {what}: "
+            f"{differs}, for example with `x.astype(...)` or `x.reshape(...)`."
         )
     return kind
 
 
-def _check_values(
-    ref: Ref, values: list[Any], statics: list[Any], names: list[str], name: str
-) -> None:
-    """The value of a ref must have the same structure after every branch."""
-    structures = [
-        (jtu.tree_structure(value), static_keys(static))
-        for value, static in zip(values, statics)
-    ]
-    for structure, branch_name in zip(structures, names):
-        if structure != structures[0]:
-            raise MismatchError(
-                f"`{name}`: the value of {describe(ref)} has another structure, or other "
-                f"static parts, after {branch_name} than after {names[0]}. Write values of "
-                "the same structure in all branches; only arrays may depend on the branch."
-            )
-
-
 def _check_same_results(
-    derefed: Call,
-    results: tuple[Structure, Structure],
-    names: tuple[str, str],
-    name: str,
+    derefed: Call, branches: list[TracedBody], i: int, choice: _Choice
 ) -> None:
-    """Refuses branches whose results differ in anything but the values of arrays."""
-    a, b = results
+    """Refuses branch `i` if its result differs from that of the first in anything but the
+    values of arrays."""
+    a, b = (branch.avals.info.result for branch in (branches[0], branches[i]))
     if a.key == b.key:
         return
-    (part,), (other,) = a.parts, b.parts
-    if part != other:
+    first, other = choice.labels[0], choice.labels[i]
+    (part,), (other_part,) = a.parts, b.parts
+    if part != other_part:
         one, two = _told_apart(
             [_structure_text(a), _structure_text(b)],
             "another, which prints the same: they differ in a static field, or in a "
             "function that closes over refs",
         )
         raise MismatchError(
-            f"`{name}`: the branches must return the same structure. {names[0]} returns "
-            f"{one}, and {names[1]} returns {two}."
+            f"`{choice.name}`: the branches must return the same structure. {first} "
+            f"returns {one}, and {other} returns {two}."
         )
     for k, (x, y) in enumerate(zip(a.statics[0], b.statics[0])):
-        if is_node(x) or is_node(y) or (x is None) != (y is None):
-            if static_keys(x) == static_keys(y):
-                continue
-            texts = [_leaf_text(derefed, leaf, name) for leaf in (x, y)]
-            other_text = (
-                "another, which differs in its type or in the structure of its value"
+        if static_keys(x) != static_keys(y):
+            one, two, remedy = _difference(derefed, x, y, choice)
+            raise MismatchError(
+                f"`{choice.name}`: the results differ at {leaf_place(part, k)}: {first} "
+                f"returns {one}, and {other} returns {two}. {remedy}"
             )
-            remedy = (
-                "The choice of ref cannot depend on the branch: return the same ref from "
-                "each, or new refs of one kind from all, or the values."
-            )
-        elif x is None or static_keys(x) == static_keys(y):
-            continue
-        else:
-            texts = [f"the static value {static!r}" for static in (x, y)]
-            other_text = "another, which prints the same and is not equal"
-            remedy = (
-                "Only arrays may depend on the branch: make it one, or return the same "
-                "value from each."
-            )
-        one, two = _told_apart(texts, other_text)
-        raise MismatchError(
-            f"`{name}`: the results differ at {leaf_place(part, k)}: {names[0]} "
-            f"returns {one}, and {names[1]} returns {two}. {remedy}"
+
+
+def _difference(derefed: Call, x: Any, y: Any, choice: _Choice) -> tuple[str, str, str]:
+    """Describes two leaves of results that differ, and says what to do about it."""
+    if is_node(x) or is_node(y) or x is None or y is None:
+        texts = [_leaf_text(derefed, leaf, choice) for leaf in (x, y)]
+        other = "another, which differs in its type or in the structure of its value"
+        remedy = (
+            "The choice of ref cannot depend on the branch: return the same ref from each, "
+            "or new refs of one kind from all, or the values."
         )
-
-
-# What comes before the operands.
-_ARGUMENTS = {
-    "cond": ["the predicate", "`true_fun`", "`false_fun`"],
-    "switch": ["the index", "the branches"],
-}
+    else:
+        texts = [f"the static value {static!r}" for static in (x, y)]
+        other = "another, which prints the same and is not equal"
+        remedy = (
+            "Only arrays may depend on the branch: make it one, or return the same value "
+            "from each."
+        )
+    one, two = _told_apart(texts, other)
+    return one, two, remedy
 
 
 def _told_apart(texts: list[str], other: str) -> list[str]:
@@ -209,12 +221,12 @@ def _told_apart(texts: list[str], other: str) -> list[str]:
     return [texts[0], other] if texts[0] == texts[1] else texts
 
 
-def _leaf_text(derefed: Call, leaf: Any, name: str) -> str:
+def _leaf_text(derefed: Call, leaf: Any, choice: _Choice) -> str:
     if not is_node(leaf):
         return "an array" if leaf is None else "a static value"
     if leaf.index >= len(derefed.refs):
         return f"a new ref, {describe(leaf)}"
-    place = ref_place(derefed, leaf.index, _ARGUMENTS[name])
+    place = ref_place(derefed, leaf.index, ["the index", *choice.labels])
     return f"{describe(derefed.refs[leaf.index])} of {place}"
 
 
@@ -232,13 +244,6 @@ def _places_in_result(part: Part, out: Leaves) -> list[str]:
             what = f"a new ref of the result, {describe(leaf)}"
         found += [what] * len(jtu.tree_leaves(leaf))
     return found
-
-
-def _run_cond(derefed: Call, arrays: list[Leaves]) -> Outcome:
-    choose = lambda pred, branches, arrays: jax.lax.cond(pred, *branches, arrays)
-    position = lambda pred: 0 if pred else 1
-    which = {"`true_fun`": _true_branch, "`false_fun`": _false_branch}
-    return _run_branches(derefed, arrays, "cond", which, position, choose)
 
 
 def cond(
@@ -290,16 +295,14 @@ def cond(
     - `StructureError`: if the results differ in structure, or if the branches leave
         different shapes or dtypes in a ref. The message names both.
     """
-    branches = as_callable(true_fun), as_callable(false_fun)
-    operands = numbers_to_arrays(operands)
-
-    make = lambda: Program("cond", _run_cond)
-
-    def transform(derefed: Call) -> Outcome:
-        return program_of(branches, "cond", make)(derefed)
-
-    args = (_as_scalar(pred, "cond", "predicate"), *branches, *operands)
-    return call(None, args, {}, transform)
+    choice = _Choice(
+        "cond",
+        ["`true_fun`", "`false_fun`"],
+        lambda pred: 0 if pred else 1,
+        lambda pred, branches, arrays: jax.lax.cond(pred, *branches, arrays),
+    )
+    pred = _as_scalar(pred, "cond", "predicate")
+    return _call_choice(choice, pred, (true_fun, false_fun), operands)
 
 
 def switch(
@@ -341,24 +344,27 @@ def switch(
     """
     if not branches:
         raise ValueError("`switch` needs at least one branch.")
-    fns = tuple(map(as_callable, branches))
-    operands = numbers_to_arrays(operands)
-    n = len(fns)
+    n = len(branches)
+    choice = _Choice(
+        "switch",
+        [f"branch {i}" for i in range(n)],
+        lambda index: min(max(int(index), 0), n - 1),
+        lambda index, branches, arrays: jax.lax.switch(index, branches, arrays),
+    )
+    index = _as_scalar(index, "switch", "index")
+    return _call_choice(choice, index, branches, operands)
 
-    position = lambda index: min(max(int(index), 0), n - 1)
-    choose = lambda index, branches, arrays: jax.lax.switch(index, branches, arrays)
+
+def _call_choice(
+    choice: _Choice, index: Any, branches: Sequence[Any], operands: tuple
+) -> Any:
+    fns = tuple(map(as_callable, branches))
 
     def run(derefed: Call, arrays: list[Leaves]) -> Outcome:
-        which = {f"branch {i}": _branch(i) for i in range(n)}
-        return _run_branches(derefed, arrays, "switch", which, position, choose)
+        return _run_choice(derefed, arrays, choice)
 
-    make = lambda: Program("switch", run)
-
-    def transform(derefed: Call) -> Outcome:
-        return program_of(fns, "switch", make)(derefed)
-
-    args = (_as_scalar(index, "switch", "index"), fns, *operands)
-    return call(None, args, {}, transform)
+    program = program_of(fns, choice.name, lambda: Program(choice.name, run))
+    return call(None, (index, *fns, *numbers_to_arrays(operands)), {}, program)
 
 
 def _as_scalar(x: Any, name: str, what: str) -> jax.Array:

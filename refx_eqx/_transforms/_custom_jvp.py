@@ -130,6 +130,7 @@ class filter_custom_jvp(Custom[P, T]):
             )
             out, updates = _custom_jvp(frame, n)(plain.arrays)
             assert frame.info is not None
+            # Writes are state, which is not differentiated.
             outcome = Outcome(out, jax.lax.stop_gradient(updates), frame.info)
             return with_outer_channels(outcome, channels)
 
@@ -156,6 +157,7 @@ def _custom_jvp(frame: CallWithRules, n: int) -> Callable:
             out, found["tangents"] = pair_of(frame, pair, "the rule", "tangent_out")
             return out
 
+        # The rule runs instead of the function, so it must write the same refs.
         outcome = frame.run_forward(arrays, run, "the rule")
         frame.refuse_perturbed(given, n, outcome.updates)
         part, result = arrays_of_result(frame.structure, outcome, arrays)

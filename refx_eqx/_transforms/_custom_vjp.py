@@ -176,10 +176,13 @@ class filter_custom_vjp(Custom[P, T]):
             frame = CallWithRules(
                 "filter_custom_vjp", self.__wrapped__, plain, _PASS_IN_FIRST
             )
+            # The function reads the arrays, but their cotangents go to these: see `_Parts`.
             carriers = eqx.filter(plain.arrays, is_inexact)
             if channels:
                 carriers = mapped_with(plain.arrays, carriers)
-            flat = _with_rules(_Parts(frame))
+            parts = _Parts(frame)
+            flat = jax.custom_vjp(parts.function)
+            flat.defvjp(parts.forward, parts.backward, symbolic_zeros=True)
             out, updates, threaded = flat(plain.arrays, carriers, channels)
             assert frame.info is not None
             # Writes are not differentiated; the channels are.
@@ -192,23 +195,6 @@ class filter_custom_vjp(Custom[P, T]):
             return Outcome(out, updates, info)
 
         return call(self._rules(), args, kwargs, transform)
-
-
-class _Residuals:
-    """What the forward rule passes to the backward rule: arrays, and everything else."""
-
-    __slots__ = ("arrays", "rest")
-
-    def __init__(self, arrays: Any, rest: Any):
-        self.arrays = arrays
-        self.rest = rest
-
-
-jtu.register_pytree_node(
-    _Residuals,
-    lambda x: ((x.arrays,), x.rest),
-    lambda rest, children: _Residuals(children[0], rest),
-)
 
 
 @dataclasses.dataclass(eq=False)
@@ -232,6 +218,13 @@ class _Forward:
     written: Set[int]
 
 
+class _Residuals(eqx.Module):
+    """What the forward rule passes to the backward rule: arrays, and everything else."""
+
+    arrays: tuple[Any, list[Leaves]]
+    rest: _Forward = eqx.field(static=True)
+
+
 class _Given(NamedTuple):
     """The inputs of the backward rule: the residuals, the arrays of the call, the
     cotangents of the result, and the cotangent of each channel."""
@@ -240,12 +233,6 @@ class _Given(NamedTuple):
     arrays: list[Leaves]
     of_out: Leaves
     ends: dict[int, Any]
-
-
-def _with_rules(parts: "_Parts") -> Callable:
-    flat = jax.custom_vjp(parts.function)
-    flat.defvjp(parts.forward, parts.backward, symbolic_zeros=True)
-    return flat
 
 
 class _Parts:
@@ -288,6 +275,7 @@ class _Parts:
 
         outcome = frame.run_forward(arrays, run, "the forward rule")
         _refuse_refs(frame, found["residuals"])
+        # Residuals must be arrays in JAX; their static leaves wait in the treedef.
         kept, statics = eqx.partition(found["residuals"], eqx.is_array)
         part, result = arrays_of_result(structure, outcome, arrays)
         out, updates = arrays_of(outcome)
@@ -317,6 +305,7 @@ class _Parts:
         grad = _where_wanted(forward.perturbed[0], grad, arrays[0])
         of_others = jtu.tree_map(lambda _: None, arrays[1:])
         none = jtu.tree_map(lambda _: None, arrays)
+        # The gradient goes to the carriers, not to the arrays.
         return none, [grad, *of_others], {i: live.get(i) for i in ends}
 
     def run_rule(

@@ -47,6 +47,7 @@ def filter_eval_shape(fun: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     def body(arrays: list[Leaves]) -> Outcome:
         return derefed.run("filter_eval_shape", arrays, transparent=False)
 
+    # The result gets new refs: the caller's own cannot hold shapes instead of arrays.
     outcome = jax.eval_shape(body, derefed.arrays)
     arrays = jax.eval_shape(lambda x: x, derefed.arrays)
     return close_result(outcome, derefed.structure.refs_after(outcome, arrays))

@@ -58,6 +58,8 @@ def functionalize(fn: Callable[P, T]) -> Callable[P, tuple[T, PyTree]]:
 
     @functools.wraps(fn)
     def pure(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        # Not by `call`, which would write the updates: here the refs are temporary, and the
+        # updates are part of the result.
         inner_args, inner_kwargs = reref((args, kwargs))
         derefed = Call(fn, inner_args, inner_kwargs)
         outcome = derefed.run("functionalize", derefed.arrays)

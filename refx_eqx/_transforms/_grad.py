@@ -93,6 +93,8 @@ class _ValueAndGrad(Lifted):
             )
             return value, outcome
 
+        # Also with respect to the channels: a write in a backward rule arrives as the gradient
+        # of the channel of its ref. See `_engine/_backward.py`.
         value_and_grad = jax.value_and_grad(
             differentiated, argnums=(0, 1), has_aux=True, **options["gradkwargs"]
         )

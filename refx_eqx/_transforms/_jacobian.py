@@ -38,6 +38,8 @@ class _Jacobian(Lifted):
             )
             if not fn.inputs.types:
                 raise nothing_to_differentiate(name, self.__wrapped__, wrt)
+            # Only the innermost step runs `fn`, and each passes the outcome on as its auxiliary
+            # result. So the function runs, and writes, once.
             derivative: Callable = fn
             for step in self.steps:
                 derivative = step(

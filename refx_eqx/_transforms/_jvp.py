@@ -97,6 +97,8 @@ def filter_jvp(
         given = read_tangents(derefed.parts, arrays, tangents, "The tangents")
         treedef = jtu.tree_structure(arrays)
         tangents_in = treedef.flatten_up_to(given)
+        # Only arrays with a tangent are inputs of `jax.jvp`. The others are constants, so a
+        # result that depends on them alone has no tangent, rather than one of zeros.
         has_tangent = treedef.unflatten([t is not None for t in tangents_in])
         primals_in, rest = eqx.partition(arrays, has_tangent)
 
@@ -123,8 +125,6 @@ def filter_jvp(
 
 def _traced_where_differentiated(primal: Any, tangent: Any) -> Any:
     """Converts Python numbers that have a tangent to arrays."""
-    if isinstance(primal, float | complex) and tangent is not None:
-        return jnp.asarray(primal)
     leaves, treedef = jtu.tree_flatten(primal)
     if tangent is None or not any(isinstance(x, float | complex) for x in leaves):
         return primal

@@ -17,8 +17,7 @@ from .._core._errors import CarryError, describe, name_of
 from .._engine._call_axes import no_axes
 from .._engine._carry import (
     as_callable,
-    CarryBefore,
-    check_carry,
+    next_carry,
     numbers_to_arrays,
     unroll_steps,
     whole_number,
@@ -37,6 +36,10 @@ from ._scan import run_scan
 T = TypeVar("T")
 
 
+# A `while_loop` has two functions. So both are arguments of a call whose callable is `None`, and
+# the two functions below select the one to run.
+
+
 def _while_test(_: None, cond_fun: Any, body_fun: Any, val: Any) -> Any:
     test = cond_fun(val)
     if not eqx.is_array_like(test) or jnp.shape(test) != ():
@@ -48,10 +51,7 @@ def _while_test(_: None, cond_fun: Any, body_fun: Any, val: Any) -> Any:
 
 
 def _while_step(_: None, cond_fun: Any, body_fun: Any, val: Any) -> Any:
-    given = CarryBefore(val)
-    new = numbers_to_arrays(body_fun(val))
-    check_carry(given, new, "while_loop")
-    return new
+    return next_carry(body_fun, val, "while_loop")
 
 
 # The trees of the call `while_loop(cond_fun, body_fun, init_val)`, and of `fori_loop`.
@@ -71,6 +71,7 @@ def _run_while(derefed: Call, arrays: list[Leaves]) -> Outcome:
 
     step = functools.partial(stage, _while_step)
     loop, staged, after = stage_loop(derefed, arrays, _INIT_VAL, (), step, "while_loop")
+    # After staging the step, which may have promoted the dtypes of the carry.
     test = stage(_while_test, loop.arrays)
     _refuse_writes_of_test(derefed, test.avals)
     final = jax.lax.while_loop(
@@ -100,6 +101,7 @@ def _while_in_python(loop: Loop, run: Callable) -> Outcome:
         in_python.step(functools.partial(run, _while_step), loop.arrays)
     if in_python.has_run:
         return in_python.outcome()
+    # Without steps, the result still needs the structure that a body returns.
     return run(_while_unchanged, loop.arrays)
 
 
@@ -152,21 +154,14 @@ def while_loop(
     fns = as_callable(cond_fun), as_callable(body_fun)
     init_val = numbers_to_arrays(init_val)
 
-    make = lambda: Program("while_loop", _run_while)
-
-    def transform(derefed: Call) -> Outcome:
-        return program_of(fns, "while_loop", make)(derefed)
-
-    return call(None, (*fns, init_val), {}, transform)
+    program = program_of(fns, "while_loop", lambda: Program("while_loop", _run_while))
+    return call(None, (*fns, init_val), {}, program)
 
 
 def _fori_step(i: Any, upper: Any, body_fun: Any, val: Any) -> Any:
     """One step of `fori_loop`, with the arguments of `fori_loop`: `i` in place of
     `lower`."""
-    given = CarryBefore(val)
-    new = numbers_to_arrays(body_fun(i, val))
-    check_carry(given, new, "fori_loop")
-    return new
+    return next_carry(functools.partial(body_fun, i), val, "fori_loop")
 
 
 def _run_fori(derefed: Call, arrays: list[Leaves]) -> Outcome:
@@ -256,6 +251,8 @@ def fori_loop(
             "`fori_loop`: `unroll` needs a known number of steps, but `lower` or `upper` "
             "is traced. Leave out `unroll`."
         )
+    # As in JAX, a scan if the number of steps is known, which supports reverse mode; otherwise a
+    # `while_loop`, which does not.
     steps = 1 if unroll is None else unroll_steps(unroll, "fori_loop")
     lower, upper = _same_dtype(lower, upper)
 
@@ -273,11 +270,9 @@ def fori_loop(
             counter=_LOWER,
         )
 
-    def transform(derefed: Call) -> Outcome:
-        key = ("fori_loop", length, type(steps), steps)
-        return program_of((body_fun,), key, lambda: Program("fori_loop", run))(derefed)
-
-    return call(_fori_step, (lower, upper, body_fun, init_val), {}, transform)
+    key = ("fori_loop", length, type(steps), steps)
+    program = program_of((body_fun,), key, lambda: Program("fori_loop", run))
+    return call(_fori_step, (lower, upper, body_fun, init_val), {}, program)
 
 
 def _check_bounds(lower: Any, upper: Any) -> None:
@@ -291,6 +286,7 @@ def _check_bounds(lower: Any, upper: Any) -> None:
 
 
 def _same_dtype(lower: Any, upper: Any) -> tuple[jax.Array, jax.Array]:
+    # `lower` counts up to `upper` in the carry, whose dtype cannot change.
     lower, upper = jnp.asarray(lower), jnp.asarray(upper)
     if lower.dtype == upper.dtype and lower.weak_type == upper.weak_type:
         return lower, upper

@@ -30,6 +30,8 @@ def _map_in_batches(
     derefed: Call, arrays: list[Leaves], axes: Axes, length: int, batch_size: int
 ) -> Outcome:
     """A scan over vectorized batches, and the remainder."""
+    # Not by the `batch_size` of JAX: its `vmap` knows neither which refs are mapped nor that
+    # keys differ between elements.
     leading = axes.in_front()
     n_batches, n_rest = divmod(length, batch_size)
     n_full = length - n_rest
@@ -38,19 +40,18 @@ def _map_in_batches(
     def with_elements(arrays: list[Leaves], part: Callable[[Any], Any]) -> list[Leaves]:
         return eqx.combine(jtu.tree_map(part, elements), arrays)
 
-    def one_batch(arrays: list[Leaves], number: Any) -> Outcome:
-        places = (
-            None if number is None else number * batch_size + jnp.arange(batch_size)
-        )
+    def vectorized(arrays: list[Leaves], places: Any) -> Outcome:
         return vmapped(
             derefed, arrays, leading, "map", places=places, transparent=False
         )
 
+    def one_batch(arrays: list[Leaves], number: Any) -> Outcome:
+        if number is not None:
+            number = number * batch_size + jnp.arange(batch_size)
+        return vectorized(arrays, number)
+
     def in_batches(x: Any) -> Any:
         return x[:n_full].reshape(n_batches, batch_size, *x.shape[1:])
-
-    def as_elements(x: Any) -> Any:
-        return x.reshape(n_full, *x.shape[2:])
 
     results = []
     if n_batches:
@@ -58,33 +59,42 @@ def _map_in_batches(
         outcome = run_scan(
             derefed, batches, leading, None, n_batches, "map", run=one_batch
         )
-        updates, carried = dict(outcome.updates), {}
-        for i, new in updates.items():
-            if axes.is_mapped(i):
-                updates[i] = jtu.tree_map(as_elements, new)
-            elif i not in axes.kept:
-                carried[i] = new
+        outcome, carried = _by_element(outcome, axes, n_full)
         arrays = with_values(arrays, carried)
-        out = jtu.tree_map(as_elements, outcome.out)
-        results.append(Outcome(out, updates, outcome.info))
+        results.append(outcome)
     if n_rest:
-        places = jnp.arange(n_full, length)
         rest = with_elements(arrays, lambda x: x[n_full:])
-        results.append(
-            vmapped(derefed, rest, leading, "map", places=places, transparent=False)
-        )
+        results.append(vectorized(rest, jnp.arange(n_full, length)))
+    return _joined(derefed, axes, results)
 
-    # Batches and remainder run one function on elements of one shape, so both do the same.
+
+def _by_element(outcome: Outcome, axes: Axes, n: int) -> tuple[Outcome, dict[int, Any]]:
+    """The outcome of a scan over batches, by element (`n` in all); and the values to carry
+    from it to the remainder."""
+
+    def by_element(stacked: Any) -> Any:
+        return jtu.tree_map(lambda x: x.reshape(n, *x.shape[2:]), stacked)
+
+    updates, carried = {}, {}
+    for i, new in outcome.updates.items():
+        updates[i] = by_element(new) if axes.is_mapped(i) else new
+        if not axes.is_mapped(i) and i not in axes.kept:
+            carried[i] = new
+    return Outcome(by_element(outcome.out), updates, outcome.info), carried
+
+
+def _joined(derefed: Call, axes: Axes, results: list[Outcome]) -> Outcome:
+    """The outcome of the batches and the remainder. They run one function on elements of one
+    shape, so both do the same."""
+
     def joined(*parts: Any) -> Any:
-        return jnp.concatenate(parts)
+        return jtu.tree_map(lambda *x: jnp.concatenate(x), *parts)
 
-    out = jtu.tree_map(joined, *[outcome.out for outcome in results])
-    updates = {}
-    for i, last in results[-1].updates.items():
-        if axes.is_mapped(i):
-            last = jtu.tree_map(joined, *[x.updates[i] for x in results])
-            last = placed_update(derefed, axes, i, last, "map")
-        updates[i] = last
+    updates = dict(results[-1].updates)
+    for i in filter(axes.is_mapped, updates):
+        stacked = joined(*[outcome.updates[i] for outcome in results])
+        updates[i] = placed_update(derefed, axes, i, stacked, "map")
+    out = joined(*[outcome.out for outcome in results])
     return Outcome(out, updates, results[0].info)
 
 

@@ -153,6 +153,7 @@ def run_scan(
             _check_all_sliced(derefed, axes, i, new, name)
 
     def step(carry: tuple, x: tuple) -> tuple[tuple, Any]:
+        # `count` is carried, as in JAX, so `fori_loop` allocates no array of all its steps.
         (count, carried), (slices, number) = carry, x
         mine = steps.arrays(loop.with_carried(carried), loop.arrays, slices, count)
         outcome = staged(mine, number)
@@ -348,7 +349,8 @@ def scan(
     unroll = unroll_steps(unroll, "scan")
 
     def transform(derefed: Call) -> Outcome:
-        # The user gives the axes of `xs`; the carry has none.
+        # Inside the call, because the key of the program includes the axes, which depend on the
+        # refs of the call. The user gives the axes of `xs`; the carry has none.
         axes = call_axes(
             derefed,
             (init, xs),

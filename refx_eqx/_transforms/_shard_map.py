@@ -69,7 +69,7 @@ def _sharded(
     # arrays grouped by spec, one list for each possible spec.
     of_results = [part_of(spec, manual) for spec in specs_in(out_specs, "out_specs")]
     known = list(dict.fromkeys([*flat_specs, *of_results, PartitionSpec()]))
-    # The rest of the outcome; filled while the body runs.
+    # The rest of the outcome, which is not arrays; filled while the body runs.
     traced: dict[str, Any] = {}
 
     def body(*flat: Any) -> list[list[Any]]:
@@ -162,6 +162,7 @@ def _one_key(specs: Specs, number: int, new: Any) -> Any:
         is_typed = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
         words = jr.key_data(x) if is_typed else x
         is_first = jax.lax.axis_index(over) == 0
+        # A sum with one nonzero term: JAX knows that its result is the same on all shards.
         words = jax.lax.psum(jnp.where(is_first, words, jnp.zeros_like(words)), over)
         return jr.wrap_key_data(words, impl=jr.key_impl(x)) if is_typed else words
 
@@ -190,6 +191,7 @@ def _check_out_specs(
 ) -> None:
     """Checks that the outputs fit their specs: each has the axes along which it is split,
     and is one value along all others (known only with `check_vma`)."""
+    # JAX checks this too, but its message names an array by its position in a flat list.
     of_out, of_updates = specs
     for i, new in outcome.updates.items():
         for x, spec in zip(jtu.tree_leaves(new), jtu.tree_leaves(of_updates[i])):

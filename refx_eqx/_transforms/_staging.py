@@ -1,23 +1,20 @@
-"""`filter_make_jaxpr`, `filter_closure_convert` and `filter_pure_callback`."""
+"""`filter_make_jaxpr` and `filter_closure_convert`: the program that a function is."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._calls._call import Call, call
 from .._calls._structure import arrays_of, Key, Leaves, Outcome, OutcomeInfo, tree_of
-from .._core import _jax, _trace
-from .._core._errors import CarryError, describe, MismatchError, name_of
+from .._core import _jax
+from .._core._errors import MismatchError, name_of
 from .._core._jax import ClosedJaxpr
-from .._core._nodes import is_node, is_traced
-from .._core._ref import Ref
+from .._core._nodes import is_node
 from .._engine._autodiff import arrays_of_result, derefed_result
-from .._engine._run_time_errors import CallbackFailed, explain
 from .._engine._wrapper import Lifted
 from .._trees._closure import Part
 
@@ -157,6 +154,8 @@ class ClosureConverted(eqx.Module, Generic[P, T]):
 class _Jaxpr:
     """A jaxpr without its constants: equal only to itself."""
 
+    # The constants are leaves instead, because a tracer in a static field would leak.
+
     __slots__ = ("jaxpr",)
 
     def __init__(self, jaxpr: Any):
@@ -248,126 +247,3 @@ def filter_closure_convert(
         tuple(leaves),
         name_of(fn),
     )
-
-
-def filter_pure_callback(
-    callback: Callable[..., Any],
-    *args: Any,
-    result_shape_dtypes: PyTree,
-    sharding: jax.sharding.Sharding | None = None,
-    vmap_method: str | None = None,
-    vectorized: bool | None = None,
-    **kwargs: Any,
-) -> PyTree:
-    """As `equinox.filter_pure_callback`, for arguments that hold refs: calls a Python
-    function from inside a compiled program.
-
-    The callback gets refs that hold their values at the call. It is pure, so it may read
-    them but not write them.
-
-    !!! Example
-
-        ```python
-        import jax
-        import jax.numpy as jnp
-        import numpy as np
-        import refx_eqx as rx
-
-        w = rx.Ref(jnp.array(2.0), "params")
-
-        @rx.filter_jit
-        def f(w, x):
-            return rx.filter_pure_callback(
-                lambda w, x: np.asarray(w.value) * np.asarray(x),
-                w,
-                x,
-                result_shape_dtypes=jax.ShapeDtypeStruct((), jnp.float32),
-            )
-
-        assert f(w, jnp.array(3.0)) == 6.0
-        ```
-
-    **Arguments:**
-
-    - `callback`: the Python function to call, as `callback(*args, **kwargs)`.
-    - `*args`, `**kwargs`: its arguments, of any type. It may also close over refs and
-        arrays.
-    - `result_shape_dtypes`: the result, with `jax.ShapeDtypeStruct`s instead of arrays. An
-        array stands for its shape.
-    - `sharding`, `vmap_method`, `vectorized`: as in `jax.pure_callback`.
-
-    **Returns:**
-
-    The result of the callback.
-
-    **Raises:**
-
-    When the program runs:
-
-    - `StructureError`: if the callback writes a ref, or its result does not match
-        `result_shape_dtypes`.
-    - Any exception of the callback: unchanged under `rx.filter_jit` and outside staged
-        code, and as a JAX run-time error under JAX's own transforms.
-    """
-    derefed = Call(callback, args, kwargs)
-    structure = derefed.structure
-    types, statics = eqx.partition(result_shape_dtypes, is_traced)
-    # An array stands for its shape: a program keeps no array alive, and no tracer.
-    types = jtu.tree_map(_shape_of, types)
-
-    def run(arrays: list[Leaves]) -> Any:
-        try:
-            return run_callback(arrays)
-        except Exception as e:
-            raise CallbackFailed(e) from e
-
-    @_trace.tidying
-    def run_callback(arrays: list[Leaves]) -> Any:
-        refs: dict[int, Ref] = {}
-        trace = _jax.current_trace()
-        with _trace.running_body("filter_pure_callback", (), trace, True, {}) as body:
-            leaves = structure.leaves(arrays, refs)
-            for ref in refs.values():
-                # Which refs they stand for is unknown when the program runs.
-                ref._body = body
-            *inner_args, inner_kwargs, fn = structure.trees(leaves)
-            out = fn(*inner_args, **inner_kwargs)
-            _refuse_writes(refs.values())
-        out_arrays, out_statics = eqx.partition(out, eqx.is_array)
-        if not eqx.tree_equal(out_statics, statics):
-            raise MismatchError(
-                "The callback of `filter_pure_callback` must return what "
-                f"`result_shape_dtypes` says: {eqx.tree_pformat(eqx.combine(types, statics))}; it "
-                f"returned {eqx.tree_pformat(out)}."
-            )
-        return out_arrays
-
-    options: dict[str, Any] = {
-        "sharding": sharding,
-        "vmap_method": vmap_method,
-        "vectorized": vectorized,
-    }
-    given = {key: x for key, x in options.items() if x is not None}
-    try:
-        arrays = jax.pure_callback(run, types, derefed.arrays, **given)
-        if _jax.is_evaluating():
-            jax.block_until_ready(arrays)
-    except jax.errors.JaxRuntimeError as e:
-        explain(e, derefed.refs, derefed.values)
-        raise
-    return eqx.combine(arrays, statics)
-
-
-def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
-    is_shape = isinstance(x, jax.ShapeDtypeStruct)
-    return x if is_shape else jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
-
-
-def _refuse_writes(refs: Iterable[Ref]) -> None:
-    for ref in refs:
-        if ref._written:
-            raise CarryError(
-                f"A pure callback cannot write {describe(ref)}: "
-                "JAX may call it more than once, or not at all. Return the new value, and "
-                "write it outside the callback."
-            )

@@ -104,6 +104,9 @@ def vmapped(
                 )
         return mapped, unmapped
 
+    # JAX needs `out_axes` before tracing, but the writes are known only afterwards. So the body
+    # returns mapped and unmapped arrays separately, mapped on axis 0, and the axes are moved
+    # into place at the end.
     lifted = jax.vmap(
         body,
         in_axes=(axes.trees, 0),
