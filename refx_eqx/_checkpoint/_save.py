@@ -329,6 +329,7 @@ class _StateOfFile(Mapping[str, Any]):
 
     def __getitem__(self, key: str) -> Any:
         value = self._content.value(self._sources[key], self._held.get(key))
+        # `convert` is for arrays: numbers and texts come from our own notes.
         if self._convert is not None and isinstance(value, np.ndarray):
             return self._convert(key, value)
         return value

@@ -126,6 +126,7 @@ class MultiheadAttention(Module):
         rngs: Rngs | RngStream | None = None,
         key: PRNGKeyArray,
     ):
+        # Made only for its projections, so that sizes and initial weights are Equinox's.
         plain = eqx.nn.MultiheadAttention(
             num_heads,
             query_size,

@@ -194,6 +194,7 @@ class BatchNorm(Module):
                 f"axis_name={self.axis_name!r})`, or make it without `axis_name` and call it "
                 "on a batch."
             ) from e
+        # In a second pass, because `mean(x**2) - mean(x)**2` loses digits.
         var = average(jnp.square(jnp.abs(x - mean))).astype(mean.dtype)
         return jnp.squeeze(mean, over), jnp.squeeze(var, over)
 

@@ -113,7 +113,7 @@ class EMA(Module):
 
     def _move(self, average: Any, value: Any) -> Any:
         if not is_inexact(value):
-            return value
+            return value  # integers and keys have no average
         value = jnp.asarray(value)
         decay = jnp.asarray(self.decay).astype(value.dtype)
         return decay * average + (1 - decay) * value

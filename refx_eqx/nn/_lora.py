@@ -88,9 +88,10 @@ class LoRA(Module):
         if rank < 1:
             raise ValueError(f"`rx.nn.LoRA`: `rank` is at least 1, and was {rank}.")
         n_out, n_in = weight.shape
-        limit = n_in**-0.5
+        limit = n_in**-0.5  # as in `equinox.nn.Linear`
         self.layer = with_params(layer)
         self.a = jr.uniform(key, (rank, n_in), weight.dtype, -limit, limit)
+        # Zero, so that the layer starts out unchanged.
         self.b = jnp.zeros((n_out, rank), weight.dtype)
         self.scale = 1.0 if alpha is None else alpha / rank
         self.weight_name = weight_name
@@ -155,6 +156,7 @@ def merge_lora(tree: PyTree) -> PyTree:
         if not isinstance(x, LoRA):
             return x
         layer = merge_lora(x.layer)
+        # A layer at several places is merged once, so its weight stays shared.
         key = id(getattr(x.layer, x.weight_name)), id(x.a), id(x.b)
         if key not in merged:
             weight = weight_of(layer, x.weight_name)

@@ -131,6 +131,7 @@ class LSTMCell(Module):
     ):
         cell = eqx.nn.LSTMCell(input_size, hidden_size, use_bias, dtype, key=key)
         self.cell = with_params(cell)
+        # One ref for the pair, because the two are always written together.
         zeros = jnp.zeros(hidden_size, cell.weight_hh.dtype)
         self.hidden = (zeros, zeros)
 

@@ -106,6 +106,7 @@ class SpectralNorm(Module):
 
         What the layer makes of it.
         """
+        # As in Equinox, a convolution is taken as a matrix with one row per output channel.
         weight = weight_of(self.layer, self.weight_name)
         matrix = weight.reshape(weight.shape[0], -1)
         u, v = self.u[...], self.v[...]

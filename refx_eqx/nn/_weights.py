@@ -20,6 +20,7 @@ def with_weight(layer: Any, name: str, value: Array) -> Any:
     new = value
     if isinstance(old, Ref):
         new = like(old, value)
+    # Only at this place: the other places of a shared weight keep their ref.
     return eqx.tree_at(lambda layer: getattr(layer, name), layer, new)
 
 
