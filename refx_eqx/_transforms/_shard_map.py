@@ -82,14 +82,11 @@ def _sharded(
         of_updates = {
             i: specs.of_update(derefed, i, new, _NAME) for i, new in updates.items()
         }
-        leaves, traced["treedef"] = jtu.tree_flatten((out, updates))
-        places = [known.index(x) for x in jtu.tree_leaves((of_out, of_updates))]
         _check_out_specs(derefed, outcome, (of_out, of_updates), manual, check_vma)
-        traced.update(info=outcome.info, places=places)
-        by_spec: list[list[Any]] = [[] for _ in known]
-        for place, x in zip(places, leaves):
-            by_spec[place].append(x)
-        return by_spec
+        leaves, traced["treedef"] = jtu.tree_flatten(outcome)
+        traced["specs"] = jtu.tree_leaves((of_out, of_updates))
+        both = list(zip(leaves, traced["specs"]))
+        return [[x for x, spec in both if spec == one] for one in known]
 
     sharded = jax.shard_map(
         body,
@@ -99,11 +96,11 @@ def _sharded(
         axis_names=axis_names,
         check_vma=check_vma,
     )
-    by_spec = list(map(iter, sharded(*flat)))
-    leaves = [next(by_spec[place]) for place in traced["places"]]
-    out, updates = traced["treedef"].unflatten(leaves)
-    (statics,) = traced["info"].result.statics
-    return Outcome(list(map(_of_whole, out, statics)), updates, traced["info"])
+    by_spec = dict(zip(known, map(iter, sharded(*flat))))
+    outcome = traced["treedef"].unflatten(next(by_spec[x]) for x in traced["specs"])
+    (statics,) = outcome.info.result.statics
+    outcome.out = list(map(_of_whole, outcome.out, statics))
+    return outcome
 
 
 def _of_whole(node: Any, static: Any) -> Any:

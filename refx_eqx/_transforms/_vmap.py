@@ -77,25 +77,24 @@ def vmapped(
     """
     if places is None and axes.split:
         places = _place_numbers(arrays, axes, _size(arrays, axes, axis_size, name))
-    # The static part of the outcome; filled while the body runs.
+    # The axes of the outcome; filled while the body runs.
     traced: dict[str, Any] = {}
 
     def apply(fn: Any, *args: Any, **kwargs: Any) -> Any:
         return _with_axes(fn(*args, **kwargs), out_axes)
 
-    def body(arrays: list[Leaves], place: Any) -> tuple[Any, Any]:
+    def body(arrays: list[Leaves], place: Any) -> tuple[Outcome, Outcome]:
         mine = split_keys(axes.split, arrays, place)
         outcome = derefed.run(name, mine, transparent, apply, axes.withheld)
-        made = outcome.out, outcome.updates
-        given = (
+        given = Outcome(
             _result_axes(derefed, outcome, out_axes, name),
             _update_axes(derefed, outcome, axes, name),
+            outcome.info,
         )
-        treedef = jtu.tree_structure(made)
-        flat_axes = treedef.flatten_up_to(given)
-        traced.update(info=outcome.info, axes=flat_axes)
-        is_mapped = treedef.unflatten([axis is not None for axis in flat_axes])
-        mapped, unmapped = eqx.partition(made, is_mapped)
+        treedef = jtu.tree_structure(outcome)
+        traced["axes"] = treedef.flatten_up_to(given)
+        is_mapped = treedef.unflatten([axis is not None for axis in traced["axes"]])
+        mapped, unmapped = eqx.partition(outcome, is_mapped)
         for x in jtu.tree_leaves(unmapped):
             if _jax.is_batched(x):
                 raise ValueError(
@@ -116,9 +115,7 @@ def vmapped(
     )
     mapped, unmapped = lifted(arrays, places)
     flat, treedef = jtu.tree_flatten(eqx.combine(mapped, unmapped))
-    placed = map(_place, flat, traced["axes"])
-    out, updates = treedef.unflatten(placed)
-    return Outcome(out, updates, traced["info"])
+    return treedef.unflatten(map(_place, flat, traced["axes"]))
 
 
 def _place(x: Any, axis: Any) -> Any:
