@@ -5,6 +5,7 @@ from typing import Any as _Any, TYPE_CHECKING as _TYPE_CHECKING
 
 from ._capture import capture as capture
 from ._checkpoint._save import load as load, save as save
+from ._core import _errors as _errors
 from ._core._deref import (
     block_until_ready as block_until_ready,
     clone as clone,
@@ -19,7 +20,6 @@ from ._core._errors import (
     CollectionError as CollectionError,
     ConcurrencyError as ConcurrencyError,
     DonatedError as DonatedError,
-    hide_frames as _hide_frames,
     ImmutableError as ImmutableError,
     MismatchError as MismatchError,
     RefError as RefError,
@@ -120,7 +120,7 @@ if _TYPE_CHECKING:
     from . import nn as nn
 
 
-_hide_frames(__name__)
+_errors.hide_frames(__name__)
 
 __version__ = _version("refx_eqx")
 

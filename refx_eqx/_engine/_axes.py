@@ -1,7 +1,6 @@
 """The axes that a user gives: `in_axes` and `out_axes`, for `filter_vmap`, `scan` and `map`."""
 
 import inspect
-import keyword
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -65,6 +64,7 @@ class axes(ByFilter):
     called = "rx.axes"
     what = "axis"
     example = "0"
+    nothing = "None"
 
     def __init__(
         self,
@@ -80,14 +80,6 @@ class axes(ByFilter):
 
     def ask(self, function: Any, leaf: Any) -> Any:
         return _ask(function, leaf)
-
-
-def axes_text(ref: Ref, axis: int | None) -> str:
-    """How to give the collection of `ref` this axis; for messages."""
-    name = ref._collection
-    if isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name):
-        return f"rx.axes({name}={axis}, default=None)"
-    return f"rx.axes({{{name!r}: {axis}}}, default=None)"
 
 
 def _as_axis(axis: Any, what: str) -> int | None:

@@ -1,6 +1,7 @@
 """What `rx.axes` and `rx.specs` have in common: something for each leaf, by collection."""
 
 from collections.abc import Callable, Hashable, Mapping
+from keyword import iskeyword
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -46,6 +47,9 @@ class ByFilter:
     example = ""
     """One that may be given, as text for messages."""
 
+    nothing = ""
+    """What says that there is none, likewise."""
+
     by_collection: Mapping[Hashable, Any]
     default: Any
 
@@ -69,6 +73,15 @@ class ByFilter:
             default = self.checked(default, f"{self.called}(default={default!r})")
         object.__setattr__(self, "by_collection", merged)
         object.__setattr__(self, "default", default)
+
+    @classmethod
+    def text_for(cls, ref: Ref, one: str) -> str:
+        """How to give the collection of `ref` this one; for messages."""
+        name = ref._collection
+        given = f"{{{name!r}: {one}}}"
+        if isinstance(name, str) and name.isidentifier() and not iskeyword(name):
+            given = f"{name}={one}"
+        return f"{cls.called}({given}, default={cls.nothing})"
 
     def checked(self, one: Any, text: str) -> Any:
         """What a user gives for a leaf, as it is used. `text` is how it was given.

@@ -17,7 +17,7 @@ from .._core._access import Withheld
 from .._core._errors import CarryError, describe, MismatchError
 from .._core._ref import Ref
 from .._trees._paths import path_text
-from ._axes import array_axis, axes, axes_text, leaf_axes
+from ._axes import array_axis, axes, leaf_axes
 from ._by_filter import RNG, SAME
 from ._by_place import agreed, each_array, of_new_value, Place, read_places
 
@@ -146,9 +146,7 @@ def _of_function(whole: Any, leaf: Any) -> Any:
 def _agreed_axis(ref: Ref, value: Any, places: list[Place], name: str) -> Any:
     """The axis that all arguments with this ref give it."""
     arrays = jtu.tree_leaves(value)
-    remedy = (
-        f"give it one axis, for example by its collection, as in `{axes_text(ref, 0)}`."
-    )
+    remedy = f"give it one axis, for example by its collection, as in `{axes.text_for(ref, '0')}`."
     is_same = lambda a, b: _is_same_axis(a, b, arrays)
     return agreed(ref, places, is_same, name, "axes", remedy)
 

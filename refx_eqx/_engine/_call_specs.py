@@ -30,7 +30,6 @@ from ._specs import (
     spec_of_array,
     specs,
     specs_of_arrays,
-    specs_text,
 )
 
 
@@ -150,7 +149,7 @@ def _agreed_spec(ref: Ref, value: Any, places: list[Place], name: str) -> Any:
 
     remedy = (
         "give it one spec, for example by its collection, as in "
-        f"`{specs_text(ref, 'P(...)')}`."
+        f"`{specs.text_for(ref, 'P(...)')}`."
     )
     is_same = lambda a, b: a is b or in_full(a) == in_full(b)
     return agreed(ref, places, is_same, name, "specs", remedy)

@@ -55,8 +55,8 @@ def whole_number(x: Any, name: str, what: str, least: int | None = None) -> int:
     return number
 
 
-def flag(x: Any, name: str, what: str) -> bool:
-    """`x`, which must be `True` or `False`, and known while tracing.
+def reverse_flag(x: Any, name: str) -> bool:
+    """`reverse`, which must be `True` or `False`, and known while tracing.
 
     **Raises:**
 
@@ -65,7 +65,7 @@ def flag(x: Any, name: str, what: str) -> bool:
     if isinstance(x, bool | np.bool_) or (type(x) is int and x in (0, 1)):
         return bool(x)
     raise TypeError(
-        f"`{name}`: {what} must be `True` or `False`, and it is {eqx.tree_pformat(x)}."
+        f"`{name}`: `reverse` must be `True` or `False`, and it is {eqx.tree_pformat(x)}."
     )
 
 

@@ -8,7 +8,6 @@ import jax.tree_util as jtu
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._core._nodes import Index, is_node, Value
-from .._core._ref import Ref
 from .._filters._filters import FilterLike
 from .._sharding._mesh import mesh_axes
 from .._sharding._rules import axis_rules
@@ -72,6 +71,7 @@ class specs(ByFilter):
     called = "rx.specs"
     what = "spec"
     example = "P('data')"
+    nothing = "P()"
 
     def __init__(
         self,
@@ -182,13 +182,13 @@ def spec_of_array(given: Any, array: Any) -> PartitionSpec:
     return jax.typeof(array).sharding.spec if given is AS_TYPED else given
 
 
-def specs_in(prefix: Any, what: str) -> Iterator[PartitionSpec]:
-    """All specs that a prefix may give, whatever it is a prefix of."""
+def specs_in(prefix: Any) -> Iterator[PartitionSpec]:
+    """All specs that `out_specs` may give, whatever the result is."""
     for one in jtu.tree_leaves(
         prefix, is_leaf=lambda x: x is None or isinstance(x, ByFilter)
     ):
         if not isinstance(one, ByFilter):
-            yield _as_spec(one, what)
+            yield _as_spec(one, "out_specs")
             continue
         yield from one.by_collection.values()
         if one.default is not UNSET:
@@ -201,11 +201,3 @@ def spec_inside(given: Any) -> Any:
     if is_silent or (isinstance(given, PartitionSpec) and not axes_in(given)):
         return None
     return given
-
-
-def specs_text(ref: Ref, spec: str) -> str:
-    """How to give the collection of `ref` this spec; for messages."""
-    name = ref._collection
-    if isinstance(name, str) and name.isidentifier():
-        return f"rx.specs({name}={spec}, default=P())"
-    return f"rx.specs({{{name!r}: {spec}}}, default=P())"

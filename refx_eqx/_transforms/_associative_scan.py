@@ -15,9 +15,9 @@ from .._core._nodes import is_traced
 from .._core._ref import Ref
 from .._engine._carry import (
     as_callable,
-    flag,
     next_carry,
     numbers_to_arrays,
+    reverse_flag,
     whole_number,
 )
 from .._engine._control_flow import TracedBody
@@ -87,7 +87,7 @@ def associative_scan(
                 "to go to. Pass the values: `rx.snapshot(elems)`."
             )
 
-    reverse = flag(reverse, "associative_scan", "`reverse`")
+    reverse = reverse_flag(reverse, "associative_scan")
     axis = whole_number(axis, "associative_scan", "`axis`")
     arrays = [x for x in jtu.tree_leaves(elems) if is_traced(x)]
     shapes = [x.shape for x in arrays]

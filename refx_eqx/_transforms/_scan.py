@@ -20,8 +20,8 @@ from .._engine._carry import (
     as_callable,
     CarryBefore,
     check_carry,
-    flag,
     numbers_to_arrays,
+    reverse_flag,
     unroll_steps,
     whole_number,
 )
@@ -345,7 +345,7 @@ def scan(
     - `TraceLevelError`: if a step touches the whole of a ref that it has a slice of.
     """
     f, init = as_callable(f), numbers_to_arrays(init)
-    reverse = flag(reverse, "scan", "`reverse`")
+    reverse = reverse_flag(reverse, "scan")
     unroll = unroll_steps(unroll, "scan")
 
     def transform(derefed: Call) -> Outcome:

@@ -23,9 +23,9 @@ from .._engine._specs import (
     AS_TYPED,
     axes_in,
     leaf_specs,
+    specs,
     specs_in,
     specs_of_arrays,
-    specs_text,
 )
 from .._engine._wrapper import Lifted
 
@@ -60,14 +60,14 @@ def _sharded(
     check_vma: bool,
 ) -> Outcome:
     mesh, manual = _manual_axes(mesh, axis_names)
-    for spec in specs_in(out_specs, "out_specs"):
+    for spec in specs_in(out_specs):
         check_known(spec, mesh, f"the result of `{_NAME}`")
     specs = call_specs(derefed, args, in_specs, mesh, manual, _NAME)
     flat, treedef = jtu.tree_flatten(derefed.arrays)
     flat_specs = jtu.tree_leaves(specs.trees)
     # JAX needs the specs of the outputs before we know the outputs: so the body returns its
     # arrays grouped by spec, one list for each possible spec.
-    of_results = [part_of(spec, manual) for spec in specs_in(out_specs, "out_specs")]
+    of_results = [part_of(spec, manual) for spec in specs_in(out_specs)]
     known = list(dict.fromkeys([*flat_specs, *of_results, PartitionSpec()]))
     # The rest of the outcome, which is not arrays; filled while the body runs.
     traced: dict[str, Any] = {}
@@ -234,11 +234,12 @@ def _axes_text(axes: tuple[Any, ...]) -> str:
 def _written_apart(ref: Ref, spec: PartitionSpec, differs: tuple[Any, ...]) -> str:
     axis = differs[0] if len(differs) == 1 else differs
     what = f"came in by `{spec}`" if axes_in(spec) else "is replicated"
+    split = specs.text_for(ref, f"P({differs[0]!r})")
     return (
         f"{describe(ref)} {what} in `{_NAME}`, and was written with a "
         f"value that differs along {_axes_text(differs)}. Either write one value for all, "
         f"such as `jax.lax.pmean(value, {axis!r})`; or split the ref along an axis of its "
-        f"own, by a spec in `in_specs`, such as `{specs_text(ref, f'P({differs[0]!r})')}`."
+        f"own, by a spec in `in_specs`, such as `{split}`."
     )
 
 

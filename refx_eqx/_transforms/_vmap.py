@@ -16,7 +16,7 @@ from .._calls._structure import Leaves, Outcome
 from .._core import _jax
 from .._core._errors import CarryError, describe
 from .._core._ref import Ref
-from .._engine._axes import array_axis, axes_text, leaf_axes, named_in_axes
+from .._engine._axes import array_axis, axes, leaf_axes, named_in_axes
 from .._engine._by_place import given_of_result
 from .._engine._call_axes import Axes, call_axes, check_axis, update_axes
 from .._engine._rng_split import is_key, split_keys
@@ -226,7 +226,7 @@ def _written_along(ref: Ref, name: str) -> str:
         f"{describe(ref)} is broadcast by `{name}`, but was written with a value that "
         "differs along the mapped axis. Either map it: give it the axis, "
         f"`rx.add_axis(module, size, {ref._collection!r})`, and pass that in an argument "
-        f"whose `in_axes` is `{axes_text(ref, 0)}`; or write one value for all, such as "
+        f"whose `in_axes` is `{axes.text_for(ref, '0')}`; or write one value for all, such as "
         "`jax.lax.pmean(value, axis_name)`."
     )
 

@@ -26,7 +26,7 @@ from equinox.nn import (
     RotaryPositionalEmbedding as RotaryPositionalEmbedding,
 )
 
-from .._core._errors import hide_frames as _hide_frames
+from .._core import _errors as _errors
 from ._attention import MultiheadAttention as MultiheadAttention
 from ._batch_norm import BatchNorm as BatchNorm
 from ._dropout import Dropout as Dropout
@@ -56,4 +56,4 @@ from ._stateless import (
 from ._weight_norm import WeightNorm as WeightNorm
 
 
-_hide_frames(__name__)
+_errors.hide_frames(__name__)
