@@ -142,7 +142,7 @@ class Trained:
 
         def of_values(values: Any, *args: Any, **kwargs: Any) -> Any:
             new = [
-                _with_arrays(node, values[names[id(ref)]])
+                node.with_value(eqx.combine(values[names[id(ref)]], node.value))
                 if isinstance(node, Value) and id(ref) in names
                 else node
                 for ref, node in zip(leaves, nodes)
@@ -201,11 +201,6 @@ def _shapes(value: Any) -> list[tuple[int, ...]]:
 
 def _shapes_text(shapes: list[tuple[int, ...]]) -> str:
     return ", ".join(map(str, shapes))
-
-
-def _with_arrays(node: Value, arrays: Any) -> Value:
-    value = eqx.combine(arrays, node.value)
-    return node.with_value(value)
 
 
 def as_weak_as(old: Any, new: Any) -> Any:

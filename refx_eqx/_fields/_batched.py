@@ -39,7 +39,7 @@ class BatchedHint(type):
         if not found:
             return f"no array in it is stacked along {_count(n)}"
         if len(found) > 1:
-            texts = [f"{_size_text(sizes)} of {what}" for sizes, what in found.items()]
+            texts = [f"{'x'.join(map(str, s))} of {what}" for s, what in found.items()]
             return (
                 f"its arrays are stacks of different sizes, {' and '.join(texts[:2])}: an "
                 "array for the whole stack is recognized by the axes that its field "
@@ -61,10 +61,6 @@ class BatchedHint(type):
 
     def __reduce__(cls):
         return operator.getitem, (Batched, (cls.inside, cls.axes))
-
-
-def _size_text(sizes: tuple[int, ...]) -> str:
-    return "x".join(map(str, sizes))
 
 
 def _count(n: int) -> str:

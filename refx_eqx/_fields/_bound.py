@@ -24,7 +24,7 @@ from .._core._errors import describe_named, RefTypeError
 from .._trees._equality import is_same_tree
 from ._axis_names import AxisNames, name_scope
 from ._config import config
-from ._hints import hint_text, why_not_of_type
+from ._hints import has_placeholder, hint_text, why_not_of_type
 
 
 class BoundType:
@@ -62,7 +62,7 @@ class BoundType:
     def why_not(self, value: Any, axes: tuple[int, ...] = ()) -> str | None:
         """Why `value`, without these axes, does not have this type; or `None`."""
         leaves, treedef = jtu.tree_flatten(value)
-        if not axes and not any(map(is_placeholder, leaves)):
+        if not axes and not has_placeholder(value):
             with name_scope(self.names):
                 return why_not_of_type(value, self.declared.hint)
         if any(_is_sized(x) and len(x.shape) < len(axes) for x in leaves):
@@ -248,10 +248,6 @@ _unchecked = _Unchecked()
 
 _SCALARS = bool, int, float, complex
 _KINDS = (np.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
-
-
-def is_placeholder(leaf: Any) -> bool:
-    return isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def _is_sized(leaf: Any) -> bool:

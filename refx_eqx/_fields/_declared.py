@@ -23,10 +23,10 @@ from .._core._errors import CollectionError, describe, RefTypeError
 from .._core._ref import commits, Ref
 from ._annotation import resolve_annotation
 from ._axis_names import AxisNames, names_bound
-from ._bound import BoundType, is_placeholder
+from ._bound import BoundType
 from ._collection import Collection
 from ._construction import keep_state
-from ._hints import hint_text, split_hint, why_not_of_type
+from ._hints import has_placeholder, hint_text, split_hint, why_not_of_type
 from ._ref_type import OpenRefHint, RefHint
 
 
@@ -140,7 +140,7 @@ class DeclaredRef:
         value = ref._value
         if type(value) is Withheld:
             return  # a module rebuilt where its refs may not be touched
-        if any(map(is_placeholder, jtu.tree_leaves(value))):
+        if has_placeholder(value):
             return  # shapes instead of arrays, to build a model without allocating it
         reason = why_not_of_type(value, self.hint)
         if reason is None:

@@ -3,6 +3,8 @@
 import types
 from typing import Annotated, Any, get_args, get_origin, Union
 
+import jax
+import jax.tree_util as jtu
 import jaxtyping
 
 
@@ -78,6 +80,11 @@ def why_not_of_type(value: Any, hint: Any) -> str | None:
     if "the underlying array type" in reason:
         reason = f"its type is {type(value).__name__}, not {hint_text(hint.array_type)}"
     return reason
+
+
+def has_placeholder(value: Any) -> bool:
+    """Whether a shape stands for an array, as in a model that was made without allocating it."""
+    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jtu.tree_leaves(value))
 
 
 def hint_text(hint: Any) -> str:

@@ -9,17 +9,8 @@ import dataclasses
 import functools
 from typing import Any, TypeVar, Union
 
-import jax
-import jax.tree_util as jtu
-
 from .._core._ref import Ref
-from ._hints import conforms
-
-
-def _is_shape_only(value: Any) -> bool:
-    """Whether this is a value of a model that was made without allocating it."""
-    leaves = jtu.tree_leaves(value)
-    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+from ._hints import conforms, has_placeholder
 
 
 class RefHint(type):
@@ -38,7 +29,7 @@ class RefHint(type):
             return False
         # Not `obj.value`: the type may be checked where the value may not be read.
         value = obj._value
-        return conforms(value, cls.value_hint) or _is_shape_only(value)
+        return conforms(value, cls.value_hint) or has_placeholder(value)
 
     def __subclasscheck__(cls, other: type) -> bool:
         return other is cls or issubclass(other, cls.ref_type)
