@@ -80,7 +80,7 @@ def filter_pure_callback(
     derefed = Call(callback, args, kwargs)
     types, statics = eqx.partition(result_shape_dtypes, is_traced)
     # An array stands for its shape: a program keeps no array alive, and no tracer.
-    types = jtu.tree_map(_shape_of, types)
+    types = jtu.tree_map(_as_shape, types)
 
     def run(arrays: list[Leaves]) -> Any:
         try:
@@ -110,7 +110,7 @@ def filter_pure_callback(
     return eqx.combine(arrays, statics)
 
 
-def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
+def _as_shape(x: Any) -> jax.ShapeDtypeStruct:
     is_shape = isinstance(x, jax.ShapeDtypeStruct)
     return x if is_shape else jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
 
