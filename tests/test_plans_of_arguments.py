@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import refx_eqx as rx
+from refx_eqx._engine import _fast_path
 
 
 N = 10
@@ -219,3 +220,22 @@ def test_what_is_equal_to_itself_alone_is_freed(make):
     for _ in range(3):
         gc.collect()
     assert not alive and not step._plans._plans
+
+
+def test_a_call_of_ten_thousand_leaves_has_a_plan(monkeypatch, trace_counter):
+    """Beyond so many it is asked first whether a list holds itself."""
+    made, make_plan = [], _fast_path.make_plan
+
+    def counted(*args):
+        made.append(make_plan(*args))
+        return made[-1]
+
+    monkeypatch.setattr(_fast_path, "make_plan", counted)
+    f = trace_counter(lambda numbers, ref: ref.value + numbers[-1])
+    step = rx.filter_jit(f)
+    ref, numbers = rx.Ref(jnp.array(1.0)), [*range(10_001)]
+    for last in (10_000, 7):
+        numbers[-1] = last
+        for _ in range(4):
+            assert step(numbers, ref) == 1.0 + last
+    assert f.counter.count == len(made) == 2 and None not in made
