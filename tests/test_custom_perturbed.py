@@ -1,4 +1,4 @@
-"""A custom rule has no derivative by some of what it is given: that is said, never zero."""
+"""A custom rule has no derivative with respect to some of what it is given: that is said, never zero."""
 
 import equinox as eqx
 import jax
@@ -65,7 +65,7 @@ OUTER = {
     )(w),
 }
 
-MATCH = "no derivative by .*, which is differentiated here. Pass it in the first arg"
+MATCH = "no derivative with respect to .*, which is differentiated here. Pass it in the first arg"
 
 
 @pytest.mark.parametrize(

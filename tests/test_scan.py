@@ -529,7 +529,7 @@ def test_an_array_of_the_carry_that_changes_shape_is_refused():
     [
         (1.0, (1.0, 2.0), r"was given weak_f32\[\] and returned \(.*\)"),
         ({"a": "x"}, {"a": "y"}, r"`a`.*'x'.*'y'.*asarray"),
-        (("x",), (1.0,), "the static value 'x', and returned an array"),
+        (("x",), (1.0,), "the static value 'x', but returned an array"),
     ],
 )
 def test_a_carry_of_another_structure_is_refused(init, new, message):

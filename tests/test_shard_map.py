@@ -621,7 +621,7 @@ def test_two_maps_may_be_nested_over_the_axes_of_one_mesh():
         ((P("data"), P("data")), rx.MismatchError, "must be a prefix"),
         ((P(None, "data"),), rx.MismatchError, r"is for 2 axes"),
         ((P("other"),), rx.MismatchError, "names the mesh axis 'other'"),
-        ((rx.specs(other=P()),), rx.StructureError, "does not say what the spec of"),
+        ((rx.specs(other=P()),), rx.StructureError, "does not give the spec of"),
     ],
 )
 def test_specs_that_do_not_fit_are_told_by_the_ref(in_specs, error, message):
@@ -648,7 +648,7 @@ def test_one_ref_with_two_specs_is_refused():
 
 
 def test_specs_that_are_none_are_refused_where_they_are_given():
-    with pytest.raises(TypeError, match=r"a spec is a `jax.P`.*'data'"):
+    with pytest.raises(TypeError, match=r"a spec must be a `jax.P`.*'data'"):
         rx.specs(params="data")
     with pytest.raises(
         TypeError, match=r"as in `rx.specs\(\{'params': P\('data'\)\}\)`"

@@ -236,7 +236,7 @@ def test_in_axes_of_another_structure_are_refused():
 
 def test_axes_that_do_not_name_a_collection_are_refused_and_the_remedy_runs():
     ref, f = rx.Ref(jnp.ones(3), "state"), lambda ref: ref.value
-    message = r"rx.axes\(params=0\) does not say.*'state'"
+    message = r"rx.axes\(params=0\) does not give.*'state'"
     with pytest.raises(rx.StructureError, match=message):
         rx.filter_vmap(f, in_axes=rx.axes(params=0))(ref)
     assert rx.filter_vmap(f, in_axes=rx.axes(params=0, default=0))(ref).shape == (3,)

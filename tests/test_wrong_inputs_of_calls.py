@@ -67,7 +67,7 @@ def test_a_set_is_told_by_its_place():
 
 @pytest.mark.parametrize("unroll", [-1, 1.5, "a", [1], None])
 def test_a_wrong_unroll(unroll):
-    match = r"`unroll` must be (at least 0|a whole number)"
+    match = r"`unroll` must be (at least 0|an integer)"
     with pytest.raises((TypeError, ValueError), match=f"`scan`: {match}"):
         rx.scan(lambda c, x: (c, x), XS, XS, unroll=unroll)
     if unroll is not None:

@@ -13,10 +13,10 @@ import refx_eqx as rx
 
 @pytest.mark.parametrize("length", [2.7, "3", 2.0, jnp.array(2.0)])
 def test_a_length_is_a_whole_number(length):
-    match = "`scan`: `length` must be a whole number .* Pass an `int`."
+    match = "`scan`: `length` must be an integer .* Pass an `int`."
     with pytest.raises(TypeError, match=match):
         rx.scan(lambda c, x: (c, x), 1.0, None, length)
-    with pytest.raises(ValueError, match="`length` must be at least 0, and it is -1"):
+    with pytest.raises(ValueError, match="`length` must be at least 0, but is -1"):
         rx.scan(lambda c, x: (c, x), 1.0, None, -1)
     for right in (3, np.int64(3), jnp.array(3)):
         assert rx.scan(lambda c, _: (c + 1, None), 0, None, right)[0] == 3
@@ -27,7 +27,7 @@ def test_bounds_of_a_loop_are_whole_numbers():
         return rx.fori_loop(lower, upper, lambda i, c: c + i, 0)
 
     for lower, upper in [(0, 2.5), (0.0, 2), ("0", 3), (0, None), (0, jnp.arange(2))]:
-        with pytest.raises(TypeError, match="`fori_loop`: `.*` must be a whole number"):
+        with pytest.raises(TypeError, match="`fori_loop`: `.*` must be an integer"):
             count(lower, upper)
     with pytest.raises(TypeError, match="`upper` must be a scalar integer, but is"):
         rx.filter_jit(count)(0, jnp.array(2.5))

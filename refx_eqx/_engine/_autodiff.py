@@ -1,7 +1,7 @@
-"""What is differentiated in a call, and what has a derivative in its result.
+"""The differentiated inputs of a call, and the outputs that have a derivative.
 
-Each transform of this family is the transform of JAX of the same name, on the arrays of one
-call. The function runs once, in Python and in what it counts: the state that it writes is
+Each transform of this family is the JAX transform of the same name, on the arrays of one
+call. The function runs only once, also as seen by its counters: the state it writes is
 auxiliary to the derivative, and is written when the transform returns.
 """
 
@@ -33,7 +33,7 @@ from ._tangents import read_tangents
 
 
 def first_of(args: tuple, name: str) -> Any:
-    """The first argument: what most of these transforms differentiate."""
+    """The first argument, which most of these transforms differentiate."""
     if not args:
         raise TypeError(
             f"`{name}` differentiates the first argument, which must be passed by "
@@ -45,22 +45,23 @@ def first_of(args: tuple, name: str) -> Any:
 def differentiable(
     derefed: Call, trees: tuple, wrt: Any = None, by_first: bool = False
 ) -> tuple[list[Leaves], list[Leaves]]:
-    """The arrays of these trees, the first ones of a call, in two parts: those that are
-    differentiated, and the others. Each has `None` for what is in the other.
+    """The arrays of the first trees of a call, in two parts: the differentiated ones, and
+    the others. Each has `None` in place of the other.
 
-    A path in `wrt` begins with the number of the tree, or is one in the first `by_first`.
+    A path in `wrt` begins with the number of the tree, or is relative to the first tree if
+    `by_first`.
 
-    Differentiated are the inexact arrays, of those that `wrt` selects in `tree`. A Python
-    `float` in a ref is one of them, because it is one under `jit`.
+    The inexact arrays selected by `wrt` are differentiated. They include a Python `float`
+    in a ref, which is an array under `jit`.
     """
     arrays = derefed.arrays[: len(trees)]
     diff, rest = eqx.partition(arrays, _wanted(derefed, trees, wrt, by_first))
-    # An eager derivative would hand over numbers of Python and NumPy as they are.
+    # An eager derivative would pass Python and NumPy numbers unconverted.
     return jtu.tree_map(array_of, diff), rest
 
 
 def _wanted(derefed: Call, trees: tuple, wrt: Any, by_first: bool) -> Any:
-    """Which of the arrays of these trees are differentiated: a filter spec for them."""
+    """A filter spec for the arrays of these trees that are differentiated."""
     if wrt is None:
         return is_inexact
     check_can_select(trees[0] if by_first else trees, wrt)
@@ -93,8 +94,8 @@ def nothing_to_differentiate(name: str, fn: Any, wrt: Any) -> StructureError:
 def derefed_result(
     structure: Structure, outcome: Outcome, arrays: list[Leaves]
 ) -> tuple[Part, Leaves]:
-    """The result of a body that was run on `arrays`, as `rx.deref` has it: its structure, and
-    its leaves. A ref of the caller that is returned has the value it ends with."""
+    """The derefed result of a body that was run on `arrays`: its structure and its leaves.
+    A returned ref of the caller has its final value."""
     result = close_result(outcome, structure.refs_after(outcome, arrays))
     leaves, part = flatten(result)
     return part, deref_leaves(leaves, {}, lambda ref: ref._value)
@@ -103,13 +104,13 @@ def derefed_result(
 def arrays_of_result(
     structure: Structure, outcome: Outcome, arrays: list[Leaves]
 ) -> tuple[Part, Leaves]:
-    """As `derefed_result`, with `None` for all that is no array."""
+    """As `derefed_result`, with `None` for leaves that are not arrays."""
     part, leaves = derefed_result(structure, outcome, arrays)
     return part, split(leaves, eqx.is_array)[0]
 
 
 def first_of_pair(part: Part, leaves: Leaves, name: str) -> tuple[Part, Leaves]:
-    """What is differentiated of a result with `has_aux`."""
+    """The differentiated part of a result with `has_aux`."""
     children, node = part.treedef.children(), part.treedef.node_data()
     if node is None or node[0] is not tuple or len(children) != 2:
         raise TypeError(
@@ -121,10 +122,10 @@ def first_of_pair(part: Part, leaves: Leaves, name: str) -> tuple[Part, Leaves]:
 
 
 class TangentSpace(NamedTuple):
-    """One side of a derivative: the trees that have one. Hashable.
+    """One side of a derivative: trees of inputs or outputs. Hashable.
 
-    - `parts`: the structure of each; `treedef`: of their derefed leaves, with `None` for what
-        has no derivative; `types`: of their arrays.
+    - `parts`: the structure of each tree; `treedef`: that of the derefed leaves, with
+        `None` for leaves without a derivative; `types`: those of the arrays.
     """
 
     parts: tuple[Part, ...]
@@ -132,11 +133,11 @@ class TangentSpace(NamedTuple):
     types: tuple[jax.ShapeDtypeStruct, ...]
 
     def trees(self, leaves: Sequence[Leaves]) -> tuple:
-        """The derefed trees, with these values for the arrays."""
+        """The derefed trees, with these values as arrays."""
         return tuple(map(tree_of, self.parts, leaves))
 
     def read(self, trees: Sequence[Any], what: str) -> list[Leaves]:
-        """The tangents or cotangents that a user gives, with zeros for `None`."""
+        """The tangents or cotangents given by a user, with zeros for `None`."""
         like = jtu.tree_unflatten(self.treedef, self.types)
         given = read_tangents(self.parts, like, trees, what)
         filled = [
@@ -153,11 +154,11 @@ def tangent_space(parts: Sequence[Part], leaves: list[Leaves]) -> TangentSpace:
 
 
 class DifferentiableCall:
-    """A call as a function of the arrays that are differentiated, of the arrays of its
-    result that have a derivative. All else is auxiliary.
+    """A call as a function from its differentiated arrays to the differentiable arrays of
+    its result. Everything else is auxiliary.
 
-    - `arrays`: those that are differentiated. `inputs`: their side.
-    - `outputs`: the other side, known once it was called.
+    - `arrays`: the differentiated arrays. `inputs`: their side.
+    - `outputs`: the other side, known after the call.
     """
 
     outputs: TangentSpace
@@ -191,10 +192,10 @@ class DifferentiableCall:
 
 
 class LinearMap(eqx.Module):
-    """What `filter_vjp` and `filter_linearize` return: a pytree, whose leaves are the
+    """What `filter_vjp` and `filter_linearize` return: a pytree whose leaves are the
     residuals.
 
-    - `linear`: the linear map of JAX.
+    - `linear`: JAX's linear map.
     """
 
     linear: Any
@@ -211,7 +212,7 @@ def with_linear_map(
     has_aux: bool,
     wrt: Any,
 ) -> Any:
-    """Calls the function. Returns its result, the linear map that `derive` of JAX makes of
+    """Calls the function. Returns its result, the linear map that JAX's `derive` makes from
     the call, and the auxiliary result if there is one."""
     found: dict[str, Any] = {}
 

@@ -1,4 +1,4 @@
-"""The axes that a user gives: `in_axes` and `out_axes`, for `filter_vmap`, `scan` and `map`."""
+"""The `in_axes` and `out_axes` given by users, for `filter_vmap`, `scan` and `map`."""
 
 import inspect
 import operator
@@ -36,20 +36,20 @@ class axes(ByFilter):
         assert out[2] == 4.0 and model["n"].value[2] == 1.0
         ```
 
-    A broadcast ref of collection `"rng"` is split along the mapped axis. One that is named
-    with `None`, by whichever filter, is not: `rx.axes(rng=None)` asks for the same
-    randomness everywhere, and `rx.axes({rx.path("**.noise.**"): None}, default=None)` for
-    the same noise and another dropout.
+    A broadcast ref of collection `"rng"` is split along the mapped axis, unless it is named
+    with `None`, by any filter: `rx.axes(rng=None)` gives the same randomness everywhere,
+    and `rx.axes({rx.path("**.noise.**"): None}, default=None)` the same noise but different
+    dropout.
 
     **Arguments:**
 
-    - `by_collection`: a mapping from collection to axis (an `int`, or `None` to
-        broadcast). A key may be any filter, such as `rx.path("**.shared.**")`; paths are
-        those of the tree that these axes are given for. The first that matches decides. One
-        that matches nothing has no effect, so the same axes serve a model with batch
-        statistics and one without.
-    - `default`: the axis of all other leaves: an `int`, `None`, or a function of a leaf.
-        If omitted, a leaf that is not named is an error, which finds a misspelled key.
+    - `by_collection`: a mapping from collection to axis (an `int`, or `None` to broadcast).
+        A key may be any filter, such as `rx.path("**.shared.**")`; paths are relative to
+        the tree that these axes are given for. The first match decides. A key that matches
+        nothing has no effect, so the same axes work for a model with batch statistics and
+        one without.
+    - `default`: the axis of all other leaves: an `int`, `None`, or a function of a leaf. If
+        omitted, a leaf that is not named is an error, which catches misspelled keys.
     - `**collections`: the axis of each collection.
 
     **Raises:**
@@ -89,14 +89,14 @@ def _as_axis(axis: Any, what: str) -> int | None:
         return operator.index(axis)
     except TypeError:
         raise TypeError(
-            f"`{what}`: an axis is an int, or `None` to broadcast, and this is {axis!r}."
+            f"`{what}`: an axis must be an int, or `None` to broadcast, but this is "
+            f"{axis!r}."
         ) from None
 
 
 def leaf_axes(spec: Any, tree: Any, what: str) -> list[Any]:
-    """The axis of each leaf of `tree`, as `in_axes` gives it: an int, `None`, or a function
-    that is still to be called on the arrays of a ref. For a function it may be a `Within`;
-    see `axes_of_leaves`."""
+    """The axis of each leaf of `tree` according to `in_axes`: an int, `None`, or a function
+    yet to be called on the arrays of a ref. For a function it may be a `Within`."""
 
     def resolve(axis: Any, subtree: Any) -> list[Any]:
         leaves = jtu.tree_leaves(subtree)
@@ -105,11 +105,11 @@ def leaf_axes(spec: Any, tree: Any, what: str) -> list[Any]:
         if callable(axis):
             return [_ask(axis, leaf) for leaf in leaves]
         raise NotGiven(
-            f"`{what}` must consist of None, ints, functions of a leaf and `rx.axes`, and "
-            f"it has {axis!r}."
+            f"`{what}` must consist of None, ints, functions of a leaf and `rx.axes`, but "
+            f"has {axis!r}."
         )
 
-    # Not a tree: `None` is an axis here, and no leaf of the tree that has it.
+    # Not a tree: `None` is an axis here, but not a leaf of a tree.
     return each_leaf(spec, tree, what, resolve, lambda x: x is None)
 
 
@@ -117,11 +117,11 @@ _NO_ANSWER = object()
 
 
 def _ask(axis: Any, leaf: Any) -> Any:
-    """What a function from leaf to axis says of a leaf; the function itself where it is to
-    be asked for each array in the leaf.
+    """The answer of a function from leaf to axis; the function itself if it is to be called
+    for each array in the leaf.
 
-    A ref is a leaf, so the function may tell it by its collection. Most know only arrays
-    (`eqx.if_array(0)`): they say of a ref what they say of anything that is no array.
+    A ref is a leaf, so the function may decide by its collection. Most only know arrays
+    (`eqx.if_array(0)`): they answer for a ref as for any non-array.
     """
     if may_carry(leaf):
         return axis
@@ -143,12 +143,12 @@ def _answer_of(axis: Any, leaf: Any) -> int | None:
 
 
 def array_axis(axis: Any, array: Any) -> int | None:
-    """The axis of one array of the value of a ref."""
+    """The axis of one array in the value of a ref."""
     return axis if axis is None or isinstance(axis, int) else _answer_of(axis, array)
 
 
 def named_in_axes(fn: Any, in_axes: Any, args: tuple) -> Any:
-    """A dict of `in_axes` by argument name, as a tuple. As in Equinox."""
+    """Converts a dict of `in_axes` by argument name to a tuple, as in Equinox."""
     if not isinstance(in_axes, dict):
         return in_axes
     rest = dict(in_axes)

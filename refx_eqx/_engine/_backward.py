@@ -1,24 +1,24 @@
 """Channels: how a backward rule writes a ref.
 
-JAX runs the backward pass after the function has ended, and the only thing that comes out of
-it is cotangents. So a ref that a backward rule writes travels as one:
+JAX runs the backward pass after the function has ended, and its only outputs are
+cotangents. So a ref that a backward rule writes travels as one:
 
 - `filter_grad` gives the ref a *channel*: an input of zeros, which is differentiated too.
-  The inner ref has it in a slot next to its value, and every lifted transform on the way
-  (jit, scan, cond, vmap, checkpoint) carries the two together, as a `Channeled`.
-- A `filter_custom_vjp` function takes the channel of each ref that it carries, and returns
-  it: the channel becomes a thread through the calls, in their order.
+    The inner ref stores it next to its value, and every lifted transform on the way (jit,
+    scan, cond, vmap, checkpoint) carries the two together, as a `Channeled`.
+- A `filter_custom_vjp` function takes the channel of each ref it carries, and returns it:
+    the channel becomes a thread through the calls, in order.
 - The backward pass follows the thread in reverse. It starts (`seed`) with the value that
-  the ref has at the end of the function, as the cotangent of the channel. Each backward rule
-  finds the present value of the ref there, and puts the new one in its place.
-- What arrives at the beginning is the value that `filter_grad` writes back.
+  the ref has at the end of the function, as the cotangent of the channel. Each backward
+  rule finds the current value of the ref there, and replaces it with the new one.
+- `filter_grad` writes back the value that arrives at the beginning.
 
 So the backward rules run one after the other on one state, in the reverse order of the
-calls, as Python code would. A channel is never used twice, so that JAX adds up nothing.
+calls, as Python code would. A channel is never used twice, so JAX adds nothing up.
 
-We only learn which refs need a channel by tracing the backward rules. The rule that
-writes a ref without a channel raises `BackwardWrite`; `filter_grad` opens the channels of
-that collection, and traces its function once more.
+We only learn which refs need a channel by tracing the backward rules. A rule that writes a
+ref without a channel raises `BackwardWrite`; then `filter_grad` opens the channels of that
+collection, and traces its function once more.
 """
 
 import copy
@@ -46,21 +46,23 @@ class BackwardWrite(CarryError):
 
     def __init__(self, which: str, collection: Hashable):
         super().__init__(
-            f"{which}, and what differentiates it here cannot bring the value out. Take "
-            "the derivative by `rx.filter_grad` or `rx.filter_value_and_grad`, of a function "
-            "that is given this ref, or closes over it."
+            f"{which}, but the transform that differentiates it here cannot return the "
+            "value. Take the derivative with `rx.filter_grad` or "
+            "`rx.filter_value_and_grad`, of a function that is given this ref, or closes "
+            "over it."
         )
         self.which = which
         self.collection = collection
 
 
-# What a user sees of it, and may catch.
+# The class that a user sees, and may catch.
 BackwardWrite.__module__ = CarryError.__module__
 BackwardWrite.__qualname__ = CarryError.__qualname__
 
 
 def without_channels(derefed: Call) -> tuple[Call, dict[int, Any]]:
-    """A call without the channels of its refs; and these, by the number of the ref."""
+    """A call without the channels of its refs; and the channels, by the number of the
+    ref."""
     channels = {
         i: value.channel
         for i, value in values_of(derefed.arrays).items()
@@ -101,20 +103,20 @@ def new_channels(derefed: Call, collections: Iterable[Hashable]) -> dict[int, An
 
 
 def check_mutable(derefed: Call, write: BackwardWrite) -> None:
-    """Says so if the ref that a rule writes has no channel because it may not be written."""
+    """Raises if the ref that a rule writes has no channel because it may not be written."""
     for ref in derefed.refs:
         where = why_immutable(ref)
         if ref.collection == write.collection and where is not None:
-            raise ImmutableError(f"{write.which}, and this code runs {where}") from None
+            raise ImmutableError(f"{write.which}, but this code runs {where}") from None
 
 
 def _mapped_like(x: Any, y: Any) -> Any:
-    """`x`, mapped under a `vmap` if `y` is."""
+    """`x`, mapped under a `vmap` like `y`."""
     return jnp.where(jnp.zeros(x.shape, bool), y, x)
 
 
 def with_updates(outcome: Outcome, updates: dict[int, Any]) -> Outcome:
-    """The same outcome, with these new values of the refs that were written."""
+    """The same outcome, with these new values of the written refs."""
     return Outcome(outcome.out, updates, outcome.info)
 
 
@@ -134,8 +136,8 @@ _seed.defvjp(
 def with_channels_ended(
     loss: Any, outcome: Outcome, channels: dict[int, Any]
 ) -> tuple[Any, Outcome, dict[int, Any]]:
-    """Ends the channels at the loss of a body that ran with them; and its outcome without
-    them, and what each was seeded with."""
+    """Ends the channels at the loss of a body that ran with them. Returns also its outcome
+    without channels, and the seed of each."""
     updates = dict(outcome.updates)
     ends, seeds = {}, {}
     for i in channels.keys() & updates.keys():
@@ -154,15 +156,16 @@ def with_backward_writes(
     seeds: dict[int, Any],
     before: dict[int, Any],
 ) -> Outcome:
-    """An outcome with what arrived at the beginning of the channels.
+    """An outcome updated with the values that arrived at the beginning of the channels.
 
-    Where that is the very seed, no rule has written; and if the function has not either, nor
-    is the ref. (What comes through a loop, a branch or a compiled function is never the seed
-    itself: there a ref that no rule writes is written with the value that it has.)
+    Where that is the seed itself, no rule has written the ref; then it is only written if
+    the function wrote it. (A value that went through a loop, a branch or a compiled
+    function is never the seed itself: there a ref that no rule writes is written with its
+    own value.)
 
     **Arguments:**
 
-    - `before`: what the refs held when the function began.
+    - `before`: the values of the refs when the function began.
     """
     updates = dict(outcome.updates)
     for i in ends.keys() & updates.keys():
@@ -176,7 +179,7 @@ def with_backward_writes(
 def apart_from_channels(
     transform: Callable[[Call], Outcome],
 ) -> Callable[[Call], Outcome]:
-    """A transform that differentiates, and does not know of channels."""
+    """Adapts a differentiating transform that does not know about channels."""
 
     def inner(derefed: Call) -> Outcome:
         plain, channels = without_channels(derefed)
@@ -186,7 +189,7 @@ def apart_from_channels(
 
 
 def with_outer_channels(outcome: Outcome, channels: dict[int, Any]) -> Outcome:
-    """The opposite of `without_channels`, for what was written."""
+    """The inverse of `without_channels`, for written values."""
     updates = {
         i: Channeled(x, channels[i]) if i in channels else x
         for i, x in outcome.updates.items()
@@ -197,19 +200,19 @@ def with_outer_channels(outcome: Outcome, channels: dict[int, Any]) -> Outcome:
 def written_by_rule(
     which: str, collection: Hashable, value: Any, old: Any, end: Any
 ) -> Any:
-    """What a backward rule wrote to a ref, for its channel. `end` came along the channel;
-    `which` says who wrote what."""
+    """Encodes the value that a backward rule wrote to a ref for its channel. `end` came
+    along the channel; `which` says who wrote what."""
     if end is None:
         raise BackwardWrite(which, collection)
     if _types_in(value) != _types_in(old):
         raise MismatchError(
-            f"{which} with {eqx.tree_pformat(value)}, where it holds "
-            f"{eqx.tree_pformat(old)}. A write in a backward rule keeps the structure, the "
-            "shape and the dtype: convert the value, or create the ref with "
-            "the type it will need."
+            f"{which} with {eqx.tree_pformat(value)}, but it holds "
+            f"{eqx.tree_pformat(old)}. A write in a backward rule must keep the structure, "
+            "the shape and the dtype: convert the value, or create the ref with the type "
+            "it will need."
         )
     channel = encode(value)
-    # What comes along a channel is mapped where the channel is.
+    # A value that comes along a channel is mapped where the channel is.
     for new_over, old_over in zip(_mapped(channel), _mapped(end)):
         if any(a and not b for a, b in zip(new_over, old_over)):
             raise CarryError(
@@ -232,10 +235,10 @@ def _types_in(arrays: Any) -> Any:
 def mapped_with(arrays: Any, carriers: Any) -> Any:
     """The same carriers, mapped under a `vmap` if any of the arrays is.
 
-    Under `vmap`, the cotangent of something that is not mapped is a sum along the mapped
-    axis, and that of a channel must be none. JAX refuses a rule that has both (since 0.12),
-    for it cannot tell them apart. So the sums are taken before: by what makes the carriers
-    mapped. Where there is no `vmap`, the compiler removes it.
+    Under `vmap`, the cotangent of an unmapped input is a sum along the mapped axis, but
+    that of a channel must not be. JAX (since 0.12) refuses a rule that has both, because it
+    cannot distinguish them. So we take the sums outside, by making the carriers mapped.
+    Without a `vmap`, the compiler removes this.
     """
     differs = jnp.zeros((), bool)
     for x in jtu.tree_leaves(arrays):

@@ -16,16 +16,16 @@ T = TypeVar("T")
 
 
 class ByCall(Generic[T]):
-    """What is kept for the structure of a call; and for its very refs, as far as it was
-    asked which ones they are (see `_core/_identity.py`)."""
+    """A cache by the structure of a call, and by its refs as far as the body asked about
+    their identity (see `_core/_identity.py`)."""
 
     def __init__(self):
         self._kept: dict[Hashable, _ByRefs[T]] = {}
 
     def get(self, derefed: Call, make: Callable[[Call], T]) -> T:
-        """What is kept for this call; made if need be."""
-        # What a static leaf is equal by may be its `id`, which Python gives to another when
-        # the leaf is gone: so what is kept for it goes then.
+        """The entry for this call, made if necessary."""
+        # The key of a static leaf may be its `id`, which Python reuses once the leaf is
+        # gone, so its entry is dropped then.
         structure = program_key(derefed)
         by_refs = self._kept.get(structure)
         if by_refs is None:
@@ -40,7 +40,7 @@ class ByCall(Generic[T]):
         mine = weakref.ref(self)
 
         def forget(_: Any, exits: Callable[[], bool] = sys.is_finalizing) -> None:
-            # At exit modules are emptied: then keys cannot be compared any more.
+            # At exit modules are emptied, and keys can no longer be compared.
             alive = None if exits() else mine()
             if alive is not None:
                 alive._kept.pop(key, None)
@@ -50,24 +50,24 @@ class ByCall(Generic[T]):
         return by_refs
 
     def note(self, derefed: Call, traced: T) -> Asked:
-        """Notes that `traced`, of what is kept, was traced for a call: what the body asked
-        of its refs is from now on a part of the key."""
+        """Notes that the entry `traced` was traced for a call: from now on, what the body
+        asked about its refs is part of the key."""
         asked = derefed.identities()
         by_refs = self._kept.get(program_key(derefed))
-        if by_refs is not None:  # a static leaf may be gone: then no call has this key
+        if by_refs is not None:  # if a static leaf is gone, no call has this key
             by_refs.learn(asked.questions, derefed.refs, traced)
         return asked
 
 
 class _ByRefs(Generic[T]):
-    """What is kept for one structure: by the answers to some questions.
+    """The entries for one structure, by the answers to some questions.
 
     `guards` forget it when a static leaf of the structure is gone."""
 
     def __init__(self, guards: list[weakref.ref]):
         self._guards = guards
         self.questions: Questions = ()
-        # With what forgets it when its refs are gone.
+        # With the guards that drop it when its refs are gone.
         self.kept: dict[Answers, tuple[T, list[weakref.ref]]] = {}
 
     def put(self, key: Answers, what: T) -> tuple[T, list[weakref.ref]]:
@@ -83,14 +83,15 @@ class _ByRefs(Generic[T]):
         return entry
 
     def learn(self, asked: Questions, refs: list[Ref], traced: T) -> None:
-        """`traced` was traced for these refs, and asked that."""
+        """Notes that `traced` was traced for these refs, and asked these questions."""
         before = [number for number, _ in self.questions]
         questions = joined(self.questions, asked)
         key = answers_for(questions, refs)
         known = self.kept.get(key)
         if questions == self.questions and known is not None and known[0] is traced:
             return
-        # What is kept already did not ask what is new: it is right for all other refs.
+        # Existing entries did not ask the new questions, so they are right for all other
+        # refs.
         old = list(self.kept.items())
         self.questions, self.kept = questions, {}
         for answers, (what, _) in old:
@@ -98,4 +99,4 @@ class _ByRefs(Generic[T]):
             if what is not traced:
                 self.put(tuple(told.get(number) for number, _ in questions), what)
         self.put(key, traced)
-        commits.restructured += 1  # plans must look again
+        commits.restructured += 1  # plans must check again

@@ -1,4 +1,4 @@
-"""What `rx.axes` and `rx.specs` have in common: something for each leaf, by collection."""
+"""The base of `rx.axes` and `rx.specs`: an option for each leaf, by collection."""
 
 from collections.abc import Callable, Hashable, Mapping
 from keyword import iskeyword
@@ -16,11 +16,11 @@ from .._trees._paths import key_text
 
 
 RNG = "rng"
-"""The collection of what randomness is drawn from. See `_rng_split.py`."""
+"""The collection of randomness. See `_rng_split.py`."""
 
 
 class _Same:
-    """What a ref of collection "rng" has that is not split: the same randomness everywhere."""
+    """The option of an unsplit ref of collection "rng": the same randomness everywhere."""
 
     def __call__(self, array: Any) -> None:
         return None
@@ -32,17 +32,18 @@ class _Same:
 SAME = _Same()
 
 
-# What a place of a ref has that leaves it to another place of the same ref.
+# The option at a place of a ref that defers to another place of the same ref.
 ELSEWHERE = object()
 
 
 class ByFilter:
-    """Something for each leaf of a tree: by collection or any other filter, with a default."""
+    """An option for each leaf of a tree, by collection or any other filter, with a
+    default."""
 
     called = ""
-    """How messages and users call the class."""
+    """The name of the class in messages and user code."""
     what = ""
-    """What there is one of for each leaf."""
+    """The name of the option that each leaf has."""
 
     example = ""
     """One that may be given, as text for messages."""
@@ -84,26 +85,26 @@ class ByFilter:
         return f"{cls.called}({given}, default={cls.nothing})"
 
     def checked(self, one: Any, text: str) -> Any:
-        """What a user gives for a leaf, as it is used. `text` is how it was given.
+        """Checks and converts an option given by a user. `text` is how it was given.
 
         **Raises:**
 
-        - `TypeError`: if it is none.
+        - `TypeError`: if it is not valid.
         """
-        raise NotImplementedError("A subclass says what may be given.")
+        raise NotImplementedError("A subclass defines which options are valid.")
 
     def is_whole(self, one: Any) -> bool:
-        """Whether this leaves a leaf whole, so that randomness is the same everywhere."""
+        """Whether this option leaves a leaf whole, for the same randomness everywhere."""
         return one is None
 
     def ask(self, function: Callable[[Any], Any], leaf: Any) -> Any:
-        """What the default says of a leaf, if it is a function."""
+        """The answer of the default for a leaf, if it is a function."""
         return self.checked(function(leaf), f"{self.called}(default=...)")
 
     def named(self, path: Path, leaf: Any) -> Any:
-        """What there is for a leaf that is named, or `UNSET`."""
+        """The option of a leaf that is named, or `UNSET`."""
         for given, one in self.by_collection.items():
-            # A predicate on a leaf is for refs here: arrays have the default.
+            # A predicate only applies to refs here: arrays have the default.
             if isinstance(given, Filter) or isinstance(leaf, Ref):
                 if as_filter(given).matches(path, leaf):
                     is_rng = isinstance(leaf, Ref) and leaf.collection == RNG
@@ -111,7 +112,7 @@ class ByFilter:
         return UNSET
 
     def of(self, path: Path, leaf: Any) -> Any:
-        """What there is for one leaf of a tree."""
+        """The option of one leaf of a tree."""
         one = self.named(path, leaf)
         if one is not UNSET:
             return one
@@ -126,8 +127,8 @@ class ByFilter:
             return None
         default = self.checked(None, "the default")
         raise StructureError(
-            f"{self!r} does not say what the {self.what} of {which} is. Name its "
-            f"collection, or give a default: `{self.called}(..., default={default!r})`."
+            f"{self!r} does not give the {self.what} of {which}. Name its collection, or "
+            f"give a default: `{self.called}(..., default={default!r})`."
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -153,7 +154,7 @@ class ByFilter:
 
 
 class Within(NamedTuple):
-    """A `ByFilter` at the place of a function: it is asked of what is inside it."""
+    """A `ByFilter` in place of a function: it applies to the contents of the function."""
 
     by_filter: ByFilter
     path: Path
@@ -172,18 +173,19 @@ def each_leaf(
     resolve: Callable[[Any, Any], list[Any]],
     is_leaf: Callable[[Any], bool],
 ) -> list[Any]:
-    """What each leaf of `tree` has, as a prefix of the tree gives it. For a function it may
+    """The option of each leaf of `tree`, given a prefix of the tree. For a function it may
     be a `Within`.
 
     **Arguments:**
 
-    - `what`: how the user calls the prefix.
-    - `resolve`: from a leaf of the prefix and the tree under it, to what each leaf there has.
-    - `is_leaf`: of the prefix.
+    - `what`: the user's name for the prefix.
+    - `resolve`: maps a leaf of the prefix, and the tree under it, to the option of each
+        leaf there.
+    - `is_leaf`: for the prefix.
 
     **Raises:**
 
-    - `StructureError`: if it is no prefix of the tree.
+    - `StructureError`: if it is not a prefix of the tree.
     """
     found: list[Any] = []
 
@@ -208,7 +210,7 @@ def each_leaf(
 
 
 class NotGiven(MismatchError):
-    """What a leaf of a prefix has is no axis, or no spec."""
+    """A leaf of a prefix is not an axis, or not a spec."""
 
 
 # What a user sees of it, and may catch.

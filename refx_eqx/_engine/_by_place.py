@@ -1,4 +1,4 @@
-"""What an argument says of the refs that it holds: of each ref, at each of its places."""
+"""The options that arguments give for refs: for each ref, at each of its places."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -16,20 +16,20 @@ from ._by_filter import ELSEWHERE, Within
 
 
 class Given(NamedTuple):
-    """What one leaf has, and whether the leaf is inside a function."""
+    """The option of one leaf, and whether the leaf is inside a function."""
 
     what: Any
     is_inside: bool
 
 
 def given_of_leaves(part: Part, own: list[Any], leaves: list[Any]) -> list[Given]:
-    """What each leaf has, those inside functions that close over refs included. Such a
-    function is one leaf of the tree, which has what all that is inside it has.
+    """The option of each leaf, including those inside functions that close over refs. Such
+    a function is one leaf of the tree, whose option applies to everything inside it.
 
     **Arguments:**
 
-    - `own`: what was found for each leaf of the tree, a function being one.
-    - `leaves`: all leaves of the part, those inside functions included.
+    - `own`: the option of each leaf of the tree, with a function as one leaf.
+    - `leaves`: all leaves of the part, including those inside functions.
     """
     if not part.has_functions:
         return [Given(one, False) for one in own]
@@ -42,7 +42,8 @@ def given_of_leaves(part: Part, own: list[Any], leaves: list[Any]) -> list[Given
 
 
 class Place(NamedTuple):
-    """One place of a ref in a call: which leaf of which tree, and what is given there."""
+    """One place of a ref in a call: which leaf of which tree, and the option given
+    there."""
 
     tree: int
     leaf: int
@@ -64,18 +65,17 @@ def read_places(
     inside: Callable[[Any], Any],
     names: tuple[str, ...] = (),
 ) -> tuple[list[Leaves], Places, Places]:
-    """What arrays outside refs have; the places of each ref of which something is said there;
-    and those at which a function reaches it, which say nothing.
+    """The options of arrays outside refs; the places of each ref that give an option; and
+    those at which a function reaches it, which give none.
 
     **Arguments:**
 
-    - `of_args`: what each leaf of the last `n_args` arguments has. Those before are the
-        functions that the call is made of.
-    - `of_function`: what a leaf of a function has.
-    - `of_array`: from what was said of an array, and the array, to what it has.
-    - `inside`: from what is said of a function to what that says of a leaf inside it;
-        `None` for nothing.
-    - `names`: of the arguments, for messages.
+    - `of_args`: the options of the leaves of the last `n_args` arguments. The arguments
+        before them are the functions of the call.
+    - `of_function`: the option of a leaf of a function.
+    - `of_array`: maps the option given for an array, and the array, to its own option.
+    - `inside`: maps the option of a function to that of a leaf inside it, or `None`.
+    - `names`: the names of the arguments, for messages.
     """
     last = len(derefed.parts) - 2
     first = last - n_args
@@ -112,8 +112,8 @@ def read_places(
 def each_array(
     derefed: Call, trees: list[Leaves]
 ) -> Iterator[tuple[Any, Any, Ref | None]]:
-    """Each array of a call, with what it has in these trees, which are of the form of its
-    arrays; and the ref that it is in."""
+    """Each array of a call, with its option from these trees, which have the form of its
+    arrays; and the ref that contains it."""
     for leaves, own in zip(derefed.arrays, trees):
         for node, of_node in zip(leaves, own):
             ref = derefed.refs[node.index] if is_node(node) else None
@@ -125,13 +125,14 @@ def each_array(
 def of_new_value(
     old: Any, own: Any, new: Any, if_empty: Any, if_several: Callable[[list[Any]], Any]
 ) -> Any:
-    """What each array of the new value of a ref has, as a tree like it: what those of the old
-    one have, which is `own`. In another structure all have the same.
+    """The option of each array of the new value of a ref, as a tree like it: the options
+    `own` of the old value, or a single one if the structure differs.
 
     **Arguments:**
 
-    - `if_empty`: what they have if the old value had no array.
-    - `if_several`: what they have if those of the old value had several things; or it raises.
+    - `if_empty`: the option if the old value had no arrays.
+    - `if_several`: returns the option if the arrays of the old value had different ones; or
+        raises.
     """
     treedef = jtu.tree_structure(old)
     if jtu.tree_structure(new) == treedef:
@@ -151,11 +152,11 @@ def agreed(
     what: str,
     remedy: str,
 ) -> Any:
-    """What all arguments with this ref say of it.
+    """The option that all arguments with this ref agree on.
 
     **Raises:**
 
-    - `MismatchError`: if they say two things.
+    - `MismatchError`: if they disagree.
     """
     if not places:
         return None
@@ -178,13 +179,14 @@ def given_of_result(
     name: str,
     option: str,
 ) -> Leaves:
-    """What each array of the result has, in refs and outside them.
+    """The option of each array of the result, inside and outside refs.
 
     **Arguments:**
 
-    - `of_leaves`: from the result to what each of its leaves is given.
-    - `of_value`: from that, and an array or the value of a ref, to what its arrays have.
-    - `option`: how the user calls what gives it, for messages.
+    - `of_leaves`: maps the result to the option given for each of its leaves.
+    - `of_value`: maps that, and an array or the value of a ref, to the options of its
+        arrays.
+    - `option`: the user's name for the option, for messages.
     """
     (part,) = outcome.info.result.parts
     result = close_result(outcome, derefed.refs)
@@ -202,10 +204,9 @@ def given_of_result(
             mine = of_value(one, values[leaf.index])
             if of_refs.setdefault(leaf.index, mine) != mine:
                 raise MismatchError(
-                    f"`{name}(..., {option}=...)` gives "
-                    f"{describe(leaf)} two "
-                    f"{option.removeprefix('out_')}, "
-                    f"{of_refs[leaf.index]} and {mine}: it is one new ref at two places of "
-                    "the result. Give both places the same."
+                    f"`{name}(..., {option}=...)` gives {describe(leaf)} two "
+                    f"{option.removeprefix('out_')}, {of_refs[leaf.index]} and {mine}: it "
+                    "is one new ref at two places of the result. Give the same at both "
+                    "places."
                 )
     return [x.with_value(of_refs[x.index]) if type(x) is Value else x for x in found]

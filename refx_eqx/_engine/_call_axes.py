@@ -1,8 +1,8 @@
-"""Which axis of each array of a call is mapped over, and where what is written goes.
+"""The mapped axis of each array of a call, and of what is written.
 
-A ref has one axis, or one for each array of its value. What says it is the argument that
-holds the ref. A function that reaches the ref as well (the method that scans its own
-layers) says nothing: inside it the ref is *withheld*, because it would be the whole one.
+A ref has one axis, or one for each array of its value, given by the argument that holds the
+ref. A function that also reaches the ref (a method that scans its own layers) gives none:
+inside it the ref is *withheld*, because it would be the whole ref.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ from ._by_place import agreed, each_array, of_new_value, Place, read_places
 class Axes:
     """The axes of a call.
 
-    - `trees`: of the form of its arrays, with the axis of each, or `None`;
+    - `trees`: trees like its arrays, with the axis of each, or `None`;
     - `split`: the numbers of the refs that are split along the mapped axis;
-    - `kept`: of those whose randomness is the same at each place of it;
-    - `of_refs`: the axis of each ref, for arrays that it does not have yet;
-    - `withheld`: the leaves of the call that may not be touched, each with the reason: by
-        the number of the tree, and that of the leaf in it.
+    - `kept`: the numbers of those whose randomness is the same at each place of it;
+    - `of_refs`: the axis of each ref, for arrays it does not have yet;
+    - `withheld`: the leaves of the call that may not be touched, each with the reason, by
+        the numbers of the tree and of the leaf in it.
     """
 
     trees: list[Leaves]
@@ -42,8 +42,8 @@ class Axes:
 
     @property
     def key(self) -> tuple:
-        """What tells the axes of two calls apart. Hashable."""
-        # With their tree: two calls of different sharing may have the same numbers.
+        """A hashable key of these axes."""
+        # With the tree: two calls of different sharing may have the same numbers.
         flat, treedef = jtu.tree_flatten(self.trees, is_leaf=lambda x: x is None)
         flat = (*flat, treedef)
         withheld = tuple(self.withheld.items())
@@ -56,13 +56,13 @@ class Axes:
         return dataclasses.replace(self, trees=trees, of_refs=of_refs)
 
     def is_mapped(self, number: int) -> bool:
-        """Whether a ref, or a part of its value, is mapped."""
+        """Whether a ref, or part of its value, is mapped."""
         own = values_of(self.trees).get(number)
         return self.of_refs.get(number) is not None or bool(jtu.tree_leaves(own))
 
     def slices(self, arrays: list[Leaves]) -> list[Leaves]:
-        """What is mapped of the arrays of a call, with the mapped axis in front; `None` for
-        the rest."""
+        """The mapped arrays of a call, with the mapped axis in front; `None` for the
+        others."""
 
         def in_front(x: Any, axis: int | None) -> Any:
             return None if axis is None else jnp.moveaxis(x, axis, 0)
@@ -85,16 +85,15 @@ def call_axes(
 ) -> Axes:
     """The axis of each array of a call.
 
-    What the callable holds and what functions close over is broadcast, unless an argument
-    maps it: then it is withheld there.
+    Values held by the callable or closed over by functions are broadcast, unless an
+    argument maps them: then they are withheld there.
 
     **Arguments:**
 
-    - `args`: the last arguments of the call. Those before are the functions that it is made
-        of.
+    - `args`: the last arguments of the call. The arguments before them are its functions.
     - `in_axes`: a prefix of `args`.
-    - `whole`: the `in_axes` of the user, which may speak of the functions too.
-    - `names`: of `args`, for messages.
+    - `whole`: the user's `in_axes`, which may cover the functions too.
+    - `names`: the names of `args`, for messages.
 
     **Raises:**
 
@@ -106,7 +105,7 @@ def call_axes(
         len(args),
         lambda leaf: _of_function(whole, leaf),
         array_axis,
-        # A function from leaf to axis says of a function, which is no array, `None`.
+        # A function from leaf to axis returns `None` for a function, which is not an array.
         lambda axis: None if callable(axis) else axis,
         names,
     )
@@ -136,8 +135,8 @@ def call_axes(
 
 
 def _of_function(whole: Any, leaf: Any) -> Any:
-    """The axis of a leaf of the function: broadcast. `rx.axes(rng=None)` as the whole of
-    `in_axes` speaks of it too."""
+    """The axis of a leaf of the function: broadcast. If `in_axes` is a single
+    `rx.axes(rng=None)`, it covers the function too."""
     is_same = isinstance(leaf, Ref) and isinstance(whole, axes)
     axis = whole.named((), leaf) if is_same else None
     return SAME if axis is SAME else None
@@ -160,13 +159,14 @@ def _is_same_axis(a: Any, b: Any, arrays: list[Any]) -> bool:
 
 
 def _counted(axis: Any, array: Any) -> int | None:
-    """An axis of an array, counted from the front: -1 and 1 are one axis of a matrix."""
+    """An axis of an array, counted from the front: -1 and 1 are the same axis of a
+    matrix."""
     axis, ndim = array_axis(axis, array), jnp.ndim(array)
     return axis + ndim if axis is not None and -ndim <= axis < 0 else axis
 
 
 def _axis_of_ref(axis: Any, value: Any) -> int | None:
-    """The axis of arrays that a ref may be given, where it has none, or others."""
+    """The axis for future arrays of a ref that now has none, or others."""
     arrays = jtu.tree_leaves(value)
     found = {array_axis(axis, x) for x in arrays or [jnp.zeros(())]}
     return found.pop() if len(found) == 1 else None
@@ -182,14 +182,15 @@ def _why_withheld(
         where = f"{where} at {path_text(path)}"
     along = "" if axis is None else f" along axis {axis}"
     return Withheld(
-        f"`{name}` maps it{along}, and hands the function a slice of it, in {where}. This "
-        "is the whole of it, which the function reaches as well. Use the slice that the "
-        f"function is given; if it needs the whole, read that before `{name}` is called."
+        f"`{name}` maps it{along}, and passes the function a slice of it, in {where}. This "
+        "is the whole ref, which the function also reaches. Use the slice that is passed "
+        f"to the function; if it needs the whole, read that before `{name}` is called."
     )
 
 
 def _check_sizes(derefed: Call, axes: Axes, name: str) -> None:
-    """Every mapped array has its axis, and all of these have one size."""
+    """Checks that every mapped array has its axis, and that all of these have the same
+    size."""
 
     def which(ref: Ref | None) -> str:
         return "an array" if ref is None else describe(ref)
@@ -216,20 +217,20 @@ def _check_sizes(derefed: Call, axes: Axes, name: str) -> None:
 
 
 def update_axes(derefed: Call, axes: Axes, number: int, new: Any, name: str) -> Any:
-    """The axis of each array of the new value of a ref, as a tree like it: that of the old
-    one.
+    """The axis of each array of the new value of a ref, as a tree like it: those of the old
+    value.
 
     **Raises:**
 
-    - `StructureError`: if the old value has several axes, and the new one another
+    - `StructureError`: if the old value has several axes, and the new value another
         structure.
     """
 
     def refuse(several: list[Any]) -> None:
         raise CarryError(
             f"{describe(derefed.refs[number])} holds arrays that `{name}` maps along the "
-            f"axes {several}, and was written with a value of another structure, for which no "
-            "axes are given. Keep the structure, or use one axis for all of its arrays."
+            f"axes {several}, but was written with a value of another structure, for which "
+            "no axes are given. Keep the structure, or use one axis for all of its arrays."
         )
 
     old, own = values_of(derefed.arrays)[number], values_of(axes.trees)[number]
@@ -237,11 +238,11 @@ def update_axes(derefed: Call, axes: Axes, number: int, new: Any, name: str) -> 
 
 
 def placed_update(derefed: Call, axes: Axes, number: int, new: Any, name: str) -> Any:
-    """The new value of a ref that is mapped, stacked in front, with each axis in its place.
+    """The new value of a mapped ref, stacked in front, with each axis moved to its place.
 
     **Raises:**
 
-    - `StructureError`: if the value has no such axis.
+    - `StructureError`: if the value cannot have such an axis.
     """
 
     def placed(x: Any, axis: int | None) -> Any:
@@ -253,13 +254,13 @@ def placed_update(derefed: Call, axes: Axes, number: int, new: Any, name: str) -
 
 
 def check_axis(ref: Ref, axis: int | None, ndim: int, name: str) -> None:
-    """Refuses a slice of such a rank that it cannot be stacked along `axis`.
+    """Refuses a slice whose rank does not allow stacking it along `axis`.
 
     `ndim` is the rank of the stack.
     """
     if axis is not None and not -ndim <= axis < ndim:
         raise CarryError(
-            f"{describe(ref)} is mapped by `{name}` along axis "
-            f"{axis}, and was written with a value of rank {ndim - 1}: stacked, it has no "
-            f"axis {axis}. Keep the rank of the slice, or map the ref along axis 0 or -1."
+            f"{describe(ref)} is mapped by `{name}` along axis {axis}, but was written "
+            f"with a value of rank {ndim - 1}: stacked, it has no axis {axis}. Keep the "
+            "rank of the slice, or map the ref along axis 0 or -1."
         )

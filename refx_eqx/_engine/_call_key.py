@@ -1,17 +1,17 @@
-"""What of its arguments a call is told by, and what a plan reads again at each call.
+"""The key of a call, read from its arguments, and what a plan reads again at each call.
 
 Every argument is read from the top, and each thing in it is one of four:
 
-- an array, of JAX or NumPy: the plan takes it. Its type and shape are for `jax.jit`;
+- a JAX or NumPy array: the plan takes it. `jax.jit` handles its type and shape;
 - a ref: by its identity. The plan takes it;
 - something immutable that the function was given before, a module or a function: by its
-  identity, which stands for all that is below it;
-- a node of a pytree, a `functools.partial`, a bound method, a module that is new: by its
-  type, its static part and the number of its children, which are read in turn;
+    identity, which covers everything below it;
+- a pytree node, a `functools.partial`, a bound method, a new module: by its type, its
+    static part and the number of its children, which are read in turn;
 - any other leaf: by its type and value, as in the structure of a program.
 
-There is no third kind of thing, so what `jax.jit` can be called with has a key; a leaf that
-has no hash has none, and no program either.
+There is no other kind, so everything `jax.jit` can be called with has a key; an unhashable
+leaf has none, and no program either.
 """
 
 import enum
@@ -37,10 +37,10 @@ from .._trees._keys import static_key
 __tracebackhide__ = True
 
 
-# What is read of a call. Its `key` must be the same for a plan to fit; a plan takes the
-# `arrays` and the `refs`, in this order; `held` are the modules and functions that the key
-# has by identity; `new` are the modules that it has by what is in them. (A tuple, because
-# an object takes time to make.)
+# The result of reading a call. Its `key` must be the same for a plan to fit; a plan takes
+# the `arrays` and the `refs`, in this order; `held` are the modules and functions that the
+# key holds by identity; `new` are the modules that it holds by their contents. (A tuple,
+# because an object takes time to make.)
 Read = tuple[list[Any], list[Any], list[Ref], list[Any], list[Any]]
 
 
@@ -48,16 +48,17 @@ class _WithMethod(eqx.Module):
     def method(self) -> None: ...
 
 
-# What Equinox makes of a method of a module: a new object each time it is asked for.
+# What Equinox makes of a method of a module: a new object at each access.
 _BoundMethod = type(_WithMethod().method)
 
 
-# What the instances of a type are. Filled as types are met.
+# The kind of the instances of a type. Filled as types are met.
 _ARRAY, _REF, _MODULE, _ITSELF, _LITERAL, _OTHER, _REFUSED = range(7)
 _kinds: dict[type, int] = {}
 _MAX_KINDS = 1000
 _LITERALS = (bool, int, str, bytes, type(None))
-# What is no pytree, and will be none: equal to itself alone, if it has no equality of its own.
+# Types that are not pytrees, and never will be. Without their own equality, instances equal
+# only themselves.
 _NO_TREES = (type, enum.Enum, types.FunctionType, type(jax.jit(lambda: None)))
 
 
@@ -76,31 +77,32 @@ def _kind_of(x: Any, kind: type) -> int:
         found = _ITSELF if kind.__weakrefoffset__ else _OTHER
     else:
         found = _OTHER
-    if len(_kinds) >= _MAX_KINDS:  # of classes that are made again and again
+    if len(_kinds) >= _MAX_KINDS:  # for classes that are made repeatedly
         _kinds.clear()
     _kinds[kind] = found
     return found
 
 
-# As `id`; but that is told to audit hooks at each call (Python 3.12), of which filelock has one
-# (4.0), and JAX imports it: 0.3 us each time.
+# As `id`, which reports each call to audit hooks (Python 3.12). filelock (4.0), which JAX
+# imports, has one: 0.3 us each time.
 address: Callable[[Any], int] = object.__hash__
 
-# The children of a node that are so many, and all of one type, are read at once, by C.
+# This many children of a node, all of one type, are read at once, in C.
 _MANY = 8
 _REFS, _ARRAYS, _DICTS = {Ref}, {_jax.ConcreteArray}, {dict}
 _ARRAYS_ALONE, _SEQUENCES = "arrays", ({list}, {tuple})
 _flattened = itertools.chain.from_iterable
-# A key of this length may be of a list that holds itself, and one of that surely is.
+# A key of the first length may come from a list that contains itself; one of the second
+# surely does.
 _LARGE, _LARGER = 10_000, 10_000_000
 
 
 def read(args: tuple, kwargs: dict, known: dict[int, Any]) -> Read | None:
     """Reads the arguments of a call; `None` if they have no key.
 
-    `known` has the addresses of the modules that are told by identity.
+    `known` has the addresses of the modules that are identified by address.
 
-    One function and one loop: calls of Python functions are what takes time here.
+    One function and one loop: Python function calls dominate the time here.
     """
     key: list[Any] = []
     arrays: list[Any] = []
@@ -153,7 +155,7 @@ def read(args: tuple, kwargs: dict, known: dict[int, Any]) -> Read | None:
         else:
             try:
                 parts = flatten_one_level(x)
-            except Exception:  # of the user's
+            except Exception:  # from user code
                 return None
             if parts is None:
                 if what == _REFUSED:
@@ -194,7 +196,7 @@ def read(args: tuple, kwargs: dict, known: dict[int, Any]) -> Read | None:
 
 def _leaf(x: Any, kind: type) -> Any:
     if kind is float:
-        # `0.0 == -0.0`, and a NaN is not equal to itself.
+        # `0.0 == -0.0`, and a NaN does not equal itself.
         return (kind, x) if x and not math.isnan(x) else (kind, repr(x))
     return static_key(x)
 
@@ -207,9 +209,9 @@ class GivenArray(int):
 
 def mark(args: tuple, kwargs: dict, read: Read) -> tuple[tuple, dict] | None:
     """The arguments, with each array that a plan takes replaced by its position. `None` if
-    there is a dict in them that JAX takes for a leaf, to look up refs in."""
+    they contain a dict for looking up refs, which is a leaf to JAX."""
     marker = _Marker(read)
-    # In the order in which `read` met them.
+    # In the order of `read`.
     marked = tuple(map(marker.tree, args))
     marked_kwargs = {name: marker.tree(x) for name, x in kwargs.items()}
     return None if marker.has_lookup else (marked, marked_kwargs)
@@ -237,7 +239,7 @@ class _Marker:
             self._count += 1
             return GivenArray(self._count - 1)
         if kind is dict:
-            # In its own order, not in that of JAX.
+            # In its own order, not JAX's.
             self.has_lookup = self.has_lookup or is_lookup(x)
             return {name: self.tree(item) for name, item in x.items()}
         if kind is functools.partial:

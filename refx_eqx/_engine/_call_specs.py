@@ -1,8 +1,8 @@
-"""How each array of a call is split over a mesh, and over which axes randomness differs.
+"""How each array of a call is split over a mesh, and along which axes randomness differs.
 
-As in `_call_axes.py`, the argument that holds a ref says it. A ref that only functions reach
-is replicated, or split as its type says under a mesh of explicit axes; unless `rx.specs` is
-the whole of what is given.
+As in `_call_axes.py`, the argument that holds a ref decides. A ref that only functions
+reach is replicated, or split as its type says under a mesh of explicit axes, unless
+`in_specs` is a single `rx.specs`.
 """
 
 import dataclasses
@@ -40,29 +40,30 @@ _EXAMPLE = "rx.specs(params=P(), default=P()), P('data')"
 class Specs:
     """The specs of a call.
 
-    - `trees`: of the form of its arrays, with the spec of each;
-    - `split`: the numbers of the refs whose randomness differs between shards, by the mesh
-        axes along which it does.
+    - `trees`: trees like its arrays, with the spec of each;
+    - `split`: the numbers of the refs whose randomness differs between shards, with the
+        mesh axes along which it does.
     """
 
     trees: list[Leaves]
     split: dict[tuple[str, ...], tuple[int, ...]]
 
     def of_update(self, derefed: Call, number: int, new: Any, name: str) -> Any:
-        """The spec of each array of the new value of a ref, as a tree like it: that of the
-        old one.
+        """The spec of each array of the new value of a ref, as a tree like it: those of the
+        old value.
 
         **Raises:**
 
-        - `CarryError`: if the old value has several, and the new one another structure.
+        - `CarryError`: if the old value has several specs, and the new value another
+            structure.
         """
 
         def refuse(several: list[Any]) -> None:
             raise CarryError(
-                f"{describe(derefed.refs[number])} holds arrays that `{name}` splits by the "
-                f"specs {sorted(set(map(str, several)))}, and was written with a value of "
-                "another structure, for which no specs are given. Keep the structure, or use "
-                "one spec for all of its arrays."
+                f"{describe(derefed.refs[number])} holds arrays that `{name}` splits by "
+                f"the specs {sorted(set(map(str, several)))}, but was written with a value "
+                "of another structure, for which no specs are given. Keep the structure, "
+                "or use one spec for all of its arrays."
             )
 
         own = values_of(self.trees)[number]
@@ -77,19 +78,19 @@ def call_specs(
     manual: tuple[str, ...],
     name: str,
 ) -> Specs:
-    """The spec of each array of a call of `args`.
+    """The spec of each array of a call with `args`.
 
     **Arguments:**
 
     - `in_specs`: a prefix of `args`.
-    - `mesh`: what is split over.
-    - `manual`: those of its axes that the function is manual over.
+    - `mesh`: the mesh to split over.
+    - `manual`: the mesh axes that the function is manual over.
 
     **Raises:**
 
-    - `TypeError`: if there are none, and no types that say it.
+    - `TypeError`: if there are no specs, and the types do not give them.
     - `MismatchError`: if arguments give one ref two different specs; if an array cannot be
-        split so.
+        split by its spec.
     """
     # With explicit axes a type says how an array is split, and nothing else can be right.
     kinds = dict(zip(mesh.axis_names, mesh.axis_types))
@@ -97,8 +98,8 @@ def call_specs(
     unsaid = AS_TYPED if is_typed else None
     if in_specs is AS_TYPED and not is_typed:
         raise TypeError(
-            f"`{name}` has no `in_specs`, and axes of the mesh are not explicit, so that no "
-            f"type says how an array is split. Give them, such as `in_specs=({_EXAMPLE})`."
+            f"`{name}` has no `in_specs`, and axes of the mesh are not explicit, so types "
+            f"do not say how arrays are split. Pass them, such as `in_specs=({_EXAMPLE})`."
         )
 
     def of_function(leaf: Any) -> Any:
@@ -163,22 +164,22 @@ def _specs_of_value(
     own = specs_of_arrays(given, value.value, "in_specs")
     for spec in jtu.tree_leaves(own):
         if not set(manual) <= set(axes_in(spec)):
-            # Each shard has a cotangent of its own, and JAX adds them up.
+            # Each shard has its own cotangent, and JAX adds them up.
             raise CarryError(
-                f"`{name}` cannot carry {describe(ref)} out of a "
-                f"backward rule that writes it: it is not split over all of {manual}, and "
-                "what the shards write would be added up. Take the gradient inside the "
-                f"function, `rx.filter_grad` in `{name}`, and write one value, such as a "
+                f"`{name}` cannot carry {describe(ref)} out of a backward rule that writes "
+                f"it: it is not split over all of {manual}, so the writes of the shards "
+                "would be added up. Take the gradient inside the function, "
+                f"`rx.filter_grad` in `{name}`, and write one value, such as a "
                 "`jax.lax.pmax`; or split the ref."
             )
-    # A channel is made of pieces of the shape of their array.
+    # A channel consists of pieces with the shape of their array.
     of_pieces = lambda spec, pieces: jtu.tree_map(lambda _: spec, pieces)
     return Channeled(own, jtu.tree_map(of_pieces, own, value.channel))
 
 
 def part_of(spec: PartitionSpec, manual: tuple[str, ...]) -> PartitionSpec:
-    """What a spec says of the axes that a function is manual over; the others stay with the
-    compiler."""
+    """The part of a spec for the axes that a function is manual over; the compiler handles
+    the others."""
     kept = [tuple(x for x in mesh_axes(entry) if x in manual) for entry in spec]
     return PartitionSpec(*(x if len(x) > 1 else (x[0] if x else None) for x in kept))
 
@@ -186,10 +187,10 @@ def part_of(spec: PartitionSpec, manual: tuple[str, ...]) -> PartitionSpec:
 def _randomness(
     value: Any, own: Any, manual: tuple[str, ...]
 ) -> tuple[tuple[str, ...], Any]:
-    """Over which mesh axes the keys of a ref differ, and how its arrays are split.
+    """The mesh axes along which the keys of a ref differ, and how its arrays are split.
 
-    A stack of keys is split as any array is. Of one key a spec says along which axes it is to
-    differ: as a rule all.
+    A stack of keys is split like any array. For a single key, the spec gives the axes along
+    which it differs: by default all.
     """
     arrays, treedef = jtu.tree_flatten(value)
     given = treedef.flatten_up_to(own)
@@ -210,19 +211,20 @@ def _rank_without_words(x: jax.Array) -> int:
 
 
 def check_known(spec: PartitionSpec, mesh: Any, which: str) -> None:
-    """That a mesh has the axes that a spec names."""
+    """Checks that a mesh has the axes named by a spec."""
     for axis in axes_in(spec):
         if axis not in mesh.axis_names:
             raise MismatchError(
-                f"Cannot split {which} by `{spec}`: it names the mesh axis {axis!r}, and the "
-                f"mesh has {', '.join(map(repr, mesh.axis_names))}. Name one of these."
+                f"Cannot split {which} by `{spec}`: it names the mesh axis {axis!r}, but "
+                f"the mesh has {', '.join(map(repr, mesh.axis_names))}. Name one of these."
             )
 
 
 def _check_fit(
     derefed: Call, trees: list[Leaves], mesh: Any, typed: tuple[str, ...], name: str
 ) -> None:
-    """That each array can be split by its spec; and that it is, where its type says how."""
+    """Checks that each array can be split by its spec, and that its type, if explicit,
+    agrees."""
     for x, spec, ref in each_array(derefed, trees):
         if ref is None:
             which = f"the array {jax.typeof(x).str_short()} that `{name}` is given"
@@ -233,8 +235,8 @@ def _check_fit(
         if typed and _by_dimension(of_type) != _by_dimension(part_of(spec, typed)):
             raise MismatchError(
                 f"Cannot split {which} by `{spec}`: the mesh has explicit axes, and the "
-                f"type of the array says `{of_type}`. Leave out `in_specs`, which are then "
-                "those of the types; or put it there before, with `rx.filter_shard` or "
+                f"type of the array says `{of_type}`. Leave out `in_specs`, to use the "
+                "types; or reshard it first, with `rx.filter_shard` or "
                 "`jax.sharding.reshard`."
             )
 

@@ -1,4 +1,4 @@
-"""What a step of a loop is given, and what it must return."""
+"""The carry of a loop: what a step is given, and what it must return."""
 
 import functools
 import operator
@@ -20,38 +20,36 @@ from .._trees._keys import static_keys
 
 
 def numbers_to_arrays(tree: Any) -> Any:
-    """Python numbers become arrays, as in JAX. Those in a module stay what they are: there
-    they are static, as in Equinox."""
+    """Converts Python numbers to arrays, as in JAX, except those in a module, which are
+    static, as in Equinox."""
 
     def is_number(x: Any) -> bool:
         return isinstance(x, bool | int | float | complex)
 
     refuse_cycle(tree)
     leaves, treedef = jtu.tree_flatten(tree, is_leaf=is_module)
-    # The very same tree, where it has none: what a function returns is what it was given.
+    # The very same tree if it has none, so that a function returns the object it was given.
     if not any(map(is_number, leaves)):
         return tree
     return treedef.unflatten([jnp.asarray(x) if is_number(x) else x for x in leaves])
 
 
 def whole_number(x: Any, name: str, what: str, least: int | None = None) -> int:
-    """`x`, which must be a whole number, and known while tracing.
+    """Checks that `x` is an integer, known while tracing.
 
     **Raises:**
 
-    - `TypeError`, `ValueError`: if it is none, or smaller than `least`.
+    - `TypeError`, `ValueError`: if it is not, or if it is less than `least`.
     """
     try:
         number = operator.index(x)
     except TypeError:
         raise TypeError(
-            f"`{name}`: {what} must be a whole number that is known while tracing, and it "
-            f"is {eqx.tree_pformat(x)}. Pass an `int`."
+            f"`{name}`: {what} must be an integer that is known while tracing, but is "
+            f"{eqx.tree_pformat(x)}. Pass an `int`."
         ) from None
     if least is not None and number < least:
-        raise ValueError(
-            f"`{name}`: {what} must be at least {least}, and it is {number}."
-        )
+        raise ValueError(f"`{name}`: {what} must be at least {least}, but is {number}.")
     return number
 
 
@@ -60,7 +58,7 @@ def reverse_flag(x: Any, name: str) -> bool:
 
     **Raises:**
 
-    - `TypeError`: if it is none of the two.
+    - `TypeError`: if it is not.
     """
     if isinstance(x, bool | np.bool_) or (type(x) is int and x in (0, 1)):
         return bool(x)
@@ -70,11 +68,11 @@ def reverse_flag(x: Any, name: str) -> bool:
 
 
 def unroll_steps(x: Any, name: str) -> int | bool:
-    """`unroll`, as `jax.lax.scan` takes it.
+    """Checks `unroll`, as for `jax.lax.scan`.
 
     **Raises:**
 
-    - `TypeError`, `ValueError`: if it is something else.
+    - `TypeError`, `ValueError`: if it is not valid.
     """
     if isinstance(x, bool):
         return x
@@ -82,15 +80,15 @@ def unroll_steps(x: Any, name: str) -> int | bool:
 
 
 def as_callable(fn: Any) -> Any:
-    """A `functools.partial` as a pytree, so that the arrays in it are carried and not
-    held by a cache."""
+    """Converts a `functools.partial` to a pytree, so that its arrays are carried and not
+    kept by a cache."""
     if type(fn) is functools.partial:
         return eqx.Partial(fn.func, *fn.args, **fn.keywords)
     return fn
 
 
 class CarryBefore:
-    """A carry as it was given to a step, which may change it in place or consume it."""
+    """The carry given to a step, which may change it in place or consume it."""
 
     __slots__ = ("leaves", "structure")
 
@@ -106,14 +104,14 @@ def check_carry(given: CarryBefore, after: Any, name: str) -> None:
 
     **Raises:**
 
-    - `StructureError`: if the structure differs, a static leaf, or which ref is where.
+    - `StructureError`: if the structure, a static leaf, or the place of a ref differs.
     """
     new_leaves, new = flatten(after)
     old_leaves = given.leaves
     if given.structure != new:
         raise MismatchError(
-            f"`{name}`: a step must return a carry of the structure that it was given. It "
-            f"was given {eqx.tree_pformat(given.tree())} and returned "
+            f"`{name}`: a step must return a carry of the structure it was given. It was "
+            f"given {eqx.tree_pformat(given.tree())} and returned "
             f"{eqx.tree_pformat(after)}. Return the same structure from each step."
         )
     for i, (a, b) in enumerate(zip(old_leaves, new_leaves)):
@@ -129,13 +127,11 @@ def check_carry(given: CarryBefore, after: Any, name: str) -> None:
         elif static_keys(a) == static_keys(b):
             continue
         else:
-            remedy = (
-                "What is not an array cannot change: make it one, `jnp.asarray(...)`."
-            )
+            remedy = "Only arrays can change: make it one, `jnp.asarray(...)`."
         raise MismatchError(
-            f"`{name}`: a step must return the carry that it was given, with other values "
-            f"in its arrays at most. At {_path(given.tree(), i)} it was given {_carried_text(a)}, "
-            f"and returned {_carried_text(b)}{_whence(b, given)}. {remedy}"
+            f"`{name}`: a step must return the carry it was given, except for the values "
+            f"of arrays. At {_path(given.tree(), i)} it was given {_carried_text(a)}, but "
+            f"returned {_carried_text(b)}{_whence(b, given)}. {remedy}"
         )
 
 
@@ -148,7 +144,7 @@ def next_carry(step: Callable[[Any], Any], carry: Any, name: str) -> Any:
 
 
 def _whence(leaf: Any, given: CarryBefore) -> str:
-    """Where in the carry a ref was before it was moved."""
+    """The place of a ref in the carry before it was moved."""
     if isinstance(leaf, Ref):
         for i, other in enumerate(given.leaves):
             if other is leaf:

@@ -1,7 +1,7 @@
-"""The channel of a ref: floating-point arrays that encode its value, exactly.
+"""The channel of a ref: floating-point arrays that encode its value exactly.
 
-Cotangents are all that comes out of a backward pass of JAX, and only a floating-point array
-has one. What channels are for is told in `_backward.py`.
+JAX's backward pass only returns cotangents, and only a floating-point array has one. See
+`_backward.py` for the use of channels.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from .._core import _jax
 
 
 def encode(arrays: Any) -> Any:
-    """The arrays of the value of a ref as floating-point arrays, and exactly."""
+    """Encodes the arrays of the value of a ref exactly as floating-point arrays."""
     return jax.tree.map(lambda x: _encode(jnp.asarray(x)), arrays)
 
 
@@ -22,7 +22,7 @@ def _encode(x: Any) -> list[Any]:
         return [x]
     if x.dtype == jnp.bool_:
         return [x.astype(jnp.float32)]
-    # Sixteen bits are exact in a `float32`.
+    # A `float32` represents sixteen bits exactly.
     bits = jax.lax.bitcast_convert_type(x, _unsigned(x.dtype))
     shifts = range(0, 8 * x.dtype.itemsize, 16)
     return [((bits >> s) & 0xFFFF).astype(jnp.float32) for s in shifts]
@@ -33,14 +33,15 @@ def _unsigned(dtype: Any) -> Any:
 
 
 def decode(channel: Any, like: Any) -> Any:
-    """The arrays again, of the structure and dtypes of `like`."""
+    """Decodes to arrays with the structure and dtypes of `like`."""
     return jax.tree.map(_decoded_like, like, channel)
 
 
 def _decoded_like(like: Any, pieces: list[Any]) -> Any:
     like = jnp.asarray(like)
     decoded = _decode(pieces, like.dtype)
-    # No cotangent is weakly typed; what no rule has written is to be what it was.
+    # Cotangents are never weakly typed, but an array that no rule wrote must not change
+    # type.
     return _jax.as_weak(decoded) if jax.typeof(like).weak_type else decoded
 
 
@@ -58,6 +59,6 @@ def _decode(pieces: list[Any], dtype: Any) -> Any:
 
 
 def has_channel(arrays: Any) -> bool:
-    """Whether a channel can be made for these: not for the keys of `jax.random`."""
+    """Whether these can have a channel: `jax.random` keys cannot."""
     dtypes = [jnp.asarray(x).dtype for x in jax.tree.leaves(arrays)]
     return not any(jnp.issubdtype(dtype, jax.dtypes.extended) for dtype in dtypes)

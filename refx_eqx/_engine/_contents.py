@@ -1,4 +1,4 @@
-"""The flat list of arrays of a call in which some refs hold anything else than one array."""
+"""The flat list of arrays of a call whose refs do not all hold a single array."""
 
 import enum
 from collections.abc import Callable, Sequence
@@ -17,25 +17,25 @@ Picker = Callable[[Sequence[Any]], tuple[Any, ...]]
 
 
 def picker(positions: Sequence[int]) -> Picker:
-    """A function that takes what is at these positions; one of C where there are several."""
+    """A function that picks the items at these positions; implemented in C for several."""
     if len(positions) > 1:
         return itemgetter(*positions)
     return lambda items: tuple(items[i] for i in positions)
 
 
 class Contents:
-    """What some refs of a call hold that is not one JAX array each: trees of arrays, numbers,
-    texts, functions, `None`, ...
+    """The values of refs of a call that are not single JAX arrays: trees of arrays,
+    numbers, strings, functions, `None`, ...
 
-    They are flattened at each call, all at once, as trees of the structure that they had:
-    JAX does that in a quarter of the time that it takes to find a structure and compare it.
-    What cannot change in place is not looked at again while nothing was written but by the
-    plan itself. `None` instead of an object if all refs hold one array each.
+    They are flattened at each call, all at once, as trees of their known structure: JAX
+    does that in a quarter of the time needed to determine and compare a structure. Values
+    that cannot change in place are not read again until something other than the plan
+    itself writes a ref. `None` instead of an object if all refs hold one array each.
 
     **Arguments:**
 
-    - `values`: of the refs.
-    - `treedefs`: of the arrays in each.
+    - `values`: the values of the refs.
+    - `treedefs`: the treedef of the arrays in each.
     - `n_outside`: the number of arrays outside refs.
     """
 
@@ -69,8 +69,8 @@ class Contents:
             for i, (arrays, _) in zip(self.numbers, split)
             for x in jtu.tree_structure(values[i]).flatten_up_to(arrays)
         ]
-        # For the static leaves: the position, and what it is equal by; and those themselves
-        # for which it is enough to be the same.
+        # For the static leaves: the position and the key; and the leaves for which identity
+        # is enough.
         self._statics = [
             (k, static_key(x))
             for k, (x, mine) in enumerate(zip(leaves, is_array))
@@ -79,8 +79,8 @@ class Contents:
         self._take_statics = picker([k for k, _ in self._statics])
         statics = self._take_statics(leaves)
         self._same = [x if isinstance(x, _OF_ONE_KEY) else _NOTHING for x in statics]
-        # All arrays in the order of the program, of the arrays outside refs, the values and
-        # the leaves of these refs. `None` if it is that of the first and the last alone.
+        # Picks all arrays, in program order, from the arrays outside refs, the values and
+        # the leaves of these refs. `None` if it is just the first and the last.
         first = n_outside + len(values)
         in_trees = iter([first + k for k, mine in enumerate(is_array) if mine])
         order = [*range(n_outside)]
@@ -90,7 +90,7 @@ class Contents:
             order += [next(in_trees) if is_here else n_outside + i for _ in range(n)]
         in_order = [*range(n_outside), *range(first, first + len(leaves))]
         self._arrange = None if order == in_order else picker(order)
-        # If no value is a tree, the same of the arrays outside refs and the values alone.
+        # If no value is a tree, the same from just the arrays outside refs and the values.
         mine = list(self._take(values))
         self._are_leaves = all(x is None or jtu.all_leaves([x]) for x in mine)
         order = [*range(n_outside)]
@@ -102,8 +102,8 @@ class Contents:
     def flat(
         self, arrays: list[Any], values: list[Any], is_known: bool
     ) -> list[Any] | None:
-        """All arrays of a call; `None` if a value has another structure. `is_known` says that
-        no value is another than at the last call, or only those that `are_kept`."""
+        """All arrays of a call; `None` if a value has another structure. `is_known`: no
+        value has changed since the last call, except those that `are_kept`."""
         is_known = is_known and self._is_fixed
         if is_known and self._are_leaves:
             both = arrays + values
@@ -121,10 +121,10 @@ class Contents:
         return list(self._arrange([*arrays, *values, *leaves]))
 
     def _are_alike(self, trees: tuple[Any, ...], leaves: list[Any]) -> bool:
-        # What has more below it than a leaf is of another type.
+        # Anything with more below it than a leaf has another type.
         types = list(map(type, leaves))
         if types not in self._types:
-            # A number instead of an array is the same to `jax.jit`, and a text is not.
+            # A number instead of an array is the same to `jax.jit`, but a string is not.
             if not self._is_split_alike(trees):
                 return False
             self._types = [types, *self._types[: _MAX_TYPES - 1]]
@@ -133,7 +133,8 @@ class Contents:
         return True
 
     def are_kept(self, numbers: Sequence[int], values: Sequence[Any]) -> bool:
-        """Whether new values of the refs with these numbers have the structure of the old."""
+        """Whether new values of the refs with these numbers have the structure of the old
+        ones."""
         new = {i: x for i, x in zip(numbers, values) if i in self.numbers}
         if not self._is_fixed or not _is_fixed(list(new.values())):
             return False
@@ -151,7 +152,7 @@ class Contents:
 
 
 def _is_fixed(values: list[Any]) -> bool:
-    """Whether these values cannot change in place, but for the numbers in an array."""
+    """Whether these values cannot change in place, except for the numbers in an array."""
 
     def may_change(x: Any) -> bool:
         return not isinstance(x, tuple | None) and not jtu.all_leaves([x])
@@ -165,5 +166,5 @@ def is_one_array(value: Any) -> bool:
 
 _MAX_TYPES = 8
 _NOTHING = object()
-# What is equal to itself, whatever happens to it.
+# Types whose instances always equal themselves.
 _OF_ONE_KEY = (bool, int, str, bytes, type, enum.Enum, np.dtype)

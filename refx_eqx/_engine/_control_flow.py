@@ -1,8 +1,8 @@
-"""What control flow has in common: bodies that are traced once, and what they must keep.
+"""Common parts of control flow: bodies traced once, and what they must preserve.
 
-A loop or a branch is built in two steps. First its body is traced: that tells which refs
-it writes, and what becomes of shapes and dtypes. Then the loop is built around the trace:
-refs that are written are carried, and those that are only read are constants, at no cost.
+A loop or a branch is built in two steps. First its body is traced: this shows which refs it
+writes, and the resulting shapes and dtypes. Then the loop is built around the trace:
+written refs are carried, and refs that are only read are constants, at no cost.
 """
 
 from collections.abc import Callable, Collection
@@ -30,19 +30,19 @@ from ._kinds import convert, join_kinds, kind_of
 
 
 class TracedBody:
-    """A body, traced once: from arrays to its outcome.
+    """A body that is traced once, from arrays to its outcome.
 
     **Arguments:**
 
-    - `body`: from any arguments of arrays to an `Outcome`.
-    - `args`: what to trace it for: arrays, or `jax.ShapeDtypeStruct`s.
+    - `body`: maps any arrays to an `Outcome`.
+    - `args`: the arguments to trace it for: arrays, or `jax.ShapeDtypeStruct`s.
 
-    It has `avals`: its outcome, with the shape and dtype of each array instead of it.
+    `avals` is its outcome, with the shape and dtype of each array.
     """
 
     def __init__(self, body: Callable[..., Outcome], *args: Any):
-        # Not by `jax.lax.scan` and the like: they want to be told first what is carried, and
-        # which refs a body writes is not known before it is traced.
+        # Not by `jax.lax.scan` and the like: these need to know the carry first, but only
+        # tracing shows which refs a body writes.
         closed, outcome = jax.make_jaxpr(body, return_shape=True)(*args)
         self._treedef = jtu.tree_structure(outcome)
         self.avals: Outcome = jtu.tree_unflatten(self._treedef, closed.out_avals)
@@ -54,13 +54,13 @@ class TracedBody:
 
 
 def runs_in_python(*decided_on: Any) -> bool:
-    """Whether loops and branches run in Python here: under `jax.disable_jit`, if what they
-    decide on is known."""
+    """Whether loops and branches run in Python here: under `jax.disable_jit`, if the values
+    they depend on are concrete."""
     return _jax.is_jit_disabled() and all(map(_jax.is_concrete, decided_on))
 
 
 def outside(leaves: Leaves) -> Leaves:
-    """The arrays outside refs; `None` instead of a ref."""
+    """The arrays outside refs, with `None` for each ref."""
     return [None if is_node(x) else x for x in leaves]
 
 
@@ -75,17 +75,17 @@ def with_values(arrays: list[Leaves], new: dict[int, Any]) -> list[Leaves]:
 
 
 class Loop:
-    """What is carried from step to step: the arrays of one tree of the call, which is the
-    carry, and the values of the refs that a step writes.
+    """What is carried from step to step: the arrays of one tree of the call (the carry),
+    and the values of the refs that a step writes.
 
-    - `arrays`: those of the call, as they are before a step;
-    - `written`: the numbers of the refs that are carried.
+    - `arrays`: the arrays of the call before a step;
+    - `written`: the numbers of the carried refs.
 
     **Arguments:**
 
-    - `carry`: the number of the tree; `None` if there is no carry. A step returns its leaves
-        before all else.
-    - `name`: of the transform, for messages.
+    - `carry`: the number of the tree, or `None` if there is no carry. A step returns its
+        leaves first.
+    - `name`: the name of the transform, for messages.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Loop:
         self._size = 0 if carry is None else len(arrays[carry])
 
     def carried(self, arrays: list[Leaves]) -> tuple[Leaves, dict[int, Any]]:
-        """What is carried, of the arrays of the call."""
+        """The carried part of the arrays of the call."""
         of_refs = values_of(arrays)
         mine = [] if self._carry is None else outside(arrays[self._carry])
         return mine, {i: of_refs[i] for i in self.written}
@@ -113,12 +113,12 @@ class Loop:
         return arrays
 
     def after(self, outcome: Outcome) -> tuple[Leaves, dict[int, Any]]:
-        """What is carried, of what a step did."""
+        """The carried part of the outcome of a step."""
         mine = outside(outcome.out[: self._size])
         return mine, {i: outcome.updates[i] for i in self.written}
 
     def rest(self, outcome: Outcome) -> tuple[Leaves, dict[int, Any]]:
-        """What a step returns and does not carry."""
+        """The part of the outcome of a step that is not carried."""
         updates = outcome.updates.items()
         rest = {i: x for i, x in updates if i not in self.written}
         return outcome.out[self._size :], rest
@@ -129,7 +129,7 @@ class Loop:
         rest: tuple[Leaves, dict[int, Any]],
         like: Outcome,
     ) -> Outcome:
-        """What the loop did. The opposite of `after` and `rest`."""
+        """The outcome of the loop. The inverse of `after` and `rest`."""
         (mine, values), (out, updates) = carried, rest
         mine = with_outside(like.out[: self._size], mine)
         updates = dict(sorted({**updates, **values}.items()))
@@ -142,17 +142,17 @@ class Loop:
             same = jtu.tree_structure(new) == jtu.tree_structure(before[i])
             if not same or static_keys(info.written[i]) != static_keys(nodes[i].value):
                 raise MismatchError(
-                    f"`{self.name}` carries {self._describe(i)} from step to step, and a "
-                    "step changes the structure of its value, or a static part of it. Give "
-                    "the value the same structure before the loop, with arrays for all "
-                    "that changes."
+                    f"`{self.name}` carries {self._describe(i)} from step to step, but a "
+                    "step changes the structure of its value, or a static part of it. "
+                    "Give the value the same structure before the loop, with arrays for "
+                    "everything that changes."
                 )
 
     def _describe(self, number: int) -> str:
         return describe(self.derefed.refs[number])
 
     def whats(self) -> list[tuple[str, str]]:
-        """What each carried array is, and what a step is to do with it."""
+        """A description of each carried array, and what a step should do with it."""
         found = []
         for k, x in enumerate(self.carried(self.arrays)[0]):
             if x is not None:
@@ -173,21 +173,22 @@ def stage_loop(
     stage: Callable[[list[Leaves]], TracedBody],
     name: str,
 ) -> tuple[Loop, TracedBody, Callable[[Outcome], Any]]:
-    """Finds what a loop carries: the arrays of its carry, and the refs written.
+    """Finds what a loop carries: the arrays of its carry, and the written refs.
 
-    A step must leave them with the shapes and dtypes that they had. A weakly typed one, as
-    a Python scalar is, becomes of the dtype that the step makes of it; then the step is
-    traced again. If that is its own dtype, it stays weakly typed within the loop, as in JAX.
+    A step must preserve their shapes and dtypes. A weakly typed array, such as a Python
+    scalar, takes the dtype that the step gives it; then the step is traced again. If that
+    is its own dtype, it stays weakly typed within the loop, as in JAX.
 
     **Arguments:**
 
     - `carry`: the number of the tree of the call that is the carry.
-    - `sliced`: the numbers of the refs that are not carried.
+    - `sliced`: the numbers of refs that are not carried.
     - `stage`: traces a step for given arrays.
 
     **Returns:**
 
-    The loop, one step, and what is carried of what a step did, of the types that it had.
+    The loop, one step, and a function from the outcome of a step to the carried part, with
+    the original types.
 
     **Raises:**
 
@@ -228,10 +229,10 @@ def _changed_kind(what: str, remedy: str, before: Any, after: Any, name: str) ->
     if before.split != after.split:
         spec = f"P({', '.join(map(repr, before.split))})"
         return (
-            f"`{name}` carries {what} from step to step, so a step must keep how it is split "
-            f"over the mesh: it is {before!r} before the step, and {after!r} after it. Put "
-            f"it as it was at the end of the step, `jax.sharding.reshard(x, {spec})`; or as "
-            "it is after a step before the loop."
+            f"`{name}` carries {what} from step to step, so a step must keep how it is "
+            f"split over the mesh: it is {before!r} before the step, and {after!r} after "
+            f"it. Restore it at the end of the step, `jax.sharding.reshard(x, {spec})`; or "
+            "reshard it before the loop."
         )
     return (
         f"`{name}` carries {what} from step to step, so a step must keep its shape and "
@@ -242,12 +243,12 @@ def _changed_kind(what: str, remedy: str, before: Any, after: Any, name: str) ->
 
 
 class PythonLoop:
-    """A loop as Python runs it, step by step: what `jax.disable_jit` asks for.
+    """A loop that runs in Python, step by step, for `jax.disable_jit`.
 
-    Nothing is staged, and a step sees arrays that can be printed, and decided on by `if`. A
-    step may write other refs than the one before.
+    Nothing is staged, and a step sees arrays that can be printed or tested with `if`. Steps
+    may write different refs.
 
-    - `loop`: what is carried. Its `arrays` are those after the last step.
+    - `loop`: the carried state. Its `arrays` are those after the last step.
     """
 
     def __init__(self, loop: Loop, sliced: Collection[int] = ()):
@@ -262,7 +263,7 @@ class PythonLoop:
     def step(
         self, run: Callable[[list[Leaves]], Outcome], arrays: list[Leaves]
     ) -> None:
-        """One step, on these arrays: those of the loop, but for what is sliced."""
+        """One step, on these arrays: those of the loop, except for slices."""
         loop, outcome = self.loop, run(arrays)
         outcome = Outcome(*arrays_of(outcome), outcome.info)
         loop.check_structure(outcome.info, outcome.updates)
@@ -275,12 +276,11 @@ class PythonLoop:
         if self._steps and info.result.key != self._steps[0][1].info.result.key:
             raise MismatchError(
                 f"`{self.loop.name}`: each step must return the same structure, static "
-                "values and refs. What is not an array cannot depend on the step: make it "
-                "one."
+                "values and refs. Only arrays may depend on the step: make it one."
             )
 
     def outcome(self, reverse: bool = False) -> Outcome:
-        """What the loop did. There was a step."""
+        """The outcome of the loop, which must have run a step."""
         steps = self._steps[::-1] if reverse else self._steps
         written = sorted({i for _, outcome in steps for i in outcome.updates})
         self.loop.written = [i for i in written if i not in self._sliced]

@@ -1,9 +1,9 @@
-"""What `filter_custom_jvp` and `filter_custom_vjp` have in common: a function with rules.
+"""The base of `filter_custom_jvp` and `filter_custom_vjp`: a function with rules.
 
-JAX calls a rule instead of the function, when it likes: while it differentiates, or later,
-when the function was staged out and the call is long over. So what the rules share is not
-the call itself, which holds the refs and arrays of the caller, but a `CallWithRules`: the structure
-of the call, on which the function and each rule are run with arrays of their own.
+JAX calls a rule instead of the function at any time: while it differentiates, or, if the
+function was staged out, long after the call. So the rules do not share the call itself,
+which holds the refs and arrays of the caller, but a `CallWithRules`: the structure of the
+call, on which the function and each rule run with their own arrays.
 """
 
 import weakref
@@ -32,8 +32,8 @@ SymbolicZero = jax.custom_derivatives.SymbolicZero
 
 
 class Rules(NamedTuple):
-    """The function and its rules: the callable of the call, so that what any of them closes
-    over is carried."""
+    """The function and its rules. This is the callable of the call, so values closed over
+    by any of them are carried."""
 
     fn: Any
     first: Any
@@ -45,10 +45,11 @@ def _function(rules: Rules, *args: Any, **kwargs: Any) -> Any:
 
 
 class CallWithRules:
-    """What the function and its rules are run on. Holds no array and, strongly, no ref.
+    """The structure on which the function and its rules run. Holds no arrays, and refs only
+    weakly.
 
-    - `info`: what the function did (or the rule that ran in its place);
-    - `remedy`: how to have a derivative by something, for messages.
+    - `info`: what the function (or the rule that replaced it) did;
+    - `remedy`: how to get a derivative with respect to something, for messages.
     """
 
     def __init__(self, name: str, fn: Any, derefed: Call, remedy: str):
@@ -65,7 +66,7 @@ class CallWithRules:
     def run(self, arrays: list[Leaves], rule: Callable) -> Outcome:
         refs = [weak() for weak in self._refs]
         carried = [ref for ref in refs if ref is not None]
-        # A rule that runs after the body of its call may be run for other refs: those of
+        # A rule that runs after the body of its call may run for other refs: those of
         # whichever call is differentiated.
         known = [None if ref is None or _has_ended(ref) else ref for ref in refs]
         with _trace.running_body(self.name, carried, self._trace(), False, {}) as body:
@@ -75,20 +76,20 @@ class CallWithRules:
         return self.run_forward(arrays, _function, "the function")
 
     def run_forward(self, arrays: list[Leaves], rule: Callable, which: str) -> Outcome:
-        """As `run`, for what is to do the same as the function: return a result of the same
-        structure, and write the same refs."""
+        """As `run`, for a rule that must behave like the function: return a result of the
+        same structure, and write the same refs."""
         outcome = self.run(arrays, rule)
         earlier, self.info = self.info, outcome.info
         if earlier is None and outcome.updates and rule is not _function:
-            # JAX has called the rule alone. Which refs the function writes, it is to tell.
+            # JAX has only called the rule, so run the function to see which refs it writes.
             earlier = jax.eval_shape(lambda: self.run(arrays, _function)).info
         if earlier is None:
             return outcome
         if earlier.result.key != self.info.result.key:
             raise MismatchError(
                 f"`{self.name}`: {which} of `{self.fn_name}` must return a result of the "
-                "same structure as the function does: of the same static values, and the "
-                "same refs."
+                "same structure as the function, with the same static values and the same "
+                "refs."
             )
         before, now = earlier.written_keys(), self.info.written_keys()
         if before != now:
@@ -107,9 +108,9 @@ class CallWithRules:
     def refuse_perturbed(
         self, perturbed: list[Leaves], first: int, written: Collection[int]
     ) -> None:
-        """Refuses a derivative by what the rule has none for: the trees of a call from number
-        `first` on. `perturbed` has something instead of each array that is differentiated,
-        and `None` elsewhere. A ref that is written is state, and has no derivative."""
+        """Refuses a derivative with respect to the trees of a call from number `first` on,
+        for which the rule has none. `perturbed` is not `None` for each differentiated
+        array. A written ref is state, and has no derivative."""
         for i, leaves in enumerate(perturbed[first:], first):
             for k, leaf in enumerate(leaves):
                 if not jtu.tree_leaves(leaf):
@@ -117,14 +118,14 @@ class CallWithRules:
                 if type(leaf) is Value and leaf.index in written:
                     continue
                 raise StructureError(
-                    f"`{self.name}`: the rule of `{self.fn_name}` gives no derivative by "
-                    f"{self.place(i, k, leaf)}, which is differentiated here. "
+                    f"`{self.name}`: the rule of `{self.fn_name}` gives no derivative with "
+                    f"respect to {self.place(i, k, leaf)}, which is differentiated here. "
                     f"{self.remedy} Or exclude it: `rx.filter_grad(..., wrt=...)`, or "
                     "`jax.lax.stop_gradient`."
                 )
 
     def place(self, i: int, k: int, leaf: Any) -> str:
-        """What leaf number `k` of tree number `i` is, for messages."""
+        """A description of leaf number `k` of tree number `i`, for messages."""
         if type(leaf) is Value:
             return self.describe(leaf.index)
         return f"the array in {place(self.structure.parts, i, k)}"
@@ -135,7 +136,7 @@ def _has_ended(ref: Ref) -> bool:
 
 
 class Custom(Generic[P, T]):
-    """What the two have in common: a function with rules, which is a pytree of these."""
+    """The common base class: a function with rules, and a pytree of these."""
 
     def __init__(self, fn: Callable[P, T]):
         self.__wrapped__ = fn
@@ -186,8 +187,8 @@ def pair_of(frame: CallWithRules, result: Any, which: str, second: str) -> tuple
 
 
 def placed(of_result: Leaves, of_out: Leaves) -> Leaves:
-    """What the leaves of an outcome have, at the places of the derefed result: `None` for a
-    ref of the caller, which is no result of the function but an input."""
+    """Moves a list aligned with the leaves of an outcome to the places of the derefed
+    result, with `None` for a ref of the caller, which is an input of the function."""
     return [
         result.with_value(made.value if type(made) is Value else None)
         if type(result) is Value
@@ -197,7 +198,7 @@ def placed(of_result: Leaves, of_out: Leaves) -> Leaves:
 
 
 def made(out: Leaves, of_result: Leaves) -> Leaves:
-    """The opposite of `placed`."""
+    """The inverse of `placed`."""
     return [
         made.with_value(result.value)
         if type(made) is Value

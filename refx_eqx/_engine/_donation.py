@@ -1,4 +1,4 @@
-"""Donation: which buffers a call gives away, and never one that somebody else holds."""
+"""Donation: which buffers a call donates, but never one that is held elsewhere."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -18,13 +18,13 @@ Donate = Literal["all", "all-except-first", "warn", "warn-except-first", "none",
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Split:
-    """Which of the flat arrays are donated.
+    """Which flat arrays are donated.
 
     - `donated`, `kept`: their positions;
-    - `n_outside`: so many of those that are donated, the first, are outside refs;
-    - `alone`: of each of the others, how often Python counts it if nothing but its ref holds
-        it (see `apart`);
-    - `trees`: which of them are in a ref with a pytree: the number of the ref, and their
+    - `n_outside`: the number of donated arrays outside refs, which come first;
+    - `alone`: for each of the others, its reference count if only its ref holds it (see
+        `apart`);
+    - `trees`: those that are in a ref to a pytree: the number of the ref, and their
         positions.
     """
 
@@ -40,7 +40,7 @@ class Split:
         self.take_donated, self.take_kept = picker(self.donated), picker(self.kept)
 
     def joined(self, donated: Sequence[Any], kept: Sequence[Any]) -> list[Any]:
-        """The flat arrays again."""
+        """Restores the flat arrays."""
         flat: list[Any] = [None] * (len(donated) + len(kept))
         for i, x in zip((*self.donated, *self.kept), (*donated, *kept)):
             flat[i] = x
@@ -49,7 +49,7 @@ class Split:
 
 def what_to_donate(structure: Structure, donate: str) -> tuple[list[int], set[int]]:
     """The positions of the arrays outside refs that this mode donates, and the numbers of
-    the refs that it keeps though they are written."""
+    written refs that it keeps."""
     first = donate.endswith("-except-first")
     kept = {x.index for x in structure.statics[0] if is_node(x)} if first else set()
     if donate in ("none", "refs"):
@@ -59,32 +59,32 @@ def what_to_donate(structure: Structure, donate: str) -> tuple[list[int], set[in
 
 
 def same_buffer_type(old: Any, new: Any) -> bool:
-    new = jax.typeof(new)  # a constant of the program may be a number of Python
+    new = jax.typeof(new)  # a constant of the program may be a Python number
     return old.shape == new.shape and old.dtype == new.dtype
 
 
 def apart(
     arrays: list[Any], values: list[Any], split: Split
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The arrays that are donated, and those that are not.
+    """The donated arrays, and the others.
 
-    A buffer of a ref that somebody else holds too (a snapshot, a clone, another ref, a
-    variable) is theirs to keep: a copy is donated in its stead. Python counts who holds an
-    object: the ref or the pytree in it, and `arrays`, `values` and the tuple made here.
+    If a ref's buffer is also held elsewhere (a snapshot, a clone, another ref, a variable),
+    a copy is donated instead. Python's reference count shows the holders of an object: the
+    ref or the pytree in it, and `arrays`, `values` and the tuple made here.
 
     **Arguments:**
 
-    - `arrays`: of the call, flat.
-    - `values`: of its refs.
+    - `arrays`: the flat arrays of the call.
+    - `values`: the values of its refs.
     - `split`: which arrays to donate.
     """
     donated, kept = split.take_donated(arrays), split.take_kept(arrays)
     if _trace.guards.get():
-        # It may turn out that a ref may not be written here.
+        # This may find that a ref may not be written here.
         return tuple(map(_copy, donated)), kept
     n = split.n_outside
     in_refs = donated[n:] if n else donated
-    # A slice holds them once more.
+    # A slice adds a reference to each.
     counts = list(map(getrefcount, in_refs))
     if (n or counts != split.alone or split.trees) and donated:
         donated = _with_copies(donated, kept, counts, values, split)
@@ -104,7 +104,7 @@ def _with_copies(
         if getrefcount(values[number]) > _TREE_ALONE:
             for k in positions:
                 held[k] = True
-    # The caller may donate what a ref has too, or one array twice.
+    # The caller may donate an array that a ref also holds, or one array twice.
     seen = set(map(id, (*kept, *donated[n:]))) if n else set()
     for k, x in enumerate(donated[:n]):
         held[k] = id(x) in seen
@@ -115,19 +115,19 @@ def _with_copies(
 def call_into(
     returned: list[Any], outcome_of: Callable, program: Callable, *args: Any
 ) -> Any:
-    """What a donating program returns. It is kept in `returned`, behind what makes an outcome
-    of it, before any code in Python runs: see `rescue`."""
+    """Calls a donating program. The result is stored in `returned`, after the function that
+    makes an outcome of it, before any Python code runs: see `rescue`."""
     returned[:1] = [outcome_of]
     returned.extend(map(program, *zip(args)))
     return returned[-1]
 
 
 def _copy(x: Any) -> Any:
-    return x.copy() if isinstance(x, jax.Array) else x  # a number of Python
+    return x.copy() if isinstance(x, jax.Array) else x  # a Python number
 
 
 def _count_alone() -> tuple[int, int]:
-    """What `apart` counts for an array that only its ref holds, and for a pytree."""
+    """The counts in `apart` for an array that only its ref holds, and for a pytree."""
     ref = [object()]
     values, arrays = ref[:], ref[:]
     donated = tuple(arrays)

@@ -1,19 +1,20 @@
-"""Plans: what a repeated call knows already, so that it costs what `jax.jit` costs.
+"""Plans: what a repeated call already knows, so that it costs as little as `jax.jit`.
 
 There is one mechanism, in three parts:
 
-- `_call_key` reads the arguments: what must be the same for a plan to fit (identity of what
-  cannot change, type and value of what is static, the structure of what is a tree), and
-  what the plan takes from each call (arrays, and the refs that are given themselves);
-- a plan knows, for such arguments, which refs a call carries, in which order `jax.jit`
-  wants all arrays, and which compiled program it is (also, if the function asks which refs
-  it is given: see `_core/_identity.py`). A call is then: look up, read the
-  values of the refs, call `jax.jit` on a flat list, write back;
-- `_watch` notices what has changed below something that is told by its identity. Then the
-  plan is made again. And where a ref has a value of another structure: see `Contents`.
+- `_call_key` reads the arguments: what must be the same for a plan to fit (the identity of
+    immutable objects, the type and value of static leaves, the structure of trees), and
+    what the plan takes from each call (arrays, and refs passed directly);
+- a plan knows, for such arguments, which refs a call carries, the order of arrays for
+    `jax.jit`, and the compiled program (which may depend on the identity of the refs: see
+    `_core/_identity.py`). A call is then: look up, read the values of the refs, call
+    `jax.jit` on a flat list, write back;
+- `_watch` notices changes below objects that are keyed by identity. Then the plan is made
+    again. For a ref with a value of another structure see `Contents`.
 
-A plan keeps nothing alive. The refs that it has are those of modules and functions that its
-key has by identity, it goes when one of these does, and a function keeps a bounded number.
+A plan keeps nothing alive. Its refs belong to modules and functions that its key holds by
+identity; it is dropped when one of these is, and a function keeps a bounded number of
+plans.
 """
 
 import weakref
@@ -45,7 +46,7 @@ NO_PLAN: Any = object()
 
 _MAX_PLANS = 256
 _MAX_NOTES = 1000
-# A plan that is remade this often is worth nothing: something changes at each call.
+# A plan that is remade this often is useless: something changes at each call.
 _MAX_REMADE = 100
 
 
@@ -56,14 +57,14 @@ class Plans:
         self._fn = fn
         self._program = program
         self._plans: dict[tuple, Plan] = {}
-        # The keys that were met once: most are never met again. And those for which there
-        # can be no plan. By their hashes, which keep nothing alive.
+        # Keys that were met once (most are never met again), and keys that cannot have a
+        # plan. By their hashes, which keep nothing alive.
         self._noted: dict[int, bool] = {}
-        # The modules that were met once, by their addresses.
+        # Modules that were met once, by address.
         self._known: dict[int, weakref.ref] = {}
 
     def call(self, args: tuple, kwargs: dict) -> Any:
-        """Makes the call, if there is a plan for it; `NO_PLAN` if there is none."""
+        """Makes the call if there is a plan for it; otherwise returns `NO_PLAN`."""
         state = _trace.undisturbed_state()
         if state is None:
             return NO_PLAN
@@ -74,7 +75,7 @@ class Plans:
         try:
             plan = self._plans.get(key)
         except TypeError:
-            # A part of a new module has no hash: it is told by identity from now on.
+            # Part of a new module is not hashable: use its identity from now on.
             for module in found[4]:
                 self._know(module)
             return NO_PLAN
@@ -130,7 +131,7 @@ class Plans:
         plans = weakref.ref(self)
 
         def forget(_: Any) -> None:
-            # An address may be used again as soon as its object is gone.
+            # An address may be reused as soon as its object is gone.
             alive = plans()
             if alive is not None:
                 alive._plans.pop(key, None)
@@ -142,7 +143,7 @@ class Plans:
 
 
 class Plan:
-    """One call, prepared. See the top of this file."""
+    """A prepared call. See the top of this file."""
 
     __slots__ = (
         "contents",
@@ -163,21 +164,22 @@ class Plan:
         "watch",
     )
 
-    # For each array outside refs: its position among those of the call, or the array
-    # itself where a module holds it. `None` if they are just those of the call.
+    # For each array outside refs: its position among those of the call, or the array itself
+    # if a module holds it. `None` if they are just those of the call.
     outside: list[Any] | None
-    # The refs below what is held by identity; the others are given with each call. And the
-    # order of the refs among both, `None` if it is just that.
+    # The refs below objects held by identity; the others are passed with each call. And the
+    # order of the refs among both; `None` if it is just that.
     own: list[Ref]
     order: list[int] | None
     # `None` if each ref holds one JAX array.
     contents: Contents | None
-    # What `commits.count` was when `contents` were last known to be what they are. It has
-    # moved if anything was written since.
+    # `commits.count` when `contents` were last known to be current. It changes with any
+    # write.
     settled: int
-    # Weak references to what the key has by identity.
+    # Weak references to the objects that the key holds by identity.
     guards: list[weakref.ref]
-    # What the program did last: `_Known`. One object, as several threads may be here at once.
+    # What the program did last: `_Known`. A single object, as several threads may be here
+    # at once.
     known: "_Known | None"
     remade: int
 
@@ -202,10 +204,10 @@ class Plan:
         self.contents = None
         if not all(map(is_one_array, derefed.values)):
             self.contents = Contents(derefed.values, variant.values, variant.n_outside)
-        # For each ref: its node.
+        # The node of each ref.
         self.nodes = list(derefed.structure.refs().values())
         self.program, self.variant = program, variant
-        # Without donation there is nothing to decide on a call.
+        # Without donation a call has nothing to decide.
         self.run, self.donates = variant.plain, variant.donates
         self.outside = outside
         self.settled = -1
@@ -213,14 +215,14 @@ class Plan:
         self.known = None
         self.restructured = restructured
         self.watch: Watch | None = None
-        # The plan must keep neither the values of this moment nor given refs alive.
+        # The plan must not keep current values or passed refs alive.
         forget_values(derefed)
         derefed.refs = self.own if not given else []
         self.derefed = derefed
 
     def fits(self, refs: list[Ref], values: list[Any]) -> bool:
-        """Whether these refs, and their values, are such as the plan knows. (For those that
-        are not one JAX array, `Contents.flat` sees.)"""
+        """Whether the plan fits these refs and their values. (`Contents.flat` checks values
+        that are not single JAX arrays.)"""
         restructured = commits.restructured
         others = set(self.contents.numbers) if self.contents else ()
         for i, (ref, value, node) in enumerate(zip(refs, values, self.nodes)):
@@ -235,14 +237,14 @@ class Plan:
         arrays = [split_value(value)[0] for value in values]
         if on_mesh(jtu.tree_leaves(arrays)) != flat_of(self.derefed).shardings:
             return False
-        # It may matter which refs these are, and that was found out meanwhile.
+        # The identity of the refs may have turned out to matter meanwhile.
         if self.program.variant(with_refs(self.derefed, refs))[0] is not self.variant:
             return False
         self.restructured = restructured
         return True
 
     def knows(self, values: list[Any]) -> bool:
-        """Whether values that are not one JAX array each have the known structure."""
+        """Whether values that are not single JAX arrays have the known structure."""
         if self.contents is None:
             return True
         none: list[Any] = [None] * self.variant.n_outside
@@ -251,8 +253,8 @@ class Plan:
     def call(
         self, arrays: list[Any], given: list[Ref], state: _trace.ThreadState
     ) -> Any:
-        """Makes the call with these arrays and refs, on the thread of `state`; `NO_PLAN` if
-        the refs are such as the plan does not know."""
+        """Makes the call with these arrays and refs, on the thread of `state`; returns
+        `NO_PLAN` if the plan does not fit the refs."""
         refs = self.own + given if given and self.own else given or self.own
         if self.order is not None:
             refs = list(map(refs.__getitem__, self.order))
@@ -299,7 +301,7 @@ class Plan:
                     self.known = known
                 if known.waits:
                     jax.block_until_ready(done)
-                # Before anything is written: to rebuild a class of the user's may raise.
+                # Before anything is written: rebuilding a user's class may raise.
                 if known.is_one:
                     answer = done[known.n]
                 elif known.build is not None:
@@ -311,11 +313,11 @@ class Plan:
                     commit(refs, values, started, updates)
                     return answer
                 updates = done if known.are_arrays else known.values(done)
-                # Not `lock.acquire()`, which a signal may part from its `try`.
+                # Not `lock.acquire()`, which a signal may separate from its `try`.
                 with commits.lock:
                     if commits.count != started and not (
                         all(ref._value is value for ref, value in zip(refs, values))
-                        # What was taken for settled may have been written just then.
+                        # Values assumed unchanged may just have been written.
                         and (not is_settled or self.knows(values))
                     ):
                         continue
@@ -339,7 +341,7 @@ class Plan:
                     raise
                 if isinstance(e, TypeError):
                     if self.contents or not all(map(is_traced, arrays)):
-                        # A tracer in a dict, an array of texts: it is told where.
+                        # A tracer in a dict, an array of strings: the error says where.
                         return NO_PLAN
                 if isinstance(e, ValueError | RuntimeError):  # as JAX raises
                     try:
@@ -350,15 +352,15 @@ class Plan:
 
 
 class _Known:
-    """What a program does with what it returns.
+    """How to use the results of a program.
 
-    - `number`, `info`, `written`: of the trace, as the `Variant` has them;
+    - `number`, `info`, `written`: those of the trace, as in the `Variant`;
     - `build`, `waits`: those of `info`;
-    - `n`: how many of the arrays, the first, are in new values; `are_arrays`: whether these
+    - `n`: the number of arrays in new values, which come first; `are_arrays`: whether these
         are the new values;
-    - `are_kept`: whether the new values have the structure of the old, see `Contents`;
-    - `is_one`: whether the result is the one array behind them;
-    - `in_general`: whether something is written that a plan cannot write by itself.
+    - `are_kept`: whether the new values have the structure of the old ones, see `Contents`;
+    - `is_one`: whether the result is the single array after them;
+    - `in_general`: whether there are writes that a plan cannot make itself.
     """
 
     __slots__ = (
@@ -389,7 +391,7 @@ class _Known:
         self.are_arrays = all(map(is_one_array, values))
         contents = plan.contents
         self.are_kept = bool(contents and contents.are_kept(self.written, values))
-        # What is no array in the new values is the same each time.
+        # Non-array parts of the new values are the same each time.
         leaves, self._treedef_of_values = jtu.tree_flatten(values)
         self._statics: list[Any] = []
         order, k = [], 0
@@ -401,8 +403,8 @@ class _Known:
                 order.append(len(done) + len(self._statics))
                 self._statics.append(leaf)
         self._arrange = picker(order)
-        # A tree may be written where a tree was: where there was one array, all plans must
-        # look again. And a node may have made something else of its arrays.
+        # A tree may replace a tree; if it replaces a single array, all plans must check
+        # again. And a node may have converted its arrays.
         known_trees = contents.numbers if contents else ()
         self.in_general = (
             bool(self.info.in_place)
@@ -414,7 +416,7 @@ class _Known:
         )
 
     def values(self, done: list[Any]) -> list[Any]:
-        """The new values, of what the program returned."""
+        """The new values, from the results of the program."""
         return self._treedef_of_values.unflatten(self._arrange([*done, *self._statics]))
 
     def outcome(self, done: list[Any]) -> Outcome:
@@ -425,7 +427,7 @@ class _Known:
 def make_plan(
     fn: Any, program: Program, args: tuple, kwargs: dict, found: Read
 ) -> Plan | None:
-    """A plan for this call; `None` if something in it can change unseen."""
+    """A plan for this call; `None` if something in it can change unnoticed."""
     restructured = commits.restructured
     _, arrays, refs, held, _ = found
     marked = mark(args, kwargs, found)
@@ -449,6 +451,6 @@ def make_plan(
 
 
 def _is_complete(held: Any) -> bool:
-    """Whether a module has all of its fields: else its `__init__` is running."""
+    """Whether a module has all of its fields; if not, its `__init__` is running."""
     fields = held.__dataclass_fields__ if isinstance(held, eqx.Module) else ()
     return all(name in vars(held) for name in fields)

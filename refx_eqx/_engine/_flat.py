@@ -1,7 +1,8 @@
-"""The arrays of a call in one flat list, which is what the dispatch of JAX takes fastest.
+"""The arrays of a call in one flat list, the fastest form for JAX's dispatch.
 
-First those outside refs, then those of each ref: so a repeated call, which knows all else,
-reads the values of its refs and appends them. Only programs and plans know this form.
+First the arrays outside refs, then those of each ref: a repeated call, which knows
+everything else, just reads and appends the values of its refs. Only programs and plans use
+this form.
 """
 
 from collections.abc import Hashable
@@ -20,8 +21,8 @@ from .._trees._keys import weakly
 
 
 class Flat(NamedTuple):
-    """The arrays, and what they are the leaves of: those outside refs, and the values; and
-    where those in refs are, as far as they are on a mesh."""
+    """The arrays, the trees that they are leaves of (the arrays outside refs, and the
+    values), and the shardings of those in refs that are on a mesh."""
 
     arrays: list[Any]
     treedef: Any
@@ -29,7 +30,7 @@ class Flat(NamedTuple):
 
 
 def flat_of(derefed: Call) -> Flat:
-    """The arrays of a call. They are flattened once."""
+    """The flat arrays of a call, which are flattened once."""
     if derefed.flat is None:
         outside = [
             x
@@ -47,13 +48,13 @@ def flat_of(derefed: Call) -> Flat:
 
 
 def program_key(derefed: Call) -> Hashable:
-    """What two calls have in common that can run one program: the structure, and which refs
-    have a channel."""
+    """Equal for two calls that can run the same program: the structure, and which refs have
+    a channel."""
     return derefed.structure.key, flat_of(derefed).treedef
 
 
 def unflatten(structure: Structure, treedef: Any, flat: list[Any]) -> list[Leaves]:
-    """The arrays of a call of this structure again."""
+    """Restores the arrays of a call of this structure."""
     outside, values = treedef.unflatten(flat)
     rest = iter(outside)
     return [
@@ -70,7 +71,7 @@ def unflatten(structure: Structure, treedef: Any, flat: list[Any]) -> list[Leave
 
 
 def forget_values(derefed: Call) -> None:
-    """From now on the call keeps neither arrays nor static leaves alive: for a plan."""
+    """Makes the call keep no arrays and no static leaves alive, for a plan."""
     derefed.flat = flat_of(derefed)._replace(arrays=[])
     derefed.arrays, derefed.values, derefed.leaves = [], [], []
     statics = [
@@ -81,13 +82,13 @@ def forget_values(derefed: Call) -> None:
 
 
 def flat_place(derefed: Any, n: int) -> str:
-    """Where in a call number `n` of its flat arrays is."""
+    """The place in a call of its flat array number `n`."""
     places = [
         (i, k, leaf)
         for i, leaves in enumerate(derefed.arrays)
         for k, leaf in enumerate(leaves)
     ]
-    # Those in refs come last.
+    # The arrays in refs come last.
     for i, k, leaf in sorted(places, key=lambda x: type(x[2]) is Value):
         n -= len(jtu.tree_leaves(leaf))
         if n < 0:

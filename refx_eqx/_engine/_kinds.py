@@ -1,5 +1,5 @@
-"""What an array is apart from its numbers: how a loop or a choice compares the arrays of
-two traces, and converts one to the other."""
+"""Kinds of arrays: how loops and branches compare arrays of two traces, and convert one to
+the other."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -12,12 +12,12 @@ from .._core import _jax
 
 
 class Kind(NamedTuple):
-    """What the type of an array says, all that a loop must keep.
+    """The parts of the type of an array that a loop must preserve.
 
     - `weak`: whether it came from a Python scalar;
-    - `varies`: the axes of the mesh of a running `shard_map` along which it may differ;
-    - `split`: the axes of a mesh of explicit axes that split it, for each of its axes; `()`
-        if none does.
+    - `varies`: the mesh axes of a running `shard_map` along which it may differ;
+    - `split`: for each of its axes, the explicit mesh axes that split it; `()` if it is not
+        split.
     """
 
     shape: tuple[int, ...]
@@ -45,10 +45,10 @@ def kind_of(aval: Any) -> Kind:
 
 
 def join_kinds(kinds: Iterable[Kind]) -> Kind | None:
-    """The kind that all of these can be converted to without loss; `None` if there is none.
+    """The kind that all of these can be converted to without loss, or `None`.
 
-    Only a weakly typed array is converted, as everywhere in JAX: `0.0` to `bfloat16`. And
-    what is one value for all shards is, in particular, one for each.
+    Only weakly typed arrays are converted, as everywhere in JAX: `0.0` to `bfloat16`. And a
+    value that is the same in all shards can be used as one per shard.
     """
     kinds = list(kinds)
     varies = frozenset().union(*(kind.varies for kind in kinds))
@@ -75,7 +75,7 @@ def _order(kind: Kind) -> int:
 
 
 def convert(x: Any, kind: Kind) -> Any:
-    """An array as this kind: `join_kinds` has found that it can be."""
+    """Converts an array to this kind, which `join_kinds` has found possible."""
     own = kind_of(jax.typeof(x))
     if kind.varies != own.varies:
         x = jax.lax.pcast(x, tuple(kind.varies - own.varies), to="varying")

@@ -1,7 +1,7 @@
-"""Programs: compiled once for each structure, and called with flat arrays.
+"""Programs: compiled once per structure, and called with flat arrays.
 
 `filter_jit` is a program whose body runs the function. The control flow transforms are
-programs too, so that a second call with the same structure does not trace again.
+programs too, so a second call with the same structure does not retrace.
 """
 
 import functools
@@ -38,24 +38,24 @@ from ._shardings import keep_in_place
 
 
 class _Resplit(Exception):
-    """Other arrays can be donated than was thought: the program writes other refs."""
+    """The program writes other refs than expected, so other arrays can be donated."""
 
     def __init__(self, split: Split):
         self.split = split
 
 
 class Program:
-    """The compiled programs of one function: one for each structure, and for each set of
-    shapes and dtypes within it.
+    """The compiled programs of one function: one per structure, and per set of shapes and
+    dtypes within it.
 
     **Arguments:**
 
-    - `name`: of the function, for the profiler and the compiler.
-    - `body`: what is compiled: from a call and arrays instead of its own, to an outcome.
-        It is kept, so it must hold nothing of a single call.
+    - `name`: the name of the function, for the profiler and the compiler.
+    - `body`: the function to compile: maps a call, and arrays to use instead of its own, to
+        an outcome. It is kept, so it must not hold on to a single call.
     - `donate`, `jitkwargs`: as in `filter_jit`.
-    - `as_a_whole`: whether it is compiled as a whole. What JAX runs operation by operation
-        outside of `jit` is not, so that it gives the same bits.
+    - `as_a_whole`: whether to compile it as a whole. Transforms that JAX runs operation by
+        operation outside `jit` are not, so that they give the same bits.
     """
 
     def __init__(
@@ -71,12 +71,12 @@ class Program:
         self.body = body
         self.donate: Donate = donate
         self.jitkwargs = jitkwargs
-        # By where the refs are: what is written to them stays there.
+        # By the shardings of the refs, which writes preserve.
         self._variants: dict[Shardings, ByCall[Variant]] = {}
 
     def variant(self, derefed: Call) -> tuple["Variant", list[Any]]:
-        """The program for the structure of a call, and for its refs if it matters which
-        they are; and the flat arrays to run it on."""
+        """The program for the structure of a call (and for its refs, if their identity
+        matters), and the flat arrays to run it on."""
         flat = flat_of(derefed)
         variants = self._variants.setdefault(flat.shardings, ByCall())
         return variants.get(derefed, self._new_variant), flat.arrays
@@ -85,7 +85,7 @@ class Program:
         return Variant(self, derefed.structure, flat_of(derefed).treedef)
 
     def traced(self, variant: "Variant", derefed: Call) -> Asked:
-        """A variant was traced for a call: notes for which refs that is right."""
+        """Notes for which refs a variant that was traced for a call is right."""
         return self._variants[flat_of(derefed).shardings].note(derefed, variant)
 
     def __call__(self, derefed: Call) -> Outcome:
@@ -97,11 +97,11 @@ class Program:
                         derefed, flat, derefed.values, derefed.returned
                     )
                     outcome = variant.outcome(result)
-                    # Another thread may have traced it in between, for its own refs.
+                    # Another thread may have traced it meanwhile, for its own refs.
                     if outcome.info.asked.holds_for(derefed.refs):
                         break
             if outcome.info.waits and _jax.is_evaluating():
-                # A failed check must leave every ref at its old value.
+                # A failed check must leave every ref unchanged.
                 jax.block_until_ready(result)
         except (ValueError, RuntimeError) as e:
             explain(e, derefed.refs, derefed.values)
@@ -109,13 +109,13 @@ class Program:
         return outcome
 
 
-# What the functions of `jax.jit` return: see `Variant`.
+# What the `jax.jit` functions return: see `Variant`.
 Result = dict[int, list[Any]]
 
 
 class Trace(NamedTuple):
-    """What one trace of a program did: its info, the numbers of the refs that it wrote, and
-    the structure of their new values and the result, `(updates, out)`."""
+    """What one trace of a program did: its info, the numbers of the refs it wrote, and the
+    structure of their new values and the result, `(updates, out)`."""
 
     info: OutcomeInfo
     written: tuple[int, ...]
@@ -123,12 +123,12 @@ class Trace(NamedTuple):
 
 
 class Variant:
-    """A program for one structure: functions of `jax.jit` on flat lists of arrays.
+    """A program for one structure: `jax.jit` functions on flat lists of arrays.
 
-    Such a function returns `{number: arrays}`, where `traces` has by this number all that is
-    no array. JAX makes that without a call of Python: it takes least time, and no signal comes
-    between the end of a donating call, when its buffers are gone, and the moment when what it
-    returned is kept.
+    Such a function returns `{number: arrays}`; `traces` has everything else under this
+    number. JAX builds this without calling Python: it is fastest, and no signal can come
+    between the end of a donating call, when its buffers are gone, and the moment its result
+    is stored.
     """
 
     def __init__(self, program: Program, structure: Structure, treedef: Any):
@@ -136,7 +136,7 @@ class Variant:
         self.donates = program.donate != "none"
         outside, values = treedef.children()
         self.n_outside: int = outside.num_leaves
-        # For each ref: the structure of its value, and where its arrays are.
+        # For each ref: the structure of its value, and the positions of its arrays.
         self.values = values.children()
         ends = itertools.accumulate(
             (x.num_leaves for x in self.values), initial=self.n_outside
@@ -145,22 +145,22 @@ class Variant:
         self._in_donated = what_to_donate(structure, program.donate)
         self.traces: dict[int, Trace] = {}
         self._numbers = itertools.count()
-        # What to donate, as far as is known; see `_donation`. And where it is another: by
-        # the types of the arrays, so that calls of two types do not trace in turns.
+        # What to donate, as far as is known; see `_donation`. And exceptions by the types
+        # of the arrays, so that alternating calls of two types do not retrace.
         self._usual: _Donation | None = None
         self._others: dict[tuple, _Donation] = {}
         self._quiet: list[warnings.catch_warnings] = []
         self._jitkwargs = program.jitkwargs
         body = program.body
-        # Not a cycle, which would keep what the function closes over, such as tracers,
-        # until Python looks for cycles. Who calls has both.
+        # Not a cycle, which would keep closed-over values such as tracers alive until
+        # garbage collection. The caller has both.
         mine, owner = weakref.ref(self), weakref.ref(program)
 
         def traced(flat: list[Any]) -> Result:
-            # Where the stack of a failed `eqx.error_if` is cut: see `_run_time_errors.py`.
+            # The stack of a failed `eqx.error_if` is cut here: see `_run_time_errors.py`.
             __equinox_jit_id__ = JIT_ID  # noqa: F841
-            # Not from around this function, which `jax.jit` keeps: JAX traces it again for
-            # other shapes, when the call that it was made for is long over.
+            # Not from a closure of this function, which `jax.jit` keeps: JAX traces it
+            # again for other shapes, long after the call it was made for.
             derefed = running_call()
             arrays = unflatten(derefed.structure, treedef, flat)
             outcome = body(derefed, arrays)
@@ -182,7 +182,7 @@ class Variant:
         self.plain: Any = jitted if program.as_a_whole else _jax.one_by_one(jitted)
 
     def _number_of(self, trace: "Trace") -> int:
-        """The same for what is equal: caches of JAX keep one result for each number."""
+        """The same for equal traces: JAX's caches keep one result per number."""
         for number, known in list(self.traces.items()):
             if known == trace:
                 return number
@@ -191,7 +191,7 @@ class Variant:
         return number
 
     def outcome(self, result: "Result") -> Outcome:
-        """What a function of `jax.jit` returned, as an outcome."""
+        """Converts the result of a `jax.jit` function to an outcome."""
         ((number, arrays),) = result.items()
         info, written, treedef = self.traces[number]
         updates, out = treedef.unflatten(arrays)
@@ -200,13 +200,13 @@ class Variant:
     def dispatch(
         self, derefed: Call, arrays: list[Any], values: list[Any], returned: list[Any]
     ) -> "Result":
-        """Calls the program; to be called while `derefed` is the running call.
+        """Calls the program. Call this while `derefed` is the running call.
 
-        `arrays` and `values` are those of the call, instead of what `derefed` has. What is
-        returned stands in `returned` too, if buffers were donated: see `call_into`.
+        `arrays` and `values` are used instead of those of `derefed`. If buffers were
+        donated, the result is also stored in `returned`: see `call_into`.
         """
         if self.donates and _jax.is_evaluating():
-            # Only `arrays` has them from here on: `apart` counts who else does.
+            # Only `arrays` holds them from here on: `apart` counts other holders.
             derefed.arrays = []
             return self.dispatch_donating(derefed, arrays, values, returned)
         return self.plain(arrays)
@@ -215,14 +215,14 @@ class Variant:
         self, derefed: Call, arrays: list[Any], values: list[Any], returned: list[Any]
     ) -> "Result":
         if _jax.is_checking_results():
-            # JAX finds a NaN when the buffers are gone, and would run on them once more.
+            # JAX finds a NaN after the buffers are gone, and would run on them again.
             return self.plain(arrays)
         donation = self._usual
         if donation is None or self._others:
             donation = self._donation(derefed, arrays)
         while True:
             try:
-                # In no variable, which would be counted at the second try.
+                # Not in a variable, which would be counted at the second try.
                 return call_into(
                     returned,
                     self.outcome,
@@ -236,8 +236,8 @@ class Variant:
                     self._speak()
 
     def be_quiet(self) -> None:
-        """Until `_speak`: no word of an unused donation, where the mode wants none. JAX says
-        it when it compiles, so this is asked for when it traces, and not at each call."""
+        """Silences warnings of unused donations until `_speak`, if the mode wants none. JAX
+        warns when it compiles, so this is called when it traces, not at each call."""
         if self._donate in ("all", "all-except-first"):
             context = warnings.catch_warnings()
             context.__enter__()
@@ -250,7 +250,7 @@ class Variant:
             self._quiet.pop().__exit__(None, None, None)
 
     def lower(self, derefed: Call, arrays: list[Any]) -> tuple[Any, Split]:
-        """The lowered program, and what of its arrays it donates."""
+        """The lowered program, and which of its arrays it donates."""
         with dispatching(derefed):
             if not self.donates:
                 return self.plain.lower(arrays), Split((), tuple(range(len(arrays))))
@@ -267,10 +267,11 @@ class Variant:
                     self._speak()
 
     def _donation(self, derefed: Call, arrays: list[Any]) -> "_Donation":
-        """What to donate, as far as is known before the program is traced for its shapes.
+        """What to donate, as far as is known before the program is traced for these shapes.
 
-        What is written is known once the function was traced for some. If it depends on
-        the shapes (in Python code it may), the function of a `_Donation` notices.
+        The written refs are known once the function has been traced for some shapes. If
+        they depend on the shapes (through Python code), the function of a `_Donation`
+        notices.
         """
         if self._usual is None:
             jaxpr, result = jax.make_jaxpr(self._traced, return_shape=True)(arrays)
@@ -288,7 +289,7 @@ class Variant:
         outside, kept_refs = self._in_donated
         donated = set(outside)
         for number, new in outcome.updates.items():
-            # A value of another structure has no buffer that could be matched with it.
+            # A value of another structure has no matching buffer.
             same = jax.tree.structure(new) == self.values[number]
             if number in kept_refs or not same:
                 continue
@@ -313,7 +314,7 @@ class Variant:
 
 
 class _Donation:
-    """What of its arrays a program donates, and the function of `jax.jit` that does."""
+    """Which of its arrays a program donates, and the `jax.jit` function that does so."""
 
     __slots__ = ("run", "split")
 
@@ -329,7 +330,7 @@ class _Donation:
             if derefed.traced is None:
                 result = variant._traced(flat)
             else:
-                # Traced a moment ago, to find the split: not a second time.
+                # Traced a moment ago to find the split; do not trace again.
                 jaxpr, out_treedef = derefed.traced
                 out = _jax.eval_jaxpr(jaxpr, flat)
                 result = jax.tree.unflatten(out_treedef, out)
@@ -347,13 +348,14 @@ def _types(arrays: list[Any]) -> tuple:
     return tuple(map(jax.typeof, arrays))
 
 
-# A program lives as long as the functions that it was made for. Nothing in it holds them: a
-# structure holds functions weakly. By the first of them: its programs, and the same by the next.
+# A program lives as long as the functions it was made for, which it does not hold: a
+# structure holds functions weakly. A nested mapping: for the first function its programs,
+# then the same for the next function.
 _programs: Any = weakref.WeakKeyDictionary()
 
 
 def function_in(fn: Any) -> Any:
-    """The object whose life a program shares: the Python function that is run."""
+    """The object whose lifetime a program shares: the Python function that is run."""
     seen: set[int] = set()
     while id(fn) not in seen:  # a wrapper may wrap itself
         seen.add(id(fn))
@@ -373,8 +375,8 @@ def function_in(fn: Any) -> Any:
 def program_of(
     fns: tuple[Any, ...], key: Hashable, make: Callable[[], Program]
 ) -> Program:
-    """The program of these functions under `key` (the transform and its options); made if
-    need be."""
+    """The program of these functions under `key` (the transform and its options), made if
+    necessary."""
     programs, level = {}, _programs
     for fn in fns:
         programs, level = level.setdefault(
@@ -382,7 +384,7 @@ def program_of(
         )
     try:
         program = programs.get(key)
-    except TypeError:  # an option that is not hashable: not kept
+    except TypeError:  # an unhashable option: not kept
         return make()
     if program is None:
         program = programs[key] = make()

@@ -1,9 +1,9 @@
 """Randomness: refs of collection "rng" are split along a mapped axis, and by step of a scan.
 
-A ref of this collection that is broadcast holds, inside the function, a key of that place on
-the axis, or of that step: the key outside with its number folded in. So dropout differs
-along the axis, and no key is threaded. What the function writes to the ref stays one value
-for the whole axis: a counter is the same everywhere, and of a key it is the first one.
+Inside the function, a broadcast ref of this collection holds a separate key for each place
+on the axis or each step: the outer key with its number folded in. So dropout differs along
+the axis without threading keys. A write to the ref is still one value for the whole axis: a
+counter is the same everywhere, and of the keys the first is taken.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ def is_key(x: jax.Array) -> bool:
     return x.dtype == raw.dtype and x.shape[-1:] == raw.shape
 
 
-# Folded in before the number of the place. Without it the key of place 3 would be the one
+# Folded in before the number of the place. Otherwise the key of place 3 would be the one
 # that a user, or a stream of `Rngs`, gets by folding in 3. (ASCII for "lane".)
 _MARK = 0x6C616E65
 
@@ -41,12 +41,12 @@ def fold_in(keys: jax.Array, place: jax.Array) -> jax.Array:
 def split_keys(
     split: tuple[int, ...], arrays: list[Leaves], place: Any
 ) -> list[Leaves]:
-    """The arrays of a call as one place on the mapped axis sees them.
+    """The arrays of a call as seen at one place on the mapped axis.
 
     **Arguments:**
 
     - `split`: the numbers of the refs that are split.
-    - `arrays`: those of the call.
+    - `arrays`: the arrays of the call.
     - `place`: the number of the place, or of the step. May be `None` if `split` is empty.
     """
 

@@ -1,4 +1,4 @@
-"""What a compiled program raises, told as what it means."""
+"""Translates the errors of compiled programs."""
 
 import itertools
 import logging
@@ -18,7 +18,7 @@ from .._core._ref import Ref
 
 
 def has_runtime_check(equations: Iterable[Any]) -> bool:
-    """Whether a program calls back into Python, which may raise: `eqx.error_if` does."""
+    """Whether a program calls back into Python, which may raise, as `eqx.error_if` does."""
     for eqn in equations:
         if eqn.primitive.name in ("pure_callback", "io_callback"):
             return True
@@ -34,17 +34,17 @@ _CHECK_FAILED = "_EquinoxRuntimeError: "
 
 
 def explain(error: Exception, refs: list[Ref], values: list[Any]) -> None:
-    """Raises a better error instead of JAX's, where there is one to be had.
+    """Raises a better error than JAX's, if possible.
 
-    `values` are those of `refs` that the call read.
+    `values` are the values of `refs` read by the call.
 
     **Raises:**
 
     - `equinox.EquinoxRuntimeError`: if a run-time check failed.
-    - `Disturbed`: if another thread donated a value after it was read, and has written the
+    - `Disturbed`: if another thread donated a value after it was read, and has written a
         new one: the call must run again.
     - `DonatedError`: if a value was donated, and there is no new one; `ConcurrencyError` if
-        it may have been another thread.
+        another thread may have done so.
     """
     text = str(error)
     callback = _CALLBACK_FAILED.search(text)
@@ -63,34 +63,34 @@ def explain(error: Exception, refs: list[Ref], values: list[Any]) -> None:
             gone = f"The buffer of {describe(ref)} is gone: "
             if threading.active_count() > 1:
                 raise ConcurrencyError(
-                    f"{gone}it was donated by a call that has not come back on another "
-                    "thread, or that failed. Guard calls that donate with a lock; if it was "
-                    "one thread, the array was also used elsewhere, and donated or deleted "
-                    "there: give a copy away."
+                    f"{gone}it was donated by a call that is still running on another "
+                    "thread, or that failed. Guard donating calls with a lock; with a "
+                    "single thread, the array was also used elsewhere, and donated or "
+                    "deleted there: donate a copy."
                 ) from error
             raise DonatedError(
-                f"{gone}its array was used elsewhere too, and donated or deleted there "
-                "(`jax.jit(..., donate_argnums=...)`, `.delete()`), or a call that donated "
-                "it failed. Give a copy away: `jnp.array(ref.value, copy=True)`."
+                f"{gone}its array was also used elsewhere, and donated or deleted there "
+                "(`jax.jit(..., donate_argnums=...)`, `.delete()`), or a call that "
+                "donated it failed. Donate a copy: `jnp.array(ref.value, copy=True)`."
             ) from error
 
 
-# Equinox looks for this in the variables of each frame that a check is made in.
+# Equinox looks for this variable in each frame of the stack of a check.
 JIT_ID = b"refx_eqx"
 
 
 def _runtime_error(text: str) -> eqx.EquinoxRuntimeError:
-    """As `eqx.filter_jit` raises it, with the stack inside the program.
+    """The error that `eqx.filter_jit` raises, with the stack inside the program.
 
-    JAX hands over the message of a callback as text, with Equinox's advice (to use
-    `filter_jit`) behind it; Equinox keeps the stack in a global variable.
+    JAX passes on the message of a callback as text, followed by Equinox's advice (to use
+    `filter_jit`); Equinox keeps the stack in a global variable.
     """
     message = text.split(_CHECK_FAILED, 1)[1].split("\n\n\n-----", 1)[0]
     info = getattr(equinox_jit, "last_error_info", None)
     template = getattr(equinox_jit, "_on_error_msg", None)
     if template is None or info is None or info[0] != message:  # another thread's
         return eqx.EquinoxRuntimeError(message)
-    # From the inside out: text for each frame, and an id for each program.
+    # From the inside out: a text for each frame, and an id for each program.
     stack = list(info[1])
     if JIT_ID in stack:
         stack = stack[: len(stack) - 1 - stack[::-1].index(JIT_ID)]
@@ -99,8 +99,8 @@ def _runtime_error(text: str) -> eqx.EquinoxRuntimeError:
 
 
 class CallbackFailed(Exception):
-    """What JAX is told of an exception in a callback. JAX hands it over as text, with a
-    number in it by which `explain` finds the exception itself."""
+    """Replaces an exception in a callback. JAX passes it on as text, with a number from
+    which `explain` finds the original exception."""
 
     def __init__(self, error: Exception):
         number = next(_callback_numbers)
@@ -123,8 +123,8 @@ _callback_errors: dict[int, Exception] = {}
 
 
 class _QuietChecks(logging.Filter):
-    """JAX logs the traceback of every callback that raises. A failed `eqx.error_if` comes
-    to the user as an exception, and once is enough."""
+    """JAX logs the traceback of every callback that raises. The user gets a failed
+    `eqx.error_if` as an exception, and once is enough."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         kind = record.exc_info[0] if record.exc_info else None

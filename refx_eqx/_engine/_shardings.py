@@ -1,12 +1,13 @@
-"""Where the arrays of a program are: its `in_shardings` and `out_shardings`, by reference; and
-what it writes to a ref that is on a mesh, which stays where it was.
+"""The shardings of the arrays of a program: `in_shardings` and `out_shardings`, by
+reference; and those of refs on a mesh, which writes preserve.
 
-The shardings are trees of the derefed form, or prefixes of one: what is known when the program is
-traced, so they are constraints in its body.
+The shardings are derefed trees, or prefixes of one. These are known when the program is
+traced, so they become constraints in its body.
 
-JAX leaves it to the compiler how a result is split. So the state of a training step would move
-with each call, be compiled for again, and be none that a program compiled ahead of time takes.
-Where the refs are is known when a call is made: there is a program for each.
+JAX leaves the sharding of a result to the compiler. So the state of a training step would
+move with each call, cause recompilation, and not be accepted by a program compiled ahead of
+time. The shardings of refs are known when a call is made: there is a separate program for
+each.
 """
 
 from collections.abc import Callable
@@ -28,13 +29,13 @@ ProgramBody = Callable[[Call, list[Leaves]], Outcome]
 
 
 def with_shardings(body: ProgramBody, of_args: Any, of_result: Any) -> ProgramBody:
-    """The body with its arguments and its result where these say; itself if they say nothing.
+    """The body with these shardings for its arguments and its result; the body itself if
+    none are given.
 
     **Arguments:**
 
-    - `of_args`: of the positional arguments: a prefix of the tuple of them, derefed; or
-        `None`.
-    - `of_result`: a prefix of the derefed result, or `None`.
+    - `of_args`: for the positional arguments: a prefix of their derefed tuple, or `None`.
+    - `of_result`: for the result: a prefix of the derefed result, or `None`.
     """
 
     if of_args is None and of_result is None:
@@ -46,7 +47,7 @@ def with_shardings(body: ProgramBody, of_args: Any, of_result: Any) -> ProgramBo
             arrays, places = _place_arguments(derefed, arrays, of_args)
         outcome = body(derefed, arrays)
         if places:
-            # A ref that was on a mesh stays there: the program sees to that afterwards.
+            # A ref that was on a mesh stays there: the program ensures that afterwards.
             of_refs = [
                 places.get(number, [None] * len(jtu.tree_leaves(value)))
                 for number, value in values_of(arrays).items()
@@ -62,7 +63,7 @@ def with_shardings(body: ProgramBody, of_args: Any, of_result: Any) -> ProgramBo
 def _place_arguments(
     derefed: Call, arrays: list[Leaves], given: Any
 ) -> tuple[list[Leaves], dict[int, list[Any]]]:
-    """The arrays in their places, and these places by the number of the ref."""
+    """The arrays with their shardings, and the shardings by the number of the ref."""
     parts = derefed.parts[:-2]  # the last two are the keywords and the callable
     trees = tuple(part.tree(leaves) for part, leaves in zip(parts, arrays))
     shardings = leaf_shardings(given, trees, trees, "`filter_jit(in_shardings=...)`")
@@ -86,13 +87,13 @@ def _place_result(outcome: Outcome, given: Any) -> None:
 
 
 def keep_in_place(outcome: Outcome, arrays: list[Leaves], shardings: Shardings) -> None:
-    """Constrains what a body writes to refs to stay where these are. A value of another
+    """Constrains the writes of a body to the shardings of its refs. A value of another
     structure or shape goes where the compiler puts it.
 
     **Arguments:**
 
-    - `arrays`: of the call, as the body had them.
-    - `shardings`: where the arrays in its refs are.
+    - `arrays`: the arrays of the call, as given to the body.
+    - `shardings`: the shardings of the arrays in its refs.
     """
     rest = iter(shardings)
     for number, old in values_of(arrays).items():

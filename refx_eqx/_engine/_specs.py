@@ -1,4 +1,4 @@
-"""The specs that a user gives: `in_specs` and `out_specs`, for `filter_shard_map`."""
+"""The `in_specs` and `out_specs` given by users, for `filter_shard_map`."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,7 +17,7 @@ from ._by_filter import ByFilter, each_leaf, ELSEWHERE, NotGiven, SAME
 
 class specs(ByFilter):
     """Specs by collection, or by any other filter, for the `in_specs` and `out_specs` of
-    [`refx_eqx.filter_shard_map`][]. The sister of [`refx_eqx.axes`][].
+    [`refx_eqx.filter_shard_map`][]. The counterpart of [`refx_eqx.axes`][].
 
     !!! Example
 
@@ -44,24 +44,23 @@ class specs(ByFilter):
         assert sharded(model, jnp.arange(4.0))[0] == 6.0 and model["mean"].value == 1.5
         ```
 
-    A ref of collection `"rng"` that is replicated is split by shard: each draws numbers of its
-    own. `rx.specs(rng=P())` asks for the same randomness in all shards, and
-    `rx.specs(rng=P("data"))` for randomness that differs along the mesh axis `data` alone,
-    for a key that is one (a stack of keys is split, as any array).
+    A replicated ref of collection `"rng"` is split by shard: each shard draws different
+    numbers. `rx.specs(rng=P())` gives the same randomness in all shards, and, for a single
+    key, `rx.specs(rng=P("data"))` gives randomness that differs only along the mesh axis
+    `data` (a stack of keys is split like any array).
 
     **Arguments:**
 
     - `by_collection`: a mapping from collection to spec: a `jax.P`, a `NamedSharding`, or
-        `None`, which is `P()`. A key may be any filter, such as
-        `rx.path("**.shared.**")`. The first that matches decides, and one that matches
-        nothing has no effect.
+        `None`, which is `P()`. A key may be any filter, such as `rx.path("**.shared.**")`.
+        The first match decides, and a key that matches nothing has no effect.
     - `default`: the spec of all other leaves. If omitted, a leaf that is not named is an
-        error, which finds a misspelled key.
+        error, which catches misspelled keys.
     - `**collections`: the spec of each collection.
 
     **Raises:**
 
-    - `TypeError`: if a spec is none.
+    - `TypeError`: if a spec is not a `jax.P`, a `NamedSharding` or `None`.
 
     When used:
 
@@ -89,7 +88,8 @@ class specs(ByFilter):
             return _as_spec(one, "rx.specs")
         except NotGiven:
             raise TypeError(
-                f"`{text}`: a spec is a `jax.P`, or `None` for `P()`, and this is {one!r}."
+                f"`{text}`: a spec must be a `jax.P`, or `None` for `P()`, but this is "
+                f"{one!r}."
             ) from None
 
     def is_whole(self, one: Any) -> bool:
@@ -97,7 +97,7 @@ class specs(ByFilter):
 
 
 AS_TYPED = Unlike(__name__, "AS_TYPED", "the sharding of its type")
-"""The spec of an array of which none is given, under a mesh of explicit axes."""
+"""The spec of an array without a given one, under a mesh of explicit axes."""
 
 
 class OfValue:
@@ -118,23 +118,23 @@ def axes_in(spec: PartitionSpec) -> tuple[str, ...]:
 
 
 def _as_spec(one: Any, what: str) -> PartitionSpec:
-    """What is given for a leaf, as a spec."""
+    """Converts the option given for a leaf to a spec."""
     if one is None:
         return PartitionSpec()
     if isinstance(one, NamedSharding):
         return one.spec
     if isinstance(one, axis_rules) and what == "out_specs":
         raise NotGiven(
-            f"`out_specs` has `{one!r}`, and rules are read for a tree: JAX asks how a result "
-            "is split before it is known. Give the specs of a tree of its form, "
+            f"`out_specs` has `{one!r}`, but rules need a tree: JAX needs the specs of a "
+            "result before it is known. Give the specs of a tree like it, "
             "`out_specs=rules.specs(model)`; `rx.filter_eval_shape` makes one of shapes. "
             "(Refs that the function is given and returns need none.)"
         )
     if not isinstance(one, PartitionSpec):
         also = ", `rx.axis_rules`" if what == "in_specs" else ""
         raise NotGiven(
-            f"`{what}` must consist of `jax.P`, `NamedSharding`, None, `rx.specs`{also} and "
-            f"trees of these, and it has {one!r}."
+            f"`{what}` must consist of `jax.P`, `NamedSharding`, None, `rx.specs`{also} "
+            f"and trees of these, but has {one!r}."
         )
     return one
 
@@ -144,13 +144,13 @@ def _is_given(x: Any) -> bool:
 
 
 def leaf_specs(prefix: Any, tree: Any, what: str) -> list[Any]:
-    """What each leaf of `tree` is given: a spec, `SAME`, or the `OfValue` of a ref whose arrays
-    have their own; `ELSEWHERE` at the second place of a ref, in a tree of the derefed form. For a
-    function it may be a `Within`.
+    """What each leaf of `tree` is given: a spec, `SAME`, or the `OfValue` of a ref whose
+    arrays have their own specs; `ELSEWHERE` at the second place of a ref in a derefed tree.
+    For a function it may be a `Within`.
 
     **Arguments:**
 
-    - `prefix`: as the user gives it, which may be a tree of the derefed form.
+    - `prefix`: as given by the user, possibly a derefed tree.
     """
 
     def resolve(one: Any, subtree: Any) -> list[Any]:
@@ -168,8 +168,8 @@ def leaf_specs(prefix: Any, tree: Any, what: str) -> list[Any]:
 
 
 def specs_of_arrays(given: Any, value: Any, what: str) -> Any:
-    """The spec of each array of the value of a ref, as a tree like it. For one array outside
-    refs too."""
+    """The spec of each array in the value of a ref, as a tree like it. Also for a single
+    array outside refs."""
     if type(given) is not OfValue:
         return jtu.tree_map(lambda x: spec_of_array(given, x), value)
     found = leaf_specs(given.prefix, value, what)
@@ -196,7 +196,7 @@ def specs_in(prefix: Any) -> Iterator[PartitionSpec]:
 
 
 def spec_inside(given: Any) -> Any:
-    """What is given for a function says that of a leaf inside it: `P()` says nothing."""
+    """The spec of a leaf inside a function, from that of the function: `P()` gives none."""
     is_silent = given is SAME or given is AS_TYPED
     if is_silent or (isinstance(given, PartitionSpec) and not axes_in(given)):
         return None

@@ -1,8 +1,8 @@
-"""Trees of tangents and cotangents, as a user gives them.
+"""Trees of tangents and cotangents given by users.
 
-They have the structure of the derefed tree that they are for, with `None` for zero. At the
-place of a ref there may be a `Value`, a ref or its value; of several places of one ref, one
-has it. Where there is nothing to differentiate there is `None`, or what JAX has there: an
+They have the structure of the corresponding derefed tree, with `None` for zero. In place of
+a ref there may be a `Value`, a ref or a bare value; if a ref has several places, one of
+them has it. Where there is nothing to differentiate there is `None`, or, as in JAX, an
 array of `float0`.
 """
 
@@ -25,23 +25,23 @@ from .._trees._closure import Part
 def read_tangents(
     parts: Sequence[Part], like: Sequence[Leaves], trees: Sequence[Any], what: str
 ) -> list[Leaves]:
-    """The derefed leaves of trees of tangents: an array, or `None` for zero, instead of each
-    array of `like`.
+    """The derefed leaves of trees of tangents: an array, or `None` for zero, for each array
+    of `like`.
 
     **Arguments:**
 
-    - `parts`, `like`: the structure of the trees that these are tangents of, and their
-        derefed leaves, with `None` for what has no tangent.
-    - `trees`: the tangents. `None` instead of a whole tree is `None` everywhere in it.
-    - `what`: names them, for messages.
+    - `parts`, `like`: the structure of the primal trees, and their derefed leaves, with
+        `None` for leaves without a tangent.
+    - `trees`: the tangents. `None` for a whole tree means `None` everywhere in it.
+    - `what`: their name, for messages.
 
     **Raises:**
 
-    - `StructureError`: if a tree is of another structure.
-    - `TypeError`: if there is something that is no tangent.
+    - `StructureError`: if a tree has another structure.
+    - `TypeError`: if something is not a tangent.
     """
     likes = values_of(like)
-    # By ref. `None` is the absence of a node here, so nothing says more than "zero".
+    # By ref. `None` is the absence of a node here, and cannot mean more than "zero".
     found = {i: jtu.tree_map(lambda _: None, value) for i, value in likes.items()}
     read = []
     for part, mine, tree in zip(parts, like, trees):
@@ -64,8 +64,8 @@ def _given_leaves(part: Part, tree: Any, what: str) -> list[Any]:
         return part.leaves_up_to(tree)
     except (ValueError, TypeError) as e:
         raise MismatchError(
-            f"{what} must have the structure of `rx.deref` of it, with `None` for what "
-            f"has no derivative. JAX says: {e}"
+            f"{what} must have the derefed structure, with `None` for anything without a "
+            f"derivative. JAX says: {e}"
         ) from None
 
 
@@ -83,7 +83,7 @@ def _tangent(leaf: Any, given: Any, what: str, where: Callable[[], str]) -> Any:
         wanted = "a floating-point or complex array, or `None`, for each such array"
     error = TypeError if jtu.all_leaves([given]) else MismatchError
     raise error(
-        f"{what} must have {wanted}, and has {eqx.tree_pformat(given)} for {where()}."
+        f"{what} must have {wanted}, but has {eqx.tree_pformat(given)} for {where()}."
     )
 
 
@@ -98,14 +98,14 @@ def _read_ref(
     if value is None or isinstance(value, Index):
         return
     which = describe(node)
-    # The statics of the value may stand in the tangent as they are.
+    # The statics of the value may appear unchanged in the tangent.
     leaves, treedef = jtu.tree_flatten(like, is_leaf=lambda x: x is None)
     try:
         values = treedef.flatten_up_to(value)
     except (ValueError, TypeError) as e:
         raise MismatchError(
-            f"{what} must have the structure of the value of {which}, with `None` for what "
-            f"is not differentiated. JAX says: {e}"
+            f"{what} must have the structure of the value of {which}, with `None` for "
+            f"anything that is not differentiated. JAX says: {e}"
         ) from None
     values = [
         None

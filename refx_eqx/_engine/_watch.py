@@ -1,18 +1,18 @@
-"""What may change below an immutable tree, and whether it did.
+"""Watches mutable objects below an immutable tree for changes.
 
-A module is immutable, but not all that it holds is. A plan that has a module or a function
-by its identity watches what is below it:
+A module is immutable, but not everything it holds is. A plan that keys a module or a
+function by identity watches what is below it:
 
-- a list, a dict, a set, a node of any other type that is not known to be immutable: flattened by
-  one level again, its children compared by identity;
-- a closure variable, and what a function is given by default: by identity, or by type and
-  value if it is a number or a text;
-- a static leaf with a hash of its own (a dataclass with `unsafe_hash`): by its hash, as
-  programs are found. (Static fields of a module are compared by JAX, as parts of a treedef:
-  it does not notice one that changes in place, nor does Equinox.)
+- a list, a dict, a set, a node of any other type not known to be immutable: flattened by
+    one level again, comparing its children by identity;
+- closure variables and default arguments: by identity, or by type and value if they are
+    numbers or strings;
+- a static leaf with its own hash (a dataclass with `unsafe_hash`): by its hash, like
+    programs. (JAX compares static fields of a module as parts of a treedef: neither it nor
+    Equinox notices one that changes in place.)
 
-An array of NumPy that changes in place is read again by each call. What is changed past the
-guard of its own type, by `object.__setattr__` on a module, is not noticed.
+A NumPy array that changes in place is read again by each call. A change that bypasses the
+guard of its type, by `object.__setattr__` on a module, is not noticed.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ __tracebackhide__ = True
 
 
 class Watch:
-    """What was found below some trees, as it was then."""
+    """What was found below some trees, in its state at that time."""
 
     __slots__ = (
         "_dicts",
@@ -55,7 +55,8 @@ class Watch:
     )
 
     def __init__(self):
-        # Each with what it held. The functions weakly: a function may be in its own cell.
+        # Each with its contents. Functions are held weakly: a function may be in its own
+        # cell.
         self._lists: list[tuple[list, tuple]] = []
         self._dicts: list[tuple[dict, tuple, tuple]] = []
         self._sets: list[tuple[set, frozenset]] = []
@@ -65,8 +66,8 @@ class Watch:
         self._seen: set[int] = set()
 
     def tree(self, tree: Any) -> bool:
-        """Watches what is below `tree`; `False` if that cannot be done: a node makes other
-        children each time."""
+        """Watches what is below `tree`; returns `False` if a node makes new children each
+        time, so that this is impossible."""
         found = True
 
         def visit(x: Any) -> bool:
@@ -90,7 +91,7 @@ class Watch:
         try:
             refuse_cycle(tree)
             leaves = jtu.tree_leaves(tree, is_leaf=visit)
-        except Exception:  # what a function closes over need be no pytree
+        except Exception:  # closed-over values need not be pytrees
             return False
         for leaf in leaves:
             if id(leaf) in self._seen:
@@ -102,7 +103,7 @@ class Watch:
                     if function.is_needed():
                         self._functions.append(function)
                 for held in inside(leaf):
-                    # What has no refs in it is itself, in the structure of a call too.
+                    # Objects without refs go by identity, in the structure of a call too.
                     if not self.tree(held) and reaches(held):
                         found = False
             else:
@@ -113,7 +114,7 @@ class Watch:
         if isinstance(leaf, set):
             self._seen.add(id(leaf))
             self._sets.append((leaf, frozenset(leaf)))
-        # What has no hash is in the cell of a closure: there it is itself.
+        # An unhashable object is in the cell of a closure, where it goes by identity.
         has_own_hash = type(leaf).__hash__ not in (object.__hash__, None)
         if has_own_hash and not isinstance(leaf, _OF_ONE_HASH):
             self._seen.add(id(leaf))
@@ -139,7 +140,7 @@ class Watch:
                 return False
         for function in self._functions:
             fn = function.recall()
-            # It is gone only if what held it has changed, which is watched as well.
+            # It is gone only if its holder has changed, which is watched as well.
             if not (function.holds(fn) if fn is not None else not function.watched):
                 return False
         return True
@@ -151,7 +152,7 @@ class Watch:
 
 
 class _Function:
-    """What a function closes over, and is given by default, as it was."""
+    """The closed-over values and defaults of a function, as they were."""
 
     __slots__ = ("_defaults", "_kwdefaults", "_recalls", "recall", "watched")
 
@@ -160,16 +161,16 @@ class _Function:
         self._defaults, self._kwdefaults = fn.__defaults__, fn.__kwdefaults__
         cells = watched_cells(fn)
         self.watched = [(i, key) for i, key, _ in cells]
-        # What is asked first, as most contents are objects that stay: whether they are the
-        # same. What there is for it returns one, or `None` if it is gone.
+        # Checked first, as most contents are unchanged objects: their identity. Each entry
+        # returns the object, or `None` if it is gone.
         self._recalls = [(i, _recalling(content)) for i, _, content in cells]
 
     def is_needed(self) -> bool:
         return bool(self.watched or self._defaults or self._kwdefaults)
 
     def holds(self, fn: types.FunctionType) -> bool:
-        # Without defaults a function cannot have been called for want of some, so new ones
-        # mean nothing to a plan. (To ask for them is told to audit hooks, as `id` is.)
+        # A function without defaults was called with all arguments, so new defaults do not
+        # matter to a plan. (Accessing them triggers audit hooks, as `id` does.)
         if self._defaults and fn.__defaults__ is not self._defaults:
             return False
         if self._kwdefaults and fn.__kwdefaults__ is not self._kwdefaults:
@@ -187,8 +188,8 @@ class _Function:
 
 
 def _recalling(x: Any) -> Callable[[], Any]:
-    """Returns `x` when it is called, which takes no call of Python. Holds it weakly, if it
-    can be."""
+    """A callable that returns `x` without running Python code. Holds `x` weakly, if
+    possible."""
     try:
         return weakref.ref(x)
     except TypeError:
@@ -214,6 +215,6 @@ def _is_immutable(kind: type) -> bool:
 _IMMUTABLE = (eqx.Module, Ref, tuple, type(None), jtu.Partial, Lifted)
 _IMMUTABLE += (jax.Array, np.ndarray, types.FunctionType)
 
-# What is hashed by its value, and cannot change it.
+# Types that hash by value, and are immutable.
 _OF_ONE_HASH = (bool, int, float, complex, str, bytes, type, type(None), frozenset)
 _OF_ONE_HASH += (enum.Enum, np.dtype, np.generic, np.ndarray, jax.Array, Ref)

@@ -11,10 +11,10 @@ from .._core._errors import name_of
 
 
 class Lifted:
-    """The base of what a lifted transform returns: a callable, and a pytree.
+    """The base class of what a lifted transform returns: a callable and a pytree.
 
-    The wrapped callable is its child, so the refs in a wrapped module or closure are seen
-    by whatever carries the lifted function in turn.
+    The wrapped callable is its child, so another transform that carries the lifted function
+    sees the refs in a wrapped module or closure.
     """
 
     transform_name = "a lifted transform"
@@ -26,7 +26,7 @@ class Lifted:
 
     @classmethod
     def of(cls, fn: Any, **options: Any) -> Any:
-        """The lifted function; or, if there is none yet, a decorator with these options."""
+        """The lifted function; or, without a function, a decorator with these options."""
         if fn is None:
             return functools.partial(cls, **options)
         return cls(fn, **options)
@@ -35,14 +35,14 @@ class Lifted:
         return self if instance is None else eqx.Partial(self, instance)
 
     def __reduce__(self) -> Any:
-        # As Python pickles a function: by its name, where that leads to it. Else by what it
-        # is made of; what it took over of the function for show does not always pickle.
+        # As Python pickles a function: by name, if that leads to it. Otherwise by its
+        # parts; the attributes copied from the function do not always pickle.
         if _is_named(self):
             return getattr(self, "__qualname__")  # noqa: B009 (set by `update_wrapper`)
         return functools.partial(type(self), **self.options), (self.__wrapped__,)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError("A lifted transform says what a call does.")
+        raise NotImplementedError("A lifted transform defines what a call does.")
 
     def __repr__(self) -> str:
         return f"{self.transform_name}({name_of(self.__wrapped__)})"
@@ -60,7 +60,8 @@ class Lifted:
 
 
 def _is_named(lifted: Lifted) -> bool:
-    """Whether the name of the function leads to the lifted one, as after `@filter_jit`."""
+    """Whether the name of the function leads to the lifted function, as after
+    `@filter_jit`."""
     obj: Any = sys.modules.get(getattr(lifted, "__module__", None) or "")
     for part in getattr(lifted, "__qualname__", "").split("."):
         obj = getattr(obj, part, None)

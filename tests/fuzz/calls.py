@@ -152,7 +152,7 @@ class Call:
     def draw_custom(self) -> None:
         scope = self.scope
         self.options["factor"] = self.rng.choice([2.0, -0.5])
-        # The rules have no derivative by what they close over.
+        # The rules have no derivative with respect to what they close over.
         if derivatives(scope.path):
             self.rest = []
         self.passed = [n for n in self.passed if scope.refs[n].dtype != "log"]
