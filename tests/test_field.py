@@ -1,6 +1,7 @@
 """What the annotation of a field says of a ref, and how a value becomes one."""
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Optional, TypeVar
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jaxtyping import Array, Float, Int
+from typing_extensions import TypeAliasType
 
 import refx_eqx as rx
 
@@ -381,3 +383,47 @@ def test_a_default_that_is_not_assigned_is_converted():
 
     model = Model()
     assert model.weight.value == 1.0 and model.weight.name == "Model.weight"
+
+
+def test_names_of_types_say_what_they_stand_for():
+    Vector = TypeAliasType("Vector", Float[Array, "n"])
+    Weight = TypeAliasType("Weight", rx.Param[Vector])
+    Lora = TypeAliasType(
+        "Lora", Annotated[rx.Ref[T], rx.Collection("lora")], type_params=(T,)
+    )
+
+    class Model(rx.Module):
+        weight: Weight
+        adapter: Lora[Float[Array, "n"]]
+        several: tuple[Weight, ...] | None
+        by_name: rx.Param[dict[str, Vector]]
+        plain: Vector
+
+    one = jnp.ones(2)
+    model = Model(one, one, (one,), {"x": one}, one)
+    refs = (model.weight, model.adapter, model.several[0], model.by_name)
+    assert [ref.collection for ref in refs] == ["params", "lora", "params", "params"]
+    for ref in refs[:3]:
+        with pytest.raises(rx.RefTypeError, match="n=2"):
+            ref.value = jnp.ones(3)
+    with pytest.raises(rx.RefTypeError, match="n=2"):
+        model.by_name.value = {"x": jnp.ones(3)}
+    with pytest.raises(rx.RefTypeError, match="size of dimension n"):
+        Model(one, one, (one,), {"x": one}, jnp.ones(3))
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="`type X = ...` is of Python 3.12")
+def test_names_of_types_are_looked_up_late():
+    names: dict[str, Any] = {"rx": rx, "Array": Array}
+    exec(
+        "type Nested = list[Nested] | rx.Param[Array]\n"
+        "type Children = list[Node]\n"
+        "class Node(rx.Module):\n"
+        "    children: Children\n"
+        "    nested: Nested\n",
+        names,
+    )
+    model = names["Node"]([], jnp.ones(2))
+    assert model.children == [] and model.nested.collection == "params"
+    with pytest.raises(rx.RefTypeError, match="cannot hold"):
+        names["Node"]([], [jnp.ones(2)])

@@ -26,7 +26,13 @@ from ._axis_names import AxisNames, names_bound
 from ._bound import BoundType
 from ._collection import Collection
 from ._construction import keep_state
-from ._hints import has_placeholder, hint_text, split_hint, why_not_of_type
+from ._hints import (
+    has_placeholder,
+    hint_text,
+    split_hint,
+    why_not_of_type,
+    without_aliases,
+)
 from ._ref_type import OpenRefHint, RefHint
 
 
@@ -237,8 +243,10 @@ def read_annotation(
 
     - `TypeError`: if it puts refs into something that is not a pytree.
     """
-    numbers = itertools.count() if numbers is None else numbers
-    hint, metadata = split_hint(resolve_annotation(owner, annotation))
+    annotation = resolve_annotation(owner, annotation)
+    if numbers is None:
+        numbers, annotation = itertools.count(), without_aliases(annotation)
+    hint, metadata = split_hint(annotation)
     origin: Any = get_origin(hint)
     arguments = get_args(hint)
     if origin is Final and arguments:
@@ -266,7 +274,7 @@ def read_annotation(
             )
         return DeclaredContainer(origin, items, is_same_for_all)
     if isinstance(hint, RefHint | OpenRefHint):
-        ref_type, hint = hint.ref_type, hint.value_hint
+        ref_type, hint = hint.ref_type, without_aliases(hint.value_hint)
     elif isinstance(hint, type) and issubclass(hint, Ref):
         ref_type, hint = hint, Any
     else:

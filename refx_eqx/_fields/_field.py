@@ -25,6 +25,7 @@ from ._batched import BatchedHint
 from ._config import config
 from ._construction import keep_state, one_of_several
 from ._declared import Declared, DeclaredRef, read_annotation
+from ._hints import without_aliases
 
 
 class RefField(dataclasses.Field):
@@ -280,7 +281,7 @@ def declare_ref_fields(cls: type) -> None:
             continue
         declared = read_annotation(annotation, cls, name)
         if declared is None:
-            hints[name] = resolve_annotation(cls, annotation)
+            hints[name] = without_aliases(resolve_annotation(cls, annotation))
             continue
         if isinstance(default, dataclasses.Field):
             plain = default

@@ -1,5 +1,6 @@
 """Whether a value has a type, according to beartype and jaxtyping, with the reason."""
 
+import operator
 import types
 from typing import Annotated, Any, get_args, get_origin, Union
 
@@ -102,3 +103,27 @@ def split_hint(hint: Any) -> tuple[Any, tuple]:
         inner, *metadata = get_args(hint)
         return inner, tuple(metadata)
     return hint, ()
+
+
+def without_aliases(hint: Any, inside: tuple = ()) -> Any:
+    """`hint` with what they stand for in place of the names that `type Name[T] = ...` gives.
+
+    **Arguments:**
+
+    - `inside`: the names around. One that stands for itself is left there.
+    """
+    alias, args = get_origin(hint) or hint, get_args(hint)
+    # Not `isinstance`: `typing` has the class from 3.12 on, `typing_extensions` before.
+    if type(alias).__name__ == "TypeAliasType" and alias not in inside:
+        try:
+            value = alias.__value__
+        except NameError:  # of a name that exists for the type checker alone
+            return Any
+        given = dict(zip(alias.__type_params__, args))
+        needed = tuple(given[x] for x in getattr(value, "__parameters__", ()) if given)
+        return without_aliases(value[needed] if needed else value, (*inside, alias))
+    new = tuple(without_aliases(x, inside) for x in args)
+    if all(map(operator.is_, new, args)):
+        return hint
+    origin: Any = Union if alias is types.UnionType else alias
+    return origin[new] if len(new) > 1 else origin[new[0]]
