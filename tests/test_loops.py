@@ -169,6 +169,27 @@ def test_a_while_loop_keeps_a_weakly_typed_carry_as_jax_does():
     assert eqx.tree_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("before", [jnp.float32(1.0), jnp.array(2), jnp.array(0.5)])
+@pytest.mark.parametrize("number", [0.5, jnp.array(0.5), jnp.float32(0.5)])
+def test_what_a_loop_leaves_is_as_weakly_typed_as_in_jax(before, number):
+    of_jax = jax.lax.scan(lambda c, _: (number, None), before, None, length=2)[0]
+
+    def scan(ref):
+        rx.scan(lambda ref, _: (write(ref), None), ref, None, length=2)
+
+    def write(ref):
+        ref.value = number
+        return ref
+
+    fori = lambda ref: rx.fori_loop(0, 2, lambda i, ref: write(ref), ref)
+    in_carry = lambda ref: rx.scan(lambda c, _: (number, None), ref.value, length=2)[0]
+    for loop in (scan, fori, rx.filter_jit(scan)):
+        ref = rx.Ref(before)
+        loop(ref)
+        assert jax.typeof(ref.value) == jax.typeof(of_jax), loop
+    assert jax.typeof(in_carry(rx.Ref(before))) == jax.typeof(of_jax)
+
+
 def test_the_counter_of_a_fori_loop_is_weakly_typed_as_in_jax():
     half = jnp.array(0.5, jnp.bfloat16)
     assert rx.fori_loop(0, 3, lambda i, x: x + i, half) == 3.5

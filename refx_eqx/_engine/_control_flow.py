@@ -177,7 +177,8 @@ def stage_loop(
 
     A step must preserve their shapes and dtypes. A weakly typed array, such as a Python
     scalar, takes the dtype that the step gives it; then the step is traced again. If that
-    is its own dtype, it stays weakly typed within the loop, as in JAX.
+    is its own dtype, it stays weakly typed within the loop, as in JAX;
+    after the loop it is as a step leaves it.
 
     **Arguments:**
 
@@ -210,7 +211,7 @@ def stage_loop(
             kind = join_kinds([old, new])
             if kind is None:
                 raise MismatchError(_changed_kind(*what, old, new, name))
-            kinds.append(kind)
+            kinds.append(kind._replace(weak=new.weak) if kind.dtype == new.dtype else kind)
             if kind.dtype == old.dtype:
                 kind = kind._replace(weak=old.weak)
             promoted.append(x if kind == old else convert(x, kind))
