@@ -4,13 +4,13 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Optional, TypeVar
+from typing_extensions import TypeAliasType
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
 from jaxtyping import Array, Float, Int
-from typing_extensions import TypeAliasType
 
 import refx_eqx as rx
 
@@ -385,22 +385,24 @@ def test_a_default_that_is_not_assigned_is_converted():
     assert model.weight.value == 1.0 and model.weight.name == "Model.weight"
 
 
-def test_names_of_types_say_what_they_stand_for():
-    Vector = TypeAliasType("Vector", Float[Array, "n"])
-    Weight = TypeAliasType("Weight", rx.Param[Vector])
-    Lora = TypeAliasType(
-        "Lora", Annotated[rx.Ref[T], rx.Collection("lora")], type_params=(T,)
-    )
+Vector = TypeAliasType("Vector", Float[Array, "n"])
+Weight = TypeAliasType("Weight", rx.Param[Vector])
+Adapter = TypeAliasType(
+    "Adapter", Annotated[rx.Ref[T], rx.Collection("lora")], type_params=(T,)
+)
 
+
+def test_names_of_types_say_what_they_stand_for():
     class Model(rx.Module):
         weight: Weight
-        adapter: Lora[Float[Array, "n"]]
-        several: tuple[Weight, ...] | None
+        adapter: Adapter[Float[Array, "n"]]
+        several: tuple[Weight, ...]
         by_name: rx.Param[dict[str, Vector]]
         plain: Vector
 
     one = jnp.ones(2)
-    model = Model(one, one, (one,), {"x": one}, one)
+    values: list[Any] = [one, one, (one,), {"x": one}]
+    model = Model(*values, plain=one)
     refs = (model.weight, model.adapter, model.several[0], model.by_name)
     assert [ref.collection for ref in refs] == ["params", "lora", "params", "params"]
     for ref in refs[:3]:
@@ -409,10 +411,12 @@ def test_names_of_types_say_what_they_stand_for():
     with pytest.raises(rx.RefTypeError, match="n=2"):
         model.by_name.value = {"x": jnp.ones(3)}
     with pytest.raises(rx.RefTypeError, match="size of dimension n"):
-        Model(one, one, (one,), {"x": one}, jnp.ones(3))
+        Model(*values, plain=jnp.ones(3))
 
 
-@pytest.mark.skipif(sys.version_info < (3, 12), reason="`type X = ...` is of Python 3.12")
+@pytest.mark.skipif(
+    sys.version_info < (3, 12), reason="`type X = ...` is of Python 3.12"
+)
 def test_names_of_types_are_looked_up_late():
     names: dict[str, Any] = {"rx": rx, "Array": Array}
     exec(

@@ -211,7 +211,9 @@ def stage_loop(
             kind = join_kinds([old, new])
             if kind is None:
                 raise MismatchError(_changed_kind(*what, old, new, name))
-            kinds.append(kind._replace(weak=new.weak) if kind.dtype == new.dtype else kind)
+            kinds.append(
+                kind._replace(weak=new.weak) if kind.dtype == new.dtype else kind
+            )
             if kind.dtype == old.dtype:
                 kind = kind._replace(weak=old.weak)
             promoted.append(x if kind == old else convert(x, kind))

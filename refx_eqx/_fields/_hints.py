@@ -122,8 +122,8 @@ def without_aliases(hint: Any, inside: tuple = ()) -> Any:
         given = dict(zip(alias.__type_params__, args))
         needed = tuple(given[x] for x in getattr(value, "__parameters__", ()) if given)
         return without_aliases(value[needed] if needed else value, (*inside, alias))
-    new = tuple(without_aliases(x, inside) for x in args)
+    new: Any = tuple(without_aliases(x, inside) for x in args)
     if all(map(operator.is_, new, args)):
         return hint
     origin: Any = Union if alias is types.UnionType else alias
-    return origin[new] if len(new) > 1 else origin[new[0]]
+    return origin[new if len(new) > 1 else new[0]]
