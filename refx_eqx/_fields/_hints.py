@@ -106,7 +106,7 @@ def split_hint(hint: Any) -> tuple[Any, tuple]:
 
 
 def without_aliases(hint: Any, inside: tuple = ()) -> Any:
-    """`hint` with what they stand for in place of the names that `type Name[T] = ...` gives.
+    """`hint`, with each name that `type Name[T] = ...` gives replaced by its type.
 
     **Arguments:**
 
