@@ -126,8 +126,8 @@ __version__ = _version("refx_eqx")
 
 
 def __getattr__(name: str) -> _Any:
-    # The layers are imported when one is asked for: to make their classes takes as long as to
-    # import all the rest.
+    # The layers are imported on first access: making their classes takes as long as
+    # importing everything else.
     if name == "nn":
         import importlib
 

@@ -1,10 +1,10 @@
-"""`capture`: what the layers of a model return, without a change to their classes.
+"""`capture`: returns the outputs of the layers of a model, without changing their classes.
 
-1. Each submodule is replaced by one of a subclass that names its output, with the primitive
-   of `jax.ad_checkpoint.checkpoint_name`: an identity, which JAX batches and differentiates
-   as one. So it does not matter what the model does with a layer, `jax.vmap` included.
-2. The function is traced, and its jaxpr evaluated by hand. What has a name is noted, and
-   something may be added to it: that is where the gradient of a layer's output comes from.
+1. Each submodule is replaced with an instance of a subclass that names its output, using
+    the primitive of `jax.ad_checkpoint.checkpoint_name`: an identity, which JAX batches and
+    differentiates as such. So the model may do anything with a layer, including `jax.vmap`.
+2. The function is traced, and its jaxpr evaluated by hand. Named values are recorded, and
+    something may be added to them: this gives the gradient of a layer's output.
 """
 
 import functools
@@ -32,7 +32,7 @@ def capture(
     where: Callable[[eqx.Module], bool] = lambda module: True,
     add: dict[str, tuple[Any, ...]] | None = None,
 ) -> Callable[..., tuple[Any, dict[str, tuple[Any, ...]]]]:
-    """Makes a function return what the layers of its model return, too.
+    """Makes a function also return the outputs of the layers of its model.
 
     !!! Example
 
@@ -52,39 +52,39 @@ def capture(
         out, seen = rx.capture(loss)(model, x)
         assert seen["layers.0"][0].shape == (8,)  # the first call of the first layer
 
-        # The gradient with respect to what each layer returns.
+        # The gradient with respect to the output of each layer.
         zeros = jax.tree.map(jnp.zeros_like, seen)
         grads = rx.filter_grad(lambda zeros: rx.capture(loss, add=zeros)(model, x)[0])(zeros)
         assert jnp.allclose(grads["layers.1"][0], 2 * seen["layers.1"][0])
         ```
 
-    It works under the lifted transforms, and in a model that uses them, or those of JAX. A
-    layer under `vmap` has outputs with the mapped axis, and one that a `scan` or a `map` calls
-    has outputs with an axis of the steps in front: so has each block of a stack. Refs are
-    carried as by every lifted transform. The function is traced at each call: put the call
-    under [`refx_eqx.filter_jit`][].
+    It works under the lifted transforms, and with models that use them, or those of JAX.
+    The outputs of a layer under `vmap` have the mapped axis, and those of a layer called in
+    a `scan` or a `map` have a leading axis for the steps; so do those of each block of a
+    stack. Refs are carried as by every lifted transform. The function is traced at each
+    call: wrap the call in [`refx_eqx.filter_jit`][].
 
     **Arguments:**
 
     - `fn`: a model, or a function whose first argument is one. Traced.
-    - `where`: which of its submodules to capture: a function of the module. Those that
-        cannot be called are left out in any case.
-    - `add`: what to add to the outputs: a dict like the one that is returned.
+    - `where`: a function of a submodule, which says whether to capture it. Submodules that
+        are not callable are never captured.
+    - `add`: values to add to the outputs: a dict like the returned one.
 
     **Returns:**
 
-    A function of the same arguments, which returns the result and a dict. The dict has, by
-    the path of each submodule that is called, a tuple: for each call, in order, the arrays of
-    what it returned.
+    A function of the same arguments, which returns the result and a dict. The dict maps the
+    path of each called submodule to a tuple with, for each call in order, the arrays of its
+    output.
 
     **Raises:**
 
     When the function is called:
 
-    - `StructureError`: if a submodule is called where its output cannot be brought out: in
-        the body of a `while_loop`, a branch of a `cond`, a function with a derivative rule of
-        its own; or if `add` has other calls than there are.
-    - `TypeError`: if `fn` is no module, and there is no argument by position.
+    - `StructureError`: if a submodule is called where its output cannot be returned: in the
+        body of a `while_loop`, a branch of a `cond`, a function with a custom derivative
+        rule; or if `add` does not match the calls.
+    - `TypeError`: if `fn` is not a module, and there is no positional argument.
     """
 
     @functools.wraps(fn, updated=())
@@ -95,8 +95,8 @@ def capture(
             function = _renamed(fn, where)
         elif not args:
             raise TypeError(
-                "`rx.capture`: the layers of the first argument are captured, and there is "
-                "none. Pass the model by position, as the first."
+                "`rx.capture`: the layers of the first argument are captured, but there "
+                "is none. Pass the model as the first positional argument."
             )
         else:
             model, *others = args
@@ -115,7 +115,7 @@ _structures: list[Any] = []
 
 
 def _renamed(model: Any, where: Callable[[eqx.Module], bool]) -> Any:
-    """The model, with submodules that name what they return."""
+    """The model, with submodules that name their outputs."""
 
     def visit(node: Any, path: tuple[str, ...]) -> Any:
         if isinstance(node, Ref):
@@ -123,7 +123,7 @@ def _renamed(model: Any, where: Callable[[eqx.Module], bool]) -> Any:
         children, treedef = jtu.tree_flatten_with_path(
             node, is_leaf=lambda x: x is not node
         )
-        if children and not children[0][0]:  # no key on the way: `node` is a leaf
+        if children and not children[0][0]:  # an empty path: `node` is a leaf
             return node
         new = [visit(x, (*path, *map(key_text, keys))) for keys, x in children]
         out = jtu.tree_unflatten(treedef, new)
@@ -136,10 +136,10 @@ def _renamed(model: Any, where: Callable[[eqx.Module], bool]) -> Any:
     return visit(model, ())
 
 
-@functools.lru_cache(maxsize=4096)  # equal structures are not traced again
+@functools.lru_cache(maxsize=4096)  # equal structures do not retrace
 def _naming(cls: type, path: str) -> type:
     plain = plain_class(cls)
-    if plain is not None:  # below what shows the values of refs to the methods
+    if plain is not None:  # below the class whose methods see the values of refs
         return subclass_of(_naming(plain, path))
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -170,7 +170,7 @@ _INLINED = ("jit", "pjit", "checkpoint", "remat2", "closed_call", "core_call")
 
 
 class _Tags:
-    """What is seen of names, and what is to be added, while a jaxpr is evaluated."""
+    """The named values seen, and the values to add, while a jaxpr is evaluated."""
 
     def __init__(self, add: dict[str, tuple[Any, ...]]):
         self._noted: list[tuple[str, Any]] = []
@@ -232,7 +232,7 @@ def _jaxprs_of(eqn: Any) -> list[Any]:
 
 
 def _names(jaxpr: Any) -> Iterator[str]:
-    """The names in a jaxpr, in the order of its evaluation."""
+    """The names in a jaxpr, in evaluation order."""
     for eqn in jaxpr.eqns:
         name = _name_in(eqn)
         if name is not None:
@@ -244,9 +244,9 @@ def _names(jaxpr: Any) -> Iterator[str]:
 def _evaluate(
     jaxpr: Any, consts: list[Any], args: list[Any], added: Iterator[Any]
 ) -> tuple[list[tuple[str, Any]], list[Any]]:
-    """Evaluates a jaxpr: what has a name, with that name, and the results.
+    """Evaluates a jaxpr. Returns the named values, with their names, and the results.
 
-    `added` has for each name, in order, what to add, or `None`.
+    `added` has, for each name in order, the value to add, or `None`.
     """
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args]))
     noted: list[tuple[str, Any]] = []
@@ -263,7 +263,7 @@ def _evaluate(
             noted.append((name, outs[0]))
         elif not any(True for inner in _jaxprs_of(eqn) for _ in _names(inner)):
             params = eqn.primitive.get_bind_params(eqn.params)
-            # A pair, before JAX 0.10.2.
+            # A pair before JAX 0.10.2.
             functions, params = params if isinstance(params, tuple) else ((), params)
             with eqn.ctx.manager:
                 outs = eqn.primitive.bind(*functions, *inputs, **params)
@@ -286,9 +286,8 @@ def _evaluate(
         else:
             path = next(n for x in _jaxprs_of(eqn) for n in _names(x)).split(":", 3)[-1]
             raise CarryError(
-                f"`rx.capture`: `{path}` is called inside `{kind}`, which cannot bring out "
-                "what it returns there. Leave it out: `rx.capture(fn, where=lambda module: "
-                "...)`."
+                f"`rx.capture`: `{path}` is called inside `{kind}`, which cannot return "
+                "its output. Leave it out: `rx.capture(fn, where=lambda module: ...)`."
             )
         values.update(zip(eqn.outvars, outs))
     return noted, [read(var) for var in jaxpr.outvars]
@@ -297,12 +296,12 @@ def _evaluate(
 def _evaluate_scan(
     eqn: Any, inputs: list[Any], added: Iterator[Any]
 ) -> tuple[list[tuple[str, Any]], list[Any]]:
-    """A scan whose steps bring out what has a name, too. What is noted, and what is added, has
-    an axis in front, of the steps."""
+    """A scan whose steps also return named values. Recorded and added values have a leading
+    axis for the steps."""
     closed = eqn.params["jaxpr"]
     body, consts = closed.jaxpr, closed.consts
-    # What is sliced and stacked is what has one axis more outside. (JAX says so in the
-    # parameters, in another way in 0.12 than in 0.10.)
+    # Sliced and stacked values have one more axis outside. (The parameters also say so, but
+    # differently in JAX 0.12 than in 0.10.)
     rank = lambda variables: [len(var.aval.shape) for var in variables]
     n_xs = sum(a > b for a, b in zip(rank(eqn.invars), rank(body.invars)))
     n_carry = sum(a == b for a, b in zip(rank(eqn.outvars), rank(body.outvars)))

@@ -1,4 +1,4 @@
-"""Looking at a tree of refs: how much is in it, where it is, and what is shared."""
+"""Inspecting a tree of refs: its size, its placement, and what is shared."""
 
 import math
 from collections import Counter
@@ -23,7 +23,7 @@ from ._trees._paths import dotted, key_text
 
 
 def count(tree: PyTree, filter: FilterLike = True) -> int:
-    """How many numbers a tree holds: those of a shared ref once.
+    """Counts the numbers in a tree, those of a shared ref once.
 
     !!! Example
 
@@ -40,13 +40,13 @@ def count(tree: PyTree, filter: FilterLike = True) -> int:
     **Arguments:**
 
     - `tree`: a tree of refs. They must be readable here. A `jax.ShapeDtypeStruct` counts as
-        the array that it stands for.
-    - `filter`: any filter. What it selects is counted: refs, and arrays outside refs.
+        the array it stands for.
+    - `filter`: any filter, which selects the refs and the arrays outside refs to count.
 
     **Returns:**
 
-    The sum of the sizes of all arrays. A number of Python in a ref is one; outside refs it
-    is static, and does not count.
+    The sum of the sizes of all arrays. A Python number in a ref counts as one; outside refs
+    it is static, and does not count.
 
     **Raises:**
 
@@ -58,7 +58,7 @@ def count(tree: PyTree, filter: FilterLike = True) -> int:
 
 
 def tabulate(tree: PyTree, /, *args: Any, flops: bool = False, **kwargs: Any) -> str:
-    """A table of what a tree holds: of each ref its place, collection, shape and size.
+    """A table of the contents of a tree: the place, collection, shape and size of each ref.
 
     !!! Example
 
@@ -77,30 +77,29 @@ def tabulate(tree: PyTree, /, *args: Any, flops: bool = False, **kwargs: Any) ->
     **Arguments:**
 
     - `tree`: a tree of refs, such as a model. The refs must be readable here. A
-        `jax.ShapeDtypeStruct` counts as the array that it stands for.
-    - `*args`, `**kwargs`: what to call the model with, for `flops`. Nothing is computed,
-        and no ref is written.
-    - `flops`: whether to compile a call of the model, and say what the compiler expects it
-        to cost.
+        `jax.ShapeDtypeStruct` counts as the array it stands for.
+    - `*args`, `**kwargs`: the arguments to call the model with, for `flops`. Nothing is
+        computed, and no ref is written.
+    - `flops`: whether to compile a call of the model and show the compiler's cost estimate.
 
     **Returns:**
 
     The table, as text: a row for each place of a ref, and for each array outside refs. A
     shared ref counts once, at its first place. Below it, the totals by collection. If
-    something is on a mesh, there are two more columns: the `PartitionSpec`, and the bytes on
-    each device. So `rx.tabulate(rx.filter_shard(rx.filter_eval_shape(make), shardings))`
-    shows a model before there is any.
+    something is on a mesh, there are two more columns: the `PartitionSpec`, and the bytes
+    on each device. `rx.tabulate(rx.filter_shard(rx.filter_eval_shape(make), shardings))`
+    thus shows a model before it is made.
 
     **Raises:**
 
     - `StructureError`: if `tree` is derefed.
     - `TraceLevelError`: if a ref may not be read here.
-    - `ValueError`: if there are arguments, and `flops` is not asked for.
+    - `ValueError`: if there are arguments, but `flops` is not set.
     """
     if (args or kwargs) and not flops:
         raise ValueError(
-            "`rx.tabulate`: arguments for a call are given, and nothing is asked of it. Pass "
-            "`flops=True` too, or the model alone."
+            "`rx.tabulate`: arguments for a call are only used with `flops=True`. Pass "
+            "that too, or just the model."
         )
     rows = list(_rows(tree, True))
     on_mesh = any(row.specs for row in rows)
@@ -134,7 +133,7 @@ def tabulate(tree: PyTree, /, *args: Any, flops: bool = False, **kwargs: Any) ->
 
 
 class _Row:
-    """What a table says of one place of a ref, or of an array outside refs."""
+    """One row of a table: a place of a ref, or an array outside refs."""
 
     def __init__(self, place: str, leaf: Any, tied_to: str | None):
         self.place = place
@@ -159,7 +158,7 @@ class _Row:
         self.specs = ", ".join(dict.fromkeys(str(x.spec) for x in shardings))
         if arrays and value is leaves[0]:
             self.shape = str(arrays[0].shape)
-            # What is a number of Python is no array until it is traced.
+            # A Python number is not an array until it is traced.
             plain = isinstance(leaves[0], (bool, int, float, complex))
             self.dtype = type(leaves[0]).__name__ if plain else str(arrays[0].dtype)
         else:
@@ -229,7 +228,7 @@ def _rich_table(on_mesh: bool) -> Any:
 def _rendered(table: Any) -> str:
     from rich.console import Console
 
-    # As wide as the table is: the text may be going to a file.
+    # As wide as the table, because the text may go to a file.
     console = Console(width=10_000, color_system=None, markup=False, emoji=False)
     with console.capture() as captured:
         console.print(table)
@@ -246,7 +245,7 @@ def _flops(model: Any, args: tuple, kwargs: dict[str, Any]) -> float:
 
 
 def mermaid(tree: PyTree) -> str:
-    """A drawing of a tree of refs, in which a shared ref is one box with several arrows.
+    """Draws a tree of refs, in which a shared ref is one box with several arrows.
 
     !!! Example
 
@@ -261,13 +260,13 @@ def mermaid(tree: PyTree) -> str:
 
     **Arguments:**
 
-    - `tree`: a tree of refs. Nothing is read that the trace rule forbids: values are shown
-        as they are.
+    - `tree`: a tree of refs. It may be called anywhere: values are shown without the trace
+        rule.
 
     **Returns:**
 
-    The text of a graph in the language of [Mermaid](https://mermaid.js.org), which GitHub,
-    Jupyter and MkDocs draw.
+    A graph as [Mermaid](https://mermaid.js.org) text, which GitHub, Jupyter and MkDocs
+    render.
 
     **Raises:**
 
@@ -279,10 +278,10 @@ def mermaid(tree: PyTree) -> str:
     refs: dict[Ref, str] = {}
 
     def visit(node: Any) -> str | None:
-        """The name of the box of a node; `None` if there is no ref in it."""
+        """The name of the box of a node, or `None` if it contains no ref."""
         if is_node(node):
             raise StructureError(
-                f"Cannot draw a derefed tree: there is a {type(node).__name__} in it. Pass "
+                f"Cannot draw a derefed tree: it contains a {type(node).__name__}. Pass "
                 "the tree of refs itself."
             )
         if isinstance(node, Ref):
@@ -316,7 +315,7 @@ def mermaid(tree: PyTree) -> str:
 
 
 def _lines_of(ref: Ref) -> tuple[str, ...]:
-    # As it is, without the trace rule: a drawing may be of a ref that cannot be read here.
+    # Without the trace rule: a drawing may contain a ref that cannot be read here.
     value = eqx.tree_pformat(ref._value, width=10_000)
     return value, "" if ref.collection is None else str(ref.collection)
 

@@ -1,8 +1,8 @@
-"""`Optimizer`: any transformation of Optax on a model of refs, in place.
+"""`Optimizer`: any Optax transformation on a model of refs, in place.
 
-What Optax sees of a model, and why, is said in `_trained.py`. Each array of Optax's state is
-in a ref of its own, and all else of the state stays unchanged. So `filter_jit` carries it as
-it carries a model, on its fast path.
+`_trained.py` explains what Optax sees of a model, and why. Each array of Optax's state is
+in its own ref, and the rest of the state is unchanged. So `filter_jit` carries it like a
+model, on its fast path.
 """
 
 from collections.abc import Callable, Hashable, Mapping
@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 
 
 class Optimizer(Module):
-    """An optimizer of Optax, with its state in refs: a step updates model and state in
-    place.
+    """An Optax optimizer with its state in refs: a step updates model and state in place.
 
     !!! Example
 
@@ -71,28 +70,28 @@ class Optimizer(Module):
         ```
 
     It works wherever refs do: as an argument or in a closure, under `filter_jit`, `scan` or
-    `filter_vmap` (an ensemble of models, with an optimizer each).
+    `filter_vmap` (an ensemble of models, each with an optimizer).
 
     **What Optax sees** is `rx.state_dict(model, wrt)`: a flat dict with one array for each
-    selected ref, by the name of its first place. So a tied weight has one slot and counts
-    once in a global norm, and refs that are not selected are not there at all. (JAX takes a
-    dict in the order of its keys, so such a sum may have another last bit than over the
-    model.) For masks and labels there are [`refx_eqx.param_mask`][] and [`refx_eqx.param_labels`][].
+    selected ref, keyed by its first place. So a tied weight has one slot and counts once in
+    a global norm, and refs that are not selected are absent. (JAX sorts the keys of a dict,
+    so such a sum may differ from one over the model in the last bit.) For masks and labels
+    use [`refx_eqx.param_mask`][] and [`refx_eqx.param_labels`][].
 
-    **Its state** is the attribute `opt_state`: what Optax keeps, with a ref of collection
-    `"opt_state"` for each array. So a learning rate of `optax.inject_hyperparams` is
-    `optimizer.opt_state.hyperparams["learning_rate"].value`, to read and to set.
+    **Its state** is the attribute `opt_state`: Optax's state, with a ref of collection
+    `"opt_state"` for each array. So a learning rate of `optax.inject_hyperparams` can be
+    read and set as `optimizer.opt_state.hyperparams["learning_rate"].value`.
 
     **Arguments:**
 
     - `model`: any tree of refs.
-    - `tx`: a transformation of Optax.
-    - `wrt`: any filter: the refs to train. The floating-point and complex arrays in them
-        are, as in [`refx_eqx.filter_grad`][].
+    - `tx`: an Optax transformation.
+    - `wrt`: any filter, which selects the refs to train. As in [`refx_eqx.filter_grad`][],
+        their floating-point and complex arrays are trained.
 
     **Raises:**
 
-    - `StructureError`: if `wrt` selects no ref to train, or an array that is in no ref.
+    - `StructureError`: if `wrt` selects no ref to train, or an array outside refs.
     """
 
     opt_state: Any
@@ -114,25 +113,25 @@ class Optimizer(Module):
         self._names = tuple(trained.refs)
 
     def update(self, model: PyTree, grads: PyTree, /, **extra: Any) -> dict[str, Any]:
-        """Makes one step: writes the model and the state of the optimizer.
+        """Makes one step: updates the model and the state of the optimizer.
 
-        All is computed and checked first: if anything fails, nothing has changed.
+        Everything is computed and checked first: if anything fails, nothing has changed.
 
         **Arguments:**
 
         - `model`: the model that the optimizer was made for, or a copy of it.
         - `grads`: its gradients, as [`refx_eqx.filter_grad`][] returns them, or any other
-            tree aligned with the model (see [`refx_eqx.update_refs`][]). Those of refs that
-            `wrt` does not select are not looked at.
-        - `**extra`: what else the transformation asks for, such as `value=` for
-            `optax.contrib.reduce_on_plateau`. What is about parameters in Optax is about the
-            model here: `grad=` has the form of `grads`; `value_fn=` and `obj_fn=` are
+            tree aligned with the model (see [`refx_eqx.update_refs`][]). Gradients of refs
+            that `wrt` does not select are ignored.
+        - `**extra`: other arguments of the transformation, such as `value=` for
+            `optax.contrib.reduce_on_plateau`. Arguments about parameters in Optax are about
+            the model here: `grad=` has the form of `grads`; `value_fn=` and `obj_fn=` are
             functions of a model, and `grad_fn=` returns gradients of one. They are called
-            with copies of the model, so what they write is dropped.
+            with copies of the model, so their writes are dropped.
 
         **Returns:**
 
-        The updates that were added, by name.
+        The added updates, by name.
 
         **Raises:**
 
@@ -168,7 +167,7 @@ def _gradients_of(trained: Trained, grad_fn: Callable[..., Any]) -> Callable[...
     return gradients
 
 
-# The extra arguments that are about parameters in Optax, and about the model here.
+# The extra arguments that are about parameters in Optax, but about the model here.
 _TRANSLATIONS: dict[str, Callable[[Trained, Any], Any]] = {
     "grad": lambda trained, grad: trained.by_name(grad, "gradients"),
     "value_fn": Trained.of_values,
@@ -178,29 +177,27 @@ _TRANSLATIONS: dict[str, Callable[[Trained, Any], Any]] = {
 
 
 def _taking_extra(tx: Any) -> Any:
-    """The transformation, ignoring the extra arguments that it has no use for: as in
-    `optax.chain`."""
+    """The transformation, ignoring extra arguments it does not use, as in `optax.chain`."""
     import optax
 
-    # `optax.MultiSteps` is none, and takes them already.
+    # `optax.MultiSteps` is not one, but already takes them.
     is_plain = isinstance(tx, optax.GradientTransformation)
     return optax.with_extra_args_support(tx) if is_plain else tx
 
 
-# A slot holds an array. So a number that is written to it, such as a learning rate, becomes
-# one of the same dtype, and the compiled step stays valid.
+# A slot holds an array, so a number written to it, such as a learning rate, becomes an
+# array of the same dtype, and the compiled step stays valid.
 _SLOT = BoundType(DeclaredRef(Optimizer, "opt_state", 0, jax.Array), NO_NAMES)
 
 
 def _in_slots(opt_state: Any, trained: Trained) -> Any:
-    """The state of Optax, with a ref instead of each array."""
+    """Optax's state, with each array in a ref."""
     weights = trained.followed()
 
     def slot(path: tuple, leaf: Any) -> Any:
         if not is_traced_in_ref(leaf):
             return leaf
-        # A copy: Optax may have kept the array itself, or it may be that of a parameter,
-        # and a slot is donated.
+        # A copy: the array may also be held by Optax or a parameter, and a slot is donated.
         ref = Ref(jnp.array(leaf), "opt_state")
         ref._name = f"Optimizer.opt_state{jtu.keystr(path)}"
         declare(ref, _type_of_slot(path, leaf, weights))
@@ -210,13 +207,13 @@ def _in_slots(opt_state: Any, trained: Trained) -> Any:
 
 
 def _check_in_slots(opt_state: Any) -> None:
-    """A mapping in the state of Optax can be assigned to: then a ref is gone from it."""
+    """Checks for assignments to a mapping in Optax's state, which would remove a ref."""
     for path, leaf in jtu.tree_leaves_with_path(opt_state):
         if not isinstance(leaf, Ref) and is_traced_in_ref(leaf):
             place = f"opt_state{jtu.keystr(path)}"
             raise StructureError(
-                f"The optimizer cannot step: `{place}` was a ref, and is {leaf!r} now. Make "
-                f"the optimizer again; and to change a number in its state, write the ref: "
+                f"The optimizer cannot step: `{place}` was a ref, but is {leaf!r} now. "
+                "Make a new optimizer; to change a number in its state, write the ref: "
                 f"`optimizer.{place}.value = ...`."
             )
 
@@ -224,8 +221,8 @@ def _check_in_slots(opt_state: Any) -> None:
 def _type_of_slot(
     path: tuple, leaf: Any, weights: dict[tuple, tuple[Any, Following]]
 ) -> BoundType:
-    """Optax keeps by name what it keeps for each weight. What has the shape of the weight
-    goes where it goes."""
+    """Optax keeps the state of each weight by name. An array with the shape of the weight
+    is sharded like it."""
     for i in reversed(range(len(path))):
         known = weights.get(path[i:])
         if known is not None and jnp.shape(known[0]) == jnp.shape(leaf):
@@ -234,19 +231,19 @@ def _type_of_slot(
 
 
 def _writes_to_slots(slots: Any, opt_state: Any) -> list[tuple[Ref, Any]]:
-    """What is to be written for the state to become `opt_state`.
+    """The writes that turn the state into `opt_state`.
 
     **Raises:**
 
-    - `StructureError`: if it is of another structure.
+    - `StructureError`: if it has another structure.
     """
     leaves, treedef = jtu.tree_flatten_with_path(slots)
     new_leaves, new_treedef = jtu.tree_flatten(opt_state)
     if new_treedef != treedef:
         raise MismatchError(
             "Cannot update the optimizer: its transformation returned a state of another "
-            f"structure, {new_treedef}, than it has, {treedef}. `update` must return a "
-            "state as `init` does; for another transformation, make another `rx.Optimizer`."
+            f"structure, {new_treedef}, instead of {treedef}. `update` must return a state "
+            "like that of `init`; for another transformation, make another `rx.Optimizer`."
         )
     writes = []
     for (path, slot), new in zip(leaves, new_leaves):
@@ -255,8 +252,8 @@ def _writes_to_slots(slots: Any, opt_state: Any) -> list[tuple[Ref, Any]]:
         elif slot is not new and slot != new:
             raise MismatchError(
                 f"Cannot update the optimizer: at {path_text(path)} of its state is "
-                f"{slot!r}, which is no array, and the transformation returned {new!r}. "
-                "Only arrays can change from step to step."
+                f"{slot!r}, which is not an array, but the transformation returned "
+                f"{new!r}. Only arrays can change from step to step."
             )
     return writes
 
@@ -264,7 +261,7 @@ def _writes_to_slots(slots: Any, opt_state: Any) -> list[tuple[Ref, Any]]:
 def param_mask(
     model: PyTree, filter: FilterLike, *, wrt: FilterLike = "params"
 ) -> dict[str, bool]:
-    """A filter as a mask for Optax, in an [`refx_eqx.Optimizer`][].
+    """Converts a filter to an Optax mask, for an [`refx_eqx.Optimizer`][].
 
     !!! Example
 
@@ -289,7 +286,7 @@ def param_mask(
 
     **Returns:**
 
-    For each ref that is trained, by name, whether the filter selects it.
+    For each trained ref, by name, whether the filter selects it.
 
     **Raises:**
 
@@ -302,7 +299,7 @@ def param_mask(
 def param_labels(
     model: PyTree, filters: Mapping[Hashable, FilterLike], *, wrt: FilterLike = "params"
 ) -> dict[str, Hashable]:
-    """Filters as labels for `optax.partition`, in an [`refx_eqx.Optimizer`][].
+    """Converts filters to labels for `optax.partition`, for an [`refx_eqx.Optimizer`][].
 
     !!! Example
 
@@ -324,18 +321,18 @@ def param_labels(
     **Arguments:**
 
     - `model`, `wrt`: those of the optimizer.
-    - `filters`: for each label, any filter. A ref gets the label of the first one that
-        selects it; `True` as the last selects the rest.
+    - `filters`: for each label, any filter. A ref gets the label of the first filter that
+        selects it; use `True` as the last to select the rest.
 
     **Returns:**
 
-    For each ref that is trained, by name, its label.
+    The label of each trained ref, by name.
 
     **Raises:**
 
-    - `StructureError`: if no filter selects a ref that is trained; whenever
-        `rx.Optimizer(model, tx, wrt=wrt)` raises it; and if a filter selects a ref at one
-        of its places and not at another.
+    - `StructureError`: if no filter selects a trained ref; whenever `rx.Optimizer(model,
+        tx, wrt=wrt)` raises it; and if a filter selects a ref at one of its places and not
+        at another.
     """
     trained = Trained(model, wrt)
     pairs, _ = leaves_with_paths(model)
@@ -357,8 +354,8 @@ def param_labels(
 
 
 def apply_updates(model: PyTree, updates: PyTree) -> None:
-    """As `optax.apply_updates`, in place: adds updates to the refs of a model. For those who
-    keep the state of the optimizer by hand.
+    """As `optax.apply_updates`, in place: adds updates to the refs of a model. For use with
+    a manually kept optimizer state.
 
     !!! Example
 
@@ -382,14 +379,14 @@ def apply_updates(model: PyTree, updates: PyTree) -> None:
     **Arguments:**
 
     - `model`: a tree of refs.
-    - `updates`: a tree aligned with it, as [`refx_eqx.update_refs`][] takes. A ref keeps its
+    - `updates`: a tree aligned with it, as for [`refx_eqx.update_refs`][]. A ref keeps its
         dtype, as in Optax.
 
     **Raises:**
 
-    - `StructureError`: if the structures differ, if an update has another shape than what it
-        is added to, or if there is one for an array that is in no ref. Nothing is written
-        then.
+    - `StructureError`: if the structures differ, if an update has another shape than the
+        array it is added to, or if there is one for an array outside refs. Then nothing is
+        written.
     - `RefTypeError`: if a new value breaks the declared type of its ref.
     - `TraceLevelError`, `ImmutableError`: if a ref may not be written here.
     """
@@ -403,9 +400,10 @@ def apply_updates(model: PyTree, updates: PyTree) -> None:
     for (path, leaf), update in zip(leaves, treedef.flatten_up_to(by_name(updates))):
         if not isinstance(leaf, Ref) and jtu.tree_leaves(update):
             raise StructureError(
-                f"{failure}: there is one for {eqx.tree_pformat(leaf)} at {path_text(path)}, "
-                "which is in no ref, so it cannot be updated in place. Make a ref of it, for "
-                "example with `rx.as_refs`; or leave it out of the gradients: "
+                f"{failure}: there is one for {eqx.tree_pformat(leaf)} at "
+                f"{path_text(path)}, which is not in a ref, so it cannot be updated in "
+                "place. Put it in a ref, for example with `rx.as_refs`; or exclude it "
+                "from the gradients: "
                 '`rx.filter_grad(loss, wrt="params")`.'
             )
     check_and_write(list(writes.values()))

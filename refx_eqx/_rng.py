@@ -1,7 +1,7 @@
-"""`Rngs`: named streams of randomness, whose state is in refs.
+"""`Rngs`: named streams of randomness, with their state in refs.
 
-Both refs of a stream are of collection "rng". What that means under `filter_vmap`, `scan`
-and `map` is said in `_engine/_rng_split.py`.
+Both refs of a stream have collection "rng". `_engine/_rng_split.py` explains what that
+means under `filter_vmap`, `scan` and `map`.
 """
 
 import zlib
@@ -23,8 +23,8 @@ DEFAULT = "default"
 class RngStream(Module):
     """One stream of a [`refx_eqx.Rngs`][]: call it for a fresh key.
 
-    The key stays what it was made with, and the count says how many keys were drawn. So a
-    stream can be checkpointed, and set back: `stream.count.value = jnp.array(0)`.
+    The key never changes, and the count says how many keys were drawn. So a stream can be
+    checkpointed, and set back: `stream.count.value = jnp.array(0)`.
 
     !!! Example
 
@@ -38,7 +38,7 @@ class RngStream(Module):
 
     **Arguments:**
 
-    - `key`: a key of `jax.random`, typed or raw. It is kept unchanged.
+    - `key`: a `jax.random` key, typed or raw. It is kept unchanged.
     """
 
     key: Ref[Array] = field(collection="rng")
@@ -59,17 +59,16 @@ class RngStream(Module):
         return jr.fold_in(key, count)
 
 
-# Attributes that are no streams. `eqx.nn.inference_mode` (Equinox 0.13) sets `inference` of
-# every node that has it: the default stream would be replaced by a `bool`.
+# Attributes that are not streams. `eqx.nn.inference_mode` (Equinox 0.13) sets `inference`
+# of every node that has it: the default stream would be replaced with a `bool`.
 _NO_STREAM = ("streams", "inference")
 
 
 class Rngs(Module):
     """Named streams of randomness.
 
-    `rngs.dropout()` is a fresh key of the stream `dropout`: no key is split or threaded by
-    hand. A name without a stream of its own draws from the default stream, if there is
-    one.
+    `rngs.dropout()` is a fresh key from the stream `dropout`: no key is split or threaded
+    by hand. A name without a stream draws from the default stream, if there is one.
 
     !!! Example
 
@@ -85,30 +84,29 @@ class Rngs(Module):
         def dropout(rngs, x):
             return jnp.where(jr.bernoulli(rngs.dropout(), 0.5, x.shape), 2 * x, 0)
 
-        # Each element draws its own mask, and the next call others.
+        # Each element draws its own mask, and the next call draws others.
         rx.filter_vmap(dropout, in_axes=(None, 0))(rngs, jnp.ones((4, 3)))
         assert rngs.dropout.count.value == 3
         ```
 
     It is a [`refx_eqx.Module`][], so it can be a field of a model, or an argument. Its refs
-    are of collection `"rng"`: the lifted transforms carry them, as all refs. Under
-    [`refx_eqx.filter_vmap`][] each element has keys of its own, and under
-    [`refx_eqx.scan`][] and [`refx_eqx.map`][] each step; `in_axes=rx.axes(rng=None, ...)`
-    asks for the same in all.
+    have collection `"rng"`, and the lifted transforms carry them like all refs. Under
+    [`refx_eqx.filter_vmap`][] each element has its own keys, and under [`refx_eqx.scan`][]
+    and [`refx_eqx.map`][] each step; `in_axes=rx.axes(rng=None, ...)` gives the same keys
+    to all.
 
     **Arguments:**
 
     - `default`: seed of the default stream (optional, positional only).
-    - `**streams`: the seed of each named stream: an `int`, or a key of `jax.random`. A typed
-        key stays typed in the ref; a seed gives a raw one, which every file format stores.
-        Streams of equal seeds and different names are different.
+    - `**streams`: the seed of each named stream: an `int`, or a `jax.random` key. A typed
+        key stays typed in the ref; a seed gives a raw key, which every file format can
+        store. Streams with equal seeds but different names differ.
 
     **Raises:**
 
-    - `AttributeError`: when there is no stream of the name asked for, and no
-        default stream either.
+    - `AttributeError`: if there is no stream of the requested name, and no default stream.
     - `TypeError`: if the default stream is given twice.
-    - `ValueError`: if a stream has the name of an attribute that modules have.
+    - `ValueError`: if a stream has the name of a module attribute.
     """
 
     streams: dict[str, RngStream]
@@ -124,7 +122,7 @@ class Rngs(Module):
         for name in streams:
             if hasattr(Module, name) or name in _NO_STREAM:
                 raise ValueError(
-                    f"`rx.Rngs`: a stream cannot be called {name!r}, because a module has "
+                    f"`rx.Rngs`: a stream cannot be named {name!r}, because a module has "
                     "an attribute of that name. Choose another name."
                 )
         self.streams = {
@@ -132,8 +130,8 @@ class Rngs(Module):
         }
 
     def __getattr__(self, name: str) -> RngStream:
-        # Called for what is not found in the ordinary way. Names with an underscore belong
-        # to Python and its tools, which ask for many that are not there.
+        # Called for attributes that are not found otherwise. Names with an underscore
+        # belong to Python and its tools, which look up many that do not exist.
         if name.startswith("_") or name in _NO_STREAM:
             raise AttributeError(name)
         stream = self.streams.get(name, self.streams.get(DEFAULT))
@@ -151,7 +149,7 @@ def _key_of(name: str, seed: Any) -> Array:
         jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) or seed.ndim > 0
     )
     # A seed gives a raw key, which every file format can store (Equinox 0.13 and NumPy
-    # refuse typed ones); a key stays what it is.
+    # refuse typed ones); a key is unchanged.
     key = seed if is_key else jr.key_data(jr.key(seed))
     # So that one seed for several streams does not give the same numbers twice.
     return _fold_in(key, zlib.crc32(name.encode()))

@@ -1,19 +1,19 @@
-"""What an optimizer of Optax sees of a model of refs.
+"""What an Optax optimizer sees of a model of refs.
 
-It is the state dict of what is trained, `rx.state_dict(model, wrt)`: a flat dict with one
-entry for each selected ref, by the name of its first place.
+It is the state dict of the trained refs, `rx.state_dict(model, wrt)`: a flat dict with one
+entry for each selected ref, keyed by its first place.
 
     {"encoder.weight": f32[8,4], "encoder.bias": f32[8], "layers.0.weight": f32[8,8]}
 
-It is no tree of the form of the model, although gradients are, for these reasons:
+It is not a tree like the model, although gradients are, for these reasons:
 
-- a tied weight is one entry, so it has one slot and counts once in a norm; and what is not
-  selected is not in it at all, so nothing can decay it;
-- a mask or labels are dicts too, written in plain Python over names. (A tree of the form of
-  a module cannot be one: Optax calls what is callable, and most modules are.)
-- the state of the optimizer depends on names alone: not on the class of a module, its static
-  fields, or its layers that have nothing to train. So it survives an `eqx.tree_at` on another
-  part of the model, and its own names are readable: `opt_state.0.mu.encoder.weight`.
+- a tied weight is one entry, so it has one slot and counts once in a norm; and refs that
+    are not selected are absent, so nothing can decay them;
+- masks and labels are dicts too, written in plain Python over names. (They could not be
+    modules: Optax calls any callable, and most modules are callable.)
+- the state of the optimizer only depends on names, not on the class of a module, its static
+    fields, or layers without trained refs. So it survives an `eqx.tree_at` on another part
+    of the model, and its own names are readable: `opt_state.0.mu.encoder.weight`.
 """
 
 from collections.abc import Callable, Iterable
@@ -39,14 +39,14 @@ from ._trees._paths import path_text
 
 
 class Trained:
-    """The refs of a model that are trained.
+    """The trained refs of a model.
 
     - `refs`: the refs, by name;
-    - `values`: the arrays in them, with `None` for all else: what Optax sees.
+    - `values`: their arrays, with `None` for everything else: what Optax sees.
 
     **Raises:**
 
-    - `StructureError`: if `wrt` selects no ref to train, or an array that is in no ref.
+    - `StructureError`: if `wrt` selects no ref to train, or an array outside refs.
     """
 
     def __init__(self, model: Any, wrt: Any):
@@ -62,10 +62,10 @@ class Trained:
                 self.values[name] = jtu.tree_map(_number_as_array, arrays)
         if not self.refs:
             raise StructureError(
-                f"Cannot train the model: wrt={wrt!r} selects no ref of it that holds a "
+                f"Cannot train the model: wrt={wrt!r} selects no ref of it with a "
                 "floating-point or complex array. Pass the tree that has the refs, and as "
-                "`wrt` a filter that selects some; a filter that is a predicate is called "
-                "with the ref, not with its value."
+                "`wrt` a filter that selects some. (A predicate filter receives the ref, "
+                "not its value.)"
             )
 
     def which(self, name: str) -> str:
@@ -74,8 +74,8 @@ class Trained:
         return f"`{name}`, {describe(ref)}"
 
     def followed(self) -> dict[tuple, tuple[Any, Following]]:
-        """Each array of each ref, by its place in `values`, with the type of what follows
-        it."""
+        """Each array of each ref, by its place in `values`, with the type for state that
+        follows it."""
         stacks, found = stacks_in(self.model), {}
         for name, ref in self.refs.items():
             declared = declared_axes(ref, stacks.get(id(ref), ()))
@@ -87,7 +87,7 @@ class Trained:
         return found
 
     def check_names(self, names: Iterable[str]) -> None:
-        """That the refs have these names: those that the optimizer has slots for."""
+        """Checks that the refs have these names, for which the optimizer has slots."""
         known = set(names)
         missing = sorted(known - self.refs.keys())
         unknown = sorted(self.refs.keys() - known)
@@ -96,7 +96,7 @@ class Trained:
             reasons += [f"the optimizer has no slot for {n!r}" for n in unknown]
             raise MismatchError(
                 "Cannot update the model: the optimizer was made for another: "
-                f"{'; '.join(reasons)}. Pass the model that it was made for; or make an "
+                f"{'; '.join(reasons)}. Pass the model it was made for; or make an "
                 "optimizer for this one: `rx.Optimizer(model, tx)`."
             )
 
@@ -105,8 +105,8 @@ class Trained:
 
         **Raises:**
 
-        - `StructureError`: if there is nothing for an array that is trained, or something of
-            another shape.
+        - `StructureError`: if there is nothing for a trained array, or something of another
+            shape.
         """
         failure = f"Cannot use the {what}"
         pieces = aligned(self.model, tree, failure, what)
@@ -121,21 +121,22 @@ class Trained:
             old, new = _shapes(self.values[name]), _shapes(arrays)
             if old != new:
                 raise MismatchError(
-                    f"{failure}: {self.which(name)}, has the shape {_shapes_text(old)}, and the "
-                    f"{what} have {_shapes_text(new)} there. Reduce what is one for each example "
-                    "first, for example with `jnp.mean(..., axis=0)`."
+                    f"{failure}: {self.which(name)}, has the shape {_shapes_text(old)}, "
+                    f"but the {what} have {_shapes_text(new)} there. Reduce per-example "
+                    "values first, for example with `jnp.mean(..., axis=0)`."
                 )
         if missing:
             raise MismatchError(
                 f"{failure}: there is nothing for {'; '.join(missing)}. Differentiate with "
-                "respect to all that is trained: "
-                "`rx.filter_grad(loss, wrt=optimizer.wrt)`."
+                "respect to everything that is trained: `rx.filter_grad(loss, "
+                "wrt=optimizer.wrt)`."
             )
         return found
 
     def of_values(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """`fn`, a function of a model, as one of `values`. It is called with a copy of the
-        model, owned by the trace that calls it: Optax may do so in a loop."""
+        """Converts `fn`, a function of a model, to a function of `values`. It is called
+        with a copy of the model that belongs to the calling trace: Optax may call it in a
+        loop."""
         leaves, treedef = jtu.tree_flatten(opened(self.model))
         nodes = jtu.tree_leaves(deref(self.model), is_leaf=is_node)
         names = {id(ref): name for name, ref in self.refs.items()}
@@ -152,12 +153,12 @@ class Trained:
         return of_values
 
     def writes(self, updates: Any) -> list[tuple[Ref, Any]]:
-        """What is to be written to add `updates`, in the form of `values`."""
+        """The writes that add `updates`, in the form of `values`."""
         expected, found = map(jtu.tree_structure, (self.values, updates))
         if expected != found:
             raise MismatchError(
-                "Cannot update the model: the transformation returned updates of another "
-                f"structure, {found}, than it was given, {expected}."
+                "Cannot update the model: the transformation returned updates with the "
+                f"structure {found}, but was given {expected}."
             )
         return [
             (ref, with_update(ref, ref.value, updates[name], f"at `{name}`"))
@@ -166,25 +167,26 @@ class Trained:
 
 
 def _number_as_array(x: Any) -> Any:
-    """An array also for a number of Python, which has no methods for Optax to call."""
+    """Converts a Python number to an array, because Optax calls array methods."""
     return jnp.asarray(x) if isinstance(x, float | complex) else x
 
 
 def _check_wrt_in_refs(model: Any, wrt: Any) -> None:
-    """That `wrt` selects no array that is in no ref. (It would not be trained, silently.)"""
+    """Checks that `wrt` selects no array outside refs. (It would silently not be
+    trained.)"""
     pairs, _ = leaves_with_paths(model)
     for (path, leaf), which in zip(pairs, choose(pairs, wrt)):
         if which == 0 and eqx.is_inexact_array(leaf):
             raise StructureError(
                 f"Cannot train the model: wrt={wrt!r} selects {eqx.tree_pformat(leaf)} at "
-                f"{path_text(path)}, which is in no ref, so it cannot be updated in place. "
-                "Make a ref of it, for example with `rx.as_refs`; or select refs alone, as "
-                "`wrt=rx.Ref` does."
+                f"{path_text(path)}, which is not in a ref, so it cannot be updated in "
+                "place. Put it in a ref, for example with `rx.as_refs`; or select only "
+                "refs, as `wrt=rx.Ref` does."
             )
 
 
 def _arrays_like(value: Any, given: Any) -> Any:
-    """The arrays of `given` where `value` has some; `None` if one is missing."""
+    """The arrays of `given` for those of `value`; `None` if one is missing."""
     treedef = jtu.tree_structure(value)
     try:
         arrays = treedef.flatten_up_to(given)
@@ -204,8 +206,8 @@ def _shapes_text(shapes: list[tuple[int, ...]]) -> str:
 
 
 def as_weak_as(old: Any, new: Any) -> Any:
-    """`new`, weakly typed if `old` is. To JAX that is a part of the type: a step that
-    changed it would be compiled again, and `jnp.array(0.0)` is weakly typed."""
+    """`new`, weakly typed if `old` is. To JAX that is part of the type: a step that changes
+    it would recompile, and `jnp.array(0.0)` is weakly typed."""
     is_weak = jax.typeof(old).weak_type
     new = jnp.asarray(new)
     if new.weak_type == is_weak:
@@ -214,8 +216,8 @@ def as_weak_as(old: Any, new: Any) -> Any:
 
 
 def with_update(ref: Ref, value: Any, update: Any, where: str) -> Any:
-    """The value of a ref with an update added, of the dtype that it has: as
-    `optax.apply_updates`. What has no update stays.
+    """The value of a ref with an update added, in its own dtype, as in
+    `optax.apply_updates`. Leaves without an update are unchanged.
 
     **Raises:**
 
@@ -228,7 +230,7 @@ def with_update(ref: Ref, value: Any, update: Any, where: str) -> Any:
         new = jnp.asarray(old + change).astype(jnp.result_type(old))
         if new.shape != jnp.shape(old):
             raise ValueError(
-                f"{jnp.shape(old)} and {jnp.shape(change)} are not one shape."
+                f"{jnp.shape(old)} and {jnp.shape(change)} are not the same shape."
             )
         return as_weak_as(old, new)
 
@@ -236,7 +238,7 @@ def with_update(ref: Ref, value: Any, update: Any, where: str) -> Any:
         return jtu.tree_map(add, update, value, is_leaf=lambda x: x is None)
     except (ValueError, TypeError) as e:
         raise MismatchError(
-            f"Cannot update {describe(ref)} {where}: it holds "
-            f"{eqx.tree_pformat(value)}, and the update is {eqx.tree_pformat(update)}: {e} "
-            "An update has the structure and the shape of what it is added to."
+            f"Cannot update {describe(ref)} {where}: it holds {eqx.tree_pformat(value)}, "
+            f"but the update is {eqx.tree_pformat(update)}: {e} An update must have the "
+            "structure and the shape of the value it is added to."
         ) from None

@@ -262,10 +262,7 @@ def test_where_an_output_cannot_be_brought_out_the_place_is_named(kind):
         called.defjvp(lambda primals, tangents: (primals[0], tangents[0]))
         return called(x)
 
-    text = (
-        f"`rx.capture`: `0` is called inside `{kind}`, which cannot bring out what it "
-        "returns there. Leave it out: `rx.capture(fn, where=lambda module: ...)`."
-    )
+    text = f"`rx.capture`: `0` is called inside `{kind}`, which cannot return its output. Leave it out: `rx.capture(fn, where=lambda module: ...)`."
     with pytest.raises(rx.StructureError, match=re.escape(text)):
         rx.capture(fn)([layer], X)
     out, seen = rx.capture(fn, where=lambda module: False)([layer], X)  # the remedy
@@ -295,5 +292,5 @@ def test_a_failure_writes_nothing():
 
 
 def test_a_call_without_a_model_is_refused():
-    with pytest.raises(TypeError, match="Pass the model by position, as the first"):
+    with pytest.raises(TypeError, match="Pass the model as the first positional"):
         rx.capture(loss)(model=Model(jr.key(0)), x=X)

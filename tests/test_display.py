@@ -130,7 +130,7 @@ def test_the_cost_of_a_call_is_that_of_the_compiled_program():
 
 
 def test_arguments_without_a_question_are_refused():
-    with pytest.raises(ValueError, match="Pass `flops=True` too, or the model alone"):
+    with pytest.raises(ValueError, match="Pass that too, or just the model"):
         rx.tabulate(make(), jnp.ones(3))
 
 

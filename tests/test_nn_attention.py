@@ -262,15 +262,15 @@ def test_what_does_not_fit_is_an_error():
     with pytest.raises(ValueError, match="there is no `mask`"):
         attention(XS, XS, XS, window(12), cache=True)
     with pytest.raises(
-        ValueError, match="queries are as many as keys .they are 2 and 12."
+        ValueError, match="as many queries as keys .there are 2 and 12."
     ):
         attention(XS[:2], XS, XS, cache=True)
     with pytest.raises(ValueError, match="12 keys and 3 values"):
         attention(XS, XS, XS[:3])
     with pytest.raises(
-        ValueError, match=r"mask has shape .*, and is to have shape \(12, 12\)"
+        ValueError, match=r"mask has shape .*, but must have shape \(12, 12\)"
     ):
         attention(XS, XS, XS, window(3))
-    with pytest.raises(ValueError, match="three arrays of the shapes that it is given"):
+    with pytest.raises(ValueError, match="three arrays of the shapes it is given"):
         attention(XS, XS, XS, process_heads=lambda q, k, v: (q, k[:2], v))
     assert attention.cache_length.value == 0

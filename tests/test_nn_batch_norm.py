@@ -183,9 +183,7 @@ def test_it_computes_in_its_dtype():
 
 def test_a_map_without_the_name_is_an_error_that_says_so():
     norm = rx.nn.BatchNorm(3, axis_name="batch")
-    with pytest.raises(
-        NameError, match="no mapped axis of the name 'batch'.*on a batch"
-    ):
+    with pytest.raises(NameError, match="no mapped axis named 'batch'.*on a batch"):
         norm(jnp.ones(3))
     assert norm.count.value == 0
     rx.nn.BatchNorm(3)(jnp.ones((2, 3)))  # the remedy
@@ -206,8 +204,8 @@ def test_another_shape_is_an_error(axis_name, shape, message):
 
 def test_wrong_arguments_are_errors():
     with pytest.raises(
-        ValueError, match="`mode` is 'batch' or 'ema', and was 'legacy'"
+        ValueError, match="`mode` must be 'batch' or 'ema', but was 'legacy'"
     ):
         rx.nn.BatchNorm(3, mode="legacy")
-    with pytest.raises(ValueError, match="`momentum` is the share .* and was 1"):
+    with pytest.raises(ValueError, match="`momentum` is the fraction .* but was 1"):
         rx.nn.BatchNorm(3, momentum=1)

@@ -100,7 +100,7 @@ def test_without_randomness_it_says_what_is_missing():
 
 
 def test_p_is_a_fraction():
-    with pytest.raises(ValueError, match="between 0 and 1, and was 50"):
+    with pytest.raises(ValueError, match="between 0 and 1, but was 50"):
         rx.nn.Dropout(50)
 
 

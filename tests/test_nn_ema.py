@@ -181,7 +181,7 @@ def test_an_average_has_the_dtype_of_its_value(dtype):
 def test_another_model_is_refused():
     model = rx.nn.Linear(3, 2, key=KEY)
     ema = rx.nn.EMA(model, 0.9)
-    message = "another structure than the one that the average was made of.*rx.clone"
+    message = "another structure than the one that the average was made from.*rx.clone"
     for other in (
         make(),
         rx.nn.Linear(3, 2, use_bias=False, key=KEY),
@@ -202,5 +202,5 @@ def test_wrong_arguments_are_errors():
     model = rx.nn.Linear(3, 2, key=KEY)
     with pytest.raises(rx.StructureError, match="selects no ref.*nothing to average"):
         rx.nn.EMA(model, 0.9, wrt=False)
-    with pytest.raises(ValueError, match="between 0 and 1, and was 99"):
+    with pytest.raises(ValueError, match="between 0 and 1, but was 99"):
         rx.nn.EMA(model, 99)

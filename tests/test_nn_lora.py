@@ -154,10 +154,10 @@ def test_a_stack_of_layers_has_a_stack_of_changes():
 
 
 def test_what_does_not_fit_is_an_error():
-    with pytest.raises(ValueError, match="`rank` is at least 1, and was 0"):
+    with pytest.raises(ValueError, match="`rank` must be at least 1, but was 0"):
         rx.nn.LoRA(rx.nn.Linear(8, 4, key=KEY), rank=0, key=KEY)
     table = rx.nn.LoRA(rx.nn.Embedding(8, 4, key=KEY), rank=2, key=KEY)
     with pytest.raises(
-        ValueError, match=r"input has shape \(\), and its last axis .* 4"
+        ValueError, match=r"input has shape \(\), but its last axis .* 4"
     ):
         table(jnp.array(2))

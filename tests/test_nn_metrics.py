@@ -88,7 +88,7 @@ def test_a_metric_under_scan_and_inside_of_a_loss():
 
 def test_shapes_that_differ_are_errors():
     with pytest.raises(
-        ValueError, match=r"mask has shape \(2,\), and the values .* \(3,\)"
+        ValueError, match=r"mask has shape \(2,\), but the values .* \(3,\)"
     ):
         rx.nn.Average().update(jnp.ones(3), mask=jnp.ones(2, bool))
     accuracy = rx.nn.Accuracy()

@@ -2,8 +2,8 @@
 
     8 bytes: the length of the header | the header, in JSON | the arrays, one after another
 
-The header says of each array its name, dtype, shape and place; of the whole, under
-`"__metadata__"`, what the writer wants to remember. Nothing in such a file is ever run.
+The header has the name, dtype, shape and place of each array, and, under `"__metadata__"`,
+any text of the writer. Nothing in such a file is ever executed.
 """
 
 import contextlib
@@ -54,12 +54,12 @@ _DTYPES = {code: jnp.dtype(name) for name, code in _CODES.items()}
 
 
 def has_dtype(dtype: np.dtype) -> bool:
-    """Whether the format has a dtype. Its numbers are little-endian."""
+    """Whether the format supports a dtype. Its numbers are little-endian."""
     return dtype.name in _CODES and dtype == dtype.newbyteorder("<")
 
 
 class Stored(NamedTuple):
-    """An array to write. It is brought to the host when its turn comes, one at a time."""
+    """An array to write. Arrays are brought to the host one at a time."""
 
     array: Any
     dtype: np.dtype
@@ -73,7 +73,7 @@ class Stored(NamedTuple):
 def write(
     path: str | os.PathLike, arrays: Mapping[str, Stored], metadata: dict[str, str]
 ) -> None:
-    """Replaces the file at `path`, if there is one, by a file of these arrays.
+    """Writes a file of these arrays to `path`, replacing any existing file.
 
     `safetensors.numpy.save_file` needs all arrays on the host at once, and does not flush.
     """
@@ -100,9 +100,10 @@ def write(
 
 @contextlib.contextmanager
 def _replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A new file, which takes the place of `path` in one step when the context ends well.
+    """A new file, which replaces `path` in one step when the context ends without an error.
 
-    Whenever the process is killed, what is at `path` is whole: the old file or the new.
+    Whenever the process is killed, the file at `path` is complete: the old one or the new
+    one.
     """
     target = Path(path).resolve()  # the file itself, if `path` is a link to it
     _remove_leftovers(target)
@@ -129,11 +130,11 @@ def _open_beside(target: Path) -> BinaryIO:
         fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:
             return file
-        file.close()  # taken for a leftover by another process, before the lock
+        file.close()  # another process took it for a leftover, before the lock
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Removes what killed processes left of their files: no process locks these."""
+    """Removes leftover files of killed processes, which no process locks."""
     if fcntl is None:
         return
     for leftover in target.parent.glob("*.tmp"):
@@ -144,7 +145,7 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Makes a new name in a folder outlast a loss of power."""
+    """Makes a new name in a folder survive a power loss."""
     if fcntl is not None:  # Windows cannot open a folder
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -168,20 +169,20 @@ class TensorFile:
         dtype = _DTYPES.get(entry["dtype"])
         if dtype is None:
             raise CheckpointError(
-                f"Cannot load {self._file.name}: {name!r} in it is of dtype "
+                f"Cannot load {self._file.name}: {name!r} in it has dtype "
                 f"{entry['dtype']}, which NumPy does not have. Convert the file, or leave "
                 "the name out: `rename={" + f"{name!r}: None" + "}`."
             )
         begin, end = entry["data_offsets"]
         self._file.seek(self._start + begin)
         data = self._file.read(end - begin)
-        # A copy, which may be written.
+        # A writable copy.
         return np.frombuffer(data, dtype).reshape(entry["shape"]).copy()
 
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike) -> Iterator[TensorFile]:
-    """The file at `path`, after its header was checked against its length."""
+    """Opens the file at `path`, after checking its header against its length."""
     library = safetensors()
     with open(path, "rb") as file:
         try:
@@ -190,8 +191,8 @@ def opened(path: str | os.PathLike) -> Iterator[TensorFile]:
                 pass
         except library.SafetensorError as e:
             raise CheckpointError(
-                f"Cannot load {os.fspath(path)}: it is not a whole safetensors file "
-                f"({e}). If it was cut off, load an earlier one. If it is of another "
+                f"Cannot load {os.fspath(path)}: it is not a complete safetensors file "
+                f"({e}). If it was truncated, load an earlier one. If it has another "
                 "format, read it with the library that wrote it, and give the arrays to "
                 "`rx.load_state_dict`."
             ) from None
@@ -200,7 +201,7 @@ def opened(path: str | os.PathLike) -> Iterator[TensorFile]:
 
 
 def safetensors() -> Any:
-    """The library, which is an extra of this one."""
+    """The safetensors library, an optional dependency."""
     try:
         import safetensors
     except ImportError:

@@ -3,12 +3,12 @@
     tree of refs  -- state_dict -->  {name: value}  -- save -->  a safetensors file
     tree of refs  <-- load_state_dict --  {name: value}  <-- load --  a safetensors file
 
-Any reader of safetensors finds an array for each name. The metadata has, under "refx_eqx",
-in JSON:
+Any safetensors reader finds an array for each name. The metadata has, under "refx_eqx", in
+JSON:
 
-- `version`: of the format that is described here;
-- `notes`: what an array cannot say, by name (see `_values.py`);
-- `tied`: by the first place of each shared ref, its other places.
+- `version`: the version of the format described here;
+- `notes`: what an array cannot represent, by name (see `_values.py`);
+- `tied`: the other places of each shared ref, by its first place.
 """
 
 import dataclasses
@@ -43,12 +43,12 @@ Rename = Mapping[str, str | None] | Callable[[str], str | None]
 def save(path: str | os.PathLike, tree: PyTree, filter: FilterLike = True) -> None:
     """Saves the values of the refs of a tree to a file, by name.
 
-    An array that is in no ref is an error, so nothing is left out in silence. (With `rx.Ref`
-    as `filter` the refs alone are saved, on purpose.)
+    An array outside refs is an error, so nothing is silently left out. (Pass `rx.Ref` as
+    `filter` to save only the refs.)
 
     The file is in the safetensors format, which many tools read. It is written next to
-    `path`, flushed to the disk, and renamed: if the process is killed meanwhile, what was
-    at `path` before is there still, and whole.
+    `path`, flushed to the disk, and renamed: if the process is killed meanwhile, the old
+    file at `path` is still there, and complete.
 
     !!! Example
 
@@ -69,27 +69,27 @@ def save(path: str | os.PathLike, tree: PyTree, filter: FilterLike = True) -> No
         ```
 
     The names are those of [`refx_eqx.state_dict`][]. A shared ref is in the file once, and
-    can be loaded by any of its names. All is kept: keys of `jax.random` with their
-    implementation, weak types, every dtype of JAX and NumPy but objects, and the numbers of
-    Python.
+    can be loaded by any of its names. Everything is preserved: `jax.random` keys with their
+    implementation, weak types, every dtype of JAX and NumPy except objects, and Python
+    numbers.
 
     It needs the package `safetensors`: `pip install 'refx_eqx[checkpoint]'`.
 
     **Arguments:**
 
-    - `path`: of the file. Its folder must exist.
-    - `tree`: a tree of refs: a model, or a tuple or dict of all that a program needs to go
-        on, so that what they share stays shared. The refs must be readable here.
-    - `filter`: any filter. What it selects is saved.
+    - `path`: the path of the file. Its folder must exist.
+    - `tree`: a tree of refs: a model, or a tuple or dict of everything a program needs to
+        resume, which preserves sharing between them. The refs must be readable here.
+    - `filter`: any filter. The leaves it selects are saved.
 
     **Raises:**
 
-    - `StructureError`: if an array is selected that is not in a ref, or a value that no
-        file can hold, such as a function. Also whenever [`refx_eqx.state_dict`][] raises it.
+    - `StructureError`: if the filter selects an array outside refs, or a value that a file
+        cannot hold, such as a function. Also whenever [`refx_eqx.state_dict`][] raises it.
         Then nothing is written.
     - `DonatedError`: if an array was donated to a call, or deleted.
     - `TraceLevelError`: if a value is a tracer, or may not be read here.
-    - `OSError`: if the file cannot be written. Then what was at `path` is there still.
+    - `OSError`: if the file cannot be written. Then the old file is still at `path`.
     """
     _file.safetensors()
     _check_in_refs(tree, filter, "Cannot save", "would not be in the file")
@@ -98,7 +98,7 @@ def save(path: str | os.PathLike, tree: PyTree, filter: FilterLike = True) -> No
     places = _places_by_ref(tree, filter)
     held = _leaves_by_name(places)
     for name, value in state_dict(tree, filter).items():
-        # The value itself, where a state dict has its data alone: of a key of `jax.random`.
+        # The value itself for a `jax.random` key, of which a state dict only has the data.
         array, note = encoded(name, held.get(name, value))
         if array is not None:
             arrays[name] = array
@@ -120,7 +120,8 @@ def load(
 ) -> None:
     """Writes the values of a file into the refs of a tree, by name.
 
-    All is validated first: on any mismatch nothing is written. Nothing in the file is run.
+    Everything is validated first: on any mismatch nothing is written. Nothing in the file
+    is executed.
 
     !!! Example
 
@@ -148,28 +149,27 @@ def load(
 
     **Arguments:**
 
-    - `path`: of a file that [`refx_eqx.save`][] wrote, or of any other safetensors file.
-    - `tree`: a tree of refs, whose values are of the structure, shapes and dtypes of those
-        to load. A `jax.ShapeDtypeStruct` is enough, as in the model that
-        [`refx_eqx.filter_eval_shape`][] makes. Values go to the devices of those that they
-        replace.
-    - `filter`: any filter. Only the refs that it selects are written.
+    - `path`: a file written by [`refx_eqx.save`][], or any other safetensors file.
+    - `tree`: a tree of refs, whose values have the structure, shapes and dtypes of those to
+        load. They may be `jax.ShapeDtypeStruct`s, as in a model made by
+        [`refx_eqx.filter_eval_shape`][]. Values go to the devices of those they replace.
+    - `filter`: any filter. Only the refs it selects are written.
     - `strict`: whether each of these refs must have a value in the file, and each name of
-        the file a ref. If `False`, refs without a value stay unchanged, and other names
-        are not looked at.
-    - `rename`: what the names of the file are in the tree: a mapping, in which other names
-        are kept, or a function of the name. `None` leaves a name out.
-    - `convert`: a function of the name in the tree and the array of the file, called for
-        each array that is loaded. It returns what to load: the array transposed, or of
+        the file a ref. If `False`, refs without a value stay unchanged, and other names are
+        ignored.
+    - `rename`: maps names of the file to names in the tree: a mapping (missing names are
+        unchanged) or a function. `None` leaves a name out.
+    - `convert`: a function called with the name in the tree and the array of the file, for
+        each loaded array. It returns the array to load, for example transposed, or with
         another dtype.
 
     **Raises:**
 
-    - `CheckpointError`: if the file is cut off, of another format, or of a newer version.
+    - `CheckpointError`: if the file is truncated, or has another format or a newer version.
     - `StructureError`: if refs or names are left over, if a value has another shape or
-        dtype than what it replaces, if `rename` has a name that the file does not have, or
-        gives two names the same place. Also whenever [`refx_eqx.load_state_dict`][] raises
-        it.
+        dtype than the one it replaces, if `rename` has a name that the file does not have,
+        or gives two names the same place. Also whenever [`refx_eqx.load_state_dict`][]
+        raises it.
     - `RefTypeError`: if a value breaks the declared type of its ref.
     - `TraceLevelError`, `ImmutableError`: if a ref may not be written here.
     - `OSError`: if the file cannot be read.
@@ -184,8 +184,8 @@ def load(
             load_state_dict(tree, state, filter, strict=strict)
         except RefError as e:
             e.add_note(
-                f"The state is that of {content.path}. If its names, shapes or dtypes are "
-                "other ones on purpose, say so by `rename=` and `convert=`."
+                f"The state is from {content.path}. If its names, shapes or dtypes differ "
+                "intentionally, convert them with `rename=` and `convert=`."
             )
             raise
 
@@ -200,7 +200,7 @@ def _check_in_refs(tree: Any, filter: Any, failure: str, fate: str) -> None:
             raise StructureError(
                 f"{failure}: the array at {path_text(path)} is not in a ref, so it {fate}. "
                 "Put it in one (`rx.as_refs(tree)` does so for all arrays of a tree), or "
-                "pass `rx.Ref` as `filter`, which selects the refs alone."
+                "pass `rx.Ref` as `filter`, which only selects refs."
             )
 
 
@@ -211,7 +211,7 @@ def _places_by_ref(tree: Any, filter: Any) -> dict[Ref, tuple[str, ...]]:
 
 
 def _leaves_by_name(places: dict[Ref, tuple[str, ...]]) -> dict[str, Any]:
-    """What the refs hold, by each of its names."""
+    """The leaves of the values of the refs, by each of their names."""
     held = {}
     for ref, names in places.items():
         for path, leaf in jtu.tree_leaves_with_path(ref.value):
@@ -227,7 +227,7 @@ class _Content:
     def __init__(self, file: TensorFile, path: str | os.PathLike):
         self._file = file
         self.path = os.fspath(path)
-        # A file of another library has arrays and no more.
+        # A file from another library only has arrays.
         ours = (
             self._parsed(file.metadata[_METADATA_KEY])
             if _METADATA_KEY in file.metadata
@@ -246,8 +246,8 @@ class _Content:
             raise self._broken("its metadata") from None
         if version > VERSION:
             raise CheckpointError(
-                f"Cannot load {self.path}: it is of version {version} of the format, and "
-                f"this version of refx_eqx reads those up to {VERSION}. Load it with the "
+                f"Cannot load {self.path}: it has version {version} of the format, but "
+                f"this version of refx_eqx only reads up to {VERSION}. Load it with the "
                 "version that wrote it, or a newer one."
             )
         return ours
@@ -258,7 +258,7 @@ class _Content:
         )
 
     def names_of(self, name: str) -> list[str]:
-        """A name of the file, and those of the other places of the same ref."""
+        """A name of the file, and the names of the other places of the same ref."""
         first = _place_of(name, self._tied)
         others = [] if first is None else self._tied[first]
         return [name, *(other + name.removeprefix(first or "") for other in others)]
@@ -273,7 +273,7 @@ class _Content:
 
 
 def _place_of(name: str, places: Container[str]) -> str | None:
-    """The place of the ref that `name` is, or is a part of the value of."""
+    """The place of the ref that `name` refers to, or whose value contains it."""
     keys = name.split(".")
     starts = [".".join(keys[:n]) for n in range(len(keys), -1, -1)]
     return next((start for start in starts if start in places), None)
@@ -282,21 +282,21 @@ def _place_of(name: str, places: Container[str]) -> str | None:
 def _sources(
     content: _Content, places: dict[Ref, tuple[str, ...]], rename: Rename | None
 ) -> dict[str, str]:
-    """For each name in the tree that the file has a value for, the name in the file."""
+    """For each name in the tree for which the file has a value, the name in the file."""
     renamed = _renaming(content, rename)
     known = {place for names in places.values() for place in names}
     sources: dict[str, str] = {}
     for name in content.names:
         keys = [renamed(n) for n in content.names_of(name)]
         keys = [key for key in keys if key is not None]
-        # A tie is loaded by whichever of its names the file has; by none is an error.
+        # A shared ref is loaded by any of its names in the file; with none it is an error.
         there = [key for key in keys if _place_of(key, known) is not None]
         for key in there or keys[:1]:
             other = sources.setdefault(key, name)
             if other != name:
                 raise StructureError(
-                    f"Cannot load the state: `rename` makes `{key}` of both {other!r} and "
-                    f"{name!r}. Make `None` of one of them."
+                    f"Cannot load the state: `rename` maps both {other!r} and {name!r} to "
+                    f"`{key}`. Map one of them to `None`."
                 )
     return sources
 
@@ -311,7 +311,7 @@ def _renaming(content: _Content, rename: Rename | None) -> Callable[[str], str |
         if name not in known:
             close = difflib.get_close_matches(name, known)
             raise StructureError(
-                f"Cannot load the state: `rename` has {name!r}, and {content.path} does "
+                f"Cannot load the state: `rename` has {name!r}, but {content.path} does "
                 f"not. It has {', '.join(map(repr, close or sorted(known)))}."
             )
     return lambda name: rename.get(name, name)
@@ -319,8 +319,8 @@ def _renaming(content: _Content, rename: Rename | None) -> Callable[[str], str |
 
 @dataclasses.dataclass(eq=False)
 class _StateOfFile(Mapping[str, Any]):
-    """What `load_state_dict` is given. A value is read when it is asked for: the file is
-    never on the host as a whole."""
+    """The mapping passed to `load_state_dict`. Values are read on access, so the whole file
+    is never on the host at once."""
 
     _content: _Content
     _sources: dict[str, str]

@@ -1,13 +1,13 @@
-"""What a value is in a file: an array, and a note of what an array cannot say.
+"""How a file stores a value: an array, and a note of what an array cannot represent.
 
 The notes, each where it applies:
 
-- `{"key": implementation}`: a key of `jax.random`; its data is the array.
+- `{"key": implementation}`: a `jax.random` key; the array is its data.
 - `{"weak": true}`: the array is weakly typed.
-- `{"dtype": text}`: a dtype that safetensors does not have. The array has the bytes of each
-  number along a last axis.
-- `{"value": x}`, `{"complex": [real, imaginary]}`: a number of Python or a text. There is no
-  array.
+- `{"dtype": text}`: a dtype that safetensors does not have. The last axis of the array has
+    the bytes of each number.
+- `{"value": x}`, `{"complex": [real, imaginary]}`: a Python number or a string, without an
+    array.
 """
 
 from typing import Any
@@ -42,7 +42,7 @@ def encoded(name: str, value: Any) -> tuple[Stored | None, Note]:
     if _jax.is_tracer(value):
         raise TraceLevelError(
             f"Cannot save: the value at `{shown}` is a tracer, which has no numbers yet. "
-            "Save outside of the transformed function, when it has returned."
+            "Save outside the transformed function, after it has returned."
         )
     if isinstance(value, jax.Array):
         return _encoded_jax_array(shown, value)
@@ -53,29 +53,29 @@ def encoded(name: str, value: Any) -> tuple[Stored | None, Note]:
     if type(value) in (bool, int, float, str):
         return None, {"value": value}
     raise StructureError(
-        f"Cannot save: `{shown}` holds {eqx.tree_pformat(value)}, and a file holds arrays, "
-        "numbers and texts. Leave it out by `filter`, or put it outside of the refs."
+        f"Cannot save: `{shown}` holds {eqx.tree_pformat(value)}, but a file can only hold "
+        "arrays, numbers and strings. Exclude it with `filter`, or move it out of the ref."
     )
 
 
 def _encoded_jax_array(name: str, value: jax.Array) -> tuple[Stored, Note]:
     if _jax.is_deleted(value):
         raise DonatedError(
-            f"Cannot save: the array at `{name}` was given away to a call that donates its "
-            "arguments, and is deleted. Save what that call returned."
+            f"Cannot save: the array at `{name}` was donated to a call, and is deleted. "
+            "Save the result of that call."
         )
     if not value.is_fully_addressable:
         raise StructureError(
-            f"Cannot save: the array at `{name}` is spread over several processes, and one "
-            "of them writes one file. Save `rx.state_dict(tree)` with Orbax."
+            f"Cannot save: the array at `{name}` is spread over several processes, but a "
+            "file is written by one of them. Save `rx.state_dict(tree)` with Orbax."
         )
     if not jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         return _encoded_array(name, value, {"weak": True} if value.weak_type else {})
     implementation = jr.key_impl(value)
     if not isinstance(implementation, str):
         raise StructureError(
-            f"Cannot save: the key at `{name}` is of an implementation without a name to "
-            "find it by. Hold `jax.random.key_data` of it in the ref."
+            f"Cannot save: the key at `{name}` has an implementation without a registered "
+            "name. Hold its `jax.random.key_data` in the ref."
         )
     return _encoded_array(name, jr.key_data(value), {"key": implementation})
 
@@ -84,19 +84,19 @@ def _encoded_array(name: str, value: Any, note: Note) -> tuple[Stored, Note]:
     dtype = np.dtype(value.dtype)
     if has_dtype(dtype):
         return Stored(value, dtype, value.shape), note
-    # To NumPy, a dtype that is not its own is of kind "V"; but it has a name.
+    # To NumPy, a foreign dtype has kind "V"; but it has a name.
     text = dtype.name if dtype.kind == "V" else dtype.str
     if _dtype_of(text) != dtype:
         raise StructureError(
-            f"Cannot save: the array at `{name}` is of dtype {dtype}, which a file cannot "
-            "hold. Leave it out by `filter`, or put it outside of the refs."
+            f"Cannot save: the array at `{name}` has dtype {dtype}, which a file cannot "
+            "hold. Exclude it with `filter`, or move it out of the ref."
         )
     as_bytes = Stored(_Bytes(value), np.dtype(np.uint8), (*value.shape, dtype.itemsize))
     return as_bytes, {**note, "dtype": text}
 
 
 class _Bytes:
-    """An array whose bytes NumPy may ask for, when their turn comes."""
+    """An array whose bytes NumPy fetches when needed."""
 
     def __init__(self, array: Any):
         self.array = array
@@ -106,7 +106,7 @@ class _Bytes:
 
 
 def _dtype_of(text: str) -> np.dtype | None:
-    """The dtype of that name, if it has one and is no object."""
+    """The dtype with this name, if there is one and it is not `object`."""
     try:
         dtype = jnp.dtype(text)
     except TypeError:
@@ -115,11 +115,11 @@ def _dtype_of(text: str) -> np.dtype | None:
 
 
 def decoded(array: np.ndarray | None, note: Note, old: Any) -> Any:
-    """The value of an array and a note again, to replace `old`.
+    """Decodes an array and a note to a value that replaces `old`.
 
     **Raises:**
 
-    - `ValueError`, `TypeError`, `KeyError`: if the two do not fit each other.
+    - `ValueError`, `TypeError`, `KeyError`: if the two do not match.
     """
     if array is None:
         return complex(*note["complex"]) if "complex" in note else note["value"]
@@ -134,10 +134,10 @@ def decoded(array: np.ndarray | None, note: Note, old: Any) -> Any:
         return array[()]
     if "weak" in note and isinstance(old, (jax.Array, jax.ShapeDtypeStruct)):
         return _put_like(_jax.as_weak(jnp.asarray(array)), old)
-    return array  # `load_state_dict` makes of it what the ref holds
+    return array  # `load_state_dict` converts it to what the ref holds
 
 
 def _put_like(new: jax.Array, old: Any) -> jax.Array:
-    # An array of keys is a `jax.Array` too, of a class of its own.
+    # An array of keys is a `jax.Array` too, of a different class.
     is_array = isinstance(old, jax.Array) and not _jax.is_tracer(old)
     return jax.device_put(new, old.sharding) if is_array and old.committed else new

@@ -48,9 +48,7 @@ class BatchedHint(type):
             )
         (sizes,) = found
         stand_in = np.broadcast_to(np.zeros((), np.int8), sizes)
-        hint: Any = jaxtyping.Shaped[
-            np.ndarray, cls.axes
-        ]  # pyright sees an `Annotated`
+        hint: Any = jaxtyping.Shaped[np.ndarray, cls.axes]  # `Annotated` to pyright
         return hint.__instancecheck_str__(stand_in)
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:

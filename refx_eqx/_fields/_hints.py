@@ -22,9 +22,7 @@ def conforms(value: Any, hint: Any) -> bool:
         # not re-entrant (beartype 0.23) and is held while it calls our `__instancecheck__`.
         try:
             return isinstance(value, hint)
-        except (
-            TypeError
-        ):  # a `TypedDict`, or a protocol that is not `runtime_checkable`
+        except TypeError:  # a `TypedDict`, a protocol without `runtime_checkable`
             pass
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):

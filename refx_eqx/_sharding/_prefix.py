@@ -1,4 +1,4 @@
-"""What a user gives for the shardings of a tree, made one sharding for each leaf."""
+"""Converts the shardings given by a user to one sharding per leaf."""
 
 from typing import Any
 
@@ -14,25 +14,25 @@ from ._rules import axis_rules
 
 
 def leaf_shardings(given: Any, tree: Any, derefed: Any, what: str) -> list[Any]:
-    """The sharding of each leaf of a derefed tree; `None` where none is given.
+    """The sharding of each leaf of a derefed tree, or `None` if none is given.
 
     **Arguments:**
 
     - `given`: a device, a sharding, a `PartitionSpec`, `axis_rules`, or a tree of these that
         is a prefix of the derefed one.
-    - `tree`: the same tree with its refs, for filters that ask which refs they are; or again
-        the derefed one.
-    - `what`: what they are given for, for messages.
+    - `tree`: the same tree with its refs, for filters that depend on their identity; or
+        again the derefed one.
+    - `what`: what the shardings are for, for messages.
 
     **Raises:**
 
-    - `MismatchError`: if they are for another tree, or if an array cannot be split so.
-    - `ValueError`: if there is no mesh where one is needed.
+    - `MismatchError`: if they are for another tree, or if an array cannot be split by its
+        sharding.
+    - `ValueError`: if a mesh is needed but there is none.
     """
     if isinstance(given, axis_rules):
-        given = given.shardings(
-            tree
-        )  # of refs, so that a filter may ask which they are
+        # With refs, for filters that depend on their identity.
+        given = given.shardings(tree)
     given = jtu.tree_map(lambda one: _as_sharding(one, what), given, is_leaf=_is_one)
     found: list[Any] = []
     of_refs: dict[int, Any] = {}
@@ -47,8 +47,9 @@ def leaf_shardings(given: Any, tree: Any, derefed: Any, what: str) -> list[Any]:
                 before = of_refs.setdefault(node.index, sharding)
                 if before != sharding:
                     raise MismatchError(
-                        f"{what}: {describe(node)} is one ref at two places, and is given two "
-                        f"shardings: {before} and {sharding}. Give both places the same."
+                        f"{what}: {describe(node)} is one ref at two places, but is given "
+                        f"two shardings: {before} and {sharding}. Give the same at both "
+                        "places."
                     )
             found.extend([sharding] * len(jtu.tree_leaves(node)))
 
@@ -82,13 +83,13 @@ def _as_sharding(one: Any, what: str) -> Sharding | axis_rules | None:
         mesh = current_mesh()
         if mesh is None:
             raise ValueError(
-                f"{what}: `{one}` is for a mesh, and there is none. Give a "
+                f"{what}: `{one}` needs a mesh, but there is none. Give a "
                 "`jax.sharding.NamedSharding(mesh, spec)`, or run this under "
                 "`jax.set_mesh(mesh)`."
             )
         return NamedSharding(mesh, one)
     raise MismatchError(
-        f"{what}: {one!r} is no sharding. Give a device, a `jax.sharding.Sharding`, a "
+        f"{what}: {one!r} is not a sharding. Give a device, a `jax.sharding.Sharding`, a "
         "`PartitionSpec`, an `rx.axis_rules`, or a tree of these that is a prefix of "
         "`rx.deref(tree)`."
     )

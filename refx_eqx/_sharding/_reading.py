@@ -1,4 +1,4 @@
-"""The rules of an `axis_rules`, read for one tree."""
+"""The rules of an `axis_rules`, applied to one tree."""
 
 import difflib
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ from ._mesh import check_spec, mesh_axes
 
 
 class Reading:
-    """The rules, read for one tree."""
+    """The rules, applied to one tree."""
 
     def __init__(self, rules: Any, tree: Any, mesh: Any):
         self.rules = rules
@@ -45,11 +45,11 @@ class Reading:
             derefed, self.treedef = leaves_with_paths(deref(tree))
             self.derefed = [leaf for _, leaf in derefed]
         self.stacks = stacks_in(jtu.tree_unflatten(self.treedef, self.closed))
-        # The names that the types in the tree declare, each with a place.
+        # The names declared by the types in the tree, each with a place.
         self.declared: dict[str, str] = {}
 
     def specs(self) -> Any:
-        """A tree of the form of the derefed one."""
+        """A tree like the derefed one."""
         found = []
         for node, specs in zip(self.derefed, self._of_leaves()):
             if isinstance(node, Value):
@@ -61,11 +61,11 @@ class Reading:
         return jtu.tree_unflatten(self.treedef, found)
 
     def flat(self) -> list[PartitionSpec | None]:
-        """For each leaf of the derefed tree; `None` for what is no array."""
+        """The spec of each leaf of the derefed tree; `None` for non-arrays."""
         return [spec for specs in self._of_leaves() for spec in specs]
 
     def _of_leaves(self) -> list[list[PartitionSpec | None]]:
-        """For each place of the tree: the specs of all that is there."""
+        """For each place of the tree, the specs of everything there."""
         found = []
         for path, leaf, node in zip(self.paths, self.closed, self.derefed):
             if isinstance(node, Value):
@@ -91,15 +91,15 @@ class Reading:
         for filter, _ in self.filters:
             if asks_identity(filter):
                 raise StructureError(
-                    f"`{self.rules!r}`: {filter!r} selects by which refs they are, and here "
-                    "the tree is derefed, which has none. Make the shardings of the tree of "
-                    "refs: `rules.shardings(tree, mesh)`."
+                    f"`{self.rules!r}`: {filter!r} selects by the identity of refs, but "
+                    "this tree is derefed and has none. Make the shardings from the tree "
+                    "of refs: `rules.shardings(tree, mesh)`."
                 )
 
     def _of_array(
         self, path: Path, leaf: Any, array: Any, declared: list[DeclaredAxes]
     ) -> PartitionSpec:
-        """`leaf` is what the array is in: a ref, or the array itself."""
+        """`leaf` is the ref that contains the array, or the array itself."""
         shape = tuple(getattr(array, "shape", ()))
         what = f"{path_text(path)}"
         if isinstance(leaf, Ref):
@@ -143,8 +143,7 @@ class Reading:
         }
         if len(specs) > 1:
             raise MismatchError(
-                f"Cannot split {what}: it is one ref in two fields, which give it the "
-                f"shardings {' and '.join(map(str, specs))}. Give it one: "
+                f"Cannot split {what}: it is one ref in two fields, which give it the shardings {' and '.join(map(str, specs))}. Give it only one: "
                 "`rx.axis_rules({rx.path(...): P(...)}, ...)`."
             )
         return next(iter(specs), None)
@@ -159,16 +158,15 @@ class Reading:
             if len({mesh_axes(rule) for rule in told.values()}) > 1:
                 each = " and ".join(f"`{k!r}: {rule!r}`" for k, rule in told.items())
                 raise MismatchError(
-                    f"Cannot split {what}: its fields call axis {i} "
-                    f"{' and '.join(map(repr, told))}, and the rules are {each}. Make them "
-                    "the same, or give this ref a spec of its own: "
+                    f"Cannot split {what}: its fields call axis {i} {' and '.join(map(repr, told))}, but the rules are {each}. Make them the same, or give this ref its own spec: "
                     "`rx.axis_rules({rx.path(...): P(...)}, ...)`."
                 )
             if self.rules.strict and names and not told:
                 raise MismatchError(
-                    f"Cannot split {what}: there is no rule for its axis {names[0]!r}, and "
-                    f"the rules are strict. Add one: `rx.axis_rules({{{names[0]!r}: None}}, "
-                    "...)`, if it is not to be split."
+                    f"Cannot split {what}: there is no rule for its axis {names[0]!r}, but "
+                    "the rules are strict. Add one: "
+                    f"`rx.axis_rules({{{names[0]!r}: None}}, ...)`, if it should not be "
+                    "split."
                 )
             entries.append(next(iter(told.values()), None))
         return PartitionSpec(*entries)
@@ -178,7 +176,7 @@ class Reading:
     ) -> PartitionSpec:
         if self.rules.strict:
             raise MismatchError(
-                f"Cannot split {what}: no type declares the names of its axes, and the rules "
+                f"Cannot split {what}: no type declares the names of its axes, but the rules "
                 'are strict. Declare them, as in `rx.Param[Float[Array, "out in"]]`; or '
                 "add a rule: `rx.axis_rules({rx.path(...): P()}, ...)`."
             )
@@ -201,13 +199,14 @@ class Reading:
                 continue
             alike = difflib.get_close_matches(name, free, 1)
             if not alike and not self.rules.strict:
-                continue  # the rules may be for other trees too
+                continue  # the rules may also be for other trees
             declared = ", ".join(map(repr, self.declared)) or "none"
             text = f"no axis in this tree is called {name!r}: the types declare {declared}."
             if alike:
                 text += (
-                    f" Is {alike[0]!r} meant, of {self.declared[alike[0]]}? If not, say that "
-                    f"this one is not to be split: `rx.axis_rules({{{alike[0]!r}: None}}, ...)`."
+                    f" Did you mean {alike[0]!r}, of {self.declared[alike[0]]}? If not, "
+                    "say that this axis is not split: "
+                    f"`rx.axis_rules({{{alike[0]!r}: None}}, ...)`."
                 )
             else:
                 text += " Leave the rule out, or do not make the rules strict."
@@ -215,7 +214,7 @@ class Reading:
 
 
 def _with_values(leaves: list[Any]) -> list[Any]:
-    """With an empty `Value` for each ref whose own is in another part of the tree."""
+    """Adds an empty `Value` for each ref whose `Value` is in another part of the tree."""
     known = {leaf.index for leaf in leaves if isinstance(leaf, Value)}
     made = []
     for leaf in leaves:
@@ -228,7 +227,7 @@ def _with_values(leaves: list[Any]) -> list[Any]:
 
 
 def _in_stack(axes: DeclaredAxes, rules: Mapping[str, Any]) -> PartitionSpec:
-    """The sharding of a field, with the axes of the stack that its ref is in."""
+    """The sharding of a field, with the axes of the stack that contains its ref."""
     given = iter(axes.sharding)
     entries = [
         rules.get(name or "") if i in axes.extra else next(given, None)
@@ -238,7 +237,7 @@ def _in_stack(axes: DeclaredAxes, rules: Mapping[str, Any]) -> PartitionSpec:
 
 
 def _trimmed(spec: PartitionSpec) -> list[Any]:
-    """Without what says nothing at the end, as JAX returns it."""
+    """Without trailing `None`s, as JAX returns it."""
     entries = list(spec)
     while entries and (entries[-1] is None or entries[-1] == ()):
         entries.pop()

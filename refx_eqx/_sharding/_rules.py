@@ -18,11 +18,11 @@ MeshAxes = str | tuple[str, ...] | None
 
 @dataclasses.dataclass(frozen=True, init=False)
 class axis_rules:
-    """How a model is split over a mesh: by the names of the axes in the types that its
-    fields declare.
+    """How a model is split over a mesh, by the axis names in the declared types of its
+    fields.
 
-    `weight: rx.Param[Float[Array, "ffn embed"]]` says what the axes of the weight are. The
-    rules say which axis of a mesh splits each of them.
+    `weight: rx.Param[Float[Array, "ffn embed"]]` names the axes of the weight. The rules
+    say which mesh axis splits each of them.
 
     !!! Example
 
@@ -40,7 +40,7 @@ class axis_rules:
 
         model = FeedForward(jnp.ones((8, 4)), jnp.ones(8), jnp.array(1.0))
         rules = rx.axis_rules(ffn="tensor", embed="fsdp")
-        specs = rules.specs(model)  # of the form of `rx.deref(model)`
+        specs = rules.specs(model) # a tree like `rx.deref(model)`
         assert specs.up.value == P("tensor", "fsdp")
         assert specs.bias.value == P("tensor") and specs.scale.value == P()
 
@@ -50,42 +50,43 @@ class axis_rules:
         assert placed.up.value.sharding.spec == P("tensor", "fsdp")
         ```
 
-    For each array, what comes first of these decides:
+    For each array, the first of these that applies decides:
 
     1. a rule by filter;
-    2. `rx.field(sharding=P(...))` of the field that declares its ref;
+    2. the `rx.field(sharding=P(...))` that declares its ref;
     3. the rules for the names of its axes. An axis whose name has no rule is not split;
     4. `default`.
 
-    A stack of modules (`filter_vmap(Layer)(keys)`) has axes on top of those that are
-    declared. They are not split, unless `layers: rx.Batched[Layer, "depth"]` names them, and
-    `depth` has a rule. The slots of an [`refx_eqx.Optimizer`][] that have the shape of a
-    weight, and the averages of an [`refx_eqx.nn.EMA`][], follow the weight.
+    A stack of modules (`filter_vmap(Layer)(keys)`) has axes on top of the declared ones.
+    They are not split, unless `layers: rx.Batched[Layer, "depth"]` names them and `depth`
+    has a rule. The slots of an [`refx_eqx.Optimizer`][] that have the shape of a weight,
+    and the averages of an [`refx_eqx.nn.EMA`][], follow the weight.
 
     **Arguments:**
 
-    - `rules`: a mapping. A text as a key is the name of an axis; its rule is the axis of the
-        mesh that splits it, a tuple of several, or `None`. Any other key is a filter, such as
+    - `rules`: a mapping. A string key is the name of an axis; its rule is the mesh axis
+        that splits it, a tuple of several, or `None`. Any other key is a filter, such as
         `rx.path("**.bias")` or `rx.collection("batch_stats")`; its rule is a
-        `jax.sharding.PartitionSpec` for all axes of what it selects. The first that selects
-        decides, and one that selects nothing has no effect.
-    - `default`: for arrays whose axes have no declared names: a `PartitionSpec`, or a function
-        from such an array (with `shape` and `dtype`) to one. As a rule they are not split.
-    - `strict`: whether all is to be said. If so, there is an error for an array without
-        declared names that no filter selects, for an axis whose name has no rule, and for a
-        rule by name that is for no axis.
+        `jax.sharding.PartitionSpec` for all axes of the arrays it selects. The first match
+        decides, and a filter that selects nothing has no effect.
+    - `default`: for arrays whose axes have no declared names: a `PartitionSpec`, or a
+        function from such an array (with `shape` and `dtype`) to one. By default they are
+        not split.
+    - `strict`: whether every axis needs a rule. If so, it is an error if an array without
+        declared names is not selected by a filter, if the name of an axis has no rule, or
+        if a rule by name matches no axis.
     - `**by_axis`: more rules by name.
 
     **Raises:**
 
-    - `TypeError`: if a rule is neither of these.
+    - `TypeError`: if a rule is not valid.
 
     When used:
 
     - `StructureError`: if two types of one ref name an axis differently, and the rules for
-        these names differ; if a name in the rules looks like a misspelled one; if an axis of
-        the mesh does not divide, is used twice for one array, or does not exist; under
-        `strict`, whenever something is not said.
+        these names differ; if a name in the rules looks misspelled; if a mesh axis does not
+        divide an axis, is used twice for one array, or does not exist; under `strict`, if a
+        rule is missing.
     """
 
     by_axis: Mapping[str, MeshAxes]
@@ -120,16 +121,17 @@ class axis_rules:
         for name, rule in names.items():
             if not _is_mesh_axes(rule):
                 raise TypeError(
-                    f"`rx.axis_rules({{{name!r}: {rule!r}}})`: the rule for the axes with this "
-                    "name is the name of a mesh axis, a tuple of names, or `None`. To give a "
-                    "collection a `PartitionSpec`, use a filter as the key: "
-                    f"`rx.axis_rules({{rx.collection({name!r}): P(...)}})`."
+                    f"`rx.axis_rules({{{name!r}: {rule!r}}})`: the rule for the axes with "
+                    "this name must be the name of a mesh axis, a tuple of names, or "
+                    "`None`. To give a collection a `PartitionSpec`, use a filter as the "
+                    f"key: `rx.axis_rules({{rx.collection({name!r}): P(...)}})`."
                 )
         for key, rule in filters.items():
             if not isinstance(rule, PartitionSpec):
                 raise TypeError(
-                    f"`rx.axis_rules({{{key!r}: {rule!r}}})`: the rule of a filter is for all "
-                    "axes of what it selects: a `PartitionSpec`, such as `P('fsdp')`."
+                    f"`rx.axis_rules({{{key!r}: {rule!r}}})`: the rule of a filter must be "
+                    "a `PartitionSpec` for all axes of the arrays it selects, such as "
+                    "`P('fsdp')`."
                 )
         object.__setattr__(self, "by_axis", names)
         object.__setattr__(self, "by_filter", filters)
@@ -156,13 +158,14 @@ class axis_rules:
 
         - `tree`: a tree of refs, or a derefed one, with arrays or `jax.ShapeDtypeStruct`s. Its
             refs must be readable here.
-        - `mesh`: what the specs are for, a `jax.sharding.Mesh` or `AbstractMesh`: that of
-            `jax.set_mesh` if omitted. Without one, whether they fit is not checked.
+        - `mesh`: the mesh for the specs, a `jax.sharding.Mesh` or `AbstractMesh`. By
+            default, that of `jax.set_mesh`. Without a mesh, specs are not checked against
+            one.
 
         **Returns:**
 
-        A tree of the form of `rx.deref(tree)`, with a `PartitionSpec` for each array, and
-        `None` for what is no array.
+        A tree like `rx.deref(tree)`, with a `PartitionSpec` for each array, and `None` for
+        non-arrays.
 
         **Raises:**
 
@@ -180,8 +183,8 @@ class axis_rules:
 
         **Returns:**
 
-        A tree of the form of `rx.deref(tree)`, with a `jax.sharding.NamedSharding` for each
-        array, and `None` for what is no array.
+        A tree like `rx.deref(tree)`, with a `jax.sharding.NamedSharding` for each array,
+        and `None` for non-arrays.
 
         **Raises:**
 
@@ -196,7 +199,7 @@ class axis_rules:
         )
 
     def leaf_shardings(self, derefed: Any) -> list[NamedSharding | None]:
-        """For each leaf of a derefed tree. For the inside of this library."""
+        """The sharding of each leaf of a derefed tree. For internal use."""
         mesh = _needed(None)
         specs = Reading(self, derefed, mesh).flat()
         return [None if spec is None else NamedSharding(mesh, spec) for spec in specs]
@@ -206,14 +209,14 @@ def _needed(mesh: Any) -> Any:
     mesh = current_mesh() if mesh is None else mesh
     if mesh is None:
         raise ValueError(
-            "`rx.axis_rules`: there is no mesh. Give one, `rules.shardings(tree, mesh)`, or "
-            "run this under `jax.set_mesh(mesh)`."
+            "`rx.axis_rules`: there is no mesh. Pass one, `rules.shardings(tree, mesh)`, "
+            "or run this under `jax.set_mesh(mesh)`."
         )
     return mesh
 
 
 def _is_mesh_axes(rule: Any) -> bool:
-    if isinstance(rule, PartitionSpec):  # a tuple, in some versions of JAX
+    if isinstance(rule, PartitionSpec):  # a tuple in some versions of JAX
         return False
     names = rule if isinstance(rule, tuple) else (rule,)
     return rule is None or all(isinstance(name, str) for name in names)

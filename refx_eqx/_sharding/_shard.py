@@ -1,4 +1,4 @@
-"""`filter_shard`: puts a tree where it is to be, by reference."""
+"""`filter_shard`: moves a tree to its shardings, by reference."""
 
 from typing import Any, TypeVar
 
@@ -22,14 +22,14 @@ T = TypeVar("T")
 
 
 def filter_shard(x: T, device_or_shardings: PyTree) -> T:
-    """As `equinox.filter_shard`, by reference: the values of the refs of a tree are put where
-    they are to be, in place. Inside a transform their shardings are constrained.
+    """As `equinox.filter_shard`, by reference: moves the values of the refs of a tree to
+    their shardings, in place. Inside a transform it constrains their shardings.
 
-    A ref that is on a mesh when a compiled function is called is there when it returns: a
-    constraint inside says where the values in between are. To move it, call this outside of
-    the function. (One that is on no mesh is moved from the inside, too.)
+    A ref that is on a mesh when a compiled function is called has the same sharding when it
+    returns: a constraint inside only applies to intermediate values. To move it, call this
+    outside the function. (A ref that is not on a mesh can also be moved inside.)
 
-    (`equinox.filter_shard` itself sees no arrays in a tree of refs: it does nothing to one.)
+    (`equinox.filter_shard` itself sees no arrays in a tree of refs, and does nothing.)
 
     !!! Example
 
@@ -53,22 +53,23 @@ def filter_shard(x: T, device_or_shardings: PyTree) -> T:
 
     - `x`: any pytree. Its refs must be writable here. Arrays are moved. A tracer is
         constrained (`jax.lax.with_sharding_constraint`; on an explicit mesh
-        `jax.sharding.reshard`), and a `jax.ShapeDtypeStruct` gets the sharding. All else,
-        numbers and NumPy arrays among it, stays as it is.
+        `jax.sharding.reshard`), and a `jax.ShapeDtypeStruct` gets the sharding. Everything
+        else, including numbers and NumPy arrays, is unchanged.
     - `device_or_shardings`: a device; a `jax.sharding.Sharding`; an
         [`refx_eqx.axis_rules`][], under `jax.set_mesh`; or a tree of shardings that is a
-        prefix of `rx.deref(x)`, such as `rules.shardings(x, mesh)`, with `None` for what
-        is to stay. A `PartitionSpec` stands for a sharding, under `jax.set_mesh`.
+        prefix of `rx.deref(x)`, such as `rules.shardings(x, mesh)`, with `None` for leaves
+        that should stay. Under `jax.set_mesh` a `PartitionSpec` also works as a sharding.
 
     **Returns:**
 
-    The tree with the same refs. The arrays outside refs are moved, or constrained, in it.
+    The tree with the same refs, and with moved or constrained arrays outside refs.
 
     **Raises:**
 
-    - `StructureError`: if the shardings are no prefix of `rx.deref(x)`, if an array cannot be
-        split so, or if one ref is given two shardings. Nothing has moved then.
-    - `ValueError`: if there is no mesh where one is needed.
+    - `StructureError`: if the shardings are not a prefix of `rx.deref(x)`, if an array
+        cannot be split by its sharding, or if one ref is given two shardings. Then nothing
+        has moved.
+    - `ValueError`: if a mesh is needed but there is none.
     - `TraceLevelError`, `ImmutableError`: if a ref may not be written here.
     """
     pairs, treedef = leaves_with_paths(x)
@@ -92,7 +93,7 @@ def filter_shard(x: T, device_or_shardings: PyTree) -> T:
 
 
 def placed_tree(derefed: Any, shardings: list[Any]) -> Any:
-    """A derefed tree with each leaf at its sharding, or where it is for `None`."""
+    """A derefed tree with each leaf moved to its sharding; `None` leaves it where it is."""
     leaves, treedef = jtu.tree_flatten(derefed)
     return treedef.unflatten(map(_placed, leaves, shardings))
 

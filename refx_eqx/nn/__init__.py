@@ -1,8 +1,8 @@
-"""Layers: those of `equinox.nn` with refs, and those that keep a state or draw random numbers.
+"""Layers: those of `equinox.nn` with refs, including stateful and random layers.
 
 The stateless layers are Equinox's own, with a ref of collection `"params"` for each array.
-Where Equinox has a `State` or a key passed through every call, the layer here has refs: it is
-called with its input alone. Names and arguments are those of `equinox.nn`.
+Where Equinox passes a `State` or a key through every call, the layer here has refs, and is
+called with just its input. Names and arguments are those of `equinox.nn`.
 """
 
 from equinox.nn import (

@@ -1,8 +1,8 @@
 """`MultiheadAttention`, with a cache of keys and values for decoding.
 
 A cache of `n` slots holds the last `n` positions: position `p` is in slot `p % n`. So one
-formula says which position is in a slot, and one mask, causal by position, is right for the
-first tokens and the later ones, for a cache that is filled and one that rolls.
+formula gives the position in a slot, and one mask, causal by position, works for early and
+late tokens, and for plain and rolling caches.
 """
 
 import math
@@ -27,13 +27,14 @@ from ._stateless import with_params
 
 _FULL = (
     "`rx.nn.MultiheadAttention`: the cache is full. Make the layer with a larger "
-    "`cache_size`, begin another sequence by `reset_cache()`, or let the cache keep only the "
-    "last positions, by `rolling=True`."
+    "`cache_size`, start a new sequence with `reset_cache()`, or keep only the last "
+    "positions with `rolling=True`."
 )
 
 
 class MultiheadAttention(Module):
-    """As `equinox.nn.MultiheadAttention`, with a cache for decoding, and a stream for dropout.
+    """As `equinox.nn.MultiheadAttention`, with a cache for decoding and a stream for
+    dropout.
 
     !!! Example
 
@@ -62,18 +63,18 @@ class MultiheadAttention(Module):
         attention.reset_cache()
         ```
 
-    **With `cache=True`** the keys and values of a call are put behind those of the calls
-    before, and each query attends to its own position and to all that are before it. Any
-    number of positions is taken at once, so prefill and decode are one call. With `rolling=
-    True` the cache holds the last `cache_size` positions, and a query attends to these: a
-    sliding window, over a sequence of any length.
+    **With `cache=True`** the keys and values of a call are appended to those of earlier
+    calls, and each query attends to its own position and all positions before it. A call
+    takes any number of positions, for prefill and decoding alike. With `rolling=True` the
+    cache holds the last `cache_size` positions, and queries attend to these: a sliding
+    window over a sequence of any length.
 
-    The cache is `cache_key`, `cache_value` and `cache_length`, refs of collection `"cache"`. A
-    batch has one for each element: `rx.add_axis(model, batch_size, "cache")` and
-    `in_axes=rx.axes(cache=0, default=None)`. For prompts of different lengths, fill them up
-    behind and write the true lengths to `cache_length` after the prefill: what is behind is not
-    looked at, and is overwritten. A rolling cache cannot be set back like that, because the
-    filling may have taken the place of older positions.
+    The cache is `cache_key`, `cache_value` and `cache_length`, refs of collection
+    `"cache"`. For a batch, use one cache per element: `rx.add_axis(model, batch_size,
+    "cache")` and `in_axes=rx.axes(cache=0, default=None)`. For prompts of different
+    lengths, pad them at the end and write the true lengths to `cache_length` after the
+    prefill: the padding is not attended to, and is overwritten. A rolling cache cannot be
+    set back like that, because the padding may have replaced older positions.
 
     **Arguments:**
 
@@ -81,16 +82,16 @@ class MultiheadAttention(Module):
         `use_query_bias`, `use_key_bias`, `use_value_bias`, `use_output_bias`, `dropout_p`,
         `inference`, `dtype`, `key`: as in `equinox.nn.MultiheadAttention`.
     - `cache_size`: the number of positions in the cache; `None` for no cache.
-    - `rolling`: whether the cache forgets what is older, instead of being full.
-    - `rngs`: of the dropout, as in [`refx_eqx.nn.Dropout`][].
+    - `rolling`: whether the cache drops older positions instead of filling up.
+    - `rngs`: the source of keys for dropout, as in [`refx_eqx.nn.Dropout`][].
 
     **Raises:**
 
-    - `ValueError`: if keys and values differ in length, if `process_heads` changes a shape, or
-        if a call with `cache=True` has no cache, has a mask, or has more positions than the
-        cache has place for.
-    - `RuntimeError`: of Equinox, while the program runs, if the cache is full. No ref has
-        changed then. A rolling cache is never full, and has no such check.
+    - `ValueError`: if keys and values differ in length, if `process_heads` changes a shape,
+        or if a call with `cache=True` has no cache, has a mask, or has more positions than
+        fit in the cache.
+    - `RuntimeError`: from Equinox, when the program runs, if the cache is full. Then no ref
+        has changed. A rolling cache is never full, and has no such check.
     """
 
     query_proj: Any
@@ -173,15 +174,16 @@ class MultiheadAttention(Module):
         - `query`: of shape `(q_seq, query_size)`.
         - `key_`: of shape `(kv_seq, key_size)`.
         - `value`: of shape `(kv_seq, value_size)`.
-        - `mask`: of shape `(q_seq, kv_seq)` or `(num_heads, q_seq, kv_seq)`: `False` for what
-            is not attended to. Not with `cache=True`, which makes its own.
-        - `key`: a key of `jax.random` for dropout, instead of one of the stream.
-        - `inference`: the mode, instead of that of `dropout`.
-        - `process_heads`: a function of the heads of query, key and value, of shape `(seq,
-            num_heads, size)`, that returns the same: for positions. With `cache=True` it is
-            given the new ones, of which the first is at position `cache_length`.
-        - `cache`: whether to put the keys and values into the cache, and to attend to all
-            that it holds.
+        - `mask`: of shape `(q_seq, kv_seq)` or `(num_heads, q_seq, kv_seq)`, with `False`
+            for positions to ignore. Not with `cache=True`, which makes its own.
+        - `key`: a `jax.random` key for dropout, instead of one from the stream.
+        - `inference`: overrides the mode of `dropout`.
+        - `process_heads`: a function that takes and returns the heads of query, key and
+            value, of shape `(seq, num_heads, size)`, for position embeddings. With
+            `cache=True` it is given the new ones, the first of which is at position
+            `cache_length`.
+        - `cache`: whether to append the keys and values to the cache, and attend to
+            everything in it.
 
         **Returns:**
 
@@ -189,8 +191,8 @@ class MultiheadAttention(Module):
         """
         if key_.shape[0] != value.shape[0]:
             raise ValueError(
-                "`rx.nn.MultiheadAttention`: there is one value for each key, and there are "
-                f"{key_.shape[0]} keys and {value.shape[0]} values."
+                "`rx.nn.MultiheadAttention`: there must be one value for each key, but "
+                f"there are {key_.shape[0]} keys and {value.shape[0]} values."
             )
         q = self._heads(self.query_proj, query)
         k = self._heads(self.key_proj, key_)
@@ -200,13 +202,13 @@ class MultiheadAttention(Module):
         if cache:
             k, v, mask = self._extend(q, k, v, mask)
         weights = self._drop(_weights(q, k, mask), key, inference)
-        # In this order `einsum` makes the product that Equinox makes for each head, and so the
-        # same numbers to the last bit. (In the other it exchanges the two.)
+        # In this order `einsum` computes the same product per head as Equinox, and so the
+        # same numbers to the last bit. (In the other order it swaps the operands.)
         attended = jnp.einsum("Shd,hsS->shd", v, weights)
         return _each(self.output_proj, attended.reshape(query.shape[0], -1))
 
     def reset_cache(self) -> None:
-        """Empties the cache, before another sequence."""
+        """Empties the cache, for a new sequence."""
         _, _, length = self._cache
         length.value = jnp.zeros_like(length.value)
 
@@ -223,15 +225,15 @@ class MultiheadAttention(Module):
     def _extend(
         self, query: Array, key: Array, value: Array, mask: Any
     ) -> tuple[Array, Array, Array]:
-        """Puts keys and values into the cache. Returns those to attend to, and a mask."""
+        """Appends keys and values to the cache. Returns those to attend to, and a mask."""
         cache_key, cache_value, length = self._cache
         n, size = key.shape[0], cache_key.shape[0]
         if mask is not None or query.shape[0] != n:
             raise ValueError(
-                "`rx.nn.MultiheadAttention`: with `cache=True` each position brings a query, "
-                "a key and a value, and attends to those before it: there is no `mask`, and "
-                f"queries are as many as keys (they are {query.shape[0]} and {n}). Call the "
-                "layer without `cache=True` for anything else."
+                "`rx.nn.MultiheadAttention`: with `cache=True` each position has a query, "
+                "a key and a value, and attends to those before it: there is no `mask`, "
+                f"and as many queries as keys (there are {query.shape[0]} and {n}). Call "
+                "the layer without `cache=True` for anything else."
             )
         start = length.value
         if not self.rolling:
@@ -243,7 +245,7 @@ class MultiheadAttention(Module):
         length.value = start + n
         at = start + jnp.arange(n)
         if self.rolling and n > 1:
-            # The last of the new ones may have taken the slots of what the first look at.
+            # The last new positions may have taken slots that the first ones attend to.
             key = jnp.concatenate([old[0], key])
             value = jnp.concatenate([old[1], value])
             positions = jnp.concatenate([_positions(start, size), at])
@@ -265,14 +267,15 @@ class MultiheadAttention(Module):
 
 
 def _checked_position(start: Array, n: int, size: int) -> Array:
-    """The position of the first of `n` new ones, if there is place for them."""
+    """The position of the first of `n` new ones, if they fit."""
     if n > size:
-        raise ValueError(f"{_FULL} (It has {size} places, and {n} are needed.)")
+        raise ValueError(f"{_FULL} (It has {size} slots, and {n} are needed.)")
     return eqx.error_if(start, start + n > size, _FULL)
 
 
 def _put(cache: Array, new: Array, start: Array) -> Array:
-    """The cache with the positions from `start` on; of more than it holds, the last ones."""
+    """The cache with new positions from `start` on; if they do not all fit, the last
+    ones."""
     size, n = cache.shape[0], new.shape[0]
     n_kept = min(n, size)
     slots = (start + n - n_kept + jnp.arange(n_kept)) % size
@@ -280,7 +283,7 @@ def _put(cache: Array, new: Array, start: Array) -> Array:
 
 
 def _positions(length: Array, size: int) -> Array:
-    """Which position is in each slot, after `length` of them; negative for none."""
+    """The position in each slot after `length` positions; negative for an empty slot."""
     last = length - 1
     return last - (last - jnp.arange(size)) % size
 
@@ -291,13 +294,13 @@ def _weights(query: Array, key: Array, mask: Array | None) -> Array:
         mask = mask if mask.ndim == 3 else mask[None]
         if mask.shape[1:] != logits.shape[1:] or mask.shape[0] not in (1, len(logits)):
             raise ValueError(
-                f"`rx.nn.MultiheadAttention`: the mask has shape {mask.shape}, and is to have "
-                f"shape {logits.shape[1:]}, or {logits.shape} for one of each head."
+                f"`rx.nn.MultiheadAttention`: the mask has shape {mask.shape}, but must "
+                f"have shape {logits.shape[1:]}, or {logits.shape} for one per head."
             )
         logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.result_type(logits.dtype, jnp.float32)
-    # In float32 at least, because a sum over many positions is.
+    # In float32 at least, because it sums over many positions.
     return jax.nn.softmax(logits.astype(dtype)).astype(logits.dtype)
 
 
@@ -305,13 +308,13 @@ def _processed(process_heads: Callable, heads: tuple) -> tuple:
     processed = tuple(process_heads(*heads))
     if [x.shape for x in processed] != [x.shape for x in heads]:
         raise ValueError(
-            "`rx.nn.MultiheadAttention`: `process_heads` returns heads of the shapes "
-            f"{[x.shape for x in processed]}, and was given {[x.shape for x in heads]}. It "
-            "is to return three arrays of the shapes that it is given."
+            "`rx.nn.MultiheadAttention`: `process_heads` returned heads of the shapes "
+            f"{[x.shape for x in processed]}, but was given {[x.shape for x in heads]}. It "
+            "must return three arrays of the shapes it is given."
         )
     return processed
 
 
 def _each(layer: Any, xs: Array) -> Array:
-    # Ours, because the layer may be one that keeps a state, as `SpectralNorm` does.
+    # Our `filter_vmap`, because the layer may be stateful, like `SpectralNorm`.
     return filter_vmap(lambda layer, x: layer(x), in_axes=(None, 0))(layer, xs)

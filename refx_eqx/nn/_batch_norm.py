@@ -1,4 +1,4 @@
-"""`BatchNorm`: normalization by the statistics of a batch, whose averages are refs."""
+"""`BatchNorm`: normalization by batch statistics, with running averages in refs."""
 
 import math
 from collections.abc import Hashable, Sequence
@@ -42,42 +42,42 @@ class BatchNorm(Module):
         assert apply(norm, xs).shape == (64, 3) and norm.count.value == 1
         ```
 
-    **Without `axis_name`** it is called on a batch, of shape `(batch, input_size, *spatial)`.
-    **With `axis_name`** it is called on one example, of shape `(input_size, *spatial)`, inside
-    of a map over an axis of that name: `rx.filter_vmap(..., axis_name=...)`, for which the
-    statistics are one value for the whole axis.
+    **Without `axis_name`** it is called on a batch, of shape `(batch, input_size,
+    *spatial)`. **With `axis_name`** it is called on one example, of shape `(input_size,
+    *spatial)`, inside a map over an axis of that name: `rx.filter_vmap(...,
+    axis_name=...)`, where the statistics are one value for the whole axis.
 
     In training mode it normalizes by the statistics of the batch, and averages them in the
-    refs `mean` and `var`. In inference mode it normalizes by these. Conventions, which are
-    those of Equinox:
+    refs `mean` and `var`. In inference mode it normalizes by these averages. The
+    conventions are those of Equinox:
 
-    - `momentum` is the share that the running statistics *keep* (PyTorch's is the share that
-        they lose: `0.99` here is `0.01` there);
-    - the variance is that of the batch as it is, divided by `n` and not by `n - 1`;
-    - `eps` is added to the variance, inside the root.
+    - `momentum` is the fraction that the running statistics *keep* (in PyTorch it is the
+        fraction they lose: `0.99` here is `0.01` there);
+    - the variance of the batch is biased: divided by `n`, not by `n - 1`;
+    - `eps` is added to the variance, inside the square root.
 
-    The one difference: `mean` and `var` have no bias to what they started with, from the first
-    batch on. Equinox 0.13.8 corrects both as if they had started at zero, but starts the
-    variance at one.
+    The one difference: from the first batch on, `mean` and `var` are not biased toward
+    their initial values. Equinox 0.13.8 corrects both as if they had started at zero, but
+    starts the variance at one.
 
     **Arguments:**
 
     - `input_size`: the number of channels.
     - `axis_name`: the name of the mapped axis, or several. `None` for a batch.
     - `eps`: added to the variance.
-    - `channelwise_affine`: whether there are a `weight` and a `bias`, of collection
+    - `channelwise_affine`: whether to have a `weight` and a `bias`, of collection
         `"params"`.
-    - `momentum`: how much the running statistics keep, between 0 and 1.
+    - `momentum`: the fraction that the running statistics keep, between 0 and 1.
     - `inference`: the mode. `equinox.nn.inference_mode` sets it.
-    - `dtype`: of parameters and statistics; by default JAX's default float.
+    - `dtype`: the dtype of parameters and statistics; by default JAX's default float.
     - `mode`: `"batch"`, or `"ema"`, which normalizes by the running statistics in training
         mode too.
 
     **Raises:**
 
-    - `ValueError`: if `mode` or `momentum` is none, or if an input does not have `input_size`
-        channels.
-    - `NameError`: if there is no mapped axis of the name.
+    - `ValueError`: if `mode` or `momentum` is invalid, or if an input does not have
+        `input_size` channels.
+    - `NameError`: if there is no mapped axis of that name.
     """
 
     weight: Param[Float[Array, "input_size"]] | None
@@ -106,12 +106,12 @@ class BatchNorm(Module):
     ):
         if mode not in ("ema", "batch"):
             raise ValueError(
-                f"`rx.nn.BatchNorm`: `mode` is 'batch' or 'ema', and was {mode!r}."
+                f"`rx.nn.BatchNorm`: `mode` must be 'batch' or 'ema', but was {mode!r}."
             )
         if not 0 <= momentum < 1:
             raise ValueError(
-                "`rx.nn.BatchNorm`: `momentum` is the share that the running statistics "
-                f"keep, at least 0 and less than 1, and was {momentum!r}."
+                "`rx.nn.BatchNorm`: `momentum` is the fraction that the running "
+                f"statistics keep, at least 0 and less than 1, but was {momentum!r}."
             )
         dtype = jnp.result_type(float) if dtype is None else dtype
         self.weight = jnp.ones(input_size, dtype) if channelwise_affine else None
@@ -139,11 +139,11 @@ class BatchNorm(Module):
         - `x`: an array of shape `(input_size, *spatial)`, or `(batch, input_size, *spatial)`
             if there is no `axis_name`.
         - `key`: not used.
-        - `inference`: the mode, instead of `self.inference`.
+        - `inference`: overrides `self.inference`.
 
         **Returns:**
 
-        An array of that shape.
+        An array of the same shape.
         """
         self._check(x)
         inference = self.inference if inference is None else inference
@@ -155,7 +155,7 @@ class BatchNorm(Module):
         return out * along(self.weight[...]) + along(self.bias[...])
 
     def _train(self, x: Array) -> tuple[Array, Array]:
-        """Writes the running statistics; returns those to normalize by."""
+        """Writes the running statistics, and returns those to normalize by."""
         mean, var = self._statistics(x)
         count = self.count[...] + 1
         share = self._share(count, var.dtype)
@@ -167,13 +167,13 @@ class BatchNorm(Module):
         return (mean, var) if self.mode == "batch" else (running_mean, running_var)
 
     def _share(self, count: Array, dtype: Any) -> Array:
-        """The share of a batch in the running statistics: all of it, if it is the first."""
+        """The weight of a batch in the running statistics: one for the first batch."""
         if self.momentum == 0:
             return jnp.ones((), dtype)
         if self.mode == "ema":
             return jnp.where(count == 1, 1, 1 - self.momentum).astype(dtype)
         # (1 - momentum) / (1 - momentum**count): the weighted mean of all batches so far.
-        # `expm1`, because the difference of two numbers near 1 has few digits.
+        # `expm1`, because the difference of two numbers near 1 loses precision.
         log = math.log(self.momentum)
         share = math.expm1(log) / jnp.expm1(log * count.astype(jnp.float32))
         return jnp.where(count == 1, 1, share).astype(dtype)
@@ -189,10 +189,10 @@ class BatchNorm(Module):
             mean = average(x)
         except NameError as e:
             raise NameError(
-                "`rx.nn.BatchNorm`: there is no mapped axis of the name "
-                f"{self.axis_name!r} here. Call the layer inside `rx.filter_vmap(..., "
-                f"axis_name={self.axis_name!r})`, or make it without `axis_name` and call it "
-                "on a batch."
+                f"`rx.nn.BatchNorm`: there is no mapped axis named {self.axis_name!r} "
+                "here. Call the layer inside `rx.filter_vmap(..., "
+                f"axis_name={self.axis_name!r})`, or make it without `axis_name` and call "
+                "it on a batch."
             ) from e
         # In a second pass, because `mean(x**2) - mean(x)**2` loses digits.
         var = average(jnp.square(jnp.abs(x - mean))).astype(mean.dtype)
@@ -200,7 +200,7 @@ class BatchNorm(Module):
 
     @property
     def _channels(self) -> int:
-        """Which axis of an input is that of the channels."""
+        """The channel axis of an input."""
         return 1 if self.axis_name is None else 0
 
     def _others(self, x: Array) -> tuple[int, ...]:
@@ -215,8 +215,8 @@ class BatchNorm(Module):
                 else ("not set", f"(batch, {one[1:]}")
             )
             raise ValueError(
-                f"`rx.nn.BatchNorm`: the input has shape {x.shape}, and because `axis_name` "
-                f"is {axis} it is to have shape {shape}, with input_size={self.input_size}. "
-                "Without `axis_name` the layer is called on a batch; with it, on one "
-                "example."
+                f"`rx.nn.BatchNorm`: the input has shape {x.shape}, but because "
+                f"`axis_name` is {axis} it must have shape {shape}, with "
+                f"input_size={self.input_size}. Without `axis_name` the layer is called on "
+                "a batch; with it, on one example."
             )

@@ -12,8 +12,8 @@ from .._rng import Rngs, RngStream
 
 
 class Dropout(Module):
-    """As `equinox.nn.Dropout`, with a stream of randomness of its own: there is no key to
-    split and pass.
+    """As `equinox.nn.Dropout`, with its own stream of randomness: there is no key to split
+    and pass.
 
     !!! Example
 
@@ -33,26 +33,26 @@ class Dropout(Module):
         assert (eqx.nn.inference_mode(dropout)(x) == x).all()
         ```
 
-    Any number of layers may share one [`refx_eqx.Rngs`][]. Its refs are of collection
-    `"rng"`: [`refx_eqx.filter_vmap`][], [`refx_eqx.scan`][] and [`refx_eqx.map`][] give each
-    place on the axis, and each step, keys of its own.
+    Any number of layers may share one [`refx_eqx.Rngs`][]. Its refs have collection
+    `"rng"`: [`refx_eqx.filter_vmap`][], [`refx_eqx.scan`][] and [`refx_eqx.map`][] give
+    each place on the axis, and each step, its own keys.
 
     **Arguments:**
 
     - `p`: the fraction of entries to set to zero, on average.
-    - `inference`: the mode: in inference mode nothing is set to zero.
+    - `inference`: the mode; in inference mode nothing is set to zero.
         `equinox.nn.inference_mode` sets it.
-    - `rngs`: where keys come from: a [`refx_eqx.Rngs`][], of which the stream `dropout` is
-        taken (or the default one), or a stream of one, as in `rngs.noise`. May be left out if
-        each call is given a `key`.
+    - `rngs`: the source of keys: a [`refx_eqx.Rngs`][], whose stream `dropout` (or default
+        stream) is used, or a single stream, such as `rngs.noise`. Optional if each call is
+        given a `key`.
 
     **Raises:**
 
     - `ValueError`: if `p` is not between 0 and 1.
-    - `RuntimeError`: when it is called in training mode with neither a `key` nor `rngs`.
+    - `RuntimeError`: if it is called in training mode with neither a `key` nor `rngs`.
     """
 
-    # Not static, so that they can be changed by `equinox.tree_at`.
+    # Not static, so that `equinox.tree_at` can change them.
     p: Any
     inference: bool
     stream: RngStream | None
@@ -66,8 +66,8 @@ class Dropout(Module):
     ):
         if isinstance(p, int | float) and not 0 <= p <= 1:
             raise ValueError(
-                "`rx.nn.Dropout`: `p` is the fraction of entries to set to zero, between 0 "
-                f"and 1, and was {p!r}."
+                "`rx.nn.Dropout`: `p` is the fraction of entries to set to zero, between "
+                f"0 and 1, but was {p!r}."
             )
         self.p = p
         self.inference = inference
@@ -83,12 +83,12 @@ class Dropout(Module):
         """**Arguments:**
 
         - `x`: an array of any shape.
-        - `key`: a key of `jax.random`, instead of one of the stream.
-        - `inference`: the mode, instead of `self.inference`.
+        - `key`: a `jax.random` key, instead of one from the stream.
+        - `inference`: overrides `self.inference`.
 
         **Returns:**
 
-        An array of that shape: entries are zero, or divided by `1 - p`.
+        An array of the same shape, with entries set to zero or divided by `1 - p`.
         """
         if not self.is_active(inference):
             return x
@@ -100,12 +100,12 @@ class Dropout(Module):
         return not inference and not (isinstance(self.p, int | float) and self.p == 0)
 
     def key(self) -> Array:
-        """A fresh key of the stream."""
+        """A fresh key from the stream."""
         if self.stream is None:
             raise RuntimeError(
-                "`rx.nn.Dropout` is in training mode and has no randomness. Make it with a "
-                "stream, `rx.nn.Dropout(p, rngs=rx.Rngs(0))`; pass `key=` to the call; or, "
-                "if nothing is to be dropped, put the model into inference mode by "
+                "`rx.nn.Dropout` is in training mode and has no randomness. Make it with "
+                "a stream, `rx.nn.Dropout(p, rngs=rx.Rngs(0))`; pass `key=` to the call; "
+                "or, if nothing should be dropped, put the model into inference mode with "
                 "`eqx.nn.inference_mode(model)`."
             )
         return self.stream()
@@ -115,6 +115,6 @@ def drop(x: Array, p: Any, key: Any) -> Array:
     """`x` with a fraction `p` of its entries set to zero, and the others scaled."""
     keep = 1 - jax.lax.stop_gradient(p)
     mask = jr.bernoulli(key, keep, x.shape)
-    # With `p = 1` nothing is kept: the division is of entries that are, or by one.
+    # With `p = 1` nothing is kept, and the division is by one instead of zero.
     scale = jnp.where(keep > 0, keep, 1).astype(x.dtype)
     return jnp.where(mask, x / scale, 0)

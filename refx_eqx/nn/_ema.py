@@ -1,4 +1,4 @@
-"""`EMA`: an average of a model over the steps of its training, or a target copy of it."""
+"""`EMA`: an average of a model over its training steps, or a target copy of it."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from .._filters._update import check_and_write
 
 
 class EMA(Module):
-    """The exponential moving average of a model: a copy of it that follows slowly.
+    """The exponential moving average of a model: a copy that follows it slowly.
 
     !!! Example
 
@@ -43,24 +43,24 @@ class EMA(Module):
         ema.swap(model)  # and back
         ```
 
-    `ema.model` is the model with refs of its own, of collection `"ema"`, for what is averaged;
-    all other refs (batch statistics, randomness) are those of the model. So it is called as
-    the model is, and `wrt="params"` selects nothing of it.
+    `ema.model` is the model with new refs, of collection `"ema"`, for the averages; all
+    other refs (batch statistics, randomness) are shared with the model. So it is called
+    like the model, and `wrt="params"` selects none of the averages.
 
-    A target network is an `EMA` too: `decay=0.995` for one that follows by 0.005 in each step,
-    `decay=0.0` for one that is set to the model whenever it is updated.
+    A target network is also an `EMA`: with `decay=0.995` it moves by 0.005 in each step;
+    with `decay=0.0` each update sets it to the model.
 
     **Arguments:**
 
     - `model`: any tree of refs.
-    - `decay`: how much of the average an update keeps, from 0 to 1. The first average is the
-        model itself, so there is nothing to correct for.
-    - `wrt`: any filter: the refs to average.
+    - `decay`: the fraction of the average that an update keeps, from 0 to 1. The first
+        average is the model itself, so no bias correction is needed.
+    - `wrt`: any filter, which selects the refs to average.
 
     **Raises:**
 
-    - `StructureError`: if `wrt` selects no ref, or if a model of another structure is given
-        to `update` or to `swap`.
+    - `StructureError`: if `wrt` selects no ref, or if `update` or `swap` is given a model
+        of another structure.
     - `ValueError`: if `decay` is a number that is not between 0 and 1.
     """
 
@@ -78,8 +78,8 @@ class EMA(Module):
             )
         if isinstance(decay, int | float) and not 0 <= decay <= 1:
             raise ValueError(
-                "`rx.nn.EMA`: `decay` is how much of the average an update keeps, between 0 "
-                f"and 1, and was {decay!r}."
+                "`rx.nn.EMA`: `decay` is the fraction of the average that an update "
+                f"keeps, between 0 and 1, but was {decay!r}."
             )
         averages = {id(ref): _average_of(ref) for ref in selected}
         self.model = jtu.tree_map(lambda x: averages.get(id(x), x), model)
@@ -88,11 +88,11 @@ class EMA(Module):
         self._places = tuple(places[i] for i in averages)
 
     def update(self, model: PyTree) -> None:
-        """Moves the averages to the values of the model, by one step.
+        """Moves the averages one step toward the values of the model.
 
         **Arguments:**
 
-        - `model`: the model that the average was made of, or a copy of it.
+        - `model`: the model that the average was made from, or a copy of it.
         """
         updates = []
         for average, ref in self._pairs(model):
@@ -119,15 +119,15 @@ class EMA(Module):
         return decay * average + (1 - decay) * value
 
     def _pairs(self, model: Any) -> list[tuple[Ref, Ref]]:
-        """Each average, with the ref of the model that it is of."""
+        """Each average, with the corresponding ref of the model."""
         averages, treedef = jtu.tree_flatten(self.model)
         refs, given = jtu.tree_flatten(model)
         pairs = [(averages[i], refs[i]) for i in self._places if i < len(refs)]
         if treedef != given or not all(isinstance(ref, Ref) for _, ref in pairs):
             raise StructureError(
-                "`rx.nn.EMA`: the model has another structure than the one that the average "
-                "was made of. Give it that model, or a copy by `rx.clone`; for a model that "
-                "was changed by `eqx.tree_at`, make a new `rx.nn.EMA`."
+                "`rx.nn.EMA`: the model has another structure than the one that the "
+                "average was made from. Pass that model, or a copy by `rx.clone`; for a "
+                "model that was changed by `eqx.tree_at`, make a new `rx.nn.EMA`."
             )
         return pairs
 

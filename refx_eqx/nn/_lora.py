@@ -1,4 +1,4 @@
-"""`LoRA`: a change of low rank around a linear layer, which stays unchanged."""
+"""`LoRA`: a low-rank update around a linear layer, which stays unchanged."""
 
 from typing import Annotated, Any, TypeVar
 
@@ -20,7 +20,7 @@ _Lora = Annotated[Ref[T], Collection("lora")]
 
 
 class LoRA(Module):
-    """A linear layer, and a change of its weight of low rank: `layer(x) + scale * b @ a @ x`.
+    """A linear layer with a low-rank update of its weight: `layer(x) + scale * b @ a @ x`.
 
     !!! Example
 
@@ -44,22 +44,22 @@ class LoRA(Module):
         assert jnp.allclose(merged(x), adapted(x), atol=1e-6)
         ```
 
-    The layer is shared: its refs are those it had, of collection `"params"`, and the change is
-    two refs of collection `"lora"`. So `wrt="lora"` trains the change and freezes the rest.
-    [`refx_eqx.nn.merge_lora`][] makes plain layers again.
+    The layer is shared: it keeps its refs, of collection `"params"`, and the update is two
+    refs of collection `"lora"`. So `wrt="lora"` trains the update and freezes the rest.
+    [`refx_eqx.nn.merge_lora`][] converts back to plain layers.
 
     **Arguments:**
 
-    - `layer`: a layer that multiplies the last axis of its input by a weight of shape
-        `(out, in)`: of this library, of another, or your own.
-    - `rank`: of the change.
-    - `alpha`: the change is scaled by `alpha / rank`; by default by one.
-    - `weight_name`: the field of the layer that is its weight.
-    - `key`: for `a` at the start. `b` is zero.
+    - `layer`: any layer, from this library or not, that multiplies the last axis of its
+        input by a weight of shape `(out, in)`.
+    - `rank`: the rank of the update.
+    - `alpha`: scales the update by `alpha / rank`; by default by one.
+    - `weight_name`: the field of the layer that holds its weight.
+    - `key`: for the initial `a`. `b` starts at zero.
 
     **Raises:**
 
-    - `ValueError`: if the layer has no such weight, or an input does not fit it.
+    - `ValueError`: if the layer has no such weight, or if an input does not fit it.
     """
 
     layer: Any
@@ -80,13 +80,15 @@ class LoRA(Module):
         weight = weight_of(layer, weight_name)
         if weight.ndim != 2:
             raise ValueError(
-                f"`rx.nn.LoRA`: `{weight_name}` has shape {weight.shape}, and is to be of "
+                f"`rx.nn.LoRA`: `{weight_name}` has shape {weight.shape}, but must have "
                 "shape (out, in). Around a stack of layers, make a stack: "
-                "`rx.filter_vmap(lambda layer, key: rx.nn.LoRA(layer, rank, key=key))"
-                "(layers, keys)`."
+                "`rx.filter_vmap(lambda layer, key: rx.nn.LoRA(layer, rank, "
+                "key=key))(layers, keys)`."
             )
         if rank < 1:
-            raise ValueError(f"`rx.nn.LoRA`: `rank` is at least 1, and was {rank}.")
+            raise ValueError(
+                f"`rx.nn.LoRA`: `rank` must be at least 1, but was {rank}."
+            )
         n_out, n_in = weight.shape
         limit = n_in**-0.5  # as in `equinox.nn.Linear`
         self.layer = with_params(layer)
@@ -104,19 +106,20 @@ class LoRA(Module):
 
         **Returns:**
 
-        What the layer makes of it, changed: of shape `(..., out)`.
+        The output of the layer plus the update, of shape `(..., out)`.
         """
         if x.shape[-1:] != self.a.shape[-1:]:
             raise ValueError(
-                f"`rx.nn.LoRA`: the input has shape {x.shape}, and its last axis is to have "
-                f"the length {self.a.shape[-1]}, which the weight multiplies."
+                f"`rx.nn.LoRA`: the input has shape {x.shape}, but its last axis must have "
+                f"the length {self.a.shape[-1]} to be multiplied by the weight."
             )
         low = x @ self.a[...].T
         return self.layer(x) + self.scale * (low @ self.b[...].T)
 
 
 def merge_lora(tree: PyTree) -> PyTree:
-    """The tree with a plain layer for each [`refx_eqx.nn.LoRA`][]: its weight is changed.
+    """Replaces each [`refx_eqx.nn.LoRA`][] of a tree with a plain layer that has the
+    updated weight.
 
     !!! Example
 
@@ -138,8 +141,8 @@ def merge_lora(tree: PyTree) -> PyTree:
         assert merged.layers[1].weight is model.layers[1].weight
         ```
 
-    The weight is a new ref: what shares the old one keeps it. All other refs of the layer are
-    those it had.
+    The weight is a new ref: layers that share the old one keep it. All other refs of the
+    layer are unchanged.
 
     **Arguments:**
 
@@ -147,8 +150,8 @@ def merge_lora(tree: PyTree) -> PyTree:
 
     **Returns:**
 
-    The same tree without `LoRA`s. One change that is at several places, around one weight, is
-    one new weight there.
+    The tree without `LoRA`s. An update that occurs at several places, around one weight,
+    becomes one new shared weight.
     """
     merged: dict[tuple[int, int, int], Any] = {}
 

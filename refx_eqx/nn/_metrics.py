@@ -1,4 +1,4 @@
-"""Metrics that are gathered over the batches of an epoch."""
+"""Metrics accumulated over the batches of an epoch."""
 
 from typing import Annotated, Any, TypeVar
 
@@ -15,7 +15,7 @@ _MetricRef = Annotated[Ref[T], Collection("metrics")]
 
 
 class _Metric(Module):
-    """A mean over all values that were added since the last reset."""
+    """A mean over all values added since the last reset."""
 
     mean: _MetricRef[Float[Array, ""]]
     count: _MetricRef[Int[Array, ""]]
@@ -38,11 +38,11 @@ class _Metric(Module):
         mask = jnp.ones(values.shape, bool) if mask is None else jnp.asarray(mask)
         if mask.shape != values.shape:
             raise ValueError(
-                f"`rx.nn.{type(self).__name__}`: the mask has shape {mask.shape}, and the "
+                f"`rx.nn.{type(self).__name__}`: the mask has shape {mask.shape}, but the "
                 f"values have shape {values.shape}. Give one `bool` for each value."
             )
         count = self.count[...] + jnp.sum(mask, dtype=self.count.dtype)
-        # A sum of all values would lose digits as it grows; the mean does not.
+        # A sum of all values would lose precision as it grows; the mean does not.
         gain = jnp.sum(jnp.where(mask, values - self.mean[...], 0))
         mean = self.mean[...] + gain / jnp.maximum(count, 1).astype(gain.dtype)
         self.mean.value, self.count.value = mean, count
@@ -73,18 +73,18 @@ class Average(_Metric):
     """
 
     def update(self, values: ArrayLike, *, mask: ArrayLike | None = None) -> None:
-        """Takes in more values.
+        """Adds values.
 
         **Arguments:**
 
         - `values`: a number, or an array of any shape.
-        - `mask`: an array of `bool` of that shape: `False` for what does not count.
+        - `mask`: a `bool` array of that shape, with `False` for values to ignore.
         """
         self._add(jnp.asarray(values), mask)
 
 
 class Accuracy(_Metric):
-    """The fraction of right guesses since the last reset.
+    """The fraction of correct predictions since the last reset.
 
     !!! Example
 
@@ -100,8 +100,8 @@ class Accuracy(_Metric):
 
     **Arguments:**
 
-    - `threshold`: for a question of yes or no: the guess is yes where the one logit is
-        greater. By default the guess is the class of the greatest logit.
+    - `threshold`: for binary classification: the prediction is one where the single logit
+        is greater. By default the prediction is the class with the greatest logit.
     """
 
     threshold: float | None
@@ -113,17 +113,18 @@ class Accuracy(_Metric):
     def update(
         self, logits: ArrayLike, labels: ArrayLike, *, mask: ArrayLike | None = None
     ) -> None:
-        """Takes in more guesses.
+        """Adds predictions.
 
         **Arguments:**
 
         - `logits`: of shape `(..., n_classes)`; with a `threshold`, of the shape of `labels`.
-        - `labels`: integers: the numbers of the right classes.
-        - `mask`: an array of `bool` of the shape of `labels`: `False` for what does not count.
+        - `labels`: integers: the numbers of the correct classes.
+        - `mask`: a `bool` array with the shape of `labels`, with `False` for predictions to
+            ignore.
 
         **Raises:**
 
-        - `ValueError`: if the guesses do not have the shape of the labels.
+        - `ValueError`: if the predictions do not have the shape of the labels.
         """
         labels = jnp.asarray(labels)
         if self.threshold is None:
@@ -132,8 +133,9 @@ class Accuracy(_Metric):
             guesses = jnp.asarray(logits) > self.threshold
         if guesses.shape != labels.shape:
             raise ValueError(
-                f"`rx.nn.Accuracy`: the labels have shape {labels.shape}, and the guesses "
-                f"have shape {guesses.shape}. Give logits of shape (*labels.shape, "
-                "n_classes), or of the shape of the labels if there is a `threshold`."
+                f"`rx.nn.Accuracy`: the labels have shape {labels.shape}, but the "
+                f"predictions have shape {guesses.shape}. Give logits of shape "
+                "(*labels.shape, n_classes), or of the shape of the labels if there is a "
+                "`threshold`."
             )
         self._add(guesses == labels.astype(guesses.dtype), mask)

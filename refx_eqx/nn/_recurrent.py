@@ -12,8 +12,8 @@ from ._stateless import with_params
 
 
 class GRUCell(Module):
-    """As `equinox.nn.GRUCell`, with its hidden state in a ref: it is called with the input of
-    the step alone.
+    """As `equinox.nn.GRUCell`, with its hidden state in a ref: it is called with just the
+    input of the step.
 
     !!! Example
 
@@ -38,18 +38,17 @@ class GRUCell(Module):
         assert grus.hidden.shape == (8, 4) and grus.cell.bias is gru.cell.bias
         ```
 
-    The weights are those of `cell`, an `equinox.nn.GRUCell` of refs of collection `"params"`.
-    The state is `hidden`, of collection `"cache"`. Gradients go through as many steps as are
-    inside one `filter_grad`: from one call of a training step to the next the state is a
-    value like any other.
+    The weights are in `cell`, an `equinox.nn.GRUCell` with refs of collection `"params"`.
+    The state is `hidden`, of collection `"cache"`. Gradients go through the steps inside
+    one `filter_grad`; between calls of a training step the state is a constant.
 
     **Arguments:**
 
     - `input_size`: the length of an input.
     - `hidden_size`: the length of the state.
     - `use_bias`: whether to add biases.
-    - `dtype`: of weights and state; by default JAX's default float.
-    - `key`: for the weights.
+    - `dtype`: the dtype of weights and state; by default JAX's default float.
+    - `key`: for the initial weights.
     """
 
     cell: eqx.nn.GRUCell
@@ -76,7 +75,7 @@ class GRUCell(Module):
 
         **Returns:**
 
-        The new state, of shape `(hidden_size,)`. It is in `hidden` now.
+        The new state, of shape `(hidden_size,)`, which is also in `hidden`.
         """
         self.hidden.value = self.cell(input, self.hidden.value)
         return self.hidden.value
@@ -87,8 +86,8 @@ class GRUCell(Module):
 
 
 class LSTMCell(Module):
-    """As `equinox.nn.LSTMCell`, with its hidden state in a ref: it is called with the input of
-    the step alone.
+    """As `equinox.nn.LSTMCell`, with its hidden state in a ref: it is called with just the
+    input of the step.
 
     !!! Example
 
@@ -105,16 +104,15 @@ class LSTMCell(Module):
         lstm.reset()
         ```
 
-    What is said of [`refx_eqx.nn.GRUCell`][] holds here too. The state is a pair `(h, c)` in
-    one ref.
+    It behaves like [`refx_eqx.nn.GRUCell`][]. The state is a pair `(h, c)` in one ref.
 
     **Arguments:**
 
     - `input_size`: the length of an input.
     - `hidden_size`: the length of each half of the state.
     - `use_bias`: whether to add a bias.
-    - `dtype`: of weights and state; by default JAX's default float.
-    - `key`: for the weights.
+    - `dtype`: the dtype of weights and state; by default JAX's default float.
+    - `key`: for the initial weights.
     """
 
     cell: eqx.nn.LSTMCell
@@ -143,7 +141,7 @@ class LSTMCell(Module):
 
         **Returns:**
 
-        The output `h`, of shape `(hidden_size,)`. The new `(h, c)` is in `hidden` now.
+        The output `h`, of shape `(hidden_size,)`. The new `(h, c)` is in `hidden`.
         """
         self.hidden.value = self.cell(input, self.hidden.value)
         return self.hidden.value[0]

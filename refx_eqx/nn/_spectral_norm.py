@@ -29,24 +29,23 @@ class SpectralNorm(Module):
         linear = rx.nn.Linear(3, 2, use_bias=False, key=k1)
         normed = rx.nn.SpectralNorm(linear, key=k2)
         for _ in range(10):
-            normed(jnp.ones(3))  # each call in training mode makes the estimate better
+            normed(jnp.ones(3))  # each call in training mode improves the estimate
         weight = linear.weight[...] / jnp.linalg.norm(linear.weight[...], ord=2)
         assert jnp.allclose(normed(jnp.ones(3)), weight @ jnp.ones(3), atol=1e-5)
         ```
 
-    In training mode each call makes steps of the power iteration, from the vectors `u` and
-    `v` of the call before; in inference mode it uses these as they are.
+    In training mode each call makes steps of power iteration, from the vectors `u` and `v`
+    of the previous call; in inference mode it uses these unchanged.
 
     **Arguments:**
 
-    - `layer`: any layer: of this library, of another, or your own. It is shared: its refs are
-        those it had.
-    - `weight_name`: the field of the layer that is its weight, of two dimensions or more. It
-        is taken as a matrix of as many rows as its first axis is long.
-    - `num_power_iterations`: the steps of one call.
-    - `eps`: the least length that a vector is divided by.
+    - `layer`: any layer, from this library or not. It is shared, and keeps its refs.
+    - `weight_name`: the field of the layer that holds its weight, of two dimensions or
+        more. It is reshaped to a matrix with the rows of its first axis.
+    - `num_power_iterations`: the number of steps per call.
+    - `eps`: the smallest length that a vector is divided by.
     - `inference`: the mode. `equinox.nn.inference_mode` sets it.
-    - `key`: for the vectors at the start.
+    - `key`: for the initial vectors.
 
     **Raises:**
 
@@ -74,8 +73,8 @@ class SpectralNorm(Module):
         weight = weight_of(layer, weight_name)
         if weight.ndim < 2:
             raise ValueError(
-                f"`rx.nn.SpectralNorm`: `{weight_name}` has shape {weight.shape}, and only "
-                "what has two dimensions or more has singular values."
+                f"`rx.nn.SpectralNorm`: `{weight_name}` has shape {weight.shape}, but must "
+                "have two dimensions or more to have singular values."
             )
         self.layer = with_params(layer)
         self.weight_name = weight_name
@@ -86,7 +85,7 @@ class SpectralNorm(Module):
         key_u, key_v = jr.split(key)
         u = jr.normal(key_u, matrix.shape[:1], matrix.dtype)
         v = jr.normal(key_v, matrix.shape[1:], matrix.dtype)
-        # So that the first calls have a good estimate already.
+        # So that even the first calls have a good estimate.
         self.u, self.v = self._iterate(matrix, u, v, 15)
 
     def __call__(
@@ -100,18 +99,18 @@ class SpectralNorm(Module):
 
         - `x`: the input of the layer.
         - `key`: not used.
-        - `inference`: the mode, instead of `self.inference`.
+        - `inference`: overrides `self.inference`.
 
         **Returns:**
 
-        What the layer makes of it.
+        The output of the layer.
         """
         # As in Equinox, a convolution is taken as a matrix with one row per output channel.
         weight = weight_of(self.layer, self.weight_name)
         matrix = weight.reshape(weight.shape[0], -1)
         u, v = self.u[...], self.v[...]
         if not (self.inference if inference is None else inference):
-            # The vectors are taken as constants by derivatives.
+            # Derivatives treat the vectors as constants.
             fixed = jax.lax.stop_gradient(matrix)
             u, v = self._iterate(fixed, u, v, self.num_power_iterations)
             self.u.value, self.v.value = u, v

@@ -1,10 +1,10 @@
-"""The layers of `equinox.nn` that have no state: theirs, with refs for their arrays.
+"""The stateless layers of `equinox.nn`, with refs for their arrays.
 
 `rx.nn.Linear(3, 2, key=key)` is `rx.as_refs(eqx.nn.Linear(3, 2, key=key), "params")`. The
-class here only makes such a layer: what comes out is of Equinox's own class, as `as_refs`
-leaves it, so a plain layer and one of ours become each other by `snapshot` and `as_refs`.
+class here only makes such a layer: the result is of Equinox's own class, as made by
+`as_refs`, so `snapshot` and `as_refs` convert between our layers and plain ones.
 
-What has no arrays (`Identity`, `Lambda`, the pools) is Equinox's, unchanged.
+Layers without arrays (`Identity`, `Lambda`, the pools) are Equinox's, unchanged.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ class _LayerMeta(type(eqx.Module)):
     """The metaclass of the layers: calling a class makes a layer with refs."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        # A subclass written elsewhere is made as usual, and then gets its refs.
+        # A subclass defined elsewhere is made as usual, and then gets its refs.
         plain = _plain.get(cls)
         make = super().__call__ if plain is None else plain
         return with_params(make(*args, **kwargs))
@@ -37,7 +37,7 @@ class _LayerMeta(type(eqx.Module)):
 
 
 def with_params(layer: Any) -> Any:
-    """The same, with a ref of collection "params" for each floating-point array."""
+    """The layer, with a ref of collection "params" for each floating-point array."""
     return as_refs(layer, "params", eqx.is_inexact_array)
 
 
@@ -94,8 +94,7 @@ else:
 
 
 class Sequential(eqx.nn.Sequential):
-    """Layers that are applied one after the other: `equinox.nn.Sequential`, of layers with
-    refs.
+    """As `equinox.nn.Sequential`, with refs: layers applied one after the other.
 
     !!! Example
 
@@ -117,11 +116,11 @@ class Sequential(eqx.nn.Sequential):
         assert model[0].weight.collection == "params"
         ```
 
-    None of our layers has a state to be threaded, so it is called with the input alone.
+    None of our layers has a state to thread, so it is called with just the input.
 
     **Arguments:**
 
-    - `layers`: a sequence of callables. The floating-point arrays of those that have no refs
+    - `layers`: a sequence of callables. The floating-point arrays of those without refs
         become refs of collection `"params"`.
     """
 

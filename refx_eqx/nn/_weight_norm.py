@@ -1,4 +1,4 @@
-"""`WeightNorm`: a weight as a direction and a length."""
+"""`WeightNorm`: a weight given by a direction and a length."""
 
 from typing import Any
 
@@ -27,16 +27,15 @@ class WeightNorm(Module):
         x = jnp.ones(3)
         assert jnp.allclose(normed(x), linear(x), atol=1e-6)  # at first nothing has changed
 
-        linear.weight.value *= 7  # of the weight itself only the direction counts
+        linear.weight.value *= 7  # only the direction of the weight matters
         assert jnp.allclose(normed(x), linear(x) / 7 + linear.bias[...] * 6 / 7, atol=1e-6)
         ```
 
     **Arguments:**
 
-    - `layer`: any layer: of this library, of another, or your own. It is shared: its refs are
-        those it had.
-    - `weight_name`: the field of the layer that is its weight.
-    - `axis`: the length is that over all axes except this one; `None` for over all.
+    - `layer`: any layer, from this library or not. It is shared, and keeps its refs.
+    - `weight_name`: the field of the layer that holds its weight.
+    - `axis`: the length is taken over all axes except this one; `None` for all axes.
 
     **Raises:**
 
@@ -64,7 +63,7 @@ class WeightNorm(Module):
 
         **Returns:**
 
-        What the layer makes of it.
+        The output of the layer.
         """
         v = weight_of(self.layer, self.weight_name)
         weight = self.g[...] * v / self._length(v)

@@ -1,4 +1,4 @@
-"""A layer whose weight is computed: what the layers around a layer have in common."""
+"""Common parts of layers that compute the weight of another layer."""
 
 from typing import Any
 
@@ -9,13 +9,13 @@ from .._core._ref import like, Ref
 
 
 def weight_of(layer: Any, name: str) -> Array:
-    """The value of the weight of this name."""
+    """The value of the weight with this name."""
     weight = _weight(layer, name)
     return weight.value if isinstance(weight, Ref) else weight
 
 
 def with_weight(layer: Any, name: str, value: Array) -> Any:
-    """The same layer with a weight of its own. All its other refs are those it had."""
+    """The same layer with another weight. All other refs are unchanged."""
     old = _weight(layer, name)
     new = value
     if isinstance(old, Ref):
@@ -30,5 +30,5 @@ def _weight(layer: Any, name: str) -> Any:
         return weight
     raise ValueError(
         f"A `{type(layer).__name__}` has no ref or array `{name}`. Say which field of the "
-        "layer is its weight, by `weight_name=`."
+        "layer holds its weight, with `weight_name=`."
     )
