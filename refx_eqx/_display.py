@@ -52,7 +52,7 @@ def count(tree: PyTree, filter: FilterLike = True) -> int:
 
     - `StructureError`: if `tree` is derefed, or if `filter` selects a ref at one of its
         places and not at another.
-    - `TraceLevelError`: if a ref may not be read here.
+    - `TraceLevelError`: if a ref cannot be read here.
     """
     return sum(row.size for row in _rows(tree, filter) if row.tied_to is None)
 
@@ -93,7 +93,7 @@ def tabulate(tree: PyTree, /, *args: Any, flops: bool = False, **kwargs: Any) ->
     **Raises:**
 
     - `StructureError`: if `tree` is derefed.
-    - `TraceLevelError`: if a ref may not be read here.
+    - `TraceLevelError`: if a ref cannot be read here.
     - `ValueError`: if there are arguments, but `flops` is not set.
     """
     if (args or kwargs) and not flops:

@@ -138,7 +138,7 @@ class Optimizer(Module):
         - `StructureError`: if a gradient is missing or has another shape, or if the model
             does not have the names that the optimizer was made for.
         - `RefTypeError`: if a new value breaks the declared type of its ref.
-        - `TraceLevelError`, `ImmutableError`: if a ref may not be written here.
+        - `TraceLevelError`, `ImmutableError`: if a ref cannot be written here.
         """
         trained = Trained(model, self.wrt)
         trained.check_names(self._names)
@@ -388,7 +388,7 @@ def apply_updates(model: PyTree, updates: PyTree) -> None:
         array it is added to, or if there is one for an array outside refs. Then nothing is
         written.
     - `RefTypeError`: if a new value breaks the declared type of its ref.
-    - `TraceLevelError`, `ImmutableError`: if a ref may not be written here.
+    - `TraceLevelError`, `ImmutableError`: if a ref cannot be written here.
     """
     failure = "Cannot apply the updates"
     writes: dict[int, tuple[Ref, Any]] = {}

@@ -169,7 +169,7 @@ def test_deref_of_a_derefed_tree_is_refused():
     opened = rx.deref({"a": [rx.Ref(1)]})
     with pytest.raises(
         rx.StructureError,
-        match=r"derefed already: Value found at `a\.0`. Call `rx.reref` on it first",
+        match=r"already derefed: Value found at `a\.0`. Call `rx.reref` on it first",
     ):
         rx.deref(opened)
     assert rx.deref(rx.reref(opened)) == opened  # the remedy

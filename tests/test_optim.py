@@ -645,7 +645,7 @@ def test_gradients_of_examples_are_to_be_reduced():
         optimizer,
         lambda: optimizer.update(model, grads),
         rx.StructureError,
-        r"`first`, .* has the shape \(3, 3\), and the gradients have \(2, 3, 3\) there",
+        r"`first`, .* has the shape \(3, 3\), but the gradients have \(2, 3, 3\) there",
     )
     optimizer.update(model, jax.tree.map(lambda g: jnp.mean(g, axis=0), grads))
 

@@ -671,7 +671,7 @@ def test_keywords_are_refused_as_in_jax():
 
 
 def test_axis_names_must_be_those_of_the_mesh():
-    with pytest.raises(ValueError, match="has 'other', and the mesh has 'data'"):
+    with pytest.raises(ValueError, match="has 'other', but the mesh has 'data'"):
         run(lambda x: x, jnp.ones(4), in_specs=P(), axis_names={"other"})
 
 

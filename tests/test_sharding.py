@@ -302,7 +302,7 @@ def test_a_size_that_is_not_divided(mesh):
     model = {"a": Layer(jnp.ones((6, 3)))}
     rules = rx.axis_rules(out="tensor")
     message = (
-        r"`a\.weight`, `Layer\.weight` \(collection 'params'\): axis 0 has size 6, and "
+        r"`a\.weight`, `Layer\.weight` \(collection 'params'\): axis 0 has size 6, but "
         r"`P\('tensor', None\)` splits it in 4"
     )
     with pytest.raises(rx.StructureError, match=message):
@@ -323,13 +323,15 @@ def test_a_mesh_axis_for_two_axes_of_one_array():
 
 def test_a_mesh_axis_that_there_is_not(mesh):
     rules = rx.axis_rules(ffn="model")
-    with pytest.raises(rx.StructureError, match="and the mesh has 'fsdp', 'tensor'"):
+    with pytest.raises(rx.StructureError, match="but the mesh has 'fsdp', 'tensor'"):
         rules.specs(FeedForward(jr.key(0)), mesh)
 
 
 def test_a_name_in_the_rules_that_is_misspelled():
     rules = rx.axis_rules(fnn="tensor", batch="data")
-    message = "called 'fnn': the types declare 'ffn', 'embed'. Is 'ffn' meant, of `up`"
+    message = (
+        "called 'fnn': the types declare 'ffn', 'embed'. Did you mean 'ffn', of `up`"
+    )
     with pytest.raises(rx.StructureError, match=message):
         rules.specs(FeedForward(jr.key(0)))
     rx.axis_rules({"ffn": None}, fnn="tensor").specs(FeedForward(jr.key(0)))

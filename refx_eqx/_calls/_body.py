@@ -35,7 +35,7 @@ def run_body(
     The inner refs belong to the current trace, and stand for `refs` (`None` if these are
     unknown) in `body`. This is a pure function of `arrays`. `apply` is given the callable
     and its arguments; if the callable contains several functions, it chooses. Leaves in
-    `withheld`, by the numbers of tree and leaf, get refs that may not be touched.
+    `withheld`, by the numbers of tree and leaf, get refs that must not be touched.
 
     **Raises:**
 
@@ -94,7 +94,7 @@ def _withhold(
     leaves: list[Leaves],
     withheld: Mapping[tuple[int, int], Withheld],
 ) -> dict[int, Ref]:
-    """Puts refs that may not be touched at these leaves. Returns them, by the numbers of
+    """Puts refs that must not be touched at these leaves. Returns them, by the numbers of
     the refs that they replace."""
     made: dict[int, Ref] = {}
     for (i, k), reason in withheld.items():

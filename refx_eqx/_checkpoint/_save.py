@@ -88,7 +88,7 @@ def save(path: str | os.PathLike, tree: PyTree, filter: FilterLike = True) -> No
         cannot hold, such as a function. Also whenever [`refx_eqx.state_dict`][] raises it.
         Then nothing is written.
     - `DonatedError`: if an array was donated to a call, or deleted.
-    - `TraceLevelError`: if a value is a tracer, or may not be read here.
+    - `TraceLevelError`: if a value is a tracer, or cannot be read here.
     - `OSError`: if the file cannot be written. Then the old file is still at `path`.
     """
     _file.safetensors()
@@ -171,7 +171,7 @@ def load(
         or gives two names the same place. Also whenever [`refx_eqx.load_state_dict`][]
         raises it.
     - `RefTypeError`: if a value breaks the declared type of its ref.
-    - `TraceLevelError`, `ImmutableError`: if a ref may not be written here.
+    - `TraceLevelError`, `ImmutableError`: if a ref cannot be written here.
     - `OSError`: if the file cannot be read.
     """
     _check_in_refs(tree, filter, "Cannot load", "would not be loaded")

@@ -104,7 +104,7 @@ def deref(tree: T) -> T:
 
     - `StructureError`: if `tree` already holds a `Value` or an `Index`, if it contains
         itself, or if it holds refs in a set or as the keys of a dict.
-    - `TraceLevelError`: if a ref may not be read here.
+    - `TraceLevelError`: if a ref cannot be read here.
     """
     refuse_cycle(tree)
     leaves, treedef = jtu.tree_flatten(opened(tree), is_leaf=_is_whole)
@@ -341,8 +341,8 @@ def clone(tree: T) -> T:
 
     **Raises:**
 
-    - `StructureError`: if `tree` holds refs in a set or as the keys of a dict, or itself.
-    - `TraceLevelError`: if a ref may not be read here.
+    - `StructureError`: if `tree` contains itself, or holds refs in a set or as dict keys.
+    - `TraceLevelError`: if a ref cannot be read here.
     """
     return reref(deref(tree))
 
@@ -381,8 +381,8 @@ def tree_equal(
 
     **Raises:**
 
-    - `StructureError`: if a tree holds refs in a set or as the keys of a dict, or itself.
-    - `TraceLevelError`: if a ref may not be read here.
+    - `StructureError`: if a tree contains itself, or holds refs in a set or as dict keys.
+    - `TraceLevelError`: if a ref cannot be read here.
     """
     derefed = [_derefed(tree) for tree in trees]
     return eqx.tree_equal(*derefed, typematch=typematch, rtol=rtol, atol=atol)
@@ -419,8 +419,8 @@ def block_until_ready(tree: T) -> T:
 
     **Raises:**
 
-    - `StructureError`: if `tree` holds refs in a set or as the keys of a dict, or itself.
-    - `TraceLevelError`: if a ref may not be read here.
+    - `StructureError`: if `tree` contains itself, or holds refs in a set or as dict keys.
+    - `TraceLevelError`: if a ref cannot be read here.
     """
     jax.block_until_ready(_derefed(tree))
     return tree

@@ -96,7 +96,7 @@ class CarryError(StructureError):
         try:
             remember(History([1.0]), 2.0)
         except rx.CarryError:
-            remember_in_ref(seen, 2.0)  # what changes is held in a ref
+            remember_in_ref(seen, 2.0)  # changing state is in a ref
         assert seen.value == 2.0
         ```
     """

@@ -25,7 +25,7 @@ def pdoc(ref: Any, **kwargs: Any) -> Any:
 
 
 def treescope_repr(ref: Any, path: str | None, subtree_renderer: Any) -> Any:
-    """The hook of treescope, as Penzai's notebooks have it."""
+    """The hook of treescope, as used in Penzai's notebooks."""
     return subtree_renderer(_drawn.setdefault(ref, _Drawn(ref)), path=path)
 
 

@@ -13,7 +13,7 @@ Every ref belongs to the trace it was created in. The rules are:
     *transparent*: a `vmap`, or a trace opened by one of our lifted transforms that does not
     cache its body.
 3. Inside the body of a lifted transform, a ref that the transform carries has an inner
-   name. Its outer name may not be touched there: the two would disagree.
+   name. Its outer name must not be touched there: the two would disagree.
 
 Why rule 2 is so strict: JAX caches the traced body of a staged transform by the identity of
 the function. A body that reads a mutable ref would be silently stale when run again after a
@@ -205,7 +205,7 @@ _UNRELATED = (
 
 
 def why_not_readable(ref: Any, owner: TraceRef) -> str | None:
-    """The reason why `ref`, of the trace `owner`, may not be read here; or `None`."""
+    """The reason why `ref`, of the trace `owner`, cannot be read here; or `None`."""
     reason = _why_out_of_reach(ref, owner)
     if reason is not None:
         return reason
@@ -234,7 +234,7 @@ def why_not_readable(ref: Any, owner: TraceRef) -> str | None:
 
 
 def why_not_writable(ref: Any, owner: TraceRef) -> str | None:
-    """The reason why `ref`, of the trace `owner`, may not be written here; or `None`."""
+    """The reason why `ref`, of the trace `owner`, cannot be written here; or `None`."""
     reason = _why_out_of_reach(ref, owner)
     if reason is not None:
         return reason
@@ -304,7 +304,7 @@ def is_inner(owner: TraceRef) -> bool:
 
 
 def why_not_alive(value: Any) -> str | None:
-    """The reason why the array `value` may not be kept here; or `None`.
+    """The reason why the array `value` cannot be kept here; or `None`.
 
     A tracer is alive in the trace that made it and in those opened inside it.
     """

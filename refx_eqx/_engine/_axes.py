@@ -58,7 +58,7 @@ class axes(ByFilter):
 
     When used:
 
-    - `StructureError`: if a ref or an array is met for which no axis is given.
+    - `StructureError`: if no axis is given for a ref or an array.
     """
 
     called = "rx.axes"

@@ -46,10 +46,10 @@ class ByFilter:
     """The name of the option that each leaf has."""
 
     example = ""
-    """One that may be given, as text for messages."""
+    """An example of an option, for messages."""
 
     nothing = ""
-    """What says that there is none, likewise."""
+    """The option that stands for none, for messages."""
 
     by_collection: Mapping[Hashable, Any]
     default: Any
@@ -77,7 +77,7 @@ class ByFilter:
 
     @classmethod
     def text_for(cls, ref: Ref, one: str) -> str:
-        """How to give the collection of `ref` this one; for messages."""
+        """Code that gives the collection of `ref` this option, for messages."""
         name = ref._collection
         given = f"{{{name!r}: {one}}}"
         if isinstance(name, str) and name.isidentifier() and not iskeyword(name):

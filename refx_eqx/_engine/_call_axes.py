@@ -30,7 +30,7 @@ class Axes:
     - `split`: the numbers of the refs that are split along the mapped axis;
     - `kept`: the numbers of those whose randomness is the same at each place of it;
     - `of_refs`: the axis of each ref, for arrays it does not have yet;
-    - `withheld`: the leaves of the call that may not be touched, each with the reason, by
+    - `withheld`: the leaves of the call that must not be touched, each with the reason, by
         the numbers of the tree and of the leaf in it.
     """
 

@@ -54,7 +54,7 @@ def whole_number(x: Any, name: str, what: str, least: int | None = None) -> int:
 
 
 def reverse_flag(x: Any, name: str) -> bool:
-    """`reverse`, which must be `True` or `False`, and known while tracing.
+    """Checks that `reverse` is `True` or `False`, known while tracing.
 
     **Raises:**
 
@@ -63,7 +63,7 @@ def reverse_flag(x: Any, name: str) -> bool:
     if isinstance(x, bool | np.bool_) or (type(x) is int and x in (0, 1)):
         return bool(x)
     raise TypeError(
-        f"`{name}`: `reverse` must be `True` or `False`, and it is {eqx.tree_pformat(x)}."
+        f"`{name}`: `reverse` must be `True` or `False`, but is {eqx.tree_pformat(x)}."
     )
 
 

@@ -80,7 +80,7 @@ def apart(
     """
     donated, kept = split.take_donated(arrays), split.take_kept(arrays)
     if _trace.guards.get():
-        # This may find that a ref may not be written here.
+        # This may find that a ref cannot be written here.
         return tuple(map(_copy, donated)), kept
     n = split.n_outside
     in_refs = donated[n:] if n else donated

@@ -64,7 +64,7 @@ class specs(ByFilter):
 
     When used:
 
-    - `StructureError`: if a ref or an array is met for which no spec is given.
+    - `StructureError`: if no spec is given for a ref or an array.
     """
 
     called = "rx.specs"
@@ -183,7 +183,7 @@ def spec_of_array(given: Any, array: Any) -> PartitionSpec:
 
 
 def specs_in(prefix: Any) -> Iterator[PartitionSpec]:
-    """All specs that `out_specs` may give, whatever the result is."""
+    """All specs that `out_specs` may give, for any result."""
     for one in jtu.tree_leaves(
         prefix, is_leaf=lambda x: x is None or isinstance(x, ByFilter)
     ):

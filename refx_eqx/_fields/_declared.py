@@ -145,7 +145,7 @@ class DeclaredRef:
             )
         value = ref._value
         if type(value) is Withheld:
-            return  # a module rebuilt where its refs may not be touched
+            return  # a module rebuilt where its refs must not be touched
         if has_placeholder(value):
             return  # shapes instead of arrays, to build a model without allocating it
         reason = why_not_of_type(value, self.hint)

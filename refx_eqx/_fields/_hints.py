@@ -104,18 +104,18 @@ def split_hint(hint: Any) -> tuple[Any, tuple]:
 
 
 def without_aliases(hint: Any, inside: tuple = ()) -> Any:
-    """`hint`, with each name that `type Name[T] = ...` gives replaced by its type.
+    """`hint`, with each type alias (`type Name[T] = ...`) replaced with its type.
 
     **Arguments:**
 
-    - `inside`: the names around. One that stands for itself is left there.
+    - `inside`: the enclosing aliases. A recursive alias is left unchanged.
     """
     alias, args = get_origin(hint) or hint, get_args(hint)
     # Not `isinstance`: `typing` has the class from 3.12 on, `typing_extensions` before.
     if type(alias).__name__ == "TypeAliasType" and alias not in inside:
         try:
             value = alias.__value__
-        except NameError:  # of a name that exists for the type checker alone
+        except NameError:  # a name that exists only for the type checker
             return Any
         given = dict(zip(alias.__type_params__, args))
         needed = tuple(given[x] for x in getattr(value, "__parameters__", ()) if given)

@@ -174,8 +174,8 @@ def snapshot(tree: PyTree) -> PyTree:
 
     **Raises:**
 
-    - `StructureError`: if `tree` holds refs in a set or as the keys of a dict, or itself.
-    - `TraceLevelError`: if a ref may not be read here.
+    - `StructureError`: if `tree` contains itself, or holds refs in a set or as dict keys.
+    - `TraceLevelError`: if a ref cannot be read here.
     """
     refuse_cycle(tree)
     leaves = jtu.tree_leaves(opened(tree), is_leaf=is_lookup)

@@ -65,8 +65,8 @@ def partition(tree: T, *filters: FilterLike) -> tuple[T, ...]:
     **Raises:**
 
     - `StructureError`: if a filter selects a ref at one of its places and not at another.
-    - `RefTypeError`: if a field that is declared a ref holds an array, where a filter asks
-        what is a ref (a collection, a class).
+    - `RefTypeError`: if a filter selects by collection or class, and a field that is declared
+        a ref holds an array.
     """
     _, parts, treedef = _split(tree, filters)
     return tuple(jtu.tree_unflatten(treedef, part) for part in parts)
@@ -243,8 +243,8 @@ def tree_partition(
 
     - `StructureError`: if a filter selects a ref at one of its places and not at another,
         or if two leaves have the same path.
-    - `RefTypeError`: if a field that is declared a ref holds an array, where a filter asks
-        what is a ref (a collection, a class).
+    - `RefTypeError`: if a filter selects by collection or class, and a field that is declared
+        a ref holds an array.
     """
     paths, parts, treedef = _split(tree, filters)
     if len(set(paths)) != len(paths):
@@ -282,8 +282,8 @@ def get_partition(tree: PyTree, filter: FilterLike) -> FlatPartition:
     **Raises:**
 
     - `StructureError`: if the filter selects a ref at one of its places and not at another.
-    - `RefTypeError`: if a field that is declared a ref holds an array, where a filter asks
-        what is a ref (a collection, a class).
+    - `RefTypeError`: if a filter selects by collection or class, and a field that is declared
+        a ref holds an array.
     """
     (part, _), _ = tree_partition(tree, filter)
     return part

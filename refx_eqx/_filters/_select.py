@@ -185,7 +185,7 @@ def values(tree: PyTree, filter: FilterLike = True) -> list[Any]:
 
     - `StructureError`: if the filter selects a ref at one of its places and not at another,
         or if a filter by name selects nothing.
-    - `TraceLevelError`: if a ref may not be read here.
+    - `TraceLevelError`: if a ref cannot be read here.
     """
     return [ref.value for ref in selected_refs(tree, filter)]
 
@@ -220,8 +220,8 @@ def filter_spec(tree: PyTree, filter: FilterLike) -> PyTree[bool]:
     **Raises:**
 
     - `StructureError`: if the filter selects a ref at one of its places and not at another.
-    - `RefTypeError`: if a field that is declared a ref holds an array, where a filter asks
-        what is a ref (a collection, a class).
+    - `RefTypeError`: if a filter selects by collection or class, and a field that is declared
+        a ref holds an array.
     """
     check_can_select(tree, filter)
     pairs, treedef = leaves_with_paths(tree)

@@ -72,7 +72,7 @@ def state_dict(tree: PyTree, filter: FilterLike = True) -> dict[str, Any]:
     - `StructureError`: if `tree` is derefed, if `filter` selects a ref at one of its places
         and not at another, or if two refs have the same path.
     - `RefTypeError`: if a field that is declared a ref holds an array.
-    - `TraceLevelError`: if a ref may not be read here.
+    - `TraceLevelError`: if a ref cannot be read here.
     """
     places = places_of(tree, filter, "Cannot make a state dict")
     if "allow_pickle" in places:
@@ -144,7 +144,7 @@ def load_state_dict(
         one it replaces, or a dtype that changes its numbers, or if two keys give different
         values for one ref. Also whenever [`refx_eqx.state_dict`][] raises it.
     - `RefTypeError`: if a value breaks the declared type of its ref.
-    - `TraceLevelError`, `ImmutableError`: if a ref may not be written here.
+    - `TraceLevelError`, `ImmutableError`: if a ref cannot be written here.
     - `TypeError`: if `state` is not a mapping.
     """
     if not isinstance(state, Mapping):

@@ -62,7 +62,7 @@ def update_refs(target: PyTree, source: PyTree) -> None:
         another shape or dtype, or if one ref of `target` gets two different values.
     - `CollectionError`: if a ref or node of `source` has another collection.
     - `RefTypeError`: if a value breaks the declared type of its ref.
-    - `TraceLevelError`, `ImmutableError`: if a ref may not be written here.
+    - `TraceLevelError`, `ImmutableError`: if a ref cannot be written here.
     """
     new_values: dict[int, tuple[Ref, Any]] = {}
     for ref, value, where in aligned(target, source, "Cannot update refs", "source"):

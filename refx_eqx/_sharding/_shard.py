@@ -70,7 +70,7 @@ def filter_shard(x: T, device_or_shardings: PyTree) -> T:
         cannot be split by its sharding, or if one ref is given two shardings. Then nothing
         has moved.
     - `ValueError`: if a mesh is needed but there is none.
-    - `TraceLevelError`, `ImmutableError`: if a ref may not be written here.
+    - `TraceLevelError`, `ImmutableError`: if a ref cannot be written here.
     """
     pairs, treedef = leaves_with_paths(x)
     derefed = deref(x)

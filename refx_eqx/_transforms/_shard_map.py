@@ -129,7 +129,7 @@ def _manual_axes(mesh: Any, axis_names: Set[Any]) -> tuple[Any, tuple[Any, ...]]
     unknown = [axis for axis in axis_names if axis not in mesh.axis_names]
     if unknown:
         raise ValueError(
-            f"`{_NAME}(..., axis_names=...)` has {unknown[0]!r}, and the mesh has "
+            f"`{_NAME}(..., axis_names=...)` has {unknown[0]!r}, but the mesh has "
             f"{', '.join(map(repr, mesh.axis_names))}."
         )
     # The axes of an enclosing `shard_map` are already manual.

@@ -1,4 +1,4 @@
-"""`filter_make_jaxpr` and `filter_closure_convert`: the program that a function is."""
+"""`filter_make_jaxpr` and `filter_closure_convert`: functions as jaxprs."""
 
 from collections.abc import Callable
 from typing import Any, Generic, ParamSpec, TypeVar
