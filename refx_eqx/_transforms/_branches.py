@@ -87,6 +87,8 @@ def _run_choice(derefed: Call, arrays: list[Leaves], choice: _Choice) -> Outcome
     avals = jtu.tree_map(jax.typeof, arrays)
     found = [completed(branch.avals, avals) for branch in branches]
     info = _common_info(derefed, branches, [updates for _, updates in found], choice)
+    # The branches may differ in weak types, and in the mesh axes over which arrays vary: JAX
+    # requires equal types, so each branch converts what it returns.
     kinds = _common_kinds(derefed, info, found, choice)
     treedef = jtu.tree_structure(found[0])
 

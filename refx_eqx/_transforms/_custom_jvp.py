@@ -172,5 +172,6 @@ def _custom_jvp(frame: CallWithRules, n: int) -> Callable:
         zeros = jtu.tree_map(symbolic_zero, updates)
         return (out, updates), (treedef.unflatten(t_out), zeros)
 
+    # With it, a tangent of zero is recognizable, and the rule gets `None`, as in Equinox.
     flat.defjvp(rule, symbolic_zeros=True)
     return flat

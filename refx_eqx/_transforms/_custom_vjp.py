@@ -255,6 +255,7 @@ class _Parts:
         self, arrays: list[Leaves], carriers: list[Leaves], channels: dict[int, Any]
     ) -> tuple:
         frame = self.frame
+        # With `symbolic_zeros=True`, JAX passes each array with a flag: is it differentiated?
         perturbed = jtu.tree_map(lambda x: x.perturbed or None, carriers)
         outside = [map_values(lambda _i, _x: None, leaves) for leaves in perturbed]
         frame.refuse_perturbed(outside, 1, ())
