@@ -78,13 +78,15 @@ def filter_pure_callback(
         code, and as a JAX run-time error under JAX's own transforms.
     """
     derefed = Call(callback, args, kwargs)
+    # The callback lives as long as the program, and must not keep the tracers of the call.
+    structure = derefed.structure
     types, statics = eqx.partition(result_shape_dtypes, is_traced)
     # An array stands for its shape: a program keeps no array alive, and no tracer.
     types = jtu.tree_map(_as_shape, types)
 
     def run(arrays: list[Leaves]) -> Any:
         try:
-            out = _run_callback(derefed.structure, arrays)
+            out = _run_callback(structure, arrays)
             out_arrays, out_statics = eqx.partition(out, eqx.is_array)
             if not eqx.tree_equal(out_statics, statics):
                 raise MismatchError(
