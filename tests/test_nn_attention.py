@@ -226,7 +226,7 @@ def test_a_full_cache_is_an_error_and_nothing_has_changed():
     with pytest.raises(Exception, match="the cache is full.*reset_cache.*rolling=True"):
         extend(attention, XS[:2]).block_until_ready()
     assert eqx.tree_equal(rx.snapshot(attention), before)
-    with pytest.raises(ValueError, match=r"is full.*It has 4 places, and 5 are needed"):
+    with pytest.raises(ValueError, match=r"is full.*It has 4 slots, and 5 are needed"):
         extend(attention, XS[:5])
     assert eqx.tree_equal(rx.snapshot(attention), before)
     extend(attention, XS[:1])
