@@ -82,9 +82,9 @@ def associative_scan(
     for path, leaf in jtu.tree_flatten_with_path(elems)[0]:
         if isinstance(leaf, Ref):
             raise StructureError(
-                f"`associative_scan`: `elems` has {describe(leaf)} "
-                f"at {place_text(path)}. It combines values, and the results have no ref "
-                "to go to. Pass the values: `rx.snapshot(elems)`."
+                f"`associative_scan`: `elems` has {describe(leaf)} at {place_text(path)}. "
+                "It combines values, so the results have no ref to go to. Pass the "
+                "values: `rx.snapshot(elems)`."
             )
 
     reverse = reverse_flag(reverse, "associative_scan")

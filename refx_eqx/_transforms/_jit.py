@@ -135,7 +135,7 @@ class Lowered:
             if _type_text(x) != known:
                 where = flat_place(derefed, k)
                 raise self._misfit(
-                    f"{known} in {where}, and is called with {_type_text(x)} there"
+                    f"{known} in {where}, but is called with {_type_text(x)} there"
                 )
 
     def _misfit(self, what: str) -> MismatchError:

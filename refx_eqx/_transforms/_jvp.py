@@ -149,7 +149,7 @@ class _Pushforward(LinearMap):
         if len(tangents) != n:
             raise MismatchError(
                 f"The linear function of `filter_linearize` takes {n} tangents, one for "
-                f"each primal, and was given {len(tangents)}. Pass `None` for zero."
+                f"each primal, but was given {len(tangents)}. Pass `None` for zero."
             )
         given = self.inputs.read(tangents, "The tangents")
         (tree,) = self.outputs.trees(self.linear(given))

@@ -44,7 +44,7 @@ def _while_test(_: None, cond_fun: Any, body_fun: Any, val: Any) -> Any:
     test = cond_fun(val)
     if not eqx.is_array_like(test) or jnp.shape(test) != ():
         raise TypeError(
-            f"`while_loop`: `{name_of(cond_fun)}` must return a boolean scalar, and it "
+            f"`while_loop`: `{name_of(cond_fun)}` must return a boolean scalar, but it "
             f"returned {eqx.tree_pformat(test)}."
         )
     return jnp.asarray(test, bool)

@@ -48,7 +48,7 @@ def _step(f: Any, carry: Any, x: Any) -> tuple[Any, Any]:
     out = f(carry, x)
     if not isinstance(out, tuple) or len(out) != 2:
         raise TypeError(
-            f"`scan`: `{name_of(f)}` must return a pair `(carry, y)`, and it returned "
+            f"`scan`: `{name_of(f)}` must return a pair `(carry, y)`, but it returned "
             f"{eqx.tree_pformat(out)}."
         )
     new, y = numbers_to_arrays(out)

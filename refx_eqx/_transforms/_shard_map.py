@@ -195,8 +195,9 @@ def _check_out_specs(
             ref = derefed.refs[i]
             if len(spec) > jnp.ndim(x):
                 raise CarryError(
-                    f"{describe(ref)} came into `{_NAME}` split by `{spec}`, and was written with a "
-                    f"value of rank {jnp.ndim(x)}. Keep the rank of the part."
+                    f"{describe(ref)} came into `{_NAME}` split by `{spec}`, but was "
+                    f"written with a value of rank {jnp.ndim(x)}. Keep the rank of the "
+                    "part."
                 )
             differs = _differs_along(x, spec, manual)
             if check_vma and differs:
@@ -236,10 +237,10 @@ def _written_apart(ref: Ref, spec: PartitionSpec, differs: tuple[Any, ...]) -> s
     what = f"came in by `{spec}`" if axes_in(spec) else "is replicated"
     split = specs.text_for(ref, f"P({differs[0]!r})")
     return (
-        f"{describe(ref)} {what} in `{_NAME}`, and was written with a "
-        f"value that differs along {_axes_text(differs)}. Either write one value for all, "
-        f"such as `jax.lax.pmean(value, {axis!r})`; or split the ref along an axis of its "
-        f"own, by a spec in `in_specs`, such as `{split}`."
+        f"{describe(ref)} {what} in `{_NAME}`, but was written with a value that differs "
+        f"along {_axes_text(differs)}. Either write one value for all, such as "
+        f"`jax.lax.pmean(value, {axis!r})`; or split the ref along an axis of its own, by "
+        f"a spec in `in_specs`, such as `{split}`."
     )
 
 
