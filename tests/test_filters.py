@@ -240,6 +240,22 @@ def test_filters_of_equal_meaning_are_equal():
     assert len({rx.path("a"), rx.path("a")}) == 1
 
 
+def test_joined_filters_are_options_and_keys_as_others_are(trace_counter):
+    def make():
+        params = rx.collection("params")
+        return params & ~rx.path("b"), params | "lora", ~params
+
+    assert len({*make(), *make()}) == 3
+    refs = {"a": rx.Ref(jnp.ones(2), "params"), "b": rx.Ref(jnp.ones(2), "params")}
+    f = trace_counter(lambda refs: jnp.sum(refs["a"].value * refs["b"].value))
+    for _ in range(3):
+        grads = rx.filter_jit(rx.filter_grad(f, wrt=make()[0]))(refs)
+        assert grads["b"].value is None and f.counter.count == 1
+        axes = rx.axes({make()[1]: 0})
+        product = lambda refs: refs["a"].value * refs["b"].value
+        assert rx.filter_vmap(product, in_axes=(axes,))(refs).shape == (2,)
+
+
 def test_filters_are_classes_that_can_be_extended():
     class Big(rx.Filter):
         def matches(self, path, leaf):

@@ -28,6 +28,7 @@ from beartype.roar import BeartypeCallHintParamViolation, BeartypeDoorHintViolat
 from jaxtyping import Array, Float, Float32, Int, jaxtyped, PRNGKeyArray, PyTree
 
 import refx_eqx as rx
+from refx_eqx._fields._declared import DeclaredRef
 
 
 T = TypeVar("T")
@@ -912,3 +913,22 @@ def test_each_ref_of_a_tuple_keeps_its_own_type_in_a_pickle():
     for ref, n in [(first, 3), (last, 2)]:
         with pytest.raises(rx.RefTypeError, match=r"`Ends.ends\[.*cannot hold"):
             ref.value = jnp.zeros(n)
+
+
+def test_an_instance_of_sizes_that_are_known_is_not_checked_again(monkeypatch):
+    class Known(rx.Module):
+        first: rx.Param[Float[Array, "n"]]
+        second: rx.Param[Float[Array, "n"]]
+
+    checked, check = [], DeclaredRef.check
+
+    def counted(self, *args):
+        checked.append(self)
+        check(self, *args)
+
+    monkeypatch.setattr(DeclaredRef, "check", counted)
+    for n, expected in [(2, 2), (2, 2), (3, 4), (2, 4), (3, 4)]:
+        known = Known(jnp.zeros(n), jnp.zeros(n))
+        assert len(checked) == expected
+        with pytest.raises(rx.RefTypeError, match=f"n={n}"):
+            known.first.value = jnp.zeros(5)
