@@ -542,3 +542,37 @@ def test_equality_is_of_refs_alone():
     ref = rx.Ref(jnp.array(1.0))
     assert ref != rx.Ref(ref.value) and ref != "ref" and ref is not None
     assert eqx.tree_equal([ref], [ref])
+
+
+@pytest.mark.parametrize(
+    "transform", [rx.filter_jit, rx.filter_checkpoint, rx.lift(jax.jit)]
+)
+@pytest.mark.parametrize(
+    "make", [lambda r: {r}, lambda r: (1, frozenset([r])), lambda r: {"a": {r: 1}}]
+)
+def test_refs_do_not_come_out_in_a_set_or_as_keys(make, transform):
+    """They would be refs of a trace that has ended."""
+    ref = rx.Ref(jnp.array(1.0), "params")
+    for f in (make, lambda _: make(rx.Ref(jnp.array(2.0), "params"))):
+        with pytest.raises(
+            rx.StructureError, match="Cannot return from .* a list or a"
+        ):
+            transform(f)(ref)
+    # The remedy.
+    (out,) = transform(lambda ref: [ref])(ref)
+    assert out is ref and {out} == {ref}
+
+
+def test_a_set_that_was_given_comes_out_as_it_is():
+    a, b = rx.Ref(jnp.array(1.0)), rx.Ref(jnp.array(2.0))
+    both = frozenset([a, b])
+    assert rx.filter_jit(lambda both, a: both)(both, a) == both
+
+
+def test_refs_as_the_keys_of_a_dict_are_named():
+    rates = {rx.Ref(jnp.array(1.0), "params"): 0.1, rx.Ref(jnp.array(2.0)): 0.2}
+    for f in (rx.filter_jit(lambda rates: None), rx.filter_grad(lambda rates: 0.0)):
+        with pytest.raises(
+            rx.StructureError, match="Cannot carry a dict of refs, such"
+        ):
+            f({"rates": rates})

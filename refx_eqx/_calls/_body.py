@@ -4,13 +4,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
+import jax.tree_util as jtu
 
 from .._core import _jax, _trace
 from .._core._access import check_value, Withheld
-from .._core._deref import deref_leaves, make_ref_of
+from .._core._deref import deref_leaves, make_ref_of, refuse_lookups
 from .._core._errors import CarryError, describe, TraceLevelError
 from .._core._nodes import is_traced_in_ref, split_value
 from .._core._ref import content, IN_PLACE, Ref, set_value
+from .._trees._cells import is_lookup
 from .._trees._changes import Changes, owned, place_of
 from ._structure import flatten, Leaves, Outcome, OutcomeInfo, split, Structure
 
@@ -137,11 +139,24 @@ def is_ref_or_tracer(leaf: Any) -> bool:
     return isinstance(leaf, Ref) or _jax.is_tracer(leaf)
 
 
+def _refuse_inner_lookups(result: Any, name: str) -> None:
+    """Refuses a set of inner refs, or a dict with such keys: the trace of these refs ends here,
+    and they are not part of the tree."""
+
+    def is_inner(x: Any) -> bool:
+        return isinstance(x, Ref) and x._trace() is _jax.current_trace()
+
+    leaves = jtu.tree_leaves(result, is_leaf=is_lookup)
+    inner = [x for x in leaves if is_lookup(x) and any(map(is_inner, x))]
+    refuse_lookups(result, inner, f"return from `{name}`")
+
+
 def _deref_result(
     result: Any, numbers: dict[int, int], name: str
 ) -> tuple[Leaves, Structure]:
     """`numbers` are the numbers of the inner refs in the call, by `id`."""
     leaves, part = flatten(result, is_ref_or_tracer)
+    _refuse_inner_lookups(result, name)
 
     def read(ref: Ref) -> Any:
         if ref._trace() is not _jax.current_trace():

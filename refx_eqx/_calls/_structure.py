@@ -22,12 +22,13 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._core._access import refuse_cycle
-from .._core._deref import make_ref_of, reref_leaves
+from .._core._deref import make_ref_of, refuse_lookups, reref_leaves
 from .._core._errors import describe
 from .._core._identity import NOTHING_ASKED
 from .._core._nodes import Index, is_node, is_traced, join_value, split_value, Value
 from .._core._ref import is_ref, Ref
 from .._trees import _closure
+from .._trees._cells import is_lookup
 from .._trees._closure import Part, without_empty
 from .._trees._keys import identities_in, recalled, static_key, static_keys
 from ._places import place
@@ -99,10 +100,16 @@ def flatten(
 
     **Raises:**
 
-    - `StructureError`: if a list or a dict contains itself.
+    - `StructureError`: if a list or a dict contains itself, or a dict has refs as keys.
     """
     refuse_cycle(tree)
-    return _closure.flatten(tree, is_wanted)
+    try:
+        return _closure.flatten(tree, is_wanted)
+    except ValueError:
+        # JAX sorts the keys of a dict, and refs have no order.
+        leaves = jtu.tree_leaves(tree, is_leaf=is_lookup)
+        refuse_lookups(tree, [x for x in leaves if isinstance(x, dict)], "carry")
+        raise
 
 
 def tree_of(part: Part, leaves: Leaves) -> Any:
