@@ -151,7 +151,7 @@ class Call:
 
 
 def _check_no_lost_write(fn: Any, leaves: list[Any]) -> None:
-    """JAX allows setting any attribute of an array. An array in place of a ref (put there
+    """JAX allows setting any attribute of an array. An array that replaces a ref (put there
     by `eqx.tree_at`, say) silently absorbs a write."""
     for leaf in leaves:
         if type(leaf) is _jax.ConcreteArray and "value" in leaf.__dict__:

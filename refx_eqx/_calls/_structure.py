@@ -57,7 +57,7 @@ def values_of(trees: Iterable[Leaves]) -> dict[int, Any]:
 def split(
     leaves: Leaves, is_dynamic: Callable[[Any], bool] = is_traced
 ) -> tuple[Leaves, Leaves]:
-    """Derefed leaves as `(arrays, statics)`, each with `None` in place of the other."""
+    """Derefed leaves as `(arrays, statics)`, each with `None` for the other."""
     # As `eqx.partition`, but the nodes stay whole: an `Index` is in both, and a `Value` in
     # each has one part of the value.
     arrays, statics = [], []
@@ -255,7 +255,7 @@ class Outcome:
     - `out`: the derefed leaves of the result. Each of the call's own refs is an `Index`,
         and each new one has the next free number;
     - `updates`: the new value of each ref that was written, by number;
-    - `info`: everything else. Made anew whenever the body is traced.
+    - `info`: everything else. Made again whenever the body is traced.
     """
 
     __slots__ = ("info", "out", "updates")

@@ -263,8 +263,8 @@ def _is_of_numbers(x: Any) -> bool:
 
 
 def split_value(value: Any) -> tuple[Any, Any]:
-    """The value of a ref as `(arrays, statics)`, each with `None` in place of the other;
-    `statics` is `None` if nothing is static. A channel is not part of the structure.
+    """The value of a ref as `(arrays, statics)`, each with `None` for the other; `statics`
+    is `None` if nothing is static. A channel is not part of the structure.
 
     A Python number is traced, because refs are for state. In a module it is an option, as
     in Equinox: `eqx.nn.Dropout.inference` is used in an `if`.

@@ -46,7 +46,7 @@ def differentiable(
     derefed: Call, trees: tuple, wrt: Any = None, by_first: bool = False
 ) -> tuple[list[Leaves], list[Leaves]]:
     """The arrays of the first trees of a call, in two parts: the differentiated ones, and
-    the others. Each has `None` in place of the other.
+    the others. Each has `None` for the other.
 
     A path in `wrt` begins with the number of the tree, or is relative to the first tree if
     `by_first`.

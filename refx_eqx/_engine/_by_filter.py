@@ -154,7 +154,7 @@ class ByFilter:
 
 
 class Within(NamedTuple):
-    """A `ByFilter` in place of a function: it applies to the contents of the function."""
+    """A `ByFilter` given for a function: it applies to the contents of the function."""
 
     by_filter: ByFilter
     path: Path

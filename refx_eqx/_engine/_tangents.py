@@ -1,9 +1,9 @@
 """Trees of tangents and cotangents given by users.
 
-They have the structure of the corresponding derefed tree, with `None` for zero. In place of
-a ref there may be a `Value`, a ref or a bare value; if a ref has several places, one of
-them has it. Where there is nothing to differentiate there is `None`, or, as in JAX, an
-array of `float0`.
+They have the structure of the corresponding derefed tree, with `None` for zero. For a ref
+there may be a `Value`, a ref or a bare value; if a ref has several places, one of them has
+it. Where there is nothing to differentiate there is `None`, or, as in JAX, an array of
+`float0`.
 """
 
 import functools

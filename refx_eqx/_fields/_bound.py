@@ -159,7 +159,7 @@ class BoundType:
                 )
                 raise self.error(ref._name, ref._collection, value, reason, old)
         elif _is_data(value) and self.extra_axes(value) is not None:
-            return value  # in place of a `None` in a partitioned tree
+            return value  # replaces a `None` in a partitioned tree
         reason = self.why_not(value, axes)
         if reason is not None:
             new = self.as_array(value, old)

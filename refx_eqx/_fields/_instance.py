@@ -168,7 +168,7 @@ def check_field(instance: Any, name: str, value: Any) -> None:
     """Checks, when a field that is declared a ref is read, that it holds one.
 
     Equinox's own functions (`tree_at`, `combine`, ...) make instances without `__init__`,
-    so they can put an array in place of a ref. Writing to it would do nothing: JAX allows
+    so they can replace a ref with an array. Writing to it would do nothing: JAX allows
     setting any attribute of an array. It is not always a mistake: in a snapshot *all* refs
     are arrays. So it is an error if the instance also has a ref, or if something was
     already written.
@@ -214,7 +214,7 @@ def check_refs_in_place(tree: Any, failure: str) -> None:
 
     **Raises:**
 
-    - `RefTypeError`: if something array-like is in place of a ref.
+    - `RefTypeError`: if something array-like replaces a ref.
     """
     refuse_cycle(tree)
 

@@ -51,8 +51,8 @@ def update_refs(target: PyTree, source: PyTree) -> None:
     **Arguments:**
 
     - `target`: a tree of refs. Its other leaves stay unchanged.
-    - `source`: a tree of the same structure. In place of each ref it has a ref, a `Value`,
-        an `Index` (which stands for the `Value` of that index), a bare value, or `None` or
+    - `source`: a tree of the same structure. For each ref it has a ref, a `Value`, an
+        `Index` (which stands for the `Value` of that index), a bare value, or `None` or
         `NOTHING` to leave the ref unchanged. Arrays must have the shape and dtype of those
         they replace.
 

@@ -55,8 +55,8 @@ class _Jacobian(Lifted):
 
 
 def _fill(sides: list[TangentSpace], matrix: Any) -> Any:
-    """The trees of a matrix: the tree of the first side, with a tree of the next side in
-    place of each array."""
+    """The trees of a matrix: the tree of the first side, with each array replaced by a tree
+    of the next side."""
     if not sides:
         return matrix
     this, *others = sides

@@ -59,9 +59,9 @@ def filter_jvp(
     - `primals`: its positional arguments.
     - `tangents`: a tree with the structure of `primals`, with `None` for a zero tangent,
         and `None` (or `float0`, as in JAX) for anything that is not a floating-point or
-        complex number. In place of a ref, give the tangent of its value, either bare or in
-        a `Value` as in gradients. A ref that occurs at several places has one tangent, at
-        one of them.
+        complex number. For a ref, give the tangent of its value, either bare or in a
+        `Value` as in gradients. A ref that occurs at several places has one tangent, at one
+        of them.
     - `**kwargs`: keyword arguments of `fn`, which are not differentiated.
 
     **Returns:**

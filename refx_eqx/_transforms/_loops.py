@@ -159,7 +159,7 @@ def while_loop(
 
 
 def _fori_step(i: Any, upper: Any, body_fun: Any, val: Any) -> Any:
-    """One step of `fori_loop`, with the arguments of `fori_loop`: `i` in place of
+    """One step of `fori_loop`, with the arguments of `fori_loop`: `i` instead of
     `lower`."""
     return next_carry(functools.partial(body_fun, i), val, "fori_loop")
 
