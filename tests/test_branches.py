@@ -1,6 +1,7 @@
 """`cond` and `switch`."""
 
 import gc
+import types
 import weakref
 from typing import Any
 
@@ -258,3 +259,13 @@ A_GLOBAL = rx.Ref(jnp.array(0.0), "globals")
 def test_a_global_ref_is_refused():
     with pytest.raises(rx.TraceLevelError, match="body of `cond`.*global name"):
         rx.cond(True, lambda: A_GLOBAL.value, lambda: 0.0)
+
+
+def test_a_result_of_branches_without_a_hash_is_named():
+    def branch(x):
+        return {"x": x, "names": [types.SimpleNamespace()]}
+
+    with pytest.raises(
+        TypeError, match=r"\(the result at `names\.0`\): a SimpleNamespace"
+    ):
+        rx.cond(True, branch, branch, jnp.array(1.0))

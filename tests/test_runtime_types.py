@@ -932,3 +932,18 @@ def test_an_instance_of_sizes_that_are_known_is_not_checked_again(monkeypatch):
         assert len(checked) == expected
         with pytest.raises(rx.RefTypeError, match=f"n={n}"):
             known.first.value = jnp.zeros(5)
+
+
+def test_methods_bind_no_names_where_checks_are_off():
+    class Scale(rx.Module):
+        by: rx.Param[Float[Array, "n"]]
+
+        @jaxtyped(typechecker=beartype)
+        def __call__(self, x: Float[Array, "n"]):
+            return x
+
+    scale = Scale(jnp.ones(2))
+    with pytest.raises(jaxtyping.TypeCheckError):
+        scale(jnp.ones(3))
+    with rx.config(check_types=False):
+        assert scale(jnp.ones(3)).shape == (3,)
