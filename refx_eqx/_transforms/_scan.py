@@ -335,8 +335,8 @@ def scan(
 
     **Returns:**
 
-    The last carry, and the stacked `y`. New refs in `y` come out stacked; if the carry or
-    `y` contains the caller's refs, they are returned as such.
+    The last carry, and the stacked `y`. New refs in `y` come out stacked; refs of the
+    caller in the carry or `y` are returned as the same objects.
 
     **Raises:**
 

@@ -281,7 +281,7 @@ def filter_shard_map(
 
     A ref goes out with the spec that it came in with. A replicated ref may only be written
     with a value that is the same in all shards, such as a `jax.lax.pmean`. Refs made inside
-    go out with `out_specs`; the caller's refs are returned as such.
+    go out with `out_specs`; refs of the caller are returned as the same objects.
 
     Inside, a ref holds a shard: a ref with declared type `Float[Array, "8 3"]` has shape
     `(1, 3)` if eight devices split its first axis.

@@ -268,7 +268,7 @@ def filter_vmap(
     A mapped ref is written slice by slice, and comes out on the axis it came in on. A
     broadcast ref may only be written with a value that is the same along the mapped axis.
     Refs held or closed over by the function itself are broadcast. Refs made inside come out
-    with a new axis; the caller's refs are returned as such.
+    with a new axis; refs of the caller are returned as the same objects.
 
     If the function also reaches a mapped ref otherwise (a method mapped over the heads of
     its own module), it must use the slice. It cannot touch the whole ref.
