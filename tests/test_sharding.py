@@ -168,7 +168,7 @@ def test_a_rule_for_these_very_refs_is_for_a_tree_of_refs():
     assert repr(rules).endswith(f"default={P('data')!r})")
     assert [x.value for x in rules.specs([a, b])] == [P("fsdp"), P("data")]
     with pytest.raises(
-        rx.StructureError, match="the tree is derefed.*the tree of refs"
+        rx.StructureError, match="is derefed and has none.*the tree of refs"
     ):
         rules.specs(rx.deref([a, b]))
 
@@ -881,6 +881,6 @@ def test_rules_that_name_a_ref_are_for_the_tree_of_refs(mesh):
     found = rules.shardings([ref, other], mesh)
     assert [x.value.spec for x in found] == [P("fsdp"), P()]
     with pytest.raises(
-        rx.StructureError, match="the tree is derefed.*the tree of refs"
+        rx.StructureError, match="is derefed and has none.*the tree of refs"
     ):
         rules.shardings(rx.deref([ref, other]), mesh)
