@@ -7,6 +7,8 @@
 - `lifted.py`: with the transforms of this library;
 - `plain.py`: with loops and ifs, of `heap.py`, `plain_derivatives.py` and `plain_lanes.py`;
 - `compare.py`: one seed, run both ways;
+- `history.py`: many calls of the same functions, with `functions.py` for these;
 
-`python -m tests.fuzz --minutes 60 --seed 0` runs them for an hour.
+`python -m tests.fuzz --minutes 60 --seed 0` runs programs for an hour; with `--histories`,
+histories.
 """

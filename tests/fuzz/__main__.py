@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz --minutes 60 --seed 0`: random programs, for so long."""
+"""`python -m tests.fuzz --minutes 60 --seed 0`: random programs or histories, for so long."""
 
 import argparse
 import collections
@@ -9,6 +9,7 @@ import jax
 
 from .compare import check
 from .generate import generate
+from .history import run_history
 from .program import text, transforms_of
 
 
@@ -19,12 +20,15 @@ def main() -> None:
     parser.add_argument(
         "--count", type=int, help="so many seeds, however long it takes"
     )
+    parser.add_argument("--histories", action="store_true", help="see `history.py`")
     parser.add_argument("--show", action="store_true", help="print the first program")
     args = parser.parse_args()
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     if args.show:
         print(text(generate(args.seed)))
+    if args.histories:
+        raise SystemExit(_run_histories(args.seed, args.count, 60 * args.minutes))
 
     start = time.monotonic()
     outcomes, kinds = collections.Counter(), collections.Counter()
@@ -73,6 +77,23 @@ def main() -> None:
             summary()
     summary()
     raise SystemExit(1 if outcomes["wrong"] or outcomes["invalid"] else 0)
+
+
+def _run_histories(seed: int, count: int | None, seconds: float) -> int:
+    """Runs them, and says what differed. How many did."""
+    end, n, wrong = time.monotonic() + seconds, 0, 0
+    while n < count if count is not None else time.monotonic() < end:
+        difference, steps = run_history(seed + n)
+        n += 1
+        if difference is not None:
+            wrong += 1
+            print(
+                f"-- seed {seed + n - 1}, step {len(steps)}: {difference}", flush=True
+            )
+        jax.clear_caches()
+        eqx.clear_caches()
+    print(f"{n} histories, {wrong} of them wrong")
+    return wrong
 
 
 if __name__ == "__main__":
