@@ -1,8 +1,12 @@
 """`rx.Module`: an `equinox.Module` in which an annotation is enough to make a ref."""
 
 import abc
+import copy
 import dataclasses
 import functools
+import gc
+import pickle
+import weakref
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import equinox as eqx
@@ -420,3 +424,19 @@ def test_items_of_a_container_may_be_left_out_or_be_no_refs():
     assert isinstance(layers.layers[2], rx.Ref)
     (more,) = make((None, 3, jnp.ones(2)), [jnp.ones(2)]).more
     assert more.collection == "params"
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+)
+def test_a_copy_is_frozen_and_is_freed(duplicate):
+    twin = duplicate(make_linear())
+    with pytest.raises(
+        dataclasses.FrozenInstanceError, match=r"write `\.weight\.value"
+    ):
+        twin.weight = jnp.zeros((2, 3))
+    assert twin(jnp.ones(3)).shape == (2,)
+    alive = weakref.ref(twin)
+    del twin
+    gc.collect()
+    assert alive() is None

@@ -1,5 +1,6 @@
 """`Module`: an `equinox.Module` in which an annotation is enough to make a ref."""
 
+import copyreg
 import dataclasses
 from typing import Any, dataclass_transform, TYPE_CHECKING
 
@@ -90,6 +91,14 @@ class Module(eqx.Module, metaclass=_ModuleMeta):
 
     if not TYPE_CHECKING:
 
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            # Equinox (0.13) has each module that its `__new__` made in a list, which the end
+            # of `__init__` takes it off: a copy would stay there, alive and not frozen.
+            reduced = super().__reduce_ex__(protocol)
+            if reduced[0] is copyreg.__newobj__:
+                reduced = _without_init, *reduced[1:]
+            return reduced
+
         def __getattribute__(self, name: str) -> Any:
             out = super().__getattribute__(name)
             if isinstance(out, MAY_HOLD_ARRAYS):
@@ -113,6 +122,10 @@ class Module(eqx.Module, metaclass=_ModuleMeta):
                     "module, ref)`, which makes a new module."
                 ) from None
             super().__setattr__(name, field.convert(value, type(self).__name__))
+
+
+def _without_init(cls: type) -> Any:
+    return object.__new__(cls)
 
 
 bind_in_methods(Module, names_of_instance)

@@ -87,9 +87,9 @@ class World:
                 seen.append(numbers.setdefault(leaf, len(numbers)))
                 if is_new:
                     leaves, treedef = jax.tree.flatten(leaf.value)
-                    seen += [str(treedef), leaf.collection, *map(_bits, leaves)]
+                    seen += [str(treedef), leaf.collection, *map(_numbers, leaves)]
             else:
-                seen.append(_bits(leaf))
+                seen.append(_numbers(leaf))
         return seen
 
     # What is drawn.
@@ -245,11 +245,12 @@ class World:
         self.rebind_closure(self.any_model())
 
 
-def _bits(leaf: Any) -> Any:
+def _numbers(leaf: Any) -> Any:
     if isinstance(leaf, str):
         return leaf
-    array = np.asarray(jnp.asarray(leaf))
-    return array.dtype.name, array.shape, array.tobytes()
+    # Not its type: a number of Python is one until a call writes it, and so takes another.
+    array = np.asarray(leaf, np.float64)
+    return array.shape, array.tobytes()
 
 
 def run_history(seed: int, steps: int = 40) -> tuple[str | None, list[str]]:
