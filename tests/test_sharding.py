@@ -873,14 +873,3 @@ def test_the_types_of_arrays_outside_refs_name_no_stack(mesh):
     rules = rx.axis_rules({"depth": "fsdp"})
     found = rules.shardings(Tabled(jnp.zeros(4), layers), mesh)
     assert found.layers.scale.value.spec == P("fsdp") and found.table.spec == P()
-
-
-def test_rules_that_name_a_ref_are_for_the_tree_of_refs(mesh):
-    ref, other = rx.Ref(jnp.zeros(8)), rx.Ref(jnp.zeros(8))
-    rules = rx.axis_rules({ref: P("fsdp")})
-    found = rules.shardings([ref, other], mesh)
-    assert [x.value.spec for x in found] == [P("fsdp"), P()]
-    with pytest.raises(
-        rx.StructureError, match="is derefed and has none.*the tree of refs"
-    ):
-        rules.shardings(rx.deref([ref, other]), mesh)
