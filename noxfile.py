@@ -28,8 +28,8 @@ OLDEST = (
     "beartype==0.23.1",
 )
 
-# Two workers; a file stays on one of them, so that its fixtures are made once.
-PYTEST = ("python", "-m", "pytest", "-n", "2", "--dist", "loadfile")
+# Two workers, each on a half of the files; the one that ends first takes from the other.
+PYTEST = ("python", "-m", "pytest", "-n", "2", "--dist", "worksteal")
 
 
 @nox.session

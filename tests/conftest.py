@@ -1,6 +1,9 @@
 """Every test runs under JAX's leak checks and strict promotion, on several CPU devices."""
 
+import functools
 import os
+import types
+from typing import Any
 
 
 # Before JAX starts a backend.
@@ -11,10 +14,28 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 import equinox as eqx
 import jax
 import pytest
+from jax._src import config, dispatch
 
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def _keep_programs_of_operations() -> None:
+    # Under the leak check, JAX 0.10 compiles an operation outside of `jit` anew each time
+    # it is called. (JAX 0.12 does not.) Here, it uses the cache that it goes around.
+    uncached = dispatch.xla_primitive_callable
+    if isinstance(uncached, types.FunctionType):
+
+        @functools.wraps(uncached)
+        def cached(*args: Any, **kwargs: Any) -> Any:
+            cache = uncached.cache_info.__self__
+            return cache(config.trace_context(), *args, **kwargs)
+
+        dispatch.xla_primitive_callable = cached
+
+
+_keep_programs_of_operations()
 
 
 @pytest.fixture(autouse=True, scope="module")
