@@ -21,7 +21,7 @@ from benchmarks import _arguments
 from jaxtyping import Array
 
 import refx_eqx as rx
-from refx_eqx._engine import _fast_path as _plan
+from refx_eqx._engine import _fast_path
 
 
 # With `.lower` and `__wrapped__`, which a `Callable` does not have for type checkers.
@@ -276,9 +276,9 @@ def test_a_repeated_call_notices_a_static_leaf_that_changed_in_place(where):
 
 def _planned(monkeypatch):
     """What `make_plan` returns, call by call."""
-    plans, make_plan = [], _plan.make_plan
+    plans, make_plan = [], _fast_path.make_plan
     keeping = lambda *args: plans.append(make_plan(*args)) or plans[-1]
-    monkeypatch.setattr(_plan, "make_plan", keeping)
+    monkeypatch.setattr(_fast_path, "make_plan", keeping)
     return plans
 
 

@@ -588,7 +588,7 @@ def test_by_value_in_a_transform_of_another_library():
 
 
 def test_the_step_is_on_the_fast_path():
-    from refx_eqx._engine import _fast_path
+    from refx_eqx._engine import _plan
 
     model = make()
     optimizer = rx.Optimizer(model, optax.adam(0.1))
@@ -600,11 +600,9 @@ def test_the_step_is_on_the_fast_path():
     for _ in range(3):
         step(model, optimizer)
     calls = []
-    plain = _fast_path.Plan.call
+    plain = _plan.Plan.call
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            _fast_path.Plan, "call", lambda *args: calls.append(1) or plain(*args)
-        )
+        patch.setattr(_plan.Plan, "call", lambda *args: calls.append(1) or plain(*args))
         step(model, optimizer)
     assert calls == [1]
 

@@ -8,7 +8,7 @@ import copy
 import itertools
 import threading
 import types
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, Generic, NamedTuple, overload, Self, TYPE_CHECKING, TypeVar
 
 import equinox as eqx
@@ -19,6 +19,7 @@ from jax import Array
 
 from .._trees._changes import owned
 from .._trees._equality import Shared
+from .._trees._keys import gone
 from . import _jax, _trace
 from ._access import (
     check_readable,
@@ -64,14 +65,28 @@ class _Commits:
         declared type differs), or that moved it to another sharding. Until it changes, what
         a repeated call knows about its refs still holds.
     - `lock`: held during each write.
+    - `reader`: a weak reference to the plan that keeps the values it last read and wrote, if
+        any. It drops them at the next write, so it keeps nothing alive that no ref holds.
     """
 
-    __slots__ = ("count", "lock", "restructured")
+    __slots__ = ("count", "lock", "reader", "restructured")
 
     def __init__(self):
         self.count = 0
         self.restructured = 0
         self.lock = threading.Lock()
+        self.reader: Callable[[], Any] = gone
+
+    def written(self) -> None:
+        """Notes a write. The lock must be held."""
+        self.count += 1
+        self.release()
+
+    def release(self) -> None:
+        """Drops the values that a plan keeps."""
+        reader, self.reader = self.reader(), gone
+        if reader is not None:
+            reader.release()
 
     def store(self, updates: Iterable[tuple["Ref", Any]]) -> None:
         """Writes checked values in a single step. The lock must be held."""
@@ -99,7 +114,7 @@ class _Commits:
         finally:
             # Last: a reader that saw half of this began with the old count, and will see
             # the new one.
-            self.count += 1
+            self.written()
 
 
 # Exhausts an iterator written in C, over slot setters, which return `None`. CPython handles

@@ -19,7 +19,8 @@ import functools
 import itertools
 import math
 import types
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -34,14 +35,12 @@ from .._trees._cells import holds_itself, is_lookup
 from .._trees._keys import static_key
 
 
-__tracebackhide__ = True
-
-
 # The result of reading a call. Its `key` must be the same for a plan to fit; a plan takes
 # the `arrays` and the `refs`, in this order; `held` are the modules and functions that the
 # key holds by identity; `new` are the modules that it holds by their contents. (A tuple,
-# because an object takes time to make.)
-Read = tuple[list[Any], list[Any], list[Ref], list[Any], list[Any]]
+# because an object takes time to make.) The key is a list if nothing in it can change in
+# place; otherwise a tuple, whose hash must be checked even for identical objects.
+Read = tuple[Sequence[Any], list[Any], list[Ref], list[Any], list[Any]]
 
 
 class _WithMethod(eqx.Module):
@@ -89,7 +88,7 @@ address: Callable[[Any], int] = object.__hash__
 
 # This many children of a node, all of one type, are read at once, in C.
 _MANY = 8
-_REFS, _ARRAYS, _DICTS = {Ref}, {_jax.ConcreteArray}, {dict}
+_ARRAYS, _DICTS = {_jax.ConcreteArray}, {dict}
 _ARRAYS_ALONE, _SEQUENCES = "arrays", ({list}, {tuple})
 _flattened = itertools.chain.from_iterable
 # A key of the first length may come from a list that contains itself; one of the second
@@ -116,6 +115,8 @@ def read(args: tuple, kwargs: dict, known: dict[int, Any]) -> Read | None:
         todo = [*args]
     todo.reverse()
     limit = _LARGE
+    is_fixed = True
+    children: Sequence[Any]
     while todo:
         x = todo.pop()
         kind = type(x)
@@ -160,21 +161,27 @@ def read(args: tuple, kwargs: dict, known: dict[int, Any]) -> Read | None:
             if parts is None:
                 if what == _REFUSED:
                     return None
+                is_fixed = False
                 key.append(_leaf(x, kind))
                 continue
             children, static = parts
+            is_fixed = is_fixed and (static is None or isinstance(static, type))
         n = len(children)
         key += kind, static, n
         while n >= _MANY:
-            kinds = set(map(type, children))
-            if kinds == _REFS:
-                key += [ref._number for ref in children]
+            if type(children[0]) is Ref:
+                # Nothing else has such a number, so it shows that all of them are refs.
+                # Checking their types as well would take twice as long.
+                try:
+                    key += [ref._number for ref in children]
+                except AttributeError:
+                    break
                 refs += children
-                children = ()
-            elif kinds == _ARRAYS:
+                children = []
+            elif (kinds := set(map(type, children))) == _ARRAYS:
                 key.append(_ARRAYS_ALONE)
                 arrays += children
-                children = ()
+                children = []
             elif kinds == _DICTS:
                 key += dict, tuple(map(len, children)), tuple(_flattened(children))
                 children = list(_flattened(map(dict.values, children)))
@@ -191,7 +198,7 @@ def read(args: tuple, kwargs: dict, known: dict[int, Any]) -> Read | None:
                 return None
             limit = _LARGER
         todo += children[::-1]
-    return key, arrays, refs, held, new
+    return key if is_fixed else tuple(key), arrays, refs, held, new
 
 
 def _leaf(x: Any, kind: type) -> Any:
@@ -199,6 +206,33 @@ def _leaf(x: Any, kind: type) -> Any:
         # `0.0 == -0.0`, and a NaN does not equal itself.
         return (kind, x) if x and not math.isnan(x) else (kind, repr(x))
     return static_key(x)
+
+
+# Types that are not trees, and whose instances cannot change.
+_UNCHANGING = (float, complex, np.dtype, type)
+
+
+def form_of(args: tuple, known: dict[int, Any]) -> tuple | None:
+    """Identifies a repeated call with the same objects, except for arrays: for an array its
+    type, and for anything else the object itself, by weak reference if possible. `None` if
+    there is a tree among them, which may have changed."""
+    form = []
+    for x in args:
+        what = _kind_of(x, type(x))
+        if what == _ARRAY:
+            form.append(type(x))
+        elif (
+            what in (_REF, _ITSELF, _LITERAL)
+            or (what == _MODULE and address(x) in known)
+            or isinstance(x, _UNCHANGING)
+        ):
+            try:
+                form.append(weakref.ref(x))
+            except TypeError:
+                form.append(x)
+        else:
+            return None
+    return tuple(form)
 
 
 class GivenArray(int):

@@ -10,6 +10,7 @@ import jax
 from .._calls._structure import Structure
 from .._core import _trace
 from .._core._nodes import is_node
+from .._core._ref import commits
 from ._contents import Picker, picker
 
 
@@ -78,6 +79,7 @@ def apart(
     - `values`: the values of its refs.
     - `split`: which arrays to donate.
     """
+    commits.release()
     donated, kept = split.take_donated(arrays), split.take_kept(arrays)
     if _trace.guards.get():
         # This may find that a ref cannot be written here.

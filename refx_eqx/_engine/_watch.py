@@ -18,6 +18,7 @@ guard of its type, by `object.__setattr__` on a module, is not noticed.
 import contextlib
 import dataclasses
 import enum
+import functools
 import itertools
 import types
 import weakref
@@ -36,9 +37,6 @@ from .._core._ref import Ref
 from .._trees._cells import inside, is_lookup, may_carry, reaches
 from .._trees._keys import same_content, watched_cells
 from ._wrapper import Lifted
-
-
-__tracebackhide__ = True
 
 
 class Watch:
@@ -121,70 +119,100 @@ class Watch:
             with contextlib.suppress(TypeError):
                 self._statics.append((leaf, hash(leaf)))
 
-    def holds(self) -> bool:
-        """Whether nothing has changed."""
-        for items, then in self._lists:
-            if len(items) != len(then) or not all(map(is_, items, then)):
-                return False
-        for items, keys, then in self._dicts:
-            if tuple(items) != keys or not all(map(is_, items.values(), then)):
-                return False
-        for items, then in self._sets:
-            if items != then:
-                return False
-        for node, children, static in self._nodes:
-            if not _makes_the_same(node, children, static):
-                return False
-        for leaf, then in self._statics:
-            if hash(leaf) != then:
-                return False
-        for function in self._functions:
-            fn = function.recall()
-            # It is gone only if its holder has changed, which is watched as well.
-            if not (function.holds(fn) if fn is not None else not function.watched):
-                return False
-        return True
+    def check(self) -> Callable[[], bool] | None:
+        """A function that returns whether nothing has changed; `None` if nothing can."""
+        both = (
+            (_same_lists, self._lists),
+            (_same_dicts, self._dicts),
+            (_same_sets, self._sets),
+            (_same_nodes, self._nodes),
+            (_same_statics, self._statics),
+            (_same_functions, self._functions),
+        )
+        checks = [functools.partial(check, items) for check, items in both if items]
+        if len(checks) > 1:
+            return functools.partial(_all_same, checks)
+        return checks[0] if checks else None
 
-    def is_needed(self) -> bool:
-        """Whether there is anything to watch."""
-        mine = (self._lists, self._dicts, self._sets, self._nodes, self._statics)
-        return any((*mine, self._functions))
+
+def _all_same(checks: list[Callable[[], bool]]) -> bool:
+    return all(check() for check in checks)
+
+
+def _same_lists(lists: list[tuple[list, tuple]]) -> bool:
+    for items, then in lists:
+        if len(items) != len(then) or not all(map(is_, items, then)):
+            return False
+    return True
+
+
+def _same_dicts(dicts: list[tuple[dict, tuple, tuple]]) -> bool:
+    for items, keys, then in dicts:
+        if tuple(items) != keys or not all(map(is_, items.values(), then)):
+            return False
+    return True
+
+
+def _same_sets(sets: list[tuple[set, frozenset]]) -> bool:
+    return all(items == then for items, then in sets)
+
+
+def _same_nodes(nodes: list[tuple[Any, tuple, Any]]) -> bool:
+    return all(_makes_the_same(*node) for node in nodes)
+
+
+def _same_statics(statics: list[tuple[Any, int]]) -> bool:
+    return all(hash(leaf) == then for leaf, then in statics)
+
+
+def _same_functions(functions: "list[_Function]") -> bool:
+    for function in functions:
+        fn = function.recall()
+        if fn is None:
+            # It is gone only if its holder has changed, which is watched as well.
+            if function.watched:
+                return False
+            continue
+        # A function without defaults was called with all arguments, so new defaults do not
+        # matter to a plan.
+        if function.defaults and fn.__defaults__ is not function.defaults:
+            return False
+        if function.kwdefaults and fn.__kwdefaults__ is not function.kwdefaults:
+            return False
+        cells = fn.__closure__ or ()
+        try:
+            for i, recall in function.recalls:
+                if cells[i].cell_contents is not recall():
+                    break
+            else:
+                continue
+        except ValueError:  # a cell is empty
+            pass
+        if not all(same_content(cells[i], key) for i, key in function.watched):
+            return False
+    return True
 
 
 class _Function:
     """The closed-over values and defaults of a function, as they were."""
 
-    __slots__ = ("_defaults", "_kwdefaults", "_recalls", "recall", "watched")
+    __slots__ = ("defaults", "kwdefaults", "recall", "recalls", "watched")
 
     def __init__(self, fn: types.FunctionType):
         self.recall = weakref.ref(fn)
-        self._defaults, self._kwdefaults = fn.__defaults__, fn.__kwdefaults__
+        # The key of a function that carries no refs does not include them. (Accessing them
+        # triggers audit hooks, as `id` does, which takes longer than everything else.)
+        carries = reaches(fn)
+        self.defaults = fn.__defaults__ if carries else None
+        self.kwdefaults = fn.__kwdefaults__ if carries else None
         cells = watched_cells(fn)
         self.watched = [(i, key) for i, key, _ in cells]
         # Checked first, as most contents are unchanged objects: their identity. Each entry
         # returns the object, or `None` if it is gone.
-        self._recalls = [(i, _recalling(content)) for i, _, content in cells]
+        self.recalls = [(i, _recalling(content)) for i, _, content in cells]
 
     def is_needed(self) -> bool:
-        return bool(self.watched or self._defaults or self._kwdefaults)
-
-    def holds(self, fn: types.FunctionType) -> bool:
-        # A function without defaults was called with all arguments, so new defaults do not
-        # matter to a plan. (Accessing them triggers audit hooks, as `id` does.)
-        if self._defaults and fn.__defaults__ is not self._defaults:
-            return False
-        if self._kwdefaults and fn.__kwdefaults__ is not self._kwdefaults:
-            return False
-        cells = fn.__closure__ or ()
-        try:
-            for i, recall in self._recalls:
-                if cells[i].cell_contents is not recall():
-                    break
-            else:
-                return True
-        except ValueError:  # a cell is empty
-            pass
-        return all(same_content(cells[i], key) for i, key in self.watched)
+        return bool(self.watched or self.defaults or self.kwdefaults)
 
 
 def _recalling(x: Any) -> Callable[[], Any]:

@@ -84,7 +84,7 @@ def _logging(log: list[_State]) -> Iterator[list[_State]]:
                 ref._collection, ref._name, ref._declared = rest
                 if ref._value is not value:
                     set_content(ref, value)
-            commits.count += 1
+            commits.written()
             commits.restructured += 1
         raise
     finally:

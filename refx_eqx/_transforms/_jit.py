@@ -15,15 +15,13 @@ from .._calls._structure import Leaves, Outcome
 from .._core import _trace
 from .._core._errors import MismatchError, name_of
 from .._engine._donation import apart, call_into, Donate, Split
-from .._engine._fast_path import NO_PLAN, Plans
+from .._engine._fast_path import Plans
 from .._engine._flat import flat_of, flat_place, program_key
+from .._engine._plan import NO_PLAN
 from .._engine._program import Program, program_of, Variant
 from .._engine._run_time_errors import explain
 from .._engine._shardings import with_shardings
 from .._engine._wrapper import Lifted
-
-
-__tracebackhide__ = True
 
 
 P = ParamSpec("P")

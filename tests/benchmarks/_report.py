@@ -66,7 +66,8 @@ _NOTES = {
     "calls": "A call with next to no computation: the processor time of the call itself. A "
     "call of ours has a fixed part (some microseconds of Python: to find what is known of "
     "the arguments, and to check that it still holds), which shows where there are few "
-    "refs. What grows with the refs is to read each, and to write those that were written. "
+    "refs. What grows with the refs is to write those that were written; and to read each, if "
+    "anything but this call has written since the last one, or if it donates. "
     "To make a new array costs JAX itself some microseconds, and every library pays that: "
     "so they are nearest to each other where many refs are written.",
     "steps": "Whole steps, on one core, without donation. A training step is a gradient and Adam "
@@ -85,7 +86,8 @@ _NOTES = {
     "a fixed number of Python functions (`tests/test_cost.py` counts them). Each number is "
     f"`{OURS}`, in a call with next to no computation, as a multiple of `{BASE}` on the same "
     "arrays in a flat list. What is a tree outside of a module, or inside of a ref, is read "
-    "again by each call: that is what the larger numbers are for.",
+    "again by each call: that is what the larger numbers are for. Refs that hold `None` bring no "
+    f"array, so there `{BASE}` is called with an empty list, and the number is the fixed part.",
     "loops": "Loops as the docs of each library write them; the first column that is 1.00 says "
     "against what. A decode loop writes and donates its caches, and only reads its parameters: "
     "those of `jax.Ref` and nnx donate nothing. A documented loop is a gradient and Adam of "
