@@ -5,6 +5,7 @@ import gc
 import weakref
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
@@ -171,3 +172,20 @@ def test_what_only_looks_like_a_ref_among_refs_is_static():
         for item in (WithNumber(1), WithNumber(2)):
             for _ in range(4):
                 assert step([*refs, item]) == 9.0 + item.x
+
+
+def test_a_module_that_was_new_when_its_plan_was_made_is_read_again():
+    class Held(eqx.Module):
+        array: jax.Array
+        ref: rx.Ref
+
+    @rx.filter_jit
+    def add(held, x):
+        held.ref.value += x
+        return held.array * held.ref.value
+
+    for number in range(4):
+        held = Held(jnp.array(float(number)), rx.Ref(jnp.array(0.0)))
+        for called in range(1, 4):
+            assert add(held, jnp.array(1.0)) == number * called
+        assert held.ref.value == 3.0

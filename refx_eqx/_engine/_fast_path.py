@@ -137,7 +137,8 @@ class Plans:
             self._noted[note] = False
             return NO_PLAN
         plan.remade = remade
-        if not kwargs:
+        # A plan for a module by its contents takes refs and arrays from inside it.
+        if not kwargs and not new:
             plan.form = form_of(args, self._known)
             plan.places = [i for i, x in enumerate(args) if is_ref(x)]
         mortal = plan.derefed.structure.mortal()
