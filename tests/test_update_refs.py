@@ -141,8 +141,8 @@ def test_another_structure_is_refused():
     with pytest.raises(
         rx.StructureError,
         match=(
-            r"target and source do not have the same structure. JAX says: .*Pass as source "
-            "a tree aligned with the target"
+            r"target and source do not have the same structure. JAX says: .*The source "
+            "must be a tree aligned with the target"
         ),
     ):
         rx.update_refs([a, b], [5])
