@@ -30,9 +30,6 @@ from ._commit import commit, Disturbed, rescue, updates_of
 from ._structure import flatten, Leaves, Outcome, split, Structure, tree_of
 
 
-__tracebackhide__ = True
-
-
 P = ParamSpec("P")
 
 

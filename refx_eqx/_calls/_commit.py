@@ -13,9 +13,6 @@ from .._trees._changes import containers
 from ._structure import Outcome
 
 
-__tracebackhide__ = True
-
-
 def updates_of(outcome: Outcome, refs: list[Ref]) -> list[tuple[Ref, Any]]:
     """The refs of a call that were written, each with its new value.
 

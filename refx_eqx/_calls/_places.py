@@ -8,9 +8,6 @@ from .._trees._closure import Part
 from .._trees._paths import path_text
 
 
-__tracebackhide__ = True
-
-
 def place(parts: Sequence[Part], i: int, k: int, names: Sequence[str] = ()) -> str:
     """The place of leaf number `k` of tree number `i` in a call, such as "argument 1 at
     `w`".

@@ -34,9 +34,6 @@ from .._trees._keys import identities_in, recalled, static_key, static_keys
 from ._places import place
 
 
-__tracebackhide__ = True
-
-
 # The derefed leaves of one tree: a `Value` or an `Index` for each ref.
 Leaves = list[Any]
 
