@@ -235,3 +235,15 @@ def test_a_number_goes_into_a_scalar_of_any_floating_type(dtype):
     assert ref.value == 3.0
     with pytest.raises(rx.StructureError, match="and the source has 2\\. If the"):
         rx.update_refs(ref, 2)
+
+
+@pytest.mark.parametrize("new", [3, 2.5, True, jnp.array(3)])
+def test_a_key_is_replaced_by_a_key_alone(new):
+    ref = rx.Ref(jax.random.key(0), "rng")
+    with pytest.raises(
+        rx.MismatchError, match=r"`key` holds key<fry>\[\], and .*"
+    ) as e:
+        rx.update_refs({"key": ref}, {"key": new})
+    assert "jnp.asarray" not in str(e.value)  # which makes no keys
+    rx.update_refs({"key": ref}, {"key": jax.random.key(1)})
+    assert ref.value == jax.random.key(1)

@@ -190,8 +190,12 @@ def check_fits(ref: Ref, value: Any, failure: str, place: str, source: str) -> N
 
 
 def _only_dtypes_differ(old: Any, new: Any) -> bool:
-    both = [getattr(x, "shape", None) for x in (old, new) if hasattr(x, "dtype")]
-    return len(both) == 2 and both[0] == both[1]
+    both = [x for x in (old, new) if hasattr(x, "dtype") and not _is_key(x.dtype)]
+    return len(both) == 2 and jnp.shape(old) == jnp.shape(new)
+
+
+def _is_key(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def sharding_of(old: Any) -> Any:
@@ -218,5 +222,7 @@ def _same_kind(old: Any, new: Any) -> bool:
 def _dtype_kind(x: Any) -> str:
     # NumPy has dtypes that JAX does not, such as strings.
     dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+    if _is_key(dtype):  # NumPy has no kind for it
+        return "key"
     # To NumPy, `bfloat16` has the kind of unknown dtypes.
     return "f" if jnp.issubdtype(dtype, jnp.floating) else dtype.kind
