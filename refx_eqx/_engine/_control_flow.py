@@ -177,8 +177,8 @@ def stage_loop(
 
     A step must preserve their shapes and dtypes. A weakly typed array, such as a Python
     scalar, takes the dtype that the step gives it; then the step is traced again. If that
-    is its own dtype, it stays weakly typed within the loop, as in JAX;
-    after the loop it is as a step leaves it.
+    is its own dtype, it stays weakly typed within the loop, as in JAX. After the loop it is
+    weakly typed if the step leaves it so.
 
     **Arguments:**
 
