@@ -11,17 +11,12 @@ import numpy as np
 
 from .._core import _jax
 from .._core._on_mesh import put
-from ._update import sharding_of
-
-
-def _is_key(leaf: Any) -> bool:
-    is_array = isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
-    return is_array and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+from ._update import is_key, sharding_of
 
 
 def storable(leaf: Any) -> Any:
     """A leaf as any file format takes it: the data of a typed key."""
-    return jr.key_data(leaf) if _is_key(leaf) else leaf
+    return jr.key_data(leaf) if is_key(leaf) else leaf
 
 
 def as_held(old: Any, new: Any) -> Any:
@@ -42,7 +37,7 @@ def _leaf_as_held(old: Any, new: Any) -> Any:
         if is_numpy and new.ndim == 0 and type(new.item()) is type(old):
             return new.item()
         return new
-    if _is_key(old) and not _is_key(new):
+    if is_key(old) and not is_key(new):
         new = _as_key(old, new)
     elif old.dtype != new.dtype:
         new = _converted(new, old.dtype)
@@ -68,7 +63,7 @@ def _as_key(old: Any, data: Any) -> Any:
 
 def _converted(new: Any, dtype: Any) -> Any:
     """`new` in this dtype, if no number changes; else unchanged."""
-    if _is_key(new):
+    if is_key(new):
         return new
     array = np.asarray(new)
     if array.dtype.type is np.void and dtype.kind == "V":

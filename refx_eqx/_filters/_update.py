@@ -190,12 +190,13 @@ def check_fits(ref: Ref, value: Any, failure: str, place: str, source: str) -> N
 
 
 def _only_dtypes_differ(old: Any, new: Any) -> bool:
-    both = [x for x in (old, new) if hasattr(x, "dtype") and not _is_key(x.dtype)]
+    both = [x for x in (old, new) if hasattr(x, "dtype") and not is_key(x)]
     return len(both) == 2 and jnp.shape(old) == jnp.shape(new)
 
 
-def _is_key(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jax.dtypes.prng_key)
+def is_key(leaf: Any) -> bool:
+    is_array = isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
+    return is_array and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def sharding_of(old: Any) -> Any:
@@ -220,9 +221,9 @@ def _same_kind(old: Any, new: Any) -> bool:
 
 
 def _dtype_kind(x: Any) -> str:
+    if is_key(x):  # for which NumPy has none
+        return "key"
     # NumPy has dtypes that JAX does not, such as strings.
     dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
-    if _is_key(dtype):  # NumPy has no kind for it
-        return "key"
     # To NumPy, `bfloat16` has the kind of unknown dtypes.
     return "f" if jnp.issubdtype(dtype, jnp.floating) else dtype.kind
