@@ -769,10 +769,10 @@ def test_equal_declarations_share_a_compiled_program(trace_counter):
 
 
 def test_what_an_annotation_says_is_worked_out_once(trace_counter, monkeypatch):
-    from refx_eqx._fields import _field
+    from refx_eqx._fields._declaration import Annotation
 
-    read = trace_counter(_field.read_annotation)  # pyright: ignore[reportPrivateImportUsage]
-    monkeypatch.setattr("refx_eqx._fields._field.read_annotation", read)
+    read = trace_counter(Annotation.declared)
+    monkeypatch.setattr(Annotation, "declared", read)
 
     class Model(rx.Module):
         weight: rx.Param[Float[Array, "n"]]

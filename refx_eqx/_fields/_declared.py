@@ -1,17 +1,15 @@
-"""What a class declares about the refs in a field, read from its annotation.
+"""What a class declares about the refs in a field.
 
 `weight: rx.Param[Float[Array, "out in"]]` declares one ref; `tuple[rx.Param[Array], ...]`
-declares a container of refs. An instance binds the names: see `_bound.py`.
+declares a container of refs. `_declaration.py` reads this from the annotation. An
+instance binds the names: see `_bound.py`.
 """
 
 import copy
 import dataclasses
-import inspect
-import itertools
 import re
-import types
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
-from typing import Any, Final, get_args, get_origin, Union
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -21,19 +19,10 @@ import jaxtyping
 from .._core._access import Withheld
 from .._core._errors import CollectionError, describe, RefTypeError
 from .._core._ref import commits, Ref
-from ._annotation import resolve_annotation
 from ._axis_names import AxisNames, names_bound
 from ._bound import BoundType
-from ._collection import Collection
 from ._construction import keep_state
-from ._hints import (
-    has_placeholder,
-    hint_text,
-    split_hint,
-    why_not_of_type,
-    without_aliases,
-)
-from ._ref_type import OpenRefHint, RefHint
+from ._hints import has_placeholder, hint_text, why_not_of_type
 
 
 # Visits each place that is declared a ref: with the declaration, the object there, and its
@@ -226,58 +215,3 @@ class DeclaredContainer:
 
 
 Declared = DeclaredRef | DeclaredContainer
-
-
-def read_annotation(
-    annotation: Any, owner: type, field: str, numbers: Iterator[int] | None = None
-) -> Declared | None:
-    """What `annotation` declares about refs; `None` if it contains none.
-
-    **Arguments:**
-
-    - `annotation`: the type; strings in it are evaluated from `owner`.
-    - `owner`, `field`: the class that contains the annotation, and the annotated name.
-    - `numbers`: numbers for the refs in it.
-
-    **Raises:**
-
-    - `TypeError`: if it puts refs into something that is not a pytree.
-    """
-    annotation = resolve_annotation(owner, annotation)
-    if numbers is None:
-        numbers, annotation = itertools.count(), without_aliases(annotation)
-    hint, metadata = split_hint(annotation)
-    origin: Any = get_origin(hint)
-    arguments = get_args(hint)
-    if origin is Final and arguments:
-        return read_annotation(arguments[0], owner, field, numbers)
-    if origin in (Union, types.UnionType):
-        found = [read_annotation(x, owner, field, numbers) for x in arguments]
-        first = next((x for x in found if x is not None), None)
-        if first is not None:
-            first.optional = type(None) in arguments
-        return first
-    if inspect.isclass(origin) and issubclass(origin, Sequence | Mapping | Set):  # pyright: ignore[reportArgumentType] (`Final`)
-        is_same_for_all = True
-        if issubclass(origin, Mapping):
-            arguments = arguments[1:]
-        elif issubclass(origin, tuple):
-            is_same_for_all = arguments[1:] == (Ellipsis,)
-            arguments = arguments[:1] if is_same_for_all else arguments
-        items = tuple(read_annotation(x, owner, field, numbers) for x in arguments)
-        if all(item is None for item in items):
-            return None
-        if issubclass(origin, Set):
-            raise TypeError(
-                f"A field is annotated as a {origin.__name__} of refs, which is not a "
-                "pytree. Use a tuple, a list or a dict."
-            )
-        return DeclaredContainer(origin, items, is_same_for_all)
-    if isinstance(hint, RefHint | OpenRefHint):
-        ref_type, hint = hint.ref_type, without_aliases(hint.value_hint)
-    elif isinstance(hint, type) and issubclass(hint, Ref):
-        ref_type, hint = hint, Any
-    else:
-        return None
-    collection = next((m.name for m in metadata if isinstance(m, Collection)), None)
-    return DeclaredRef(owner, field, next(numbers), hint, ref_type, collection)

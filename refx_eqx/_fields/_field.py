@@ -5,8 +5,11 @@
 field's collection, and keeps a ref unchanged.
 """
 
+import contextlib
 import dataclasses
+import functools
 import inspect
+import threading
 import types
 import weakref
 from collections.abc import Callable, Hashable
@@ -19,24 +22,28 @@ from jax.sharding import PartitionSpec
 from .._core._errors import check_hashable, CollectionError, RefTypeError
 from .._core._ref import declare, Ref
 from .._trees._equality import UNSET
-from ._annotation import resolve_annotation
 from ._axis_names import name_scope
 from ._batched import BatchedHint
 from ._config import config
 from ._construction import keep_state, one_of_several
-from ._declared import Declared, DeclaredRef, read_annotation
-from ._hints import without_aliases
+from ._declaration import Annotation
+from ._declared import Declared, DeclaredRef
+
+
+# Two threads may make the first two instances.
+_reading = threading.RLock()
 
 
 class RefField(dataclasses.Field):
     """A dataclass field that may hold refs, and what its class declares about them.
 
-    - `declared`: one ref, or a container of refs; `None` for a field without refs.
-    - `refs`: all refs declared in it.
+    An annotation may use names that are defined after the class: it is then read when the
+    first instance is made.
     """
 
-    declared: Declared | None = None
-    refs: tuple[DeclaredRef, ...] = ()
+    _annotation: Annotation
+    _declared: Declared | None = None
+    _is_read = False
     _owner_name = ""
     # An `rx.Module` checks all its fields together, so that they share axis names.
     of_module = False
@@ -78,7 +85,37 @@ class RefField(dataclasses.Field):
                 "is not a module. Derive it from `rx.Module` or `eqx.Module`."
             )
         annotation = inspect.get_annotations(owner).get(name, Any)
-        declared = read_annotation(annotation, owner, name)
+        self.bind(Annotation(owner, name, annotation))
+
+    def bind(self, annotation: Annotation) -> None:
+        """Takes the annotation of the field, once its class is known."""
+        self._annotation = annotation
+        self._owner_name = annotation.owner.__name__
+        with contextlib.suppress(NameError):  # of what is defined later
+            self._read(is_last=False)
+
+    @property
+    def declared(self) -> Declared | None:
+        """One ref, or a container of refs; `None` for a field without refs."""
+        if not self._is_read:
+            with _reading:
+                if not self._is_read:  # by another thread
+                    self._read(is_last=True)
+        return self._declared
+
+    @property
+    def refs(self) -> tuple[DeclaredRef, ...]:
+        """All refs declared in it."""
+        return () if self.declared is None else tuple(self.declared.refs())
+
+    @functools.cached_property
+    def plain_hint(self) -> Any:
+        """The type of a field without refs; otherwise `None`."""
+        return self._annotation.hint() if self.declared is None else None
+
+    def _read(self, is_last: bool) -> None:
+        owner, name = self._annotation.owner, self._annotation.field
+        declared = self._annotation.declared(is_last)
         if declared is None and self._collection is not UNSET:
             declared = DeclaredRef(owner, name, 0, Any)
         if self._sharding is not None and declared is None:
@@ -87,25 +124,18 @@ class RefField(dataclasses.Field):
                 "no ref. Annotate it as one, `rx.Param[...]` or `rx.Ref[...]`; arrays "
                 "outside refs are placed by `rx.axis_rules({rx.path(...): P(...)})`."
             )
-        self.bind(owner, declared)
-
-    def bind(self, owner: type, declared: Declared | None) -> None:
-        """Takes the declaration in the annotation of the field, once its class is known."""
-        self._owner_name = owner.__name__
-        self.declared = declared
-        self.refs = () if declared is None else tuple(declared.refs())
-        for ref in self.refs:
+        for ref in () if declared is None else declared.refs():
             ref.sharding = self._sharding
-        if self._collection is UNSET:
-            return
-        for ref in self.refs:
+            if self._collection is UNSET:
+                continue
             if ref.collection not in (None, self._collection):
                 raise CollectionError(
-                    f"The field `{owner.__name__}.{ref.field}` is annotated with "
+                    f"The field `{owner.__name__}.{name}` is annotated with "
                     f"collection {ref.collection!r}, but `rx.field` says "
                     f"{self._collection!r}. Give only one."
                 )
             ref.collection = self._collection
+        self._declared, self._is_read = declared, True
 
     def _convert(self, value: Any) -> Any:
         """Called by Equinox after the `__init__` of an instance."""
@@ -252,6 +282,9 @@ def plain_hints(cls: type) -> dict[str, Any]:
     hints: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         hints.update(_plain_hints.get(base, {}))
+    for name, field in getattr(cls, "__dataclass_fields__", {}).items():
+        if isinstance(field, RefField):
+            hints[name] = field.plain_hint
     return {name: hint for name, hint in hints.items() if _is_checkable(hint)}
 
 
@@ -279,9 +312,9 @@ def declare_ref_fields(cls: type) -> None:
         if isinstance(default, RefField):
             default.of_module = True
             continue
-        declared = read_annotation(annotation, cls, name)
-        if declared is None:
-            hints[name] = without_aliases(resolve_annotation(cls, annotation))
+        annotation = Annotation(cls, name, annotation)
+        if annotation.is_plain():
+            hints[name] = annotation.hint()
             continue
         if isinstance(default, dataclasses.Field):
             plain = default
@@ -291,5 +324,5 @@ def declare_ref_fields(cls: type) -> None:
             plain = eqx.field(default=default)
         made = RefField(plain, UNSET, plain.metadata.get("converter"))
         made.of_module = True
-        made.bind(cls, declared)
+        made.bind(annotation)
         setattr(cls, name, made)

@@ -103,25 +103,46 @@ def split_hint(hint: Any) -> tuple[Any, tuple]:
     return hint, ()
 
 
+def alias_of(hint: Any) -> Any:
+    """The type alias (`type Name[T] = ...`) that `hint` is, with or without arguments; or
+    `None`."""
+    alias = get_origin(hint) or hint
+    # Not `isinstance`: `typing` has the class from 3.12 on, `typing_extensions` before.
+    return alias if type(alias).__name__ == "TypeAliasType" else None
+
+
+def value_of_alias(hint: Any) -> Any:
+    """What a type alias stands for, given its arguments.
+
+    **Raises:**
+
+    - `NameError`: if it uses a name that is not defined, or not yet.
+    """
+    alias = alias_of(hint)
+    value, given = alias.__value__, dict(zip(alias.__type_params__, get_args(hint)))
+    needed = tuple(given[x] for x in getattr(value, "__parameters__", ()) if given)
+    return value[needed] if needed else value
+
+
 def without_aliases(hint: Any, inside: tuple = ()) -> Any:
-    """`hint`, with each type alias (`type Name[T] = ...`) replaced with its type.
+    """`hint`, with each type alias replaced with its type.
 
     **Arguments:**
 
     - `inside`: the enclosing aliases. A recursive alias is left unchanged.
+
+    **Raises:**
+
+    - `NameError`: if an alias uses a name that is not defined, or not yet.
     """
-    alias, args = get_origin(hint) or hint, get_args(hint)
-    # Not `isinstance`: `typing` has the class from 3.12 on, `typing_extensions` before.
-    if type(alias).__name__ == "TypeAliasType" and alias not in inside:
-        try:
-            value = alias.__value__
-        except NameError:  # a name that exists only for the type checker
-            return Any
-        given = dict(zip(alias.__type_params__, args))
-        needed = tuple(given[x] for x in getattr(value, "__parameters__", ()) if given)
-        return without_aliases(value[needed] if needed else value, (*inside, alias))
+    alias = alias_of(hint)
+    if alias is not None and alias not in inside:
+        return without_aliases(value_of_alias(hint), (*inside, alias))
+    args = get_args(hint)
     new: Any = tuple(without_aliases(x, inside) for x in args)
     if all(map(operator.is_, new, args)):
         return hint
-    origin: Any = Union if alias is types.UnionType else alias
+    origin: Any = get_origin(hint)
+    if origin is types.UnionType:
+        origin = Union
     return origin[new if len(new) > 1 else new[0]]

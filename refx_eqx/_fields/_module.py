@@ -76,6 +76,8 @@ class Module(eqx.Module, metaclass=_ModuleMeta):
     - `CollectionError`: if a field is given a ref of another collection.
     - `TypeError`: if an annotation puts refs into something that is not a pytree, such as a
         set.
+    - `NameError`: if an annotation is a type alias that uses a name which is still not
+        defined, so it is not known whether it stands for a ref.
 
     And `dataclasses.FrozenInstanceError`: if a field is assigned after `__init__`.
     """

@@ -1,0 +1,136 @@
+"""Reads from the annotation of a field what its class declares about refs."""
+
+import dataclasses
+import inspect
+import itertools
+import types
+from collections.abc import Iterator, Mapping, Sequence, Set
+from typing import Any, ClassVar, Final, get_args, get_origin, Union
+
+from .._core._ref import Ref
+from ._annotation import Names
+from ._collection import Collection
+from ._declared import Declared, DeclaredContainer, DeclaredRef
+from ._hints import alias_of, split_hint, value_of_alias, without_aliases
+from ._ref_type import OpenRefHint, RefHint
+
+
+class Annotation:
+    """The annotation of a field: a type, or a string with one.
+
+    It may name what is defined later in its module. So it can be read twice: when the class
+    is made, and again when the first instance is, which is the last time.
+    """
+
+    def __init__(self, owner: type, field: str, annotation: Any):
+        self.owner = owner
+        self.field = field
+        self._annotation = annotation
+        self._names = Names(owner)
+
+    def declared(self, is_last: bool) -> Declared | None:
+        """What it declares about refs; `None` if it contains none.
+
+        **Raises:**
+
+        - `NameError`: if it uses a name that is not defined. At last: only if a type alias
+            does, because then it is not known whether the alias stands for a ref.
+        - `TypeError`: if it puts refs into something that is not a pytree.
+        """
+        self._names.is_last = is_last
+        try:
+            return self._read(self._annotation, itertools.count())
+        except NameError as e:
+            if not is_last:
+                raise
+            name = self.owner.__name__
+            raise NameError(
+                f"`{name}.{self.field}` is annotated with a type alias that uses an "
+                f"undefined name: {e}. So it is not known whether the field holds a ref. "
+                f"Define that name before the first `{name}` is made (an import under `if "
+                "TYPE_CHECKING` does not), or write what the alias stands for, in quotes, "
+                "instead of the alias.",
+                name=e.name,
+            ) from None
+
+    def is_plain(self) -> bool:
+        """Whether it declares no ref, as far as is known when the class is made."""
+        try:
+            return self.declared(is_last=False) is None
+        except NameError:
+            # Not yet known for a field; but it may be for a class variable, say.
+            self._names.is_last = True
+            hint = self._names.evaluate(self._annotation)
+            is_of_class = hint is ClassVar or get_origin(hint) is ClassVar
+            return is_of_class or isinstance(hint, dataclasses.InitVar)
+
+    def hint(self) -> Any:
+        """The type, as far as its names are defined."""
+        self._names.is_last = True
+        return _as_far_as_defined(self._names.evaluate(self._annotation))
+
+    def _read(
+        self, annotation: Any, numbers: Iterator[int], inside: tuple = ()
+    ) -> Declared | None:
+        """As `declared`.
+
+        **Arguments:**
+
+        - `annotation`: all of the annotation, or a part.
+        - `numbers`: numbers for the refs in it.
+        - `inside`: the enclosing aliases. A recursive one declares nothing more.
+        """
+        hint, metadata = split_hint(self._names.evaluate(annotation))
+        while (alias := alias_of(hint)) is not None:
+            if alias in inside:
+                return None
+            inside = (*inside, alias)
+            hint, more = split_hint(self._names.evaluate(value_of_alias(hint)))
+            metadata = (*more, *metadata)  # as in a nested `Annotated`
+        origin: Any = get_origin(hint)
+        arguments = get_args(hint)
+        if origin is Final and arguments:
+            return self._read(arguments[0], numbers, inside)
+        if origin in (Union, types.UnionType):
+            found = [self._read(x, numbers, inside) for x in arguments]
+            first = next((x for x in found if x is not None), None)
+            if first is not None and type(None) in arguments:
+                first.optional = True
+            return first
+        if inspect.isclass(origin) and issubclass(origin, Sequence | Mapping | Set):  # pyright: ignore[reportArgumentType] (`Final`)
+            is_same_for_all = True
+            if issubclass(origin, Mapping):
+                arguments = arguments[1:]
+            elif issubclass(origin, tuple):
+                is_same_for_all = arguments[1:] == (Ellipsis,)
+                arguments = arguments[:1] if is_same_for_all else arguments
+            items = tuple(self._read(x, numbers, inside) for x in arguments)
+            if all(item is None for item in items):
+                return None
+            if issubclass(origin, Set):
+                raise TypeError(
+                    f"A field is annotated as a {origin.__name__} of refs, which is not a "
+                    "pytree. Use a tuple, a list or a dict."
+                )
+            return DeclaredContainer(origin, items, is_same_for_all)
+        if isinstance(hint, RefHint | OpenRefHint):
+            ref_type, hint = hint.ref_type, self._type_of_value(hint.value_hint)
+        elif isinstance(hint, type) and issubclass(hint, Ref):
+            ref_type, hint = hint, Any
+        else:
+            return None
+        collection = next((m.name for m in metadata if isinstance(m, Collection)), None)
+        number = next(numbers)
+        return DeclaredRef(self.owner, self.field, number, hint, ref_type, collection)
+
+    def _type_of_value(self, hint: Any) -> Any:
+        if self._names.is_last:
+            return _as_far_as_defined(hint)
+        return without_aliases(hint)
+
+
+def _as_far_as_defined(hint: Any) -> Any:
+    try:
+        return without_aliases(hint)
+    except NameError:  # a name that exists only for the type checker
+        return Any
