@@ -6,11 +6,14 @@ import threading
 import weakref
 from typing import Any
 
+import jax
+import jax.experimental
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import refx_eqx as rx
-from refx_eqx._calls import _call
+from refx_eqx._calls import _commit
 from refx_eqx._core._ref import commits
 
 
@@ -214,7 +217,8 @@ def test_an_eager_write_meanwhile_is_not_lost():
 
 
 def test_a_call_that_is_always_disturbed_gives_up_and_writes_nothing(monkeypatch):
-    monkeypatch.setattr(_call, "_MAX_TRIES", 3)
+    monkeypatch.setattr(_commit, "_MAX_TRIES", 3)
+    monkeypatch.setattr(threading, "active_count", lambda: 2)
     ref, tries, is_busy = rx.Ref(jnp.array(0)), 0, True
     outer: Any = weakref.ref(ref)  # which is not carried
 
@@ -231,13 +235,68 @@ def test_a_call_that_is_always_disturbed_gives_up_and_writes_nothing(monkeypatch
         return x
 
     with pytest.raises(
-        rx.ConcurrencyError, match="each of 3 calls. Serialize the calls"
+        rx.ConcurrencyError, match="Serialize the calls of several threads with a lock"
     ):
         double(jnp.array(1.0), ref)
     assert tries == 3 and ref.value == 3
     is_busy = False
     double(jnp.array(1.0), ref)
     assert ref.value == 6
+
+
+_FLOAT = jax.ShapeDtypeStruct((), jnp.float32)
+_CALLBACKS = {
+    "debug": lambda f, x: jax.debug.callback(f, x),
+    "io": lambda f, x: jax.experimental.io_callback(f, _FLOAT, x, ordered=True),
+    "pure": lambda f, x: jax.pure_callback(f, _FLOAT, x),
+    "filter_pure": lambda f, x: rx.filter_pure_callback(
+        f, x, result_shape_dtypes=_FLOAT
+    ),
+}
+
+
+@pytest.mark.parametrize("donate", ["none", "refs"])
+@pytest.mark.parametrize("kind", _CALLBACKS)
+@pytest.mark.parametrize("from_call", [0, 3], ids=["at first", "of a plan"])
+def test_a_callback_that_writes_a_ref_of_its_call_is_not_run_forever(
+    kind, donate, from_call, monkeypatch
+):
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
+    ref, times, is_writing = rx.Ref(jnp.array(0.0), "state"), 0, False
+    outer: Any = weakref.ref(ref)  # which is not carried
+
+    def write(x):
+        nonlocal times
+        times += 1
+        if is_writing:
+            outer().value = jnp.array(7.0)
+        return x
+
+    @rx.filter_jit(donate=donate)
+    def step(ref):
+        out = _CALLBACKS[kind](write, ref.value)
+        ref.value = (ref.value if out is None else out) + 1
+
+    for _ in range(from_call):
+        step(ref)
+    times, is_writing = 0, True
+    with pytest.raises(
+        rx.ConcurrencyError,
+        match=r"step` gave up: whenever it ran, an unnamed ref \(collection 'state'\) was "
+        r"written meanwhile, by a callback in it or by another thread\. Let a callback "
+        r"return the value, and write it in the function: `ref\.value = "
+        r"jax\.pure_callback\(\.\.\.\)`",
+    ):
+        step(ref)
+    assert times == 2 and ref.value == 7.0
+
+    @rx.filter_jit
+    def remedied(ref):
+        ref.value = jax.pure_callback(lambda: np.float32(7.0), _FLOAT)
+        ref.value += 1
+
+    remedied(ref)
+    assert ref.value == 8.0
 
 
 def test_donating_threads_are_right_or_refused():

@@ -20,13 +20,13 @@ from typing import Any, ParamSpec, TypeVar
 from .._core import _jax, _trace
 from .._core._access import check_readable, check_unleaked, Withheld
 from .._core._deref import deref_leaves
-from .._core._errors import ConcurrencyError, name_of, RefTypeError
+from .._core._errors import name_of, RefTypeError
 from .._core._identity import Asked, asked_of
 from .._core._nodes import is_traced
 from .._core._ref import commits, content, IN_PLACE, Ref
 from .._trees._closure import Part
 from ._body import apply, run_body
-from ._commit import commit, Disturbed, rescue, updates_of
+from ._commit import commit, Disturbed, next_try, rescue, updates_of
 from ._structure import flatten, Leaves, Outcome, split, Structure, tree_of
 
 
@@ -200,9 +200,6 @@ def close_result(outcome: Outcome, refs: list[Ref]) -> Any:
     return result
 
 
-_MAX_TRIES = 1000
-
-
 # JAX removes its own frames and those of this library from a traceback that passes here.
 @_jax.api_boundary
 @_trace.tidying
@@ -215,24 +212,21 @@ def call(
 ) -> Any:
     """One call of a lifted transform: deref, transform, finish.
 
-    If another thread wrote a ref of the call meanwhile, it is retried: calls from several
-    threads have the same outcome as in some sequential order.
+    If a ref of the call was written meanwhile, it is retried: calls from several threads
+    have the same outcome as in some sequential order.
     """
     hook = _jax.debug_hook()
-    for _ in range(_MAX_TRIES):
+    tries = 1
+    while True:
         derefed = None
         try:
             derefed = Call(fn, args, kwargs, is_dynamic)
             return derefed.finish(transform(derefed))
-        except Disturbed:
-            continue
+        except Disturbed as e:
+            tries = next_try(fn, e, tries)
         except BaseException:
             if derefed is not None:
                 rescue(derefed.refs, derefed.values, derefed.returned)
             raise
         finally:
             _jax.restore_debug_hook(hook)
-    raise ConcurrencyError(
-        f"Other threads changed the refs of `{name_of(fn)}` during each of {_MAX_TRIES} "
-        "calls. Serialize the calls with a lock."
-    )

@@ -1,5 +1,6 @@
 """Writes the updates of a call into the refs of its caller: all at once, or none."""
 
+import threading
 from collections.abc import Set
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax.tree_util as jtu
 
 from .._core import _jax, _trace
 from .._core._access import check_writable
-from .._core._errors import describe, StructureError
+from .._core._errors import ConcurrencyError, describe, name_of, StructureError
 from .._core._ref import commits, Ref
 from .._trees._changes import containers
 from ._structure import Outcome
@@ -44,7 +45,35 @@ def _check_unshared(refs: list[Ref], in_place: Set[int]) -> None:
 
 
 class Disturbed(Exception):
-    """Another thread wrote a ref while a call was using it: the call must run again."""
+    """A ref was written while a call was using it, by another thread or by a callback: the
+    call must run again."""
+
+    def __init__(self, refs: list[Ref], values: list[Any]):
+        super().__init__()
+        self.refs = [ref for ref, value in zip(refs, values) if ref._value is not value]
+
+
+_MAX_TRIES = 1000
+
+
+def next_try(fn: Any, disturbed: Disturbed, tries: int) -> int:
+    """How often a call has been tried, when it is tried again.
+
+    **Raises:**
+
+    - `ConcurrencyError`: if that would not end differently.
+    """
+    if tries < _MAX_TRIES:
+        # If no other thread is left to write a ref, the next try is the last: a callback
+        # would do so again at every try.
+        return _MAX_TRIES if threading.active_count() == 1 else tries + 1
+    what = describe(disturbed.refs[0]) if disturbed.refs else "one of its refs"
+    raise ConcurrencyError(
+        f"`{name_of(fn)}` gave up: whenever it ran, {what} was written meanwhile, by a "
+        "callback in it or by another thread. Let a callback return the value, and write "
+        "it in the function: `ref.value = jax.pure_callback(...)`. Serialize the calls of "
+        "several threads with a lock."
+    ) from None
 
 
 def commit(
@@ -68,11 +97,11 @@ def commit(
         if not (quiet and ref._trace() is trace):
             check_writable(ref)
     with commits.lock:
-        # The count first: refs are compared only if another thread wrote something.
+        # The count first: refs are compared only if something was written.
         if commits.count != started and not all(
             ref._value is value for ref, value in zip(refs, values)
         ):
-            raise Disturbed
+            raise Disturbed(refs, values)
         if updates:
             commits.store(updates)
 

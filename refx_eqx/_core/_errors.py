@@ -23,7 +23,7 @@ class RefError(Exception):
     - [`refx_eqx.CollectionError`][]: a ref has another collection than the declared one;
     - [`refx_eqx.RefTypeError`][]: a value breaks the declared type of a ref;
     - [`refx_eqx.ImmutableError`][]: [`refx_eqx.mutable`][] does not allow a write;
-    - [`refx_eqx.ConcurrencyError`][]: another thread changed a donated ref;
+    - [`refx_eqx.ConcurrencyError`][]: a ref was written while a call was using it;
     - [`refx_eqx.DonatedError`][]: the buffer of an array was donated, and is gone;
     - [`refx_eqx.CheckpointError`][]: a file is not a checkpoint, or is incomplete.
     """
@@ -191,11 +191,12 @@ class ImmutableError(RefError, ValueError):
 
 
 class ConcurrencyError(RefError, RuntimeError):
-    """Another thread changed a ref while a call was using it, and the call could not
-    be retried, either because a buffer had been donated or because every retry was
-    interrupted as well.
+    """Another thread, or a callback in the call, wrote a ref while a call was using it. And
+    the call could not be retried: a buffer had been donated, or the same happened at every
+    retry.
 
-    Serialize the calls with a lock.
+    Serialize the calls of several threads with a lock. Let a callback return the new value,
+    and write it in the function: `ref.value = jax.pure_callback(...)`.
     """
 
 

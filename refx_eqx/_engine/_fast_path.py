@@ -23,10 +23,11 @@ plans.
 import weakref
 from typing import Any
 
+from .._calls._commit import Disturbed, next_try
 from .._core import _trace
 from .._core._ref import is_ref
 from ._call_key import address, form_of, Read, read
-from ._plan import AGAIN, make_plan, NO_PLAN, Plan
+from ._plan import make_plan, NO_PLAN, Plan
 from ._program import Program
 
 
@@ -54,37 +55,39 @@ class Plans:
 
     def call(self, args: tuple, kwargs: dict) -> Any:
         """Makes the call if there is a plan for it; otherwise returns `NO_PLAN`."""
-        out = AGAIN
-        while out is AGAIN:
+        tries = 1
+        while True:
             state = _trace.undisturbed_state()
             if state is None:
                 return NO_PLAN
-            out = NO_PLAN
             plan = self._last
-            # Most often it is the last call again, with other arrays: see `form_of`. Inline,
-            # because calling a function would take as long as the loop.
-            if (
-                plan is not None
-                and plan.form is not None
-                and not kwargs
-                and len(plan.form) == len(args)
-            ):
-                arrays = []
-                for x, then in zip(args, plan.form):
-                    if then is type(x):
-                        arrays.append(x)
-                    elif then is not x and (
-                        # A dead reference returns `None`, which `x` may be as well.
-                        type(then) is not _Weak or x is None or then() is not x
-                    ):
-                        break
-                else:
-                    if plan.holds is None or plan.holds():
-                        refs = [args[i] for i in plan.places] if plan.places else ()
-                        out = plan.call(arrays, refs, state)
-            if out is NO_PLAN:
-                out = self._look_up(args, kwargs, state)
-        return out
+            try:
+                # Most often it is the last call again, with other arrays: see `form_of`.
+                # Inline, because calling a function would take as long as the loop.
+                if (
+                    plan is not None
+                    and plan.form is not None
+                    and not kwargs
+                    and len(plan.form) == len(args)
+                ):
+                    arrays = []
+                    for x, then in zip(args, plan.form):
+                        if then is type(x):
+                            arrays.append(x)
+                        elif then is not x and (
+                            # A dead reference returns `None`, which `x` may be as well.
+                            type(then) is not _Weak or x is None or then() is not x
+                        ):
+                            break
+                    else:
+                        if plan.holds is None or plan.holds():
+                            refs = [args[i] for i in plan.places] if plan.places else ()
+                            out = plan.call(arrays, refs, state)
+                            if out is not NO_PLAN:
+                                return out
+                return self._look_up(args, kwargs, state)
+            except Disturbed as e:
+                tries = next_try(self._fn, e, tries)
 
     def _look_up(self, args: tuple, kwargs: dict, state: _trace.ThreadState) -> Any:
         found = read(args, kwargs, self._known)

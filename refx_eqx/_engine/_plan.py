@@ -24,10 +24,8 @@ from ._run_time_errors import explain
 from ._watch import Watch
 
 
-# Returned instead of a result if the plan does not fit the call; or if another thread wrote a
-# ref meanwhile, and the call must be made again.
+# Returned instead of a result if the plan does not fit the call.
 NO_PLAN: Any = object()
-AGAIN: Any = object()
 
 # The state at the end of the last call: `commits.count`, which changes with any write; the
 # values of the refs, or `None` if they were dropped; and whether these have the structure
@@ -125,8 +123,11 @@ class Plan:
     ) -> Any:
         """Makes the call with these arrays and refs, on the thread of `state`.
 
-        Returns `NO_PLAN` if the plan does not fit the refs, and `AGAIN` if another thread
-        wrote one meanwhile: then nothing was written.
+        Returns `NO_PLAN` if the plan does not fit the refs.
+
+        **Raises:**
+
+        - `Disturbed`: if a ref was written meanwhile. Then this call has written nothing.
         """
         refs = [*self.own, *given] if given else self.own
         if self.order is not None:
@@ -191,7 +192,7 @@ class Plan:
                     # Values assumed unchanged may just have been written.
                     and (not is_known or self.knows(values))
                 ):
-                    return AGAIN
+                    raise Disturbed(refs, values)
                 try:
                     for i, value in zip(known.written, updates):
                         refs[i]._value = after[i] = value
@@ -271,20 +272,15 @@ class Plan:
         values: list[Any],
         returned: list[Any],
     ) -> Any:
-        """What to return if a call raised this: `AGAIN` or `NO_PLAN`; `None` to raise it."""
-        if isinstance(e, Disturbed):
-            return AGAIN
-        if rescue(refs, values, returned):
+        """What to return if a call raised this: `NO_PLAN`; or `None` to raise it."""
+        if isinstance(e, Disturbed) or rescue(refs, values, returned):
             return None
         if isinstance(e, TypeError):
             if self.contents or not all(map(is_traced, arrays)):
                 # A tracer in a dict, an array of strings: the error says where.
                 return NO_PLAN
         if isinstance(e, ValueError | RuntimeError):  # as JAX raises
-            try:
-                explain(e, refs, values)
-            except Disturbed:
-                return AGAIN
+            explain(e, refs, values)
         return None
 
 

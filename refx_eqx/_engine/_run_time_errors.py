@@ -59,7 +59,7 @@ def explain(error: Exception, refs: list[Ref], values: list[Any]) -> None:
     for ref, value in zip(refs, values):
         if any(map(_jax.is_deleted, leaves(value))):
             if ref._value is not value:
-                raise Disturbed from None
+                raise Disturbed(refs, values) from None
             gone = f"The buffer of {describe(ref)} is gone: "
             if threading.active_count() > 1:
                 raise ConcurrencyError(

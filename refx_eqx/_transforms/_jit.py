@@ -266,7 +266,8 @@ def filter_jit(
         cannot split an array.
     - `StructureError`: if it mutates something that was not copied (a list in a module, the
         refs in a dict, a closure variable), and does not return it.
-    - `ConcurrencyError`: if another thread wrote a ref whose buffer was donated.
+    - `ConcurrencyError`: if another thread wrote a ref whose buffer was donated, or if a
+        callback in the function writes a ref that the call carries.
     - `DonatedError`: if the array in a ref was donated or deleted elsewhere.
     """
     modes = Donate.__args__  # type: ignore[attr-defined]
