@@ -1,5 +1,7 @@
 """`filter_make_jaxpr`, `filter_closure_convert`, `filter_pure_callback`."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.extend.core
@@ -143,6 +145,33 @@ def test_pure_callback_under_vmap():
 
     out = rx.filter_vmap(f, in_axes=(None, 0))(w, jnp.arange(3.0))
     assert jnp.array_equal(out, 2 * jnp.arange(3.0))
+
+
+@pytest.mark.parametrize(
+    "vectorized, method", [(False, "sequential"), (True, "expand_dims")]
+)
+def test_pure_callback_says_what_jax_has_instead_of_vectorized(vectorized, method):
+    w, shapes = rx.Ref(jnp.array(2.0), "params"), []
+
+    def callback(w, x):
+        shapes.append(np.shape(x))
+        return np.asarray(w.value * x)
+
+    def f(w, x, **options):
+        result = jax.ShapeDtypeStruct((), jnp.float32)
+        call = rx.filter_pure_callback
+        return call(callback, w, x, result_shape_dtypes=result, **options)
+
+    with pytest.raises(
+        TypeError,
+        match=rf"`filter_pure_callback\(\.\.\., vectorized={vectorized}\)`: JAX has removed "
+        rf'this argument\. Pass `vmap_method="{method}"` instead\.',
+    ):
+        f(w, jnp.array(1.0), vectorized=vectorized)
+    assert shapes == []
+    lifted = rx.filter_vmap(functools.partial(f, vmap_method=method), in_axes=(None, 0))
+    assert jnp.array_equal(lifted(w, jnp.arange(3.0)), 2 * jnp.arange(3.0))
+    assert shapes == ([(3,)] if vectorized else [()] * 3)
 
 
 def test_pure_callback_refuses_writes_and_other_results():

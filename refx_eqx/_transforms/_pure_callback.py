@@ -62,13 +62,19 @@ def filter_pure_callback(
         arrays.
     - `result_shape_dtypes`: the result, with `jax.ShapeDtypeStruct`s instead of arrays. An
         array stands for its shape.
-    - `sharding`, `vmap_method`, `vectorized`: as in `jax.pure_callback`.
+    - `sharding`: as in `jax.pure_callback`.
+    - `vmap_method`: how the callback is called under a `vmap`, as in `jax.pure_callback`:
+        once per item (`"sequential"`), or once for all, with arrays that have an axis in
+        front (`"expand_dims"`, `"broadcast_all"`). By default, a `vmap` is an error.
+    - `vectorized`: what older versions of JAX had instead of `vmap_method`. An error.
 
     **Returns:**
 
     The result of the callback.
 
     **Raises:**
+
+    - `TypeError`: if `vectorized` is given.
 
     When the program runs:
 
@@ -77,6 +83,12 @@ def filter_pure_callback(
     - Any exception of the callback: unchanged under `rx.filter_jit` and outside staged
         code, and as a JAX run-time error under JAX's own transforms.
     """
+    if vectorized is not None:
+        method = "expand_dims" if vectorized else "sequential"
+        raise TypeError(
+            f"`filter_pure_callback(..., vectorized={vectorized!r})`: JAX has removed this "
+            f'argument. Pass `vmap_method="{method}"` instead.'
+        )
     derefed = Call(callback, args, kwargs)
     # The callback lives as long as the program, and must not keep the tracers of the call.
     structure = derefed.structure
@@ -99,11 +111,10 @@ def filter_pure_callback(
             # JAX passes on only the text of an exception; `explain` recovers the exception.
             raise CallbackFailed(e) from e
 
-    options: dict[str, Any] = {"sharding": sharding, "vmap_method": vmap_method}
-    if vectorized is not None:
-        options["vectorized"] = vectorized
     try:
-        arrays = jax.pure_callback(run, types, derefed.arrays, **options)
+        arrays = jax.pure_callback(
+            run, types, derefed.arrays, sharding=sharding, vmap_method=vmap_method
+        )
         if _jax.is_evaluating():
             jax.block_until_ready(arrays)
     except jax.errors.JaxRuntimeError as e:
