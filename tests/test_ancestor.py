@@ -10,6 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from raising import raises
 
 import refx_eqx as rx
 
@@ -57,17 +58,13 @@ def test_guide_a_write_in_jit_does_not_leak_a_tracer():
     def f():
         ref.value = jnp.empty(1)
 
-    with pytest.raises(
-        ValueError, match=r"^Cannot mutate ref from different trace level"
-    ):
+    with raises(ValueError, match=r"^Cannot mutate ref from different trace level"):
         f()
     assert ref.value == 1
 
 
 def test_guide_refs_do_not_go_through_jit_as_they_are():
-    with pytest.raises(
-        rx.TraceLevelError, match=r"Cannot use ref as an array.*rx\.deref"
-    ):
+    with raises(rx.TraceLevelError, match=r"Cannot use ref as an array.*rx\.deref"):
         jax.jit(lambda tree: tree)(shared_dicts())
 
 
@@ -93,7 +90,7 @@ def test_guide_an_index_has_no_value():
     def f(tree):
         _ = tree["x"][1].value
 
-    with pytest.raises(ValueError, match=r"^Cannot get value of Index"):
+    with raises(ValueError, match=r"^Cannot get value of Index"):
         f(rx.deref(three_places()))
 
 
@@ -130,9 +127,7 @@ def test_readme_trace_level_awareness():
     def f():
         ref.value = jnp.array(1.0)  # a constant, no tracer
 
-    with pytest.raises(
-        ValueError, match=r"Cannot mutate ref from different trace level"
-    ):
+    with raises(ValueError, match=r"Cannot mutate ref from different trace level"):
         f()
 
 
@@ -231,18 +226,16 @@ def test_a_constant_written_under_grad_or_vmap_is_refused(transform):
         ref.value = 1.0
         return x
 
-    with pytest.raises(rx.TraceLevelError, match=r"Cannot mutate ref"):
+    with raises(rx.TraceLevelError, match=r"Cannot mutate ref"):
         transform(f)(jnp.array(1.0))
     assert ref.value == 0.0
 
 
 def test_update_refs_takes_no_wrong_shape_and_no_wrong_collection():
     ref = rx.Ref(jnp.ones(2), "params")
-    with pytest.raises(
-        rx.StructureError, match=r"holds f32\[2\], and the source has f32"
-    ):
+    with raises(rx.StructureError, match=r"holds f32\[2\], and the source has f32"):
         rx.update_refs([ref], [rx.Ref(jnp.ones(3), "params")])
-    with pytest.raises(rx.CollectionError, match=r"the source has collection 'counts'"):
+    with raises(rx.CollectionError, match=r"the source has collection 'counts'"):
         rx.update_refs([ref], [rx.Ref(jnp.ones(2), "counts")])
 
 
@@ -261,7 +254,7 @@ def test_mutable_does_not_leak_to_another_thread():
 
 def test_a_partition_does_not_part_an_index_from_its_value():
     tree = two_collections()
-    with pytest.raises(rx.StructureError, match=r"would tear it apart"):
+    with raises(rx.StructureError, match=r"would tear it apart"):
         rx.tree_partition(rx.deref(tree), rx.path("a.0"))
     (params, _), _ = rx.tree_partition(rx.deref(tree), is_param)
     closed = rx.reref(params)
@@ -288,5 +281,5 @@ def test_errors_have_a_text():
         lambda: rx.combine(),
         lambda: rx.Ref(ref),
     ):
-        with pytest.raises(rx.StructureError, match=r"\w+ \w+ .*\."):
+        with raises(rx.StructureError, match=r"\w+ \w+ .*\."):
             wrong()

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from raising import raises
 
 import refx_eqx as rx
 
@@ -236,7 +237,7 @@ def test_collections_by_filter():
 
 def test_one_array_is_of_one_collection():
     x = ones(2)
-    with pytest.raises(rx.CollectionError, match="one array is at `a` and at `b`"):
+    with raises(rx.CollectionError, match="one array is at `a` and at `b`"):
         rx.as_refs({"a": x, "b": x}, {"params": rx.path("a"), "other": True})
 
 
@@ -249,7 +250,7 @@ def test_one_array_is_of_one_collection():
     ids=["BatchNorm", "SpectralNorm"],
 )
 def test_a_state_that_is_outside_is_refused(layer):
-    with pytest.raises(
+    with raises(
         rx.StructureError,
         match="an `equinox.nn.StateIndex` at .*rx.nn.BatchNorm.*rx.nn.SpectralNorm",
     ):

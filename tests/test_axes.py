@@ -13,6 +13,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from jaxtyping import Array, Float
+from raising import raises
 
 import refx_eqx as rx
 
@@ -177,7 +178,7 @@ def test_the_whole_of_what_is_mapped_is_withheld_and_the_remedies_run(touch):
         return rx.cond(x[0] > 0, lambda: weight[...][0] @ x, lambda: x), None
 
     message = r"`Layer.weight` \(collection 'params'\): `scan` maps it along axis 0, and passes the function a slice of it, in `xs` at `weight`.*Use the slice.*read that before"
-    with pytest.raises(rx.TraceLevelError, match=message):
+    with raises(rx.TraceLevelError, match=message):
         rx.scan(step, x, model.layers)
     assert eqx.tree_equal(rx.snapshot(model), before)
 
@@ -222,11 +223,11 @@ def test_what_is_only_reachable_may_be_returned_and_is_the_caller_s():
 def test_an_argument_that_gives_the_ref_another_axis_is_still_refused():
     model = Deep(jr.key(0))
     message = r"two axes: None in argument 0, .*if_array.* in argument 1"
-    with pytest.raises(rx.StructureError, match=message):
+    with raises(rx.StructureError, match=message):
         rx.filter_vmap(
             lambda model, layer: layer.weight[...], in_axes=(None, eqx.if_array(0))
         )(model, model.layers)
-    with pytest.raises(rx.StructureError, match="two axes: None in the carry, .*`xs`"):
+    with raises(rx.StructureError, match="two axes: None in the carry, .*`xs`"):
         rx.scan(lambda model, layer: (model, None), model, model.layers)
 
 
@@ -273,7 +274,7 @@ def test_a_value_of_which_a_part_is_mapped():
     assert ref.value["a"].tolist() == [0.0, 1.0, 2.0]
     assert ref.value["b"].tolist() == [1.0, 1.0]
     message = r"'state'.*holds arrays that `scan` slices, and others that it does not"
-    with pytest.raises(rx.StructureError, match=message + ".*into a separate ref"):
+    with raises(rx.StructureError, match=message + ".*into a separate ref"):
         rx.scan(lambda c, x: (c, f(*x)), None, (ref, jnp.ones(3)), in_axes=(by_size, 0))
     a, b = rx.Ref(ref.value["a"]), rx.Ref(ref.value["b"])  # the remedy
 
@@ -293,7 +294,7 @@ def test_a_write_of_another_structure_where_there_are_several_axes_is_refused():
     def f(ref, x):
         ref.value = x
 
-    with pytest.raises(rx.StructureError, match=r"'state'.*the axes \[0, 1\].*Keep"):
+    with raises(rx.StructureError, match=r"'state'.*the axes \[0, 1\].*Keep"):
         rx.filter_vmap(f, in_axes=(by_size, 0))(ref, jnp.ones(3))
     ref.value = {"a": jnp.zeros((3, 2))}  # one axis
     rx.filter_vmap(f, in_axes=(by_size, 0))(ref, jnp.ones(3))
@@ -320,7 +321,7 @@ def test_a_slice_of_another_rank(axis):
         message = (
             "'state'.*along axis 1, but was written with a value of rank 0.*axis 0"
         )
-        with pytest.raises(rx.StructureError, match=message):
+        with raises(rx.StructureError, match=message):
             run()
         assert ref.shape == (3, 3)
 
@@ -387,7 +388,7 @@ def test_two_out_axes_for_one_new_ref_are_refused():
         return new, new
 
     message = r"gives an unnamed ref \(collection 'new'\) two axes, 0 and 1.*the same"
-    with pytest.raises(rx.StructureError, match=message):
+    with raises(rx.StructureError, match=message):
         rx.filter_vmap(make, out_axes=(0, 1))(xs)
     a, b = rx.filter_vmap(make, out_axes=1)(xs)
     assert a is b and a.shape == (2, 3)
@@ -437,17 +438,13 @@ def test_a_cell_keeps_a_state_for_each_element_of_a_batch():
     cell, xs = Cell(0.1 * jnp.ones((3, 3)), jnp.zeros(3)), jnp.ones((5, 8, 3))
 
     # Each message leads to the next, and the last to code that runs.
-    with pytest.raises(
-        rx.StructureError, match=r"map it.*rx.add_axis\(module, size, 'st"
-    ):
+    with raises(rx.StructureError, match=r"map it.*rx.add_axis\(module, size, 'st"):
         rx.filter_vmap(cell)(xs[0])
     by_state = rx.axes(state=0, default=None)
     step = rx.filter_vmap(Cell.__call__, in_axes=(by_state, 0))
-    with pytest.raises(rx.StructureError, match=r"different sizes.*`rx.add_axis"):
+    with raises(rx.StructureError, match=r"different sizes.*`rx.add_axis"):
         step(cell, xs[0])
-    with pytest.raises(
-        rx.RefTypeError, match=r"To map over the ref.*rx.add_axis\(module"
-    ):
+    with raises(rx.RefTypeError, match=r"To map over the ref.*rx.add_axis\(module"):
         cell.h.value = jnp.zeros((8, 3))
 
     cells = rx.add_axis(cell, 8, "state")
@@ -477,7 +474,7 @@ def test_a_cell_keeps_a_state_for_each_element_of_a_batch():
 
     # It is as typed as before: by the type, and the axis on top of it.
     cells.h.value = jnp.zeros((8, 3))
-    with pytest.raises(rx.RefTypeError, match="the sizes of the stack"):
+    with raises(rx.RefTypeError, match="the sizes of the stack"):
         cells.h.value = jnp.zeros((7, 3))
     assert isinstance(rx.add_axis(cell, 2), rx.Batched[Cell, "b"])
 
@@ -495,11 +492,9 @@ def test_add_axis_keeps_sharing_and_splits_keys():
 
 
 def test_add_axis_refuses_what_it_cannot_do():
-    with pytest.raises(
-        rx.StructureError, match=r"'state'\) an axis 2: its shape is \(\)"
-    ):
+    with raises(rx.StructureError, match=r"'state'\) an axis 2: its shape is \(\)"):
         rx.add_axis(rx.Ref(1.0, "state"), 3, axis=2)
-    with pytest.raises(rx.StructureError, match="selects"):
+    with raises(rx.StructureError, match="selects"):
         rx.add_axis({"x": jnp.ones(2)}, 3)
     with pytest.raises(TypeError):
         rx.add_axis(rx.Ref(1.0), 2.5)
@@ -512,7 +507,7 @@ def test_a_factory_under_plain_equinox_names_the_lifted_one():
     keys = jr.split(jr.key(0), 3)
     with jax.check_tracer_leaks(False):
         dead = eqx.filter_vmap(factory)(keys)
-    with pytest.raises(rx.TraceLevelError, match=r"use the lifted.*`rx.filter_vmap`"):
+    with raises(rx.TraceLevelError, match=r"use the lifted.*`rx.filter_vmap`"):
         _ = dead.value
     assert rx.filter_vmap(factory)(keys).shape == (3, 2)
 
@@ -531,7 +526,7 @@ def test_a_factory_under_plain_equinox_names_the_lifted_one():
     ],
 )
 def test_axes_that_are_none_are_refused(make, text):
-    with pytest.raises(TypeError, match=text):
+    with raises(TypeError, match=text):
         make()
 
 
@@ -539,7 +534,7 @@ def test_axes_pickle():
     for axes in [rx.axes(params=0), rx.axes({rx.path("a"): 1}, default=None)]:
         again = pickle.loads(pickle.dumps(axes))
         assert again == axes and hash(again) == hash(axes) and repr(again) == repr(axes)
-    with pytest.raises(rx.StructureError, match="does not give"):
+    with raises(rx.StructureError, match="does not give"):
         again = pickle.loads(pickle.dumps(rx.axes(params=0)))
         rx.filter_vmap(lambda x: x, in_axes=(again,))(jnp.ones(2))
 
@@ -549,7 +544,7 @@ def test_a_key_that_matches_nothing():
     total = lambda model: model["w"].value
     both = rx.axes(params=0, batch_stats=None)
     assert rx.filter_vmap(total, in_axes=(both,))(model).shape == (3,)
-    with pytest.raises(rx.StructureError, match=r"rx\.axes\(parms=0\) does not give"):
+    with raises(rx.StructureError, match=r"rx\.axes\(parms=0\) does not give"):
         rx.filter_vmap(total, in_axes=(rx.axes(parms=0),))(model)
 
 
@@ -568,6 +563,6 @@ def test_a_stack_keeps_its_size_and_may_hold_another_number_of_arrays():
         stack.sums.value = (jnp.ones(4),) * n
     stack.sums.value = ()
     stack.sums.value = (jnp.ones(4), jnp.ones(4))
-    with pytest.raises(rx.RefTypeError, match=r"stack are \(4,\) and \(5,\) instead"):
+    with raises(rx.RefTypeError, match=r"stack are \(4,\) and \(5,\) instead"):
         stack.sums.value = (jnp.ones(4), jnp.ones(5))
     assert len(stack.sums.value) == 2

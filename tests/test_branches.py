@@ -9,6 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from raising import raises
 
 import refx_eqx as rx
 
@@ -161,25 +162,23 @@ def test_a_failed_branch_changes_nothing():
         a.value += 1
         raise RuntimeError("no")
 
-    with pytest.raises(RuntimeError, match="no"):
+    with raises(RuntimeError, match="no"):
         rx.cond(True, leaves, fails, a, b)
     assert a.value[0] == 1
 
 
 def test_results_of_different_structure_are_refused():
-    with pytest.raises(
+    with raises(
         rx.StructureError,
         match=r"`true_fun` returns \*, and `false_fun` returns \(\*, \*\)",
     ):
         rx.cond(True, lambda: 1.0, lambda: (1.0, 2.0))
-    with pytest.raises(
-        rx.StructureError, match="branch 0 returns.*and branch 2 returns"
-    ):
+    with raises(rx.StructureError, match="branch 0 returns.*and branch 2 returns"):
         rx.switch(0, [lambda: 1.0, lambda: 2.0, lambda: None])
 
 
 def test_results_of_different_shape_are_refused():
-    with pytest.raises(
+    with raises(
         rx.StructureError,
         match=r"`x`: it is f32\[2\] after `true_fun`, and f32\[3\] after `false_fun`",
     ):
@@ -187,7 +186,7 @@ def test_results_of_different_shape_are_refused():
 
 
 def test_results_with_different_static_leaves_are_refused():
-    with pytest.raises(rx.StructureError, match="'a', and `false_fun` returns.*'b'"):
+    with raises(rx.StructureError, match="'a', and `false_fun` returns.*'b'"):
         rx.cond(True, lambda: ("a", 1), lambda: ("b", 1))
 
 
@@ -196,7 +195,7 @@ def test_a_ref_made_in_one_branch_only_is_refused_and_the_remedies_run():
     message = (
         r"`true_fun` returns a new ref.*'made'.*, and `false_fun` returns an array"
     )
-    with pytest.raises(rx.StructureError, match=message):
+    with raises(rx.StructureError, match=message):
         rx.cond(True, lambda: rx.Ref(a.value, "made"), lambda: a.value)
     made = rx.cond(True, lambda: rx.Ref(a.value, "m"), lambda: rx.Ref(b.value, "m"))
     assert made.value[0] == 1.0
@@ -205,15 +204,15 @@ def test_a_ref_made_in_one_branch_only_is_refused_and_the_remedies_run():
 
 def test_different_refs_of_the_caller_are_refused():
     a, b = refs()
-    with pytest.raises(rx.StructureError, match="'params'.*and `false_fun`.*'counts'"):
+    with raises(rx.StructureError, match="'params'.*and `false_fun`.*'counts'"):
         rx.cond(True, lambda: a, lambda: b)
-    with pytest.raises(rx.StructureError, match=r"`1`.*'counts'.*'params'"):
+    with raises(rx.StructureError, match=r"`1`.*'counts'.*'params'"):
         rx.cond(True, lambda: (a, b), lambda: (a, a))
 
 
 def test_new_refs_of_different_kinds_are_refused():
     message = "a new ref.*'x'.*, and `false_fun` returns a new ref.*'y'"
-    with pytest.raises(rx.StructureError, match=message):
+    with raises(rx.StructureError, match=message):
         rx.cond(
             True, lambda: rx.Ref(jnp.ones(2), "x"), lambda: rx.Ref(jnp.ones(2), "y")
         )
@@ -225,7 +224,7 @@ def test_new_refs_of_different_kinds_are_refused():
 def test_a_ref_left_with_different_shapes_is_refused(false_fun, after):
     a, b = refs()
     message = rf"'params'.*f32\[3\] after `true_fun`, and {after} after `false_fun`"
-    with pytest.raises(rx.StructureError, match=message):
+    with raises(rx.StructureError, match=message):
         rx.cond(True, writes(jnp.ones(3)), false_fun, a, b)
     assert a.shape == (2,)
 
@@ -233,23 +232,21 @@ def test_a_ref_left_with_different_shapes_is_refused(false_fun, after):
 def test_a_ref_left_with_different_structures_is_refused():
     a, b = refs()
     message = "'params'.*after `false_fun` than after `true_fun`"
-    with pytest.raises(rx.StructureError, match=message):
+    with raises(rx.StructureError, match=message):
         rx.cond(True, writes((jnp.ones(2),)), leaves, a, b)
-    with pytest.raises(rx.StructureError, match="static parts"):
+    with raises(rx.StructureError, match="static parts"):
         rx.cond(True, writes("a"), writes("b"), a, b)
 
 
 def test_a_predicate_that_is_no_scalar_is_refused():
-    with pytest.raises(
-        TypeError, match=r"predicate must be a scalar.*bool\[2\].*where"
-    ):
+    with raises(TypeError, match=r"predicate must be a scalar.*bool\[2\].*where"):
         rx.cond(jnp.ones(2, bool), lambda: 1, lambda: 2)
-    with pytest.raises(TypeError, match=r"index must be a scalar.*i32\[2\]"):
+    with raises(TypeError, match=r"index must be a scalar.*i32\[2\]"):
         rx.switch(jnp.zeros(2, jnp.int32), [lambda: 1, lambda: 2])
 
 
 def test_switch_needs_a_branch():
-    with pytest.raises(ValueError, match="at least one branch"):
+    with raises(ValueError, match="at least one branch"):
         rx.switch(0, [])
 
 
@@ -257,7 +254,7 @@ A_GLOBAL = rx.Ref(jnp.array(0.0), "globals")
 
 
 def test_a_global_ref_is_refused():
-    with pytest.raises(rx.TraceLevelError, match="body of `cond`.*global name"):
+    with raises(rx.TraceLevelError, match="body of `cond`.*global name"):
         rx.cond(True, lambda: A_GLOBAL.value, lambda: 0.0)
 
 
@@ -265,7 +262,5 @@ def test_a_result_of_branches_without_a_hash_is_named():
     def branch(x):
         return {"x": x, "names": [types.SimpleNamespace()]}
 
-    with pytest.raises(
-        TypeError, match=r"\(the result at `names\.0`\): a SimpleNamespace"
-    ):
+    with raises(TypeError, match=r"\(the result at `names\.0`\): a SimpleNamespace"):
         rx.cond(True, branch, branch, jnp.array(1.0))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
+from raising import raises
 
 import refx_eqx as rx
 
@@ -263,7 +264,7 @@ def test_where_an_output_cannot_be_brought_out_the_place_is_named(kind):
         return called(x)
 
     text = f"`rx.capture`: `0` is called inside `{kind}`, which cannot return its output. Leave it out: `rx.capture(fn, where=lambda module: ...)`."
-    with pytest.raises(rx.StructureError, match=re.escape(text)):
+    with raises(rx.StructureError, match=re.escape(text)):
         rx.capture(fn)([layer], X)
     out, seen = rx.capture(fn, where=lambda module: False)([layer], X)  # the remedy
     assert seen == {} and close(out, fn([layer], X))
@@ -273,9 +274,9 @@ def test_more_to_add_than_there_are_calls_is_refused():
     layer = eqx.nn.Linear(3, 3, key=jr.key(0))
     text = "`add` has more than there are calls for `0`. Pass a dict like the one"
     for add in ({"0": (X, X)},):
-        with pytest.raises(rx.StructureError, match=re.escape(text)):
+        with raises(rx.StructureError, match=re.escape(text)):
             rx.capture(lambda m, x: m[0](x), add=add)([layer], X)
-    with pytest.raises(rx.StructureError, match="calls for `typo`"):
+    with raises(rx.StructureError, match="calls for `typo`"):
         rx.capture(lambda m, x: m[0](x), add={"typo": (X,)})([layer], X)
 
 
@@ -286,11 +287,11 @@ def test_a_failure_writes_nothing():
         model(x)
         raise RuntimeError("no")
 
-    with pytest.raises(RuntimeError, match="no"):
+    with raises(RuntimeError, match="no"):
         rx.capture(fn)(model, X)
     assert model.first.uses.value == 0
 
 
 def test_a_call_without_a_model_is_refused():
-    with pytest.raises(TypeError, match="Pass the model as the first positional"):
+    with raises(TypeError, match="Pass the model as the first positional"):
         rx.capture(loss)(model=Model(jr.key(0)), x=X)

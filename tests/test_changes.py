@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jaxtyping import Float
+from raising import raises
 
 import refx_eqx as rx
 
@@ -66,9 +67,7 @@ def test_a_step_that_adds_an_entry_in_place_is_refused():
         carry["m"] = x
         return carry, None
 
-    with pytest.raises(
-        rx.StructureError, match="a step must return a carry of the structure"
-    ):
+    with raises(rx.StructureError, match="a step must return a carry of the structure"):
         rx.scan(step, {"n": ONE}, XS)
 
 
@@ -100,7 +99,7 @@ def test_a_ref_must_stay_in_a_container_that_is_changed():
         tree["list"] = [rx.Ref(ONE)]
 
     for change in (drop, add):
-        with pytest.raises(
+        with raises(
             rx.StructureError,
             match=r"the function changed argument 0 in place .*`dict\(...\)`",
         ):
@@ -133,9 +132,7 @@ def test_a_list_in_a_module_is_state():
     def append(model):
         model.history.append(ONE)
 
-    with pytest.raises(
-        rx.StructureError, match=r"changed argument 0 at `history` in place"
-    ):
+    with raises(rx.StructureError, match=r"changed argument 0 at `history` in place"):
         rx.filter_jit(append)(model)
 
     @rx.filter_jit
@@ -158,7 +155,7 @@ def test_a_value_changed_in_place_is_held_to_its_type():
 
     set_item(cache, ONE)
     assert list(cache.items.value) == ["a", "b"]
-    with pytest.raises(rx.RefTypeError, match=r"Cache.items"):
+    with raises(rx.RefTypeError, match=r"Cache.items"):
         set_item(cache, "no")
     assert cache.items.value["b"] == 1.0
 
@@ -179,7 +176,7 @@ def test_a_value_changed_in_place_is_held_to_its_shape(hint, at):
 
     set_item(cache, 2 * jnp.ones(shape))
     assert (cache.items.value[at] == 2.0).all()
-    with pytest.raises(rx.RefTypeError, match=r"Cache.items.*cannot hold"):
+    with raises(rx.RefTypeError, match=r"Cache.items.*cannot hold"):
         set_item(cache, jnp.ones((*shape[:-1], 4)))
     assert (cache.items.value[at] == 2.0).all()
 

@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
+from raising import raises
 
 import refx_eqx as rx
 
@@ -31,7 +31,7 @@ def test_arrays_in_no_ref_are_named():
         r"`layers\.1\.offset`, float32\[3\]; `table`, float32\[2, 2\]\. .*rx\.as_refs"
     )
     for tree in (model, rx.deref(model)):
-        with pytest.raises(rx.StructureError, match=text):
+        with raises(rx.StructureError, match=text):
             rx.check(tree)
     # The remedies.
     rx.check(model, constants=rx.path("layers.*.offset", "table"))
@@ -42,12 +42,12 @@ def test_arrays_in_no_ref_are_named():
 
 
 def test_only_the_first_are_named():
-    with pytest.raises(rx.StructureError, match=r"`7`, float32\[0\]; 3 more\. They"):
+    with raises(rx.StructureError, match=r"`7`, float32\[0\]; 3 more\. They"):
         rx.check([jnp.zeros(0) for _ in range(11)])
 
 
 def test_constants_that_there_are_not():
-    with pytest.raises(rx.StructureError, match=r"rx\.path\('ofset'\) selects nothing"):
+    with raises(rx.StructureError, match=r"rx\.path\('ofset'\) selects nothing"):
         rx.check(net(), constants=rx.path("ofset"))
 
 
@@ -55,9 +55,7 @@ def test_a_field_that_lost_its_ref():
     layer = eqx.tree_at(
         lambda m: m.weight, Layer(jnp.ones(2), jnp.ones(2)), jnp.ones(2)
     )
-    with pytest.raises(
-        rx.RefTypeError, match=r"`rx\.check`: `Layer\.weight` at `weight`"
-    ):
+    with raises(rx.RefTypeError, match=r"`rx\.check`: `Layer\.weight` at `weight`"):
         rx.check(layer)
 
 
@@ -67,7 +65,7 @@ def test_in_a_transform_and_in_a_function():
 
     def build(x):
         rx.check(rx.Ref(x))
-        with pytest.raises(rx.StructureError, match="1 of the arrays"):
+        with raises(rx.StructureError, match="1 of the arrays"):
             rx.check([x])
         return x
 

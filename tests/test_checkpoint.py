@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from raising import raises
 
 import refx_eqx as rx
 
@@ -167,7 +168,7 @@ def test_a_failure_writes_nothing():
         model["count"].value += 1
         raise RuntimeError("no")
 
-    with pytest.raises(RuntimeError, match="no"):
+    with raises(RuntimeError, match="no"):
         f(model)
     assert model["count"].value == 0
 
@@ -176,7 +177,7 @@ def test_a_ref_reached_by_a_global_name_is_refused():
     outer = rx.Ref(jnp.array(1.0), "params")
     namespace: dict[str, Any] = {"outer": outer}
     exec("def f(x):\n    return outer.value * x", namespace)
-    with pytest.raises(rx.TraceLevelError, match="body of `filter_checkpoint`.*global"):
+    with raises(rx.TraceLevelError, match="body of `filter_checkpoint`.*global"):
         rx.filter_checkpoint(namespace["f"])(jnp.array(1.0))
     # The remedy: pass it.
     f = rx.filter_checkpoint(lambda outer, x: outer.value * x)

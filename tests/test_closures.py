@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from raising import raises
 
 import refx_eqx as rx
 
@@ -361,7 +362,7 @@ def test_rebinding_a_cell_that_holds_refs_is_refused(call):
         ref = rx.Ref(x)
         return ref.value
 
-    with pytest.raises(
+    with raises(
         rx.StructureError,
         match=(
             r"cannot carry back a change of structure: the function changed the callable, "
@@ -379,9 +380,7 @@ def test_changing_a_container_of_refs_in_a_closure_is_refused():
     def f(x):
         refs.append(rx.Ref(x))
 
-    with pytest.raises(
-        rx.StructureError, match=r"cannot carry back a change of structure"
-    ):
+    with raises(rx.StructureError, match=r"cannot carry back a change of structure"):
         f(ONE)
     assert len(refs) == 1
 
@@ -411,7 +410,7 @@ def test_a_cell_that_is_not_filled_yet():
     def f(x):
         return later.value * x
 
-    with pytest.raises(NameError, match="later"):
+    with raises(NameError, match="later"):
         f(ONE)
     later = rx.Ref(jnp.array(3.0))
     assert f(ONE) == 3.0
@@ -529,7 +528,7 @@ def test_what_cannot_be_seen_is_named_with_the_remedy(call):
         r"\(`self`\) are not carried. Pass the ref, or the module that holds it, as an "
         r"argument. A plain object is not a pytree: make it an `rx.Module`, or pass its"
     )
-    with pytest.raises(rx.TraceLevelError, match=text):
+    with raises(rx.TraceLevelError, match=text):
         call()
 
 
@@ -554,7 +553,7 @@ def test_a_third_party_transform_is_given_a_snapshot_or_a_dag():
         return jax.jit(jax.grad(log_density))(*args)
 
     text = r"make `rx.snapshot\(model\)` outside it, to read, or pass `rx.Dag\(model\)`"
-    with pytest.raises(rx.TraceLevelError, match=text):
+    with raises(rx.TraceLevelError, match=text):
         third_party(lambda x: model.factor[...] * x, ONE)
     plain = rx.snapshot(model)
     assert third_party(lambda x: plain.factor * x, ONE) == 2.0
@@ -597,7 +596,7 @@ def read_global(x):
 
 
 def test_a_module_level_global_is_refused_with_the_remedy():
-    with pytest.raises(
+    with raises(
         rx.TraceLevelError,
         match=(
             r"`Scale.factor` \(collection 'params'\): it is used inside the body of "
@@ -611,9 +610,7 @@ def test_a_module_level_global_is_refused_with_the_remedy():
 
 def test_a_global_function_reached_by_closure_is_refused_too():
     fn = read_global
-    with pytest.raises(
-        rx.TraceLevelError, match=r"through a global name, .* are not carried"
-    ):
+    with raises(rx.TraceLevelError, match=r"through a global name, .* are not carried"):
         rx.filter_jit(lambda x: fn(x))(ONE)
 
 
@@ -738,9 +735,7 @@ def test_a_container_that_holds_itself_is_refused_as_an_argument():
         lambda: rx.deref(cycle),
     )
     for call in calls:
-        with pytest.raises(
-            rx.StructureError, match="A dict holds itself.*Remove the cycle"
-        ):
+        with raises(rx.StructureError, match="A dict holds itself.*Remove the cycle"):
             call()
     cycle["again"] = [(cycle["ref"], cycle["ref"])]  # the remedy: shared, but no cycle
     assert rx.filter_jit(lambda tree: tree["again"][0][1].value)(cycle) == 1.0

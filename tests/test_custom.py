@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from raising import raises
 
 import refx_eqx as rx
 
@@ -126,7 +127,7 @@ def test_custom_jvp_refuses():
     def f(x, *, w):
         return w.value * x
 
-    with pytest.raises(RuntimeError, match="`def_jvp` has not been called for `.*f`"):
+    with raises(RuntimeError, match="`def_jvp` has not been called for `.*f`"):
         f(x, w=w)
 
     @f.def_jvp
@@ -134,7 +135,7 @@ def test_custom_jvp_refuses():
         return f(*primals, w=w), tangents[0]
 
     assert rule is not None
-    with pytest.raises(
+    with raises(
         rx.StructureError, match="no derivative with respect to an unnamed.*'params'"
     ):
         rx.filter_grad(lambda w, x: f(x, w=w))(w, x)
@@ -150,11 +151,11 @@ def test_custom_jvp_refuses():
 
     counting.def_jvp(lambda primals, tangents: (primals[0], tangents[0]))
     # (The error keeps tracers alive, which the leak checks take for a leak.)
-    with pytest.raises(rx.StructureError, match="must write.*no others.*'counts'"):
+    with raises(rx.StructureError, match="must write.*no others.*'counts'"):
         with jax.check_tracer_leaks(False):
             rx.filter_grad(rx.filter_jit(counting))(x, uses)
     counting.def_jvp(lambda primals, tangents: primals[0])
-    with pytest.raises(TypeError, match=r"must return a pair `\(out, tangent_out\)`"):
+    with raises(TypeError, match=r"must return a pair `\(out, tangent_out\)`"):
         rx.filter_grad(counting)(x, uses)
     assert uses.value == 0
 
@@ -453,7 +454,7 @@ def test_under_vmap_a_value_for_each_lane_is_refused_or_mapped(inner):
 
     model = make_state()
     match = "`watch` writes .*'fp8'.*broadcast by `filter_vmap`.*along the mapped axis"
-    with pytest.raises(rx.StructureError, match=match):
+    with raises(rx.StructureError, match=match):
         with jax.check_tracer_leaks(False):
             rx.filter_grad(loss, wrt="params")(model, xs, None)
     assert model["amax"].value == 0.0
@@ -586,17 +587,17 @@ def test_a_backward_pass_that_cannot_bring_the_value_out_is_refused():
         return watched(model, x)
 
     match = "backward rule of `watch` writes .*'fp8'.*cannot return the value"
-    with pytest.raises(rx.StructureError, match=match):
+    with raises(rx.StructureError, match=match):
         rx.filter_vjp(loss, jnp.array(1.0))[1](jnp.array(1.0))
-    with pytest.raises(rx.StructureError, match=match):
+    with raises(rx.StructureError, match=match):
         rx.filter_jacrev(loss)(jnp.array(1.0))
 
     def plain(x):
         return watched(make_state(), x)
 
-    with pytest.raises(rx.StructureError, match=match):
+    with raises(rx.StructureError, match=match):
         jax.grad(plain)(jnp.array(1.0))
-    with pytest.raises(rx.StructureError, match=match):
+    with raises(rx.StructureError, match=match):
         rx.filter_grad(plain)(jnp.array(1.0))
     # The remedy.
     assert rx.filter_grad(loss)(jnp.array(1.0)) == 1.0 and model["n"].value == 1
@@ -617,18 +618,16 @@ def test_custom_vjp_refuses():
     w = rx.Ref(jnp.array(2.0), "params")
 
     half = rx.filter_custom_vjp(lambda x: x)
-    with pytest.raises(
-        RuntimeError, match="`def_fwd` or `def_bwd` has not been called"
-    ):
+    with raises(RuntimeError, match="`def_fwd` or `def_bwd` has not been called"):
         half(x)
     f = make_vjp()
-    with pytest.raises(TypeError, match="`filter_custom_vjp` differentiates the first"):
+    with raises(TypeError, match="`filter_custom_vjp` differentiates the first"):
         f(x=x)  # pyright: ignore[reportCallIssue]
 
     def by_w(xw, state):
         return f(xw[0], state, w=xw[1])
 
-    with pytest.raises(
+    with raises(
         rx.StructureError, match="no derivative with respect to an unnamed.*'params'"
     ):
         rx.filter_grad(by_w)((x, w), state)
@@ -638,29 +637,25 @@ def test_custom_vjp_refuses():
         state.value = jnp.zeros(3)
         return grad
 
-    with pytest.raises(
-        rx.StructureError, match=r"with f32\[3\], but it holds .*f32\[\]"
-    ):
+    with raises(rx.StructureError, match=r"with f32\[3\], but it holds .*f32\[\]"):
         rx.filter_grad(make_vjp(bwd=wrong_shape))(x, state)
 
     keeps = make_vjp(fwd=lambda perturbed, x, state, w=None: (x * 2, {"s": state}))
-    with pytest.raises(rx.StructureError, match=r"residuals of .* at `s`. Residuals"):
+    with raises(rx.StructureError, match=r"residuals of .* at `s`. Residuals"):
         rx.filter_grad(keeps)(x, state)
 
     pairless = make_vjp(fwd=lambda perturbed, x, state, w=None: x)
-    with pytest.raises(TypeError, match=r"must return a pair `\(out, residuals\)`"):
+    with raises(TypeError, match=r"must return a pair `\(out, residuals\)`"):
         rx.filter_grad(pairless)(x, state)
 
     other = make_vjp(
         bwd=lambda residuals, grad, perturbed, x, state, w=None: (grad,) * 2
     )
-    with pytest.raises(
-        rx.StructureError, match="gradient that a backward rule returns"
-    ):
+    with raises(rx.StructureError, match="gradient that a backward rule returns"):
         rx.filter_grad(other)(x, state)
 
     text = make_vjp(fwd=lambda perturbed, x, state, w=None: ((x * 2, "a"), None))
-    with pytest.raises(rx.StructureError, match="a result of the same structure"):
+    with raises(rx.StructureError, match="a result of the same structure"):
         with jax.check_tracer_leaks(False):
             rx.filter_grad(rx.filter_jit(text))(x, state)
     assert state.value == 0.0
@@ -722,7 +717,7 @@ def test_a_rule_may_not_reach_a_ref_that_it_is_not_given(wrap):
     def _(primals, tangents):
         return f(*primals), tangents[0] * plain.ref.value
 
-    with pytest.raises(rx.TraceLevelError, match="'state'.*was not passed in"):
+    with raises(rx.TraceLevelError, match="'state'.*was not passed in"):
         wrap(rx.filter_grad(f))(jnp.array(1.0))
 
 

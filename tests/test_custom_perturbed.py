@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from raising import raises
 
 import refx_eqx as rx
 
@@ -75,10 +76,10 @@ MATCH = "no derivative with respect to .*, which is differentiated here. Pass it
 def test_what_is_not_the_first_argument_is_refused(way, outer):
     ref, array = rx.Ref(jnp.array(2.0), "params"), jnp.array(2.0)
     with jax.check_tracer_leaks(False):  # the errors hold tracers
-        with pytest.raises(RuntimeError, match="Unexpected tangent"):
+        with raises(RuntimeError, match="Unexpected tangent"):
             OUTER[outer](eqx, lambda w: WAYS[way](product(eqx), w), array)
         for w in (ref, array):
-            with pytest.raises(rx.StructureError, match=MATCH):
+            with raises(rx.StructureError, match=MATCH):
                 OUTER[outer](rx, lambda w: WAYS[way](product(rx), w), w)
     assert ref.value == 2.0
 
@@ -87,7 +88,7 @@ def test_what_is_not_the_first_argument_is_refused(way, outer):
 def test_what_the_function_closes_over_is_refused(outer):
     w = rx.Ref(jnp.array(2.0), "params")
     with jax.check_tracer_leaks(False):
-        with pytest.raises(rx.StructureError, match=MATCH):
+        with raises(rx.StructureError, match=MATCH):
             OUTER[outer](rx, lambda w: by_closure(w)(X), w)
 
 
@@ -100,7 +101,7 @@ def test_what_the_function_closes_over_is_refused(outer):
     ],
 )
 def test_the_message_says_where_the_array_is(way, place):
-    with pytest.raises(rx.StructureError, match=place):
+    with raises(rx.StructureError, match=place):
         rx.filter_grad(lambda w: WAYS[way](product(rx), w))(jnp.array(2.0))
 
 
@@ -160,7 +161,7 @@ def test_what_stands_after_state_that_a_rule_writes_is_refused():
     watch.def_bwd(lambda residuals, grad, perturbed, x, state: grad * state["w"].value)
 
     with jax.check_tracer_leaks(False):
-        with pytest.raises(rx.StructureError, match=MATCH):
+        with raises(rx.StructureError, match=MATCH):
             rx.filter_grad(lambda state: watch(X, state))(state)
     assert state["amax"].value == 0.0
 
@@ -183,14 +184,14 @@ def test_a_rule_that_only_reads_beside_one_that_writes_the_collection():
     def loss(model):
         return count(model["w"].value, model["n"]) * product(rx)(X, model["w"])
 
-    with pytest.raises(rx.StructureError, match=MATCH):
+    with raises(rx.StructureError, match=MATCH):
         rx.filter_grad(loss)(model)
     assert model["n"].value == 0.0
 
 
 def test_a_loss_that_returns_a_ref_is_told_to_return_its_value():
     w = rx.Ref(jnp.array(2.0), "params")
-    with pytest.raises(TypeError, match="but returned a ref. Return its value: `ref.v"):
+    with raises(TypeError, match="but returned a ref. Return its value: `ref.v"):
         rx.filter_grad(lambda w: w)(w)
     assert rx.filter_grad(lambda w: w.value)(w).value == 1.0
 
@@ -247,9 +248,9 @@ def test_numbers_of_python_and_numpy_are_arrays_to_a_rule(number):
     w = rx.Ref(number, "params")
     assert rx.filter_grad(lambda w: double(w))(w).value == 2.0
     with jax.check_tracer_leaks(False):
-        with pytest.raises(rx.StructureError, match=MATCH):
+        with raises(rx.StructureError, match=MATCH):
             rx.filter_grad(lambda w: product(rx)(2.0, w))(w)
-        with pytest.raises(rx.StructureError, match=MATCH):
+        with raises(rx.StructureError, match=MATCH):
             rx.filter_grad(lambda w, x: product(rx)(x, w))(w, number)
 
 
@@ -333,7 +334,7 @@ def test_a_backward_rule_may_not_write_what_is_immutable(grad, by_tree):
     limit = (rx.path("1"), state) if by_tree else ("params",)
     match = r"'fp8'.*this code runs under `rx.mutable\("
     with jax.check_tracer_leaks(False):
-        with pytest.raises(rx.ImmutableError, match=match):
+        with raises(rx.ImmutableError, match=match):
             with rx.mutable(*limit):
                 grad(watched_loss, w, state)
     assert state[0].value == 0.0
@@ -356,7 +357,7 @@ def test_a_limit_inside_a_backward_rule_holds_there():
         return grad
 
     with jax.check_tracer_leaks(False):
-        with pytest.raises(rx.ImmutableError, match=r"Cannot write .*'fp8'"):
+        with raises(rx.ImmutableError, match=r"Cannot write .*'fp8'"):
             rx.filter_grad(lambda w, state: limited(w.value, state))(w, state)
     assert state.value == 0.0
 

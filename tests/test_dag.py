@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from raising import raises
 
 import refx_eqx as rx
 
@@ -227,7 +228,7 @@ def test_what_a_body_wrote_is_not_forgotten_in_silence():
         return jnp.sum(model(x)) * model.uses[...]
 
     dag = rx.Dag(Tied())
-    with pytest.raises(
+    with raises(
         rx.TraceLevelError, match="Cannot open a Dag twice.*`model = dag.value`"
     ):
         eqx.filter_jit(jax.grad(twice))(X, dag)
@@ -239,7 +240,7 @@ def test_two_trace_levels_do_not_disagree():
     inside = jax.jit(lambda x: apply(dag.value, x))
     inside(X)
     text = r"Cannot open a Dag in two trace levels.*`jax.tree.map\(lambda x: x, dag\)`"
-    with pytest.raises(rx.TraceLevelError, match=text):
+    with raises(rx.TraceLevelError, match=text):
         dag.value  # noqa: B018
     other = jax.tree.map(lambda x: x, dag)  # the remedy
     other.value.weight.value = jnp.zeros((2, 2))
@@ -248,7 +249,7 @@ def test_two_trace_levels_do_not_disagree():
 
     opened = jax.tree.map(lambda x: x, rx.Dag(Tied()))
     opened.value(X)
-    with pytest.raises(rx.TraceLevelError, match="did not go through this transform"):
+    with raises(rx.TraceLevelError, match="did not go through this transform"):
         jax.jit(lambda x: opened.value(x))(X)
 
 
@@ -310,9 +311,9 @@ def test_a_dag_that_is_not_differentiated_is_handed_over_as_it_is(grad):
     dag = rx.Dag({"w": rx.Ref(jnp.array(2.0), "params")})
     loss = grad(lambda x, dag: x * dag.value["w"].value)
     x = jnp.array(1.0)
-    with pytest.raises(rx.TraceLevelError, match="did not go through this transform"):
+    with raises(rx.TraceLevelError, match="did not go through this transform"):
         loss(x, dag)
-    with pytest.raises(rx.TraceLevelError, match="did not go through this transform"):
+    with raises(rx.TraceLevelError, match="did not go through this transform"):
         grad(lambda x: x * dag.value["w"].value)(x)
     # The remedy of the message, and what needs none.
     assert loss(x, jax.tree.map(lambda x: x, dag)) == 2.0

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from raising import raises
 
 import refx_eqx as rx
 
@@ -57,7 +58,7 @@ def test_nodes_say_collection_and_type():
 def test_index_has_no_value():
     ref = rx.Ref(1, "params")
     _, index = rx.deref((ref, ref))
-    with pytest.raises(
+    with raises(
         ValueError,
         match=(
             r"Cannot get value of Index 0 \(an unnamed ref \(collection 'params'\)\): a "
@@ -167,7 +168,7 @@ def test_deref_inside_jit_is_cached_by_structure(trace_counter):
 
 def test_deref_of_a_derefed_tree_is_refused():
     opened = rx.deref({"a": [rx.Ref(1)]})
-    with pytest.raises(
+    with raises(
         rx.StructureError,
         match=r"already derefed: Value found at `a\.0`. Call `rx.reref` on it first",
     ):
@@ -176,7 +177,7 @@ def test_deref_of_a_derefed_tree_is_refused():
 
 
 def test_reref_of_a_tree_with_refs_is_refused():
-    with pytest.raises(
+    with raises(
         rx.StructureError,
         match=(
             r"Cannot reref a tree that already holds refs: an unnamed ref \(collection "
@@ -189,7 +190,7 @@ def test_reref_of_a_tree_with_refs_is_refused():
 def test_an_index_without_its_value_is_refused():
     ref = rx.Ref(1, "params")
     opened = rx.deref({"a": ref, "b": ref})
-    with pytest.raises(
+    with raises(
         rx.StructureError,
         match=(
             r"Cannot reref: Index 0 \(an unnamed ref \(collection 'params'\)\) at `b` "
@@ -202,7 +203,7 @@ def test_an_index_without_its_value_is_refused():
 
 def test_trees_derefed_one_by_one_do_not_mix():
     one, two = rx.deref(rx.Ref(1)), rx.deref(rx.Ref(2))
-    with pytest.raises(
+    with raises(
         rx.StructureError,
         match=r"two values for ref 0.*rx.deref\(\(tree1, tree2\)\)",
     ):
@@ -215,7 +216,7 @@ def test_an_index_of_another_ref_is_refused():
     one = rx.deref(rx.Ref(1, "params"))
     other = rx.Ref(2, "counts")
     _, index = rx.deref((other, other))
-    with pytest.raises(
+    with raises(
         rx.StructureError,
         match=(
             r"Cannot reref: Index 0 is of Ref an unnamed ref \(collection 'counts'\), but "
@@ -228,7 +229,7 @@ def test_an_index_of_another_ref_is_refused():
 def test_the_error_names_the_field():
     linear = Linear(jnp.ones(2), None)
     _, again = rx.deref((linear, linear))
-    with pytest.raises(
+    with raises(
         rx.StructureError,
         match=r"Index 0 \(`Linear.weight` \(collection 'params'\)\) at `weight` has no",
     ):
@@ -371,7 +372,7 @@ def test_reref_takes_no_value_that_holds_a_ref():
     for held in (inner, [inner], rx.deref(inner)):
         tree["a"].value = held
         text = r"that of an unnamed ref \(collection 'params'\) at `a` holds .*side by side"
-        with pytest.raises(rx.StructureError, match=text):
+        with raises(rx.StructureError, match=text):
             rx.reref(tree)
     a, b = rx.reref(rx.deref((ref, inner)))  # the remedy
     assert (a.value, b.value) == (1.0, 2.0)
@@ -383,7 +384,7 @@ def test_reref_takes_no_tracer_that_has_ended():
         jax.jit(lambda dag: kept.append(rx.deref(dag.value)))(
             rx.Dag(rx.Ref(jnp.array(1.0)))
         )
-    with pytest.raises(
+    with raises(
         rx.TraceLevelError, match="Cannot reref in a different trace level.*tracer"
     ):
         rx.reref(kept.pop())
@@ -391,7 +392,7 @@ def test_reref_takes_no_tracer_that_has_ended():
 
 def test_reref_takes_no_other_type_for_a_ref():
     for wrong in (None, int, "Ref"):
-        with pytest.raises(
+        with raises(
             rx.StructureError, match=r"at `0` has ref_type=.*not a subclass of `rx.Ref`"
         ):
             rx.reref([rx.Value(1.0, 0, None, wrong)])  # pyright: ignore[reportArgumentType]

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from raising import raises
 
 import refx_eqx as rx
 
@@ -99,17 +100,15 @@ def test_jvp_of_numbers_of_python():
 def test_jvp_refuses_what_does_not_fit():
     w, n = rx.Ref(jnp.array(2.0), "params"), rx.Ref(jnp.array(2), "counts")
     one = jnp.array(1.0)
-    with pytest.raises(rx.StructureError, match="one tangent for each primal.*1 .*2"):
+    with raises(rx.StructureError, match="one tangent for each primal.*1 .*2"):
         rx.filter_jvp(lambda w: w.value, (w,), (one, one))
-    with pytest.raises(
-        rx.StructureError, match="tangents must have the derefed structure"
-    ):
+    with raises(rx.StructureError, match="tangents must have the derefed structure"):
         rx.filter_jvp(lambda t: t["w"].value, ({"w": w},), ({"v": one},))
-    with pytest.raises(TypeError, match=r"must have `None`.*an unnamed ref .*'counts'"):
+    with raises(TypeError, match=r"must have `None`.*an unnamed ref .*'counts'"):
         rx.filter_jvp(lambda n: n.value, (n,), (one,))
-    with pytest.raises(rx.StructureError, match="one value for .*'params'.*one ref"):
+    with raises(rx.StructureError, match="one value for .*'params'.*one ref"):
         rx.filter_jvp(lambda t: t[0].value, ([w, w],), ([one, jnp.array(2.0)],))
-    with pytest.raises(TypeError, match="`None` where there is nothing"):
+    with raises(TypeError, match="`None` where there is nothing"):
         rx.filter_jvp(lambda t: t[0].value, ([w, "text"],), ([one, one],))
 
 
@@ -160,11 +159,9 @@ def test_vjp_aux_wrt_and_results_of_any_type():
     ct = {"y": jnp.ones(2), "made": None, "text": None}
     of_model, of_x = vjp_fn(ct)
     assert jnp.allclose(of_model["decoder"].value, x0) and of_x is None
-    with pytest.raises(
-        rx.StructureError, match="cotangents must have the derefed structure"
-    ):
+    with raises(rx.StructureError, match="cotangents must have the derefed structure"):
         vjp_fn(jnp.ones(2))
-    with pytest.raises(TypeError, match="`None` where there is nothing"):
+    with raises(TypeError, match="`None` where there is nothing"):
         vjp_fn({**ct, "text": jnp.ones(2)})
 
 
@@ -205,7 +202,7 @@ def test_a_tangent_of_a_ref_has_the_structure_of_its_value():
     def product(ref):
         return ref.value["a"] * ref.value["b"]
 
-    with pytest.raises(rx.MismatchError, match="the value of an unnamed ref.*'params'"):
+    with raises(rx.MismatchError, match="the value of an unnamed ref.*'params'"):
         rx.filter_jvp(product, (ref,), ([jnp.array(1.0)],))
     tangent = {"a": jnp.array(1.0), "b": None}
     assert rx.filter_jvp(product, (ref,), (tangent,)) == (6.0, 3.0)
@@ -216,7 +213,7 @@ def test_a_number_in_a_primal_is_differentiated_where_it_has_a_tangent():
         return pair[0] * pair[1]
 
     assert rx.filter_jvp(product, ((2.0, 3.0),), ((1.0, None),)) == (6.0, 3.0)
-    with pytest.raises(rx.MismatchError, match="structure"):
+    with raises(rx.MismatchError, match="structure"):
         rx.filter_jvp(product, ((2.0, 3.0),), ((1.0,),))
 
 
@@ -226,9 +223,9 @@ def test_linearize_aux_and_its_errors():
         lambda w, n: (w.value**2, n), w, n, has_aux=True
     )
     assert out == 4.0 and aux is n and f_jvp(jnp.array(1.0), None) == 4.0
-    with pytest.raises(rx.StructureError, match="takes 2 tangents.*was given 1"):
+    with raises(rx.StructureError, match="takes 2 tangents.*was given 1"):
         f_jvp(jnp.array(1.0))
-    with pytest.raises(TypeError, match="`None` where there is nothing"):
+    with raises(TypeError, match="`None` where there is nothing"):
         f_jvp(None, jnp.array(1.0))
 
 
@@ -285,17 +282,15 @@ def test_matrices_of_complex_arrays(transform):
 )
 def test_nothing_to_differentiate(transform):
     name = transform.__name__
-    with pytest.raises(rx.StructureError, match=f"`{name}` found nothing.*first arg"):
+    with raises(rx.StructureError, match=f"`{name}` found nothing.*first arg"):
         transform(lambda n, x: x)(rx.Ref(jnp.array(0)), jnp.array(1.0))
     w = rx.Ref(jnp.array(0.0), "params")
-    with pytest.raises(rx.StructureError, match="'lora'.* selects nothing"):
+    with raises(rx.StructureError, match="'lora'.* selects nothing"):
         transform(lambda w: w.value, wrt="lora")(w)
     none = rx.collection("lora") | False
-    with pytest.raises(
-        rx.StructureError, match=r"for wrt=\(rx\.collection\('lora'\) \|"
-    ):
+    with raises(rx.StructureError, match=r"for wrt=\(rx\.collection\('lora'\) \|"):
         transform(lambda w: w.value, wrt=none)(w)
-    with pytest.raises(TypeError, match=f"`{name}` differentiates the first argument"):
+    with raises(TypeError, match=f"`{name}` differentiates the first argument"):
         transform(lambda w: w.value)(w=w)
 
 
@@ -404,7 +399,7 @@ def test_a_failure_writes_nothing():
         lambda: rx.filter_jvp(fails, (model, x0), (None, x0)),
         lambda: rx.filter_hessian(fails)(model, x0),
     ):
-        with pytest.raises(RuntimeError, match="no"):
+        with raises(RuntimeError, match="no"):
             call()
     assert model["count"].value == 0
 
@@ -437,13 +432,13 @@ def test_the_tangent_of_a_value_may_have_its_statics():
     ],
 )
 def test_what_is_no_tangent_is_refused(primal, tangent, text):
-    with pytest.raises(TypeError, match=f"tangents must have {text}"):
+    with raises(TypeError, match=f"tangents must have {text}"):
         rx.filter_jvp(lambda x: x, ([primal],), ([tangent],))
     ref = rx.Ref(primal, "stats")
     if tangent == "a":
         return  # what is static stands for itself there
     text = text.replace("`0`", "an unnamed ref .*'stats'")
-    with pytest.raises(TypeError, match=f"tangents must have {text}"):
+    with raises(TypeError, match=f"tangents must have {text}"):
         rx.filter_jvp(lambda ref: ref.value, (ref,), (tangent,))
 
 
@@ -452,7 +447,7 @@ def test_a_backward_rule_returns_no_integers():
     f.def_fwd(lambda perturbed, x: (x["w"].value, None))
     f.def_bwd(lambda residuals, grad, perturbed, x: {"w": jnp.array(1)})
     ref = rx.Ref(jnp.array(2.0), "params")
-    with pytest.raises(TypeError, match=r"gradient .*has weak_i32\[\] for .*'params'"):
+    with raises(TypeError, match=r"gradient .*has weak_i32\[\] for .*'params'"):
         rx.filter_grad(f)({"w": ref})
 
 

@@ -16,6 +16,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 import treescope
+from raising import raises
 
 import refx_eqx as rx
 
@@ -71,13 +72,13 @@ def test_keys_and_shapes_are_counted():
 
 
 def test_a_filter_that_tears_a_tie_is_refused():
-    with pytest.raises(rx.StructureError, match="would tear it apart"):
+    with raises(rx.StructureError, match="would tear it apart"):
         rx.count(make(), rx.path("embed"))
 
 
 @pytest.mark.parametrize("look", [rx.count, rx.tabulate, rx.mermaid])
 def test_a_derefed_tree_is_refused(look):
-    with pytest.raises(rx.StructureError, match="Pass the tree of refs itself"):
+    with raises(rx.StructureError, match="Pass the tree of refs itself"):
         look(rx.deref(make()))
 
 
@@ -130,7 +131,7 @@ def test_the_cost_of_a_call_is_that_of_the_compiled_program():
 
 
 def test_arguments_without_a_question_are_refused():
-    with pytest.raises(ValueError, match="Pass that too, or just the model"):
+    with raises(ValueError, match="Pass that too, or just the model"):
         rx.tabulate(make(), jnp.ones(3))
 
 

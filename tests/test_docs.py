@@ -1,9 +1,10 @@
 """All code in the README, the docs and the docstrings runs, and what it shows is real.
 
 A page is a program: its ```python blocks run from top to bottom in one namespace. A ```text
-(or ```mermaid) block shows what the ```python block before it printed, and the error that it raised, as
-`NameOfTheError: message`. How a text is wrapped into lines does not count. A block that
-prints or raises is followed by its ```text block, and no ```text block stands alone.
+(or ```mermaid) block shows what the ```python block before it printed, and the error that
+it raised, as Python shows it. How a text is wrapped into lines counts for an error of the
+library only, which wraps it itself. A block that prints or raises is followed by its
+```text block, and no ```text block stands alone.
 
 The examples of a docstring are programs of their own.
 """
@@ -14,6 +15,7 @@ import io
 import re
 import sys
 import tomllib
+import traceback
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,10 +101,13 @@ def run(block: Block, namespace: dict, file: Path) -> tuple[str, Exception | Non
     return printed.getvalue(), None
 
 
-def as_shown(printed: str, error: Exception | None) -> str:
+def as_shown(error: Exception | None) -> str:
+    """The last line of a traceback, without notes (JAX adds one about its frames)."""
     if error is None:
-        return printed
-    return f"{printed}{type(error).__name__}: {error}"
+        return ""
+    shown = traceback.TracebackException.from_exception(error)
+    shown.__notes__ = None
+    return "".join(shown.format_exception_only()).rstrip("\n")
 
 
 def words(text: str) -> str:
@@ -122,7 +127,9 @@ def run_page(text: str, file: Path) -> None:
                 shown = [block.text for block in after if block.language in SHOWN]
                 if error is not None and not shown:
                     raise error
-                assert words(as_shown(printed, error)) == words("".join(shown))
+                assert words(printed + as_shown(error)) == words("".join(shown))
+                if isinstance(error, rx.RefError):
+                    assert "".join(shown).endswith(as_shown(error))
             elif block.language in SHOWN:
                 # Its own block compared it.
                 assert i > 0 and blocks[i - 1].language == "python"
@@ -313,7 +320,7 @@ def test_an_error_that_is_shown_is_indented_below_its_first_line(page):
     for block in blocks_of(page.read_text()):
         lines = iter(block.text.splitlines() if block.language == "text" else ())
         for line in lines:
-            if re.match(r"\w+Error: ", line):
+            if re.match(r"[\w.]+Error: ", line):
                 assert [x for x in lines if not x.startswith("    ")] == []
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.core import Tracer
+from raising import raises
 
 import refx_eqx as rx
 from refx_eqx._engine._run_time_errors import explain
@@ -283,7 +284,7 @@ def test_an_exception_while_tracing_donates_nothing():
         raise KeyError("mine")
 
     x = jnp.ones(4)
-    with pytest.raises(KeyError, match="mine"):
+    with raises(KeyError, match="mine"):
         f(a, x)
     assert a.value is old and not old.is_deleted() and not x.is_deleted()
 
@@ -297,7 +298,7 @@ def test_a_failed_check_loses_nothing():
             a.value = eqx.error_if(a.value + x, jnp.any(x < 0.0), "negative")
 
         for _ in range(2):
-            with pytest.raises(eqx.EquinoxRuntimeError, match="negative"):
+            with raises(eqx.EquinoxRuntimeError, match="negative"):
                 f(a, -jnp.ones(4))
             assert not a.value.is_deleted() and a.value[0] == 1.0
         f(a, jnp.ones(4))
@@ -331,7 +332,7 @@ def test_a_result_that_cannot_be_made_leaves_the_new_values(compiled):
         call(ref)
         assert ref.value[0] == i
     for i in (3.0, 4.0):
-        with pytest.raises(ValueError, match="too large"):
+        with raises(ValueError, match="too large"):
             call(ref)
         assert ref.value[0] == i
 
@@ -346,7 +347,7 @@ def test_where_a_ref_may_not_be_written_nothing_of_it_is_donated():
 
     for _ in range(3):
         f(ref, other)
-    with rx.mutable("other"), pytest.raises(rx.ImmutableError, match="Cannot write"):
+    with rx.mutable("other"), raises(rx.ImmutableError, match="Cannot write"):
         f(ref, other)
     assert ref.value[0] == 3.0 and other.value[0] == 3.0
     f(ref, other)
@@ -424,7 +425,7 @@ def test_a_value_that_was_donated_elsewhere_is_a_clear_error(donate):
         step(a, make_ref(), jnp.ones(4))
     _donating(a.value)
     text = r"The buffer of an unnamed ref \(collection 'state'\) is gone: its array was also used elsewhere.*Donate a copy: `jnp.array\(ref.value, copy=True\)`"
-    with pytest.raises(rx.DonatedError, match=text):
+    with raises(rx.DonatedError, match=text):
         step(a, make_ref(), jnp.ones(4))
     a.value = jnp.ones(4)
     _donating(jnp.array(a.value, copy=True))
@@ -437,7 +438,7 @@ def test_of_several_threads_the_error_speaks_of_them():
     thread.start()
     try:
         _donating(a.value)
-        with pytest.raises(rx.ConcurrencyError, match="Guard donating calls"):
+        with raises(rx.ConcurrencyError, match="Guard donating calls"):
             rx.filter_jit(_step)(a, make_ref(), jnp.ones(4))
     finally:
         go_on.set()
@@ -455,7 +456,7 @@ def test_what_jax_says_of_a_donated_buffer_on_any_platform_is_understood(text):
     a = make_ref(1.0)
     value = a.value
     value.delete()
-    with pytest.raises(rx.DonatedError, match="The buffer of an unnamed ref"):
+    with raises(rx.DonatedError, match="The buffer of an unnamed ref"):
         explain(jax.errors.JaxRuntimeError(text), [a], [value])
 
 
@@ -556,7 +557,7 @@ def test_no_door_takes_a_deleted_array():
         lambda: rx.load_state_dict([model["a"]], {"0": best["a"].value}),
     ]
     for door in doors:
-        with pytest.raises(rx.DonatedError, match=text):
+        with raises(rx.DonatedError, match=text):
             door()
     assert model["a"].value[0] == 0.0 and model["tree"].value[0][0] == 0.0
 

@@ -14,6 +14,7 @@ import jax.random as jr
 import optax
 import pytest
 from jaxtyping import Array, Float
+from raising import message_of, raises
 
 import refx_eqx as rx
 
@@ -293,18 +294,18 @@ def test_deserialise_into_the_refs_of_a_model():
 def test_a_checkpoint_of_a_tree_that_is_not_derefed_is_refused():
     # Equinox leaves out what it takes for no array: the file would have no parameters.
     model = make_pair()
-    with pytest.raises(RuntimeError, match="Error at leaf with path") as caught:
+    with raises(RuntimeError, match="Error at leaf with path") as caught:
         eqx.tree_serialise_leaves(io.BytesIO(), model)
     error: BaseException | None = caught.value
     while error is not None and not isinstance(error, rx.TraceLevelError):
         error = error.__cause__
-    assert "`Linear.weight` (collection 'params')" in str(error)
-    assert "open the tree with `rx.deref` before it" in str(error)
+    assert "`Linear.weight` (collection 'params')" in message_of(error)
+    assert "open the tree with `rx.deref` before it" in message_of(error)
 
     file = io.BytesIO()
     eqx.tree_serialise_leaves(file, rx.deref(model))  # the remedy
     file.seek(0)
-    with pytest.raises(RuntimeError, match="Error at leaf with path"):
+    with raises(RuntimeError, match="Error at leaf with path"):
         eqx.tree_deserialise_leaves(file, model)
 
 
@@ -326,7 +327,7 @@ def test_tree_check_allows_a_tied_ref():
     # It forbids one *node* at two places, which would be torn apart. A ref is a leaf.
     eqx.tree_check(tie(make_pair()))
     linear = Linear(2, 2, key=jr.key(0))
-    with pytest.raises(ValueError, match="appears in the PyTree multiple times"):
+    with raises(ValueError, match="appears in the PyTree multiple times"):
         eqx.tree_check(Pair(linear, linear))
     eqx.tree_check(Pair(linear, jax.tree.map(lambda ref: ref, linear)))
 
@@ -380,7 +381,7 @@ def test_equinox_filter_eval_shape_leaves_no_usable_tracer():
     # Of a ref it sees a leaf that is no array, so a tracer stays inside.
     with jax.check_tracer_leaks(False):
         model = eqx.filter_eval_shape(Linear, 3, 2, key=jr.key(0))
-    with pytest.raises(
+    with raises(
         rx.TraceLevelError, match="eturn the ref from the transformed function"
     ):
         _ = model.weight.value
@@ -388,9 +389,9 @@ def test_equinox_filter_eval_shape_leaves_no_usable_tracer():
 
 def test_equinox_transforms_say_what_to_use():
     model = make_pair()
-    with pytest.raises(rx.TraceLevelError, match=r"`rx\.filter_jit`"):
+    with raises(rx.TraceLevelError, match=r"`rx\.filter_jit`"):
         eqx.filter_jit(lambda m, x: m(x))(model, jnp.ones(2))
-    with pytest.raises(rx.TraceLevelError, match=r"`rx\.filter_grad`"):
+    with raises(rx.TraceLevelError, match=r"`rx\.filter_grad`"):
         eqx.filter_grad(lambda m, x: jnp.sum(m(x)))(model, jnp.ones(2))
     out = rx.filter_jit(lambda m, x: m(x))(model, jnp.ones(2))  # the remedy
     assert jnp.allclose(out, model(jnp.ones(2)))

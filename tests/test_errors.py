@@ -1,4 +1,7 @@
-"""Which error it is that a caller can catch."""
+"""Which error it is that a caller can catch, and how its message is shown."""
+
+import pickle
+import traceback
 
 import jax
 import jax.numpy as jnp
@@ -77,3 +80,65 @@ def test_both_are_structure_errors():
     for kind in (rx.CarryError, rx.MismatchError):
         assert issubclass(kind, rx.StructureError) and kind.__module__ == "refx_eqx"
     assert not issubclass(rx.CarryError, rx.MismatchError)
+
+
+# How a message is shown.
+
+
+def shown(error):
+    return "".join(traceback.format_exception_only(error)).splitlines()
+
+
+def test_a_message_is_wrapped_where_python_prints_it():
+    weight = ref(collection="params")
+    with pytest.raises(rx.TraceLevelError) as info:
+        jax.jit(lambda x: x * weight.value)(1.0)
+    first, *others = shown(info.value)[: len(str(info.value).splitlines())]
+    assert first.startswith("refx_eqx.TraceLevelError: Cannot read ref from different")
+    assert 70 < len(first) <= 88 and len(others) > 3
+    assert all(x.startswith("    ") and 60 < len(x) <= 88 for x in others[:-1])
+    assert " ".join(str(info.value).split()) == info.value.args[0]
+
+
+def test_code_in_a_message_is_not_broken():
+    code = "`rx.update_refs(target, source)`"
+    for n in range(1, 40):
+        error = rx.MismatchError(f"{'x ' * n} {code} and {'y ' * 40}")
+        assert code in str(error)
+        assert max(map(len, shown(error))) <= 88
+
+
+def test_code_that_fits_in_no_line_has_its_own():
+    code = f"`rx.path({', '.join(['encoder'] * 20)})`"
+    assert str(rx.StructureError(f"use {code} instead.")).splitlines() == [
+        "use",
+        f"    {code}",
+        "    instead.",
+    ]
+
+
+def test_a_tree_in_a_message_keeps_its_lines():
+    tree = "Scale(\n  by=Ref(f32[], 'params'),\n      deeper=None\n)"
+    assert str(rx.MismatchError(tree)) == tree
+
+
+def test_the_name_of_a_subclass_counts():
+    class ErrorOfACompanyWithALongName(rx.StructureError):
+        pass
+
+    ErrorOfACompanyWithALongName.__qualname__ = "ErrorOfACompanyWithALongName"
+    error = ErrorOfACompanyWithALongName("word " * 40)
+    lines = shown(error)
+    assert len(lines) > 2 and 80 < len(lines[0]) <= 88
+
+
+@pytest.mark.parametrize("error", [rx.RefError(), rx.RefError("a", 1), rx.RefError(3)])
+def test_an_error_with_another_number_of_arguments_can_be_shown(error):
+    assert str(error) == str(Exception(*error.args))
+
+
+def test_an_error_survives_pickle():
+    error = rx.StructureError("word " * 40)
+    other = pickle.loads(pickle.dumps(error))
+    assert type(other) is rx.StructureError
+    assert other.args == error.args and str(other) == str(error)

@@ -4,8 +4,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import pytest
 from jaxtyping import Array, Float
+from raising import raises
 
 import refx_eqx as rx
 
@@ -84,7 +84,7 @@ def test_the_shown_model_is_filled_from_a_checkpoint(tmp_path):
 
 def test_a_shape_error_is_raised():
     model = Tied(3, key=jr.key(0))
-    with pytest.raises(TypeError, match="dot_general"):
+    with raises(TypeError, match="dot_general"):
         rx.filter_eval_shape(lambda m, x: m(x), model, _struct(4))
 
 
@@ -108,5 +108,5 @@ def test_it_nests():
 def test_a_global_ref_is_refused():
     global _global_ref
     _global_ref = rx.Ref(jnp.zeros(2))
-    with pytest.raises(rx.TraceLevelError, match="the body of `filter_eval_shape`"):
+    with raises(rx.TraceLevelError, match="the body of `filter_eval_shape`"):
         rx.filter_eval_shape(lambda: _global_ref.value)

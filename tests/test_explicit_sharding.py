@@ -10,6 +10,7 @@ import optax
 import pytest
 from jax import P
 from jax.sharding import AxisType, NamedSharding
+from raising import raises
 
 import refx_eqx as rx
 
@@ -193,7 +194,7 @@ def test_a_carried_ref_that_a_step_splits_otherwise_is_named_with_the_remedy():
         r"by `P\(None, 'tensor'\)` after.*jax.sharding.reshard\(x, P\('data', None\)\)"
     )
     with jax.set_mesh(MESH):
-        with pytest.raises(rx.MismatchError, match=message):
+        with raises(rx.MismatchError, match=message):
             rx.filter_jit(reshard_each_step)(ref, P(None, "tensor"))
         rx.filter_jit(reshard_each_step)(ref, P("data", None))
     assert np.asarray(ref.value)[0, 0] == 4.0
@@ -210,9 +211,7 @@ def test_branches_that_split_a_ref_otherwise_are_refused():
     )
     with (
         jax.set_mesh(MESH),
-        pytest.raises(
-            rx.MismatchError, match=r"'state'\) is split over the mesh: it is"
-        ),
+        raises(rx.MismatchError, match=r"'state'\) is split over the mesh: it is"),
     ):
         choose(ref)
 
@@ -223,7 +222,7 @@ def test_a_stack_is_not_sliced_along_an_axis_that_devices_share():
     message = (
         r"`scan` slices .*'params'\) along axis 0.*'data'.*reshard\(x, P\(None, None\)"
     )
-    with pytest.raises(rx.MismatchError, match=message):
+    with raises(rx.MismatchError, match=message):
         run(ref)
     ref.value = jax.sharding.reshard(ref.value, NamedSharding(MESH, P(None, None)))
     assert run(ref)[0].tolist() == [4.0, 4.0]
@@ -250,7 +249,7 @@ def test_shard_map_takes_the_specs_of_the_types():
 def test_specs_that_contradict_the_types_are_told_by_the_ref():
     model, x = make(is_split=True)
     message = r"\(collection 'batch_stats'\).*by `P\('data',?\)`.*the type of the array.*'tensor'"
-    with pytest.raises(rx.MismatchError, match=message):
+    with raises(rx.MismatchError, match=message):
         rx.filter_shard_map(
             forward, mesh=MESH, in_specs=(P("data"), P("data")), out_specs=P("data")
         )(model, x)

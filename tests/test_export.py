@@ -9,8 +9,8 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jaxtyping import Array, Float
+from raising import raises
 
 import refx_eqx as rx
 
@@ -175,7 +175,7 @@ def test_what_has_no_form_in_a_file_is_refused_by_name():
         ),
     ):
         exported = jax.export.export(jax.jit(lambda x: x))(rx.deref(ref))
-        with pytest.raises(rx.StructureError, match=match):
+        with raises(rx.StructureError, match=match):
             exported.serialize()
     tuple_of_texts = rx.deref(rx.Ref(jnp.ones(1), ("a", "b")))
     jax.export.export(jax.jit(lambda x: x))(tuple_of_texts).serialize()
@@ -185,5 +185,5 @@ def test_a_class_of_refs_that_is_gone_is_named(monkeypatch):
     ref = rx.deref(Frozen(jnp.ones(1), "params"))
     data = jax.export.export(jax.jit(lambda x: x))(ref).serialize()
     monkeypatch.delattr(sys.modules[__name__], "Frozen")
-    with pytest.raises(rx.StructureError, match=r"Frozen` is not a ref class. Keep"):
+    with raises(rx.StructureError, match=r"Frozen` is not a ref class. Keep"):
         jax.export.deserialize(data)

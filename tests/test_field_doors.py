@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxtyping import _decorator, Array, Float, Int8
+from raising import raises
 
 import refx_eqx as rx
 from refx_eqx._fields._axis_names import bind_in_methods
@@ -106,7 +107,7 @@ def test_an_annotation_around_a_ref_makes_one(annotation, value, get):
 
 @pytest.mark.parametrize("kind", [set, frozenset])
 def test_a_set_of_refs_is_refused(kind):
-    with pytest.raises(TypeError, match=f"a {kind.__name__} of refs, .* not a pytree"):
+    with raises(TypeError, match=f"a {kind.__name__} of refs, .* not a pytree"):
 
         class Holder(rx.Module):
             field: kind[rx.Param[Array]]  # pyright: ignore
@@ -128,12 +129,12 @@ def test_a_field_of_a_plain_dataclass_is_refused():
 
 def test_a_default_that_is_a_ref_is_refused():
     ref = rx.Ref(1.0)
-    with pytest.raises(TypeError, match="which all instances would share"):
+    with raises(TypeError, match="which all instances would share"):
 
         class Holder(rx.Module):
             ref: rx.Param[float] = rx.Ref(1.0)
 
-    with pytest.raises(TypeError, match="which all instances would share"):
+    with raises(TypeError, match="which all instances would share"):
         rx.field(default=ref)
 
     # The remedies.
@@ -147,7 +148,7 @@ def test_a_default_that_is_a_ref_is_refused():
 
 
 def test_slots_are_refused():
-    with pytest.raises(TypeError, match=r"`Slotted` has `__slots__ = \('w',\)`"):
+    with raises(TypeError, match=r"`Slotted` has `__slots__ = \('w',\)`"):
 
         class Slotted(rx.Module):
             __slots__ = ("w",)
@@ -160,7 +161,7 @@ def test_a_sequence_that_is_no_pytree_is_refused(value):
         refs: Sequence[rx.Ref[Any]]
 
     text = r"`Holder\.refs` is declared a Sequence of refs, .* not a pytree\. Assign a tuple"
-    with pytest.raises(rx.RefTypeError, match=text):
+    with raises(rx.RefTypeError, match=text):
         Holder(value)
     assert [r.value for r in Holder(list(value)).refs] == list(value)
 
@@ -185,24 +186,22 @@ def test_a_collection_that_is_called_makes_a_ref_of_it():
 
 
 def test_batched_is_a_type():
-    with pytest.raises(TypeError, match=r"is a type to subscript"):
+    with raises(TypeError, match=r"is a type to subscript"):
         rx.Batched(Pair)
-    with pytest.raises(TypeError, match=r"rx\.filter_vmap\(Pair\)"):
+    with raises(TypeError, match=r"rx\.filter_vmap\(Pair\)"):
         rx.Batched[Pair, "n"](1)
     for axes in (3, "", " "):
-        with pytest.raises(TypeError, match=r"the axes are names, in a string"):
+        with raises(TypeError, match=r"the axes are names, in a string"):
             rx.Batched[Pair, axes]
 
 
 def test_config_takes_a_bool_and_nothing_else():
-    with pytest.raises(
-        TypeError, match=r"must be a bool, but was given 'no'\. Set it to"
-    ):
+    with raises(TypeError, match=r"must be a bool, but was given 'no'\. Set it to"):
         rx.config.check_types = "no"  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.raises(TypeError, match=r"must be a bool, but was given 0"):
+    with raises(TypeError, match=r"must be a bool, but was given 0"):
         with rx.config(check_types=0):  # pyright: ignore[reportArgumentType]
             pass
-    with pytest.raises(AttributeError, match="check_type"):
+    with raises(AttributeError, match="check_type"):
         rx.config.check_type = False  # pyright: ignore[reportAttributeAccessIssue]
     assert rx.config.check_types is True
 
@@ -219,20 +218,18 @@ def test_config_takes_a_bool_and_nothing_else():
 )
 def test_what_is_not_hashable_is_named(make, text):
     for x in ([], {}):
-        with pytest.raises(TypeError, match=rf"{text}.* not hashable\. Use a string"):
+        with raises(TypeError, match=rf"{text}.* not hashable\. Use a string"):
             make(x)
 
 
 def test_as_refs_asks_a_function():
-    with pytest.raises(
-        TypeError, match="`where` must be a function .* but was given 5"
-    ):
+    with raises(TypeError, match="`where` must be a function .* but was given 5"):
         rx.as_refs({"a": jnp.ones(2)}, where=5)  # pyright: ignore[reportArgumentType]
 
 
 def test_merge_partitions_asks_a_treedef():
     parts, treedef = rx.tree_partition([rx.Ref(1, "params")], "params")
-    with pytest.raises(rx.StructureError, match="the treedef is None.* second result"):
+    with raises(rx.StructureError, match="the treedef is None.* second result"):
         rx.merge_partitions(parts, None)
     assert rx.merge_partitions(parts, treedef)[0].value == 1
 
@@ -255,11 +252,11 @@ def test_an_update_out_of_range_changes_nothing(typed):
     n = Small(jnp.array(1, jnp.int8)).n if typed else rx.Ref(jnp.array(1, jnp.int8))
     first = rx.Ref(jnp.array(1.0))
     kind = rx.RefTypeError if typed else rx.StructureError
-    with pytest.raises(kind, match="cannot hold (weak_i32|300)"):
+    with raises(kind, match="cannot hold (weak_i32|300)"):
         rx.update_refs([first, n], [2.0, 300])
     assert first.value == 1.0 and n.value == 1
     if typed:
-        with pytest.raises(rx.RefTypeError, match="cannot hold 300"):
+        with raises(rx.RefTypeError, match="cannot hold 300"):
             n.value = 300
 
 
@@ -286,9 +283,7 @@ def test_the_buffer_of_a_numpy_array_is_not_shared():
 
 
 def test_a_state_dict_has_no_argument_of_savez_in_it():
-    with pytest.raises(
-        rx.StructureError, match="`allow_pickle` is the path of an unnamed"
-    ):
+    with raises(rx.StructureError, match="`allow_pickle` is the path of an unnamed"):
         rx.state_dict({"allow_pickle": rx.Ref(1.0)})
 
 
@@ -315,7 +310,7 @@ def test_a_module_that_makes_a_stack_of_modules_keeps_no_tracer():
                 raise ValueError("no")
 
     given = rx.Ref(jnp.zeros(2))
-    with pytest.raises(ValueError, match="no"):
+    with raises(ValueError, match="no"):
         Outer(given, True)
     assert given.collection is None and given.name is None
     assert Outer(given, False).layers.weight.shape == (3, 2)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from raising import raises
 
 import refx_eqx as rx
 from refx_eqx._filters import _select
@@ -89,16 +90,14 @@ def test_none_names_refs_without_a_collection():
 
 @pytest.mark.parametrize("wrong", [["params"], {"a": 1}])
 def test_what_is_no_filter_is_refused(wrong):
-    with pytest.raises(
-        TypeError, match=r"is not a filter. A filter is a collection name"
-    ):
+    with raises(TypeError, match=r"is not a filter. A filter is a collection name"):
         rx.filter_spec(make(), wrong)
 
 
 def test_a_filter_is_neither_true_nor_false():
     params, bias = rx.collection("params"), rx.path("**.bias")
     for ask in (lambda: not params, lambda: params and bias, lambda: bias or params):
-        with pytest.raises(TypeError, match="has no truth value"):
+        with raises(TypeError, match="has no truth value"):
             ask()
 
 
@@ -107,9 +106,7 @@ def test_a_class_of_modules_is_not_a_filter():
         weight: rx.Param[jax.Array]
 
     model = [Layer(jnp.zeros(1)), rx.Ref(jnp.zeros(1), "params")]
-    with pytest.raises(
-        TypeError, match="class `Layer` is not a filter.*pass the module"
-    ):
+    with raises(TypeError, match="class `Layer` is not a filter.*pass the module"):
         rx.filter_spec(model, Layer)
     assert rx.filter_spec(model, model[0])[1] is False  # the remedy
 
@@ -140,7 +137,7 @@ def test_paths_of_modules_are_attribute_names():
 
 def test_a_path_filter_is_not_a_function_of_a_leaf():
     tree = make()
-    with pytest.raises(
+    with raises(
         TypeError,
         match=(
             r"`rx.path\('n'\)` selects by place, so it needs the tree, not a leaf. Convert it to an Equinox filter spec: `rx.filter_spec\(tree, filter\)`"
@@ -183,7 +180,7 @@ def test_a_spec_goes_to_optax():
 def test_a_filter_cannot_tear_a_tie():
     ref = rx.Ref(1.0, "params")
     tree = {"enc": ref, "dec": ref}
-    with pytest.raises(
+    with raises(
         rx.StructureError,
         match=(
             r"A filter must select a ref at all of its places or at none: an unnamed ref "
@@ -192,7 +189,7 @@ def test_a_filter_cannot_tear_a_tie():
         ),
     ):
         rx.filter_spec(tree, rx.path("enc"))
-    with pytest.raises(rx.StructureError, match="all of its places"):
+    with raises(rx.StructureError, match="all of its places"):
         rx.filter_spec(rx.deref(tree), rx.path("enc"))
     both = rx.path("dec", "enc")  # the remedy
     assert rx.filter_spec(tree, both) == {"enc": True, "dec": True}
@@ -210,7 +207,7 @@ def test_a_predicate_sees_the_ref_where_the_tree_is_derefed():
 def test_an_index_alone_cannot_be_filtered():
     ref = rx.Ref(1, "params")
     _, index = rx.deref((ref, ref))
-    with pytest.raises(
+    with raises(
         rx.StructureError,
         match=r"Index 0 \(.*'params'\)\) has no Value in this tree. Pass the whole derefed",
     ):
@@ -264,7 +261,7 @@ def test_filters_are_classes_that_can_be_extended():
     tree = [rx.Ref(jnp.ones(2)), rx.Ref(jnp.ones(1))]
     assert rx.filter_spec(tree, Big()) == [True, False]
     assert rx.filter_spec(tree, ~Big()) == [False, True]
-    with pytest.raises(NotImplementedError, match="Filter must define `matches`"):
+    with raises(NotImplementedError, match="Filter must define `matches`"):
         rx.Filter()(1)
 
 
@@ -295,7 +292,7 @@ def test_mutable_limits_what_is_written():
     tree = make()
     with rx.mutable("counts"):
         tree["n"].value += 1
-        with pytest.raises(
+        with raises(
             rx.ImmutableError,
             match=(
                 r"Cannot write an unnamed ref \(collection 'params'\): this code runs "
@@ -335,13 +332,11 @@ def test_mutable_takes_paths_with_the_tree():
     tree = make()
     with rx.mutable(rx.path("enc.**"), tree):
         tree["enc"][1]["w"].value = 2.0
-        with pytest.raises(rx.ImmutableError, match=r"rx.path\('enc.\*\*'\)"):
+        with raises(rx.ImmutableError, match=r"rx.path\('enc.\*\*'\)"):
             tree["n"].value = 1
     with (
         rx.mutable(rx.path("enc.**")),
-        pytest.raises(
-            TypeError, match=r"pass the tree too: `rx.mutable\(filter, tree\)`"
-        ),
+        raises(TypeError, match=r"pass the tree too: `rx.mutable\(filter, tree\)`"),
     ):
         tree["n"].value = 1
 
@@ -361,12 +356,12 @@ def test_mutable_holds_inside_lifted_transforms():
     tree = {"w": w, "n": n}
     with rx.mutable("counts"):
         count(tree)
-        with pytest.raises(rx.ImmutableError, match="collection 'params'"):
+        with raises(rx.ImmutableError, match="collection 'params'"):
             both(tree)
     assert (w.value, n.value) == (1.0, 1)
     with rx.mutable(rx.path("n"), tree):
         count(tree)
-        with pytest.raises(rx.ImmutableError, match="collection 'params'"):
+        with raises(rx.ImmutableError, match="collection 'params'"):
             both(tree)
     assert (w.value, n.value) == (1.0, 2)
 

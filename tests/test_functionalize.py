@@ -7,8 +7,8 @@ import textwrap
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import pytest
 from jaxtyping import Array
+from raising import raises
 
 import refx_eqx as rx
 
@@ -147,7 +147,7 @@ def test_any_transform_takes_it():
 
 
 def test_the_arguments_must_be_derefed():
-    with pytest.raises(
+    with raises(
         rx.StructureError, match="a tree that already holds refs.*Call `rx.deref`"
     ):
         rx.functionalize(_step)(Model(), jnp.ones(2))
@@ -158,7 +158,7 @@ def test_a_change_of_structure_is_refused():
         refs.append(rx.Ref(jnp.zeros(1)))
 
     text = "`functionalize` cannot carry back a change of structure"
-    with pytest.raises(rx.StructureError, match=text):
+    with raises(rx.StructureError, match=text):
         rx.functionalize(step)(*rx.deref(([rx.Ref(jnp.zeros(1))],)))
 
 
@@ -170,7 +170,7 @@ def test_a_write_to_what_is_no_argument_is_refused():
         return w.value * count.value
 
     text = r"`functionalize`: `.*step` writes an unnamed ref \(collection 'counts'\).*Pass the"
-    with pytest.raises(rx.StructureError, match=text):
+    with raises(rx.StructureError, match=text):
         rx.functionalize(step)(*rx.deref((w,)))
     assert count.value == 0
     out, _ = rx.functionalize(lambda w: w.value * count.value)(*rx.deref((w,)))

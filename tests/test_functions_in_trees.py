@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from raising import raises
 
 import refx_eqx as rx
 
@@ -185,7 +186,7 @@ def test_a_tie_between_a_field_and_a_function_is_one_ref(make):
     copy = rx.clone(model)
     copy["w"].value = jnp.array(0.0)
     assert copy["f"](1.0) == 2.0 and len(rx.state_dict(model)) == 2
-    with pytest.raises(rx.StructureError, match="at all of its places or at none"):
+    with raises(rx.StructureError, match="at all of its places or at none"):
         rx.filter_spec(model, rx.path("w"))
     grads = rx.filter_grad(lambda m: m["f"](5.0) + m["w"][...])(model)
     assert sorted(jax.tree.leaves(grads)) == [2.0, 11.0]
@@ -202,7 +203,7 @@ def test_a_recursive_function_and_one_at_two_places():
     assert first is second and first(2) == 9.0
     w.value = jnp.array(0.0)
     assert first(2) == 9.0
-    with pytest.raises(rx.StructureError, match="is only at the later one here"):
+    with raises(rx.StructureError, match="is only at the later one here"):
         rx.reref(rx.deref(model)[1])
 
 
@@ -243,9 +244,7 @@ def test_a_module_with_a_function_for_a_field():
 def test_the_later_place_of_a_function_alone_is_refused():
     f = with_closure(rx.Ref(2.0), rx.Ref(1.0))
     derefed = rx.deref({"first": f, "later": f})
-    with pytest.raises(
-        rx.StructureError, match="only at the later one here.*the whole tree"
-    ):
+    with raises(rx.StructureError, match="only at the later one here.*the whole tree"):
         rx.reref(derefed["later"])
     assert rx.reref(derefed)["later"](1.0) == f(1.0)
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from raising import raises
 
 import refx_eqx as rx
 
@@ -68,7 +69,7 @@ def test_wrt_narrows():
         grads = rx.filter_grad(loss, wrt=wrt)(model, x)
         assert jnp.array_equal(grads["encoder"].value, jnp.array([6.0, 20.0]))
         assert grads["mean"].value is None
-    with pytest.raises(rx.StructureError, match="at all of its places or at none"):
+    with raises(rx.StructureError, match="at all of its places or at none"):
         rx.filter_grad(loss, wrt=rx.path("encoder"))(model, x)
 
 
@@ -194,14 +195,14 @@ def test_no_second_trace_under_jit(trace_counter):
 
 def test_what_is_refused():
     model = make_model()
-    with pytest.raises(ValueError, match="`argnums` is not supported.*as a tuple"):
+    with raises(ValueError, match="`argnums` is not supported.*as a tuple"):
         rx.filter_grad(loss, argnums=1)
-    with pytest.raises(TypeError, match="must return one scalar to differentiate. For"):
+    with raises(TypeError, match="must return one scalar to differentiate. For"):
         rx.filter_grad(lambda m: (jnp.array(1.0), 2))(model)
-    with pytest.raises(TypeError, match="`filter_grad.*must return a pair"):
+    with raises(TypeError, match="`filter_grad.*must return a pair"):
         alone: Any = lambda m: jnp.array(1.0)
         rx.filter_grad(alone, has_aux=True)(model)
-    with pytest.raises(TypeError, match="first argument, which must be passed by pos"):
+    with raises(TypeError, match="first argument, which must be passed by pos"):
         untyped: Any = rx.filter_grad(loss)
         untyped(model=model, x=x)
     # The remedy of the first.
@@ -217,7 +218,7 @@ def test_a_failure_writes_nothing():
         loss(model, x)
         raise RuntimeError("no")
 
-    with pytest.raises(RuntimeError, match="no"):
+    with raises(RuntimeError, match="no"):
         rx.filter_grad(fails)(model)
     assert model["count"].value == 0
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from raising import raises
 
 import refx_eqx as rx
 
@@ -34,7 +35,7 @@ def test_one_dict_in_two_refs_is_not_changed_in_place(change):
     step = rx.filter_jit(change)
     text = r"changed a dict in its value in place, and an unnamed ref \(collection 'b'\) holds"
     for _ in range(2):
-        with pytest.raises(rx.StructureError, match=text):
+        with raises(rx.StructureError, match=text):
             step(a, b)
         assert a.value is b.value is shared and shared["n"] == 1.0
     # The remedies.
@@ -56,7 +57,7 @@ def test_a_program_that_was_right_for_others_is_not_used_for_a_shared_dict():
     for _ in range(3):
         step(rx.Ref({"n": jnp.array(1.0)}), rx.Ref({"n": jnp.array(1.0)}))
     shared = {"n": jnp.array(1.0)}
-    with pytest.raises(rx.StructureError, match="holds the same one"):
+    with raises(rx.StructureError, match="holds the same one"):
         step(rx.Ref(shared), rx.Ref(shared))
 
 
@@ -98,7 +99,7 @@ def change_array(value):
 def test_a_change_in_place_is_a_write(change, filter):
     value = {"k": 1, "l": [], "x": np.zeros(2)}
     ref = rx.Ref(value, "params")
-    with pytest.raises(
+    with raises(
         rx.ImmutableError, match=r"\(collection 'params'\): a list, a dict or a NumPy"
     ):
         with rx.mutable(filter):
@@ -112,7 +113,7 @@ def test_a_change_in_place_is_a_write(change, filter):
 
 def test_an_error_in_the_block_is_not_masked_and_the_change_is_undone():
     ref = rx.Ref({"k": 1})
-    with pytest.raises(KeyError, match="missing"):
+    with raises(KeyError, match="missing"):
         with rx.mutable(False):
             ref.value["k"] = 2
             ref.value["missing"]
@@ -144,17 +145,15 @@ def test_refs_in_a_set_or_as_keys_are_refused(holder):
     text = (
         r"cannot hold a ref: an unnamed ref \(no collection\) was given one that holds"
     )
-    with pytest.raises(rx.StructureError, match=text):
+    with raises(rx.StructureError, match=text):
         rx.Ref([holder(ref)])
     outer = rx.Ref(0)
-    with pytest.raises(rx.StructureError, match=text):
+    with raises(rx.StructureError, match=text):
         outer.value = {"a": holder(ref)}  # type: ignore[assignment]
     assert outer.value == 0
     kind = type(holder(ref)).__name__
     for door in (rx.deref, rx.clone, lambda t: jax.tree.leaves(rx.Dag(t))):
-        with pytest.raises(
-            rx.StructureError, match=rf"a {kind} of refs.*'params'\) at `s`"
-        ):
+        with raises(rx.StructureError, match=rf"a {kind} of refs.*'params'\) at `s`"):
             door({"r": ref, "s": holder(ref)})
     copy = rx.clone({"r": ref, "s": [ref]})  # the remedy
     assert copy["s"][0] is copy["r"] and copy["r"] in set(copy["s"])
@@ -181,7 +180,7 @@ def test_an_attribute_of_a_ref_is_never_dropped(cls):
         rx.filter_jit(lambda r: r[...]),
     )
     for door in doors:
-        with pytest.raises(
+        with raises(
             rx.StructureError,
             match=rf"the attribute `tag` of a {cls.__name__}, an unnamed",
         ):

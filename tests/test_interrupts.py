@@ -22,6 +22,7 @@ import pytest
 from injection import Injector, JAX, moments, PACKAGE, runs_of
 from jax.sharding import PartitionSpec
 from jaxtyping import _storage, Array, Float
+from raising import raises
 
 import refx_eqx as rx
 from refx_eqx._core import _jax, _trace
@@ -433,6 +434,6 @@ FAILING = {
 @jax.check_tracer_leaks(False)  # `eqx.error_if` leaks one, whoever calls it
 def test_what_fails_at_run_time_changes_nothing(wrap, name, fails):
     refs, run = make(), failing(fails)
-    with pytest.raises(Exception, match="too much"):
+    with raises(Exception, match="too much"):
         wrap(lambda refs: FAILING[name](run, refs))(refs)
     assert values(refs) == OLD and is_clean()

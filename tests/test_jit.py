@@ -16,6 +16,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from jaxtyping import Array
+from raising import raises
 
 import refx_eqx as rx
 
@@ -172,7 +173,7 @@ def test_an_exception_in_the_body_changes_nothing():
         raise KeyError("mine")
 
     for _ in range(2):
-        with pytest.raises(KeyError, match="mine"):
+        with raises(KeyError, match="mine"):
             f(a, b)
     assert (a.value, b.value) == (1, 2)
 
@@ -187,7 +188,7 @@ def test_a_write_that_is_refused_in_the_end_changes_nothing():
 
     f(a, b)  # compiled where all is allowed
     with rx.mutable("counts"):
-        with pytest.raises(rx.ImmutableError, match=r"Cannot write an unnamed ref"):
+        with raises(rx.ImmutableError, match=r"Cannot write an unnamed ref"):
             f(a, b)
     assert (a.value, b.value) == (2, 3.0)
 
@@ -203,7 +204,7 @@ def test_a_failed_check_leaves_every_ref_at_its_old_value():
             return x
 
         for _ in range(2):
-            with pytest.raises(eqx.EquinoxRuntimeError, match="x must not be negative"):
+            with raises(eqx.EquinoxRuntimeError, match="x must not be negative"):
                 f(a, b, jnp.array(-1.0))
             assert (a.value, b.value) == (1, 2)
         f(a, b, jnp.array(1.0))
@@ -300,7 +301,7 @@ def test_arrays_beside_refs_are_traced_numpy_too(trace_counter):
 def test_an_unhashable_static_value_is_a_clear_error():
     f = rx.filter_jit(lambda ref, k: ref.value + len(k))
     ref = make_count()
-    with pytest.raises(TypeError, match=r"Cannot cache on the static value \{1, 2\}"):
+    with raises(TypeError, match=r"Cannot cache on the static value \{1, 2\}"):
         f(ref, {1, 2})
     assert f(ref, frozenset({1, 2})) == 2  # the remedy
 
@@ -416,7 +417,7 @@ def test_a_global_ref_is_refused_with_a_remedy_that_runs():
         return _global_count.value
 
     text = r"used inside the body of `filter_jit`, but was not passed in.*Pass the ref"
-    with pytest.raises(rx.TraceLevelError, match=text):
+    with raises(rx.TraceLevelError, match=text):
         f()
     assert rx.filter_jit(lambda count: count.value)(_global_count) == 0
 
@@ -603,7 +604,7 @@ def test_a_container_changed_inside_is_refused(change):
         change(net)
 
     text = r"`filter_jit` cannot carry back a change of structure: .* argument 0"
-    with pytest.raises(rx.StructureError, match=text):
+    with raises(rx.StructureError, match=text):
         f(net)
     assert bool(eqx.tree_equal(rx.snapshot(net), values))
 
@@ -638,7 +639,7 @@ def test_a_closure_variable_bound_anew_inside_is_refused():
         nonlocal count
         count = rx.Ref(jnp.array(5))
 
-    with pytest.raises(rx.StructureError, match="the callable, or what it closes over"):
+    with raises(rx.StructureError, match="the callable, or what it closes over"):
         f()
 
 
@@ -673,7 +674,7 @@ def test_a_result_that_cannot_be_rebuilt_changes_nothing(value):
 
     for k in range(3):  # the third by a plan
         f(ref, jnp.array(1.0))
-        with pytest.raises(ValueError, match="must be positive"):
+        with raises(ValueError, match="must be positive"):
             f(ref, jnp.array(-1.0))
         assert total() == k + 1
 
@@ -717,7 +718,7 @@ def test_a_compiled_program_refuses_another_sharing():
     compiled = jitted.lower(a, b).compile()
     assert compiled(a, b) == 0
     text = "was compiled for arguments of another structure"
-    with pytest.raises(rx.StructureError, match=text):
+    with raises(rx.StructureError, match=text):
         compiled(a, a)
     assert jitted(a, a) == 0  # the remedy
 
@@ -726,7 +727,7 @@ def test_a_compiled_program_refuses_a_value_of_another_structure():
     one, two = rx.Ref((jnp.ones(2),)), rx.Ref((jnp.ones(2), jnp.ones(3)))
     jitted = filter_jit(lambda ref: ref.value[0])
     compiled = jitted.lower(one).compile()
-    with pytest.raises(rx.StructureError, match="arguments of another structure"):
+    with raises(rx.StructureError, match="arguments of another structure"):
         compiled(two)
     assert jitted(two).tolist() == [1.0, 1.0]  # the remedy
 
@@ -749,10 +750,10 @@ def test_lowering_writes_nothing_and_takes_keywords():
 
 
 def test_options_are_checked():
-    with pytest.raises(ValueError, match=r"donate='some'\)` must be one of 'all'"):
+    with raises(ValueError, match=r"donate='some'\)` must be one of 'all'"):
         rx.filter_jit(lambda x: x, donate="some")  # type: ignore[call-overload]
     for name in ("static_argnums", "donate_argnums", "static_argnames"):
-        with pytest.raises(ValueError, match=f"does not take '{name}'"):
+        with raises(ValueError, match=f"does not take '{name}'"):
             rx.filter_jit(lambda x: x, **{name: 0})  # type: ignore[arg-type]
 
 
@@ -852,9 +853,7 @@ def test_an_argument_without_a_hash_is_named():
         size: int
 
     f = rx.filter_jit(lambda settings: jnp.zeros(settings.size))
-    with pytest.raises(
-        TypeError, match=r"\(argument 0\): a Settings .* Make it hashable"
-    ):
+    with raises(TypeError, match=r"\(argument 0\): a Settings .* Make it hashable"):
         f(Settings(2))
     assert f(Frozen(2)).shape == (2,)
 
@@ -868,6 +867,6 @@ def test_a_check_in_a_program_that_was_compiled_ahead_of_time():
     with jax.check_tracer_leaks(False):  # `eqx.error_if` leaks one, whoever calls it
         compiled = rx.filter_jit(step).lower(ref, jnp.array(0.0)).compile()
     assert compiled(ref, jnp.array(0.5)) == 0.5 and ref.value == 2.0
-    with pytest.raises(eqx.EquinoxRuntimeError, match="too large"):
+    with raises(eqx.EquinoxRuntimeError, match="too large"):
         compiled(ref, jnp.array(2.0))
     assert ref.value == 2.0

@@ -9,6 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from raising import raises
 
 import refx_eqx as rx
 
@@ -67,7 +68,7 @@ def test_a_type_alias_of_what_is_defined_later(base, alias, annotation):
     held = m.Holder(m.Later(1)).held
     assert type(held) is rx.Ref and held.collection == "params"
     held.value = m.Later(2)
-    with pytest.raises(rx.RefTypeError, match=r"`Holder\.held` .* cannot hold"):
+    with raises(rx.RefTypeError, match=r"`Holder\.held` .* cannot hold"):
         held.value = "something else"
 
 
@@ -110,9 +111,9 @@ def test_a_name_of_a_ref_type_that_is_defined_later():
     refs = [holder.weight, holder.several[0], holder.own.weight]
     assert [ref.collection for ref in refs] == ["params"] * 3
     assert holder.plain is one and holder.constant == m.Holder.constant == 3
-    with pytest.raises(rx.RefTypeError, match="n=2"):
+    with raises(rx.RefTypeError, match="n=2"):
         holder.weight.value = jnp.ones(3)
-    with pytest.raises(rx.RefTypeError, match=r"`Holder\.plain` is declared"):
+    with raises(rx.RefTypeError, match=r"`Holder\.plain` is declared"):
         m.Holder(one, None, jnp.ones((2, 2)))
 
 
@@ -139,7 +140,7 @@ def test_an_alias_of_what_is_never_defined_is_an_error_that_says_so():
     """
     holder = module_of(source).Holder
     for _ in range(2):
-        with pytest.raises(
+        with raises(
             NameError,
             match=r"`Holder\.held` is annotated with a type alias that uses an undefined "
             r"name: name 'Unknown' is not defined\. So it is not known whether the "
@@ -180,9 +181,9 @@ def test_what_is_wrong_with_a_late_annotation_is_said_at_the_first_instance():
     """,
         LATER,
     )
-    with pytest.raises(rx.CollectionError, match="Give only one"):
+    with raises(rx.CollectionError, match="Give only one"):
         m.Twice(m.Later(1))
-    with pytest.raises(TypeError, match="a set of refs, which is not a pytree"):
+    with raises(TypeError, match="a set of refs, which is not a pytree"):
         m.InSet({m.Later(1)})
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxtyping import Array, Float
+from raising import raises
 
 import refx_eqx as rx
 
@@ -132,7 +133,7 @@ def test_a_mapped_ref_may_be_written_with_a_value_of_another_structure():
     ref = stats()
     node: Any = rx.deref(ref)
     axes = node.with_value({"a": 0, "b": None})
-    with pytest.raises(rx.StructureError, match="the shapes do not show which one"):
+    with raises(rx.StructureError, match="the shapes do not show which one"):
         rx.lift(jax.vmap)(add, in_axes=(axes,))(ref)
     assert ref.value.keys() == {"a", "b"}
 
@@ -146,7 +147,7 @@ def test_a_broadcast_ref_that_comes_back_mapped_is_refused():
 
     lifted = rx.lift(jax.vmap)(f, in_axes=(None, 0))
     text = r"`rx.lift\(vmap\)` gave an unnamed ref \(collection 'counts'\) the shape \(3,\)"
-    with pytest.raises(rx.StructureError, match=text):
+    with raises(rx.StructureError, match=text):
         lifted(count, jnp.ones(3))
     assert count.value == 0
     rx.filter_vmap(f, in_axes=(None, 0))(count, jnp.ones(3))  # the remedy
@@ -155,7 +156,7 @@ def test_a_broadcast_ref_that_comes_back_mapped_is_refused():
 
 def test_a_transform_that_returns_something_else_is_refused():
     w, count = _make()
-    with pytest.raises(rx.StructureError, match="must return a function with the same"):
+    with raises(rx.StructureError, match="must return a function with the same"):
         rx.lift(lambda fn: lambda *args: None)(_f)(w, count, jnp.array(1.0))
     assert count.value == 0
 
@@ -180,7 +181,7 @@ def test_an_exception_changes_nothing():
         count.value += 1
         raise KeyError("mine")
 
-    with pytest.raises(KeyError, match="mine"):
+    with raises(KeyError, match="mine"):
         f(count)
     assert count.value == 0
 
@@ -190,14 +191,14 @@ def test_a_change_of_structure_is_refused():
     def f(refs):
         refs.append(refs[0])
 
-    with pytest.raises(rx.StructureError, match=r"`rx.lift\(jit\)` cannot carry back"):
+    with raises(rx.StructureError, match=r"`rx.lift\(jit\)` cannot carry back"):
         f([rx.Ref(jnp.array(0))])
 
 
 def test_a_global_ref_is_refused():
     global _global_ref
     _global_ref = rx.Ref(jnp.array(0))
-    with pytest.raises(rx.TraceLevelError, match=r"the body of `rx.lift\(jit\)`"):
+    with raises(rx.TraceLevelError, match=r"the body of `rx.lift\(jit\)`"):
         rx.lift(jax.jit)(lambda: _global_ref.value)()
 
 
@@ -264,7 +265,7 @@ def test_an_axis_that_cannot_be_told_is_refused_and_the_remedy_runs():
 
     ref = rx.Ref(jnp.zeros((3, 3)), "state")
     lifted = rx.lift(lambda fn: jax.vmap(jax.jit(fn), in_axes=(1, 0)))(f)
-    with pytest.raises(
+    with raises(
         rx.StructureError, match=r"'state'\) an axis, and the shapes.*filter_v"
     ):
         lifted(ref, jnp.arange(3.0))
@@ -279,7 +280,7 @@ def test_a_ref_that_comes_back_without_its_axis_is_refused():
     def f(ref, x):
         ref.value = jnp.ones(())
 
-    with pytest.raises(rx.StructureError, match=r"shape \(\), without the axis"):
+    with raises(rx.StructureError, match=r"shape \(\), without the axis"):
         rx.lift(jax.vmap)(f, out_axes=None)(ref, jnp.ones(3))
     assert ref.value.tolist() == [0.0] * 3
 
@@ -328,9 +329,9 @@ def test_specs_that_do_not_fit_name_the_remedy():
     message = (
         r"`rx.lift\(vmap\)`: the options do not fit.*use `rx.filter_vmap`.*JAX says"
     )
-    with pytest.raises(rx.StructureError, match="(?s)" + message):
+    with raises(rx.StructureError, match="(?s)" + message):
         rx.lift(jax.vmap)(f, in_axes=({"other": 0},))(tree)
-    with pytest.raises(rx.StructureError, match="(?s)" + message):
+    with raises(rx.StructureError, match="(?s)" + message):
         rx.lift(jax.vmap)(f, out_axes=(0, None))(tree)
     _, ones = rx.filter_vmap(f, out_axes=(0, None))(tree)
     assert ones.shape == (2,)
@@ -352,19 +353,19 @@ def test_shard_map():
     # A replicated ref cannot come back by the spec of a result that is not.
     options["in_specs"] = ({"w": jax.P()}, jax.P())
     lifted = rx.lift(jax.shard_map)(f, out_specs=jax.P("x"), check_vma=False, **options)
-    with pytest.raises(
+    with raises(
         rx.StructureError, match=r"'params'\) the shape \(8,\).*`rx.filter_shard_map`"
     ):
         lifted(tree, jnp.ones(4))
     # Nor a part by that of one that is.
     options["in_specs"] = ({"w": jax.P("x")}, jax.P("x"))
     lifted = rx.lift(jax.shard_map)(f, out_specs=jax.P(), check_vma=False, **options)
-    with pytest.raises(rx.StructureError, match=r"shape \(2,\), where \(4,\) is"):
+    with raises(rx.StructureError, match=r"shape \(2,\), where \(4,\) is"):
         lifted(tree, jnp.ones(4))
     assert tree["w"].value.tolist() == [1.0, 2.0, 3.0, 4.0]
     # Nor what differs by that of one that does not.
     lifted = rx.lift(jax.shard_map)(f, out_specs=jax.P(), **options)
-    with pytest.raises(rx.StructureError, match="use `rx.filter_shard_map`. JAX says"):
+    with raises(rx.StructureError, match="use `rx.filter_shard_map`. JAX says"):
         lifted(tree, jnp.ones(4))
     # The remedy.
     rx.filter_shard_map(f, out_specs=jax.P("x"), **options)(tree, jnp.ones(4))
@@ -420,7 +421,7 @@ def test_shard_map_with_trees_of_specs_on_refs_of_declared_types():
     ],
 )
 def test_a_transform_that_cannot_be_lifted_names_ours(transform, ours):
-    with pytest.raises(rx.StructureError, match=f"cannot be lifted. Use `rx.{ours}"):
+    with raises(rx.StructureError, match=f"cannot be lifted. Use `rx.{ours}"):
         rx.lift(transform)
 
 

@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from raising import raises
 
 import refx_eqx as rx
 
@@ -111,16 +112,14 @@ def test_a_write_in_the_condition_is_refused():
         ref.value += 1
         return x < 3
 
-    with pytest.raises(
-        rx.StructureError, match="`cond_fun` writes.*'counts'.*only read"
-    ):
+    with raises(rx.StructureError, match="`cond_fun` writes.*'counts'.*only read"):
         rx.while_loop(cond, lambda x: x + 1, 0)
     assert ref.value == 0
 
 
 @pytest.mark.parametrize("result", [jnp.zeros(2), "no"])
 def test_a_condition_that_is_no_scalar_is_refused(result):
-    with pytest.raises(TypeError, match="must return a boolean scalar"):
+    with raises(TypeError, match="must return a boolean scalar"):
         rx.while_loop(lambda x: result, lambda x: x, 0)
 
 
@@ -131,21 +130,19 @@ def test_a_ref_that_changes_dtype_is_refused():
         ref.value = ref.value + jnp.ones(2, jnp.int32)
         return args[-1]
 
-    with pytest.raises(
-        rx.StructureError, match="'counts'.*step.*i32.*before.*i32.2. after"
-    ):
+    with raises(rx.StructureError, match="'counts'.*step.*i32.*before.*i32.2. after"):
         rx.while_loop(lambda x: True, body, 0)
     for upper in [3, jnp.array(3)]:
-        with pytest.raises(rx.StructureError, match="`fori_loop` carries.*'counts'"):
+        with raises(rx.StructureError, match="`fori_loop` carries.*'counts'"):
             rx.fori_loop(0, upper, body, 0)
     assert ref.value == 0
 
 
 def test_another_ref_in_the_carry_is_refused():
     a, b = ref_of(0, "a"), ref_of(1, "b")
-    with pytest.raises(rx.StructureError, match=r"`while_loop`.*`0`.*'a'.*'b'"):
+    with raises(rx.StructureError, match=r"`while_loop`.*`0`.*'a'.*'b'"):
         rx.while_loop(lambda c: True, lambda c: (c[1], c[0]), (a, b))
-    with pytest.raises(rx.StructureError, match=r"`fori_loop`.*`0`.*'a'.*'b'"):
+    with raises(rx.StructureError, match=r"`fori_loop`.*`0`.*'a'.*'b'"):
         rx.fori_loop(0, 2, lambda i, c: (c[1], c[0]), (a, b))
 
 
@@ -244,5 +241,5 @@ def test_fori_loop_does_not_trace_again(trace_counter: Any):
 
 def test_unroll_needs_known_bounds():
     f = jax.jit(lambda n: rx.fori_loop(0, n, lambda i, x: x + i, 0, unroll=2))
-    with pytest.raises(ValueError, match="`unroll` needs.*Leave out `unroll`"):
+    with raises(ValueError, match="`unroll` needs.*Leave out `unroll`"):
         f(3)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxtyping import Array, Float
+from raising import raises
 
 import refx_eqx as rx
 
@@ -57,9 +58,9 @@ TEXT = (
 def test_a_method_that_reads_it(make):
     module = norm()
     made = make(module)
-    with pytest.raises(rx.RefTypeError, match=TEXT.format("Norm.mean", "batch_stats")):
+    with raises(rx.RefTypeError, match=TEXT.format("Norm.mean", "batch_stats")):
         made(jnp.ones(3))
-    with pytest.raises(rx.RefTypeError, match=TEXT.format("Norm.mean", "batch_stats")):
+    with raises(rx.RefTypeError, match=TEXT.format("Norm.mean", "batch_stats")):
         rx.filter_jit(lambda m, x: m(x))(made, jnp.ones(3))
     # The remedy.
     mended = eqx.tree_at(
@@ -72,15 +73,13 @@ def test_a_method_that_reads_it(make):
 def test_in_a_list():
     layers = Layers([jnp.ones(3), jnp.ones(3)])
     made = eqx.tree_at(lambda m: m.weights[1], layers, jnp.zeros(3))
-    with pytest.raises(
-        rx.RefTypeError, match=TEXT.format(r"Layers.weights\[1\]", "params")
-    ):
+    with raises(rx.RefTypeError, match=TEXT.format(r"Layers.weights\[1\]", "params")):
         len(made.weights)
 
 
 def test_a_write_that_no_ref_took_is_told_when_it_is_read():
     made = both_replaced(norm())
-    with pytest.raises(rx.RefTypeError, match="and a value written to it was lost"):
+    with raises(rx.RefTypeError, match="and a value written to it was lost"):
         made.mean.value = jnp.ones(3)  # on a JAX array, so nothing can stop it
         made.mean  # noqa: B018
 
@@ -98,7 +97,7 @@ def test_a_write_that_no_ref_took_is_told_at_the_next_door():
     module = Tracking(jnp.ones(3), jnp.zeros(3))
     made = both_replaced(module)
     text = r"`Tracking\.mean` is declared a ref, but holds .* and a value written to it"
-    with pytest.raises(rx.RefTypeError, match=text):
+    with raises(rx.RefTypeError, match=text):
         made(jnp.ones(3))
     # The remedy.
     stats = rx.Ref(3 * jnp.ones(3), "batch_stats"), rx.Ref(jnp.ones(3), "params")
@@ -109,7 +108,7 @@ def test_a_write_that_no_ref_took_is_told_at_the_next_door():
 def test_a_write_to_an_array_of_another_module_is_told_once():
     made, other = both_replaced(norm()), rx.snapshot(norm())
     made.mean.value = jnp.ones(3)
-    with pytest.raises(rx.RefTypeError, match=r"`Norm\.mean`.* was lost"):
+    with raises(rx.RefTypeError, match=r"`Norm\.mean`.* was lost"):
         other.scale  # noqa: B018
     assert other.scale[0] == 1.0
 
@@ -119,7 +118,7 @@ def test_a_write_to_an_array_of_another_module_is_told_once():
 def test_a_write_that_no_ref_took_is_told_by_a_lifted_transform(cls, lifted):
     made = both_replaced(cls(jnp.ones(3), jnp.zeros(3)))
     object.__getattribute__(made, "mean").value = jnp.ones(3)
-    with pytest.raises(
+    with raises(
         rx.RefTypeError, match=r"float32\[3\], an array outside refs whose `\.value = "
     ):
         lifted(lambda m: jnp.sum(object.__getattribute__(m, "scale")))(made)
@@ -153,16 +152,14 @@ def test_a_write_inside_a_transform_raises():
 def test_what_asks_for_refs(door, failure, cls):
     module = cls(jnp.ones(3), jnp.zeros(3))
     text = TEXT.format(f"{cls.__name__}.scale", "params")
-    with pytest.raises(rx.RefTypeError, match=f"{failure}.*: {text}"):
+    with raises(rx.RefTypeError, match=f"{failure}.*: {text}"):
         door({"norm": both_replaced(module)})
 
 
 def test_numpy_arrays_and_numbers_are_found_too():
     for value in (np.zeros(3, np.float32), 1.5, True):
         made = eqx.tree_at(lambda m: m.mean, norm(), value)
-        with pytest.raises(
-            rx.RefTypeError, match=r"`Norm\.mean` at `mean` is declared"
-        ):
+        with raises(rx.RefTypeError, match=r"`Norm\.mean` at `mean` is declared"):
             rx.state_dict(made)
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from raising import raises
 
 import refx_eqx as rx
 
@@ -38,9 +39,9 @@ MESSAGE = (
 @pytest.mark.parametrize("other", [2, 2.0, np.float32(2), jnp.ones((2, 2))])
 def test_operators(name, other):
     ref, op = make(), getattr(operator, name)
-    with pytest.raises(rx.RefTypeError, match=MESSAGE):
+    with raises(rx.RefTypeError, match=MESSAGE):
         op(ref, other)
-    with pytest.raises(rx.RefError, match=r"Linear.weight"):
+    with raises(rx.RefError, match=r"Linear.weight"):
         op(other, ref)
 
 
@@ -51,14 +52,14 @@ def test_operators(name, other):
     + [iter, list, np.stack, lambda ref: 1.0 in ref, lambda ref: [*ref]],
 )  # fmt: skip
 def test_functions(fn):
-    with pytest.raises(rx.RefTypeError, match=MESSAGE):
+    with raises(rx.RefTypeError, match=MESSAGE):
         fn(make())
 
 
 def test_in_place():
     ref = make()
     before = ref
-    with pytest.raises(rx.RefTypeError, match=r"and write it: `ref\[...\] = ...`"):
+    with raises(rx.RefTypeError, match=r"and write it: `ref\[...\] = ...`"):
         ref += 1  # type: ignore[operator]
     assert ref is before
     ref[...] += 1  # the remedy
@@ -66,22 +67,22 @@ def test_in_place():
 
 
 def test_truth():
-    with pytest.raises(rx.RefTypeError, match=r"there is a ref: `ref is not None`"):
+    with raises(rx.RefTypeError, match=r"there is a ref: `ref is not None`"):
         builtins.bool(rx.Ref(False))
 
 
 def test_attributes_of_the_value():
     ref = make()
-    with pytest.raises(
+    with raises(
         AttributeError,
         match=r"has no attribute 'T'. The value of `Linear.weight` .* has it: read it, "
         r"`ref\[...\].T`",
     ):
         ref.T  # type: ignore[attr-defined] # noqa: B018
     assert ref[...].T.shape == (2, 2)  # the remedy
-    with pytest.raises(AttributeError, match=r"no attribute 'valeu'$"):
+    with raises(AttributeError, match=r"no attribute 'valeu'$"):
         ref.valeu  # type: ignore[attr-defined] # noqa: B018
-    with pytest.raises(AttributeError, match="holds str, which has no shape"):
+    with raises(AttributeError, match="holds str, which has no shape"):
         rx.Ref("text").shape  # noqa: B018
     assert not hasattr(ref, "T") and not hasattr(ref, "aval")
 
@@ -102,7 +103,7 @@ def test_a_ref_is_still_a_leaf_for_everybody():
         jax.lax.sin,
         jax.lax.stop_gradient,
     ):
-        with pytest.raises(rx.TraceLevelError, match="Cannot use ref as an array"):
+        with raises(rx.TraceLevelError, match="Cannot use ref as an array"):
             fn(ref)  # type: ignore[arg-type]
 
 
@@ -117,7 +118,7 @@ def test_jax_and_equinox_may_compare_a_ref_with_a_number():
 
     zeros = lambda model: jax.tree.map(lambda leaf: leaf == 0, model)
     for compare in (lambda: ref == 0, lambda: ref in [0], lambda: zeros([ref])):
-        with pytest.raises(rx.RefTypeError, match="`==` was called on"):
+        with raises(rx.RefTypeError, match="`==` was called on"):
             compare()
 
 

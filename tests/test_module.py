@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import pytest
 from jaxtyping import Array, Float, Int
+from raising import raises
 
 import refx_eqx as rx
 
@@ -124,7 +125,7 @@ def test_a_field_that_is_not_set_is_the_error_of_equinox():
         def __init__(self):
             pass
 
-    with pytest.raises(TypeError, match="Field 'ref' was not initialized"):
+    with raises(TypeError, match="Field 'ref' was not initialized"):
         Forgetful()
 
 
@@ -136,7 +137,7 @@ def test_an_unknown_attribute_is_the_error_of_equinox():
             self.ref = jnp.ones(1)
             self.other = jnp.ones(1)  # pyright: ignore[reportAttributeAccessIssue] (meant)
 
-    with pytest.raises(AttributeError, match="other"):
+    with raises(AttributeError, match="other"):
         Wrong()
 
 
@@ -145,7 +146,7 @@ def test_an_unknown_attribute_is_the_error_of_equinox():
 
 def test_assigning_to_a_ref_field_is_refused_and_both_remedies_run():
     linear = make_linear()
-    with pytest.raises(
+    with raises(
         dataclasses.FrozenInstanceError,
         match=(
             r"cannot assign to field 'weight': a module is frozen after its `__init__`\. "
@@ -170,7 +171,7 @@ def test_assigning_to_another_field_is_the_error_of_equinox():
     class Holder(rx.Module):
         plain: int
 
-    with pytest.raises(dataclasses.FrozenInstanceError, match="field 'plain'$"):
+    with raises(dataclasses.FrozenInstanceError, match="field 'plain'$"):
         Holder(1).plain = 2  # pyright: ignore[reportAttributeAccessIssue] (meant)
 
 
@@ -217,7 +218,7 @@ def test_an_error_in_check_init_is_raised():
                 raise ValueError("must be positive")
 
     Positive(jnp.ones(1))
-    with pytest.raises(ValueError, match="must be positive"):
+    with raises(ValueError, match="must be positive"):
         Positive(jnp.zeros(1))
 
 
@@ -301,7 +302,7 @@ def test_abstract_variables():
     class Concrete(Abstract):
         weight: rx.Param[Array]
 
-    with pytest.raises(TypeError, match="abstract"):
+    with raises(TypeError, match="abstract"):
         Abstract()  # pyright: ignore[reportCallIssue] (meant)
     concrete = Concrete(jnp.ones(1))
     assert concrete.weight.collection == "params" and concrete.double() == 2.0
@@ -431,9 +432,7 @@ def test_items_of_a_container_may_be_left_out_or_be_no_refs():
 )
 def test_a_copy_is_frozen_and_is_freed(duplicate):
     twin = duplicate(make_linear())
-    with pytest.raises(
-        dataclasses.FrozenInstanceError, match=r"write `\.weight\.value"
-    ):
+    with raises(dataclasses.FrozenInstanceError, match=r"write `\.weight\.value"):
         twin.weight = jnp.zeros((2, 3))
     assert twin(jnp.ones(3)).shape == (2,)
     alive = weakref.ref(twin)

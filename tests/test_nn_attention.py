@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from raising import raises
 
 import refx_eqx as rx
 
@@ -223,10 +224,10 @@ def test_a_full_cache_is_an_error_and_nothing_has_changed():
     attention = rx.nn.MultiheadAttention(2, 8, cache_size=4, key=KEY)
     extend(attention, XS[:3])
     before = rx.snapshot(attention)
-    with pytest.raises(Exception, match="the cache is full.*reset_cache.*rolling=True"):
+    with raises(Exception, match="the cache is full.*reset_cache.*rolling=True"):
         extend(attention, XS[:2]).block_until_ready()
     assert eqx.tree_equal(rx.snapshot(attention), before)
-    with pytest.raises(ValueError, match=r"is full.*It has 4 slots, and 5 are needed"):
+    with raises(ValueError, match=r"is full.*It has 4 slots, and 5 are needed"):
         extend(attention, XS[:5])
     assert eqx.tree_equal(rx.snapshot(attention), before)
     extend(attention, XS[:1])
@@ -257,20 +258,16 @@ def test_projections_may_be_other_layers():
 
 def test_what_does_not_fit_is_an_error():
     attention = rx.nn.MultiheadAttention(2, 8, cache_size=12, key=KEY)
-    with pytest.raises(ValueError, match="has no cache. Make it with `cache_size=`"):
+    with raises(ValueError, match="has no cache. Make it with `cache_size=`"):
         extend(rx.nn.MultiheadAttention(2, 8, key=KEY), XS)
-    with pytest.raises(ValueError, match="there is no `mask`"):
+    with raises(ValueError, match="there is no `mask`"):
         attention(XS, XS, XS, window(12), cache=True)
-    with pytest.raises(
-        ValueError, match="as many queries as keys .there are 2 and 12."
-    ):
+    with raises(ValueError, match="as many queries as keys .there are 2 and 12."):
         attention(XS[:2], XS, XS, cache=True)
-    with pytest.raises(ValueError, match="12 keys and 3 values"):
+    with raises(ValueError, match="12 keys and 3 values"):
         attention(XS, XS, XS[:3])
-    with pytest.raises(
-        ValueError, match=r"mask has shape .*, but must have shape \(12, 12\)"
-    ):
+    with raises(ValueError, match=r"mask has shape .*, but must have shape \(12, 12\)"):
         attention(XS, XS, XS, window(3))
-    with pytest.raises(ValueError, match="three arrays of the shapes it is given"):
+    with raises(ValueError, match="three arrays of the shapes it is given"):
         attention(XS, XS, XS, process_heads=lambda q, k, v: (q, k[:2], v))
     assert attention.cache_length.value == 0

@@ -10,6 +10,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from flax import nnx
+from raising import raises
 
 import refx_eqx as rx
 
@@ -183,7 +184,7 @@ def test_it_computes_in_its_dtype():
 
 def test_a_map_without_the_name_is_an_error_that_says_so():
     norm = rx.nn.BatchNorm(3, axis_name="batch")
-    with pytest.raises(NameError, match="no mapped axis named 'batch'.*on a batch"):
+    with raises(NameError, match="no mapped axis named 'batch'.*on a batch"):
         norm(jnp.ones(3))
     assert norm.count.value == 0
     rx.nn.BatchNorm(3)(jnp.ones((2, 3)))  # the remedy
@@ -198,14 +199,12 @@ def test_a_map_without_the_name_is_an_error_that_says_so():
     ],
 )
 def test_another_shape_is_an_error(axis_name, shape, message):
-    with pytest.raises(ValueError, match=message):
+    with raises(ValueError, match=message):
         rx.nn.BatchNorm(3, axis_name)(jnp.ones(shape))
 
 
 def test_wrong_arguments_are_errors():
-    with pytest.raises(
-        ValueError, match="`mode` must be 'batch' or 'ema', but was 'legacy'"
-    ):
+    with raises(ValueError, match="`mode` must be 'batch' or 'ema', but was 'legacy'"):
         rx.nn.BatchNorm(3, mode="legacy")
-    with pytest.raises(ValueError, match="`momentum` is the fraction .* but was 1"):
+    with raises(ValueError, match="`momentum` is the fraction .* but was 1"):
         rx.nn.BatchNorm(3, momentum=1)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import pytest
+from raising import raises
 
 import refx_eqx as rx
 
@@ -92,7 +92,7 @@ def test_p_may_be_an_array():
 def test_without_randomness_it_says_what_is_missing():
     layer = rx.nn.Dropout(0.5)
     message = r"no randomness.*rngs=rx.Rngs\(0\).*`key=`.*inference_mode"
-    with pytest.raises(RuntimeError, match=message):
+    with raises(RuntimeError, match=message):
         layer(X)
     rx.nn.Dropout(0.5, rngs=rx.Rngs(0))(X)  # the remedies
     layer(X, key=jr.key(0))
@@ -100,12 +100,12 @@ def test_without_randomness_it_says_what_is_missing():
 
 
 def test_p_is_a_fraction():
-    with pytest.raises(ValueError, match="between 0 and 1, but was 50"):
+    with raises(ValueError, match="between 0 and 1, but was 50"):
         rx.nn.Dropout(50)
 
 
 def test_a_plain_vmap_does_not_write_the_stream():
     layer = rx.nn.Dropout(rngs=rx.Rngs(0))
-    with pytest.raises(rx.TraceLevelError, match="Cannot mutate ref"):
+    with raises(rx.TraceLevelError, match="Cannot mutate ref"):
         jax.vmap(layer)(jnp.ones((2, 3)))
     assert layer.stream.count.value == 0

@@ -13,6 +13,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
+from raising import raises
 
 import refx_eqx as rx
 
@@ -188,7 +189,7 @@ def test_another_model_is_refused():
         rx.snapshot(model),
     ):
         for call in ema.update, ema.swap:
-            with pytest.raises(rx.StructureError, match=message):
+            with raises(rx.StructureError, match=message):
                 call(other)
     wide = rx.nn.Linear(4, 2, key=KEY)
     with pytest.raises((rx.RefTypeError, rx.StructureError, ValueError, TypeError)):
@@ -200,7 +201,7 @@ def test_another_model_is_refused():
 
 def test_wrong_arguments_are_errors():
     model = rx.nn.Linear(3, 2, key=KEY)
-    with pytest.raises(rx.StructureError, match="selects no ref.*nothing to average"):
+    with raises(rx.StructureError, match="selects no ref.*nothing to average"):
         rx.nn.EMA(model, 0.9, wrt=False)
-    with pytest.raises(ValueError, match="between 0 and 1, but was 99"):
+    with raises(ValueError, match="between 0 and 1, but was 99"):
         rx.nn.EMA(model, 99)

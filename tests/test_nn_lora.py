@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from raising import raises
 
 import refx_eqx as rx
 
@@ -141,7 +142,7 @@ def test_layers_of_others_are_adapted():
 def test_a_stack_of_layers_has_a_stack_of_changes():
     keys = jr.split(KEY, 3)
     layers = rx.filter_vmap(lambda key: rx.nn.Linear(8, 8, key=key))(keys)
-    with pytest.raises(ValueError, match=r"has shape \(3, 8, 8\).*filter_vmap"):
+    with raises(ValueError, match=r"has shape \(3, 8, 8\).*filter_vmap"):
         rx.nn.LoRA(layers, rank=2, key=KEY)
     rank = 2
     loras = rx.filter_vmap(lambda layer, key: rx.nn.LoRA(layer, rank, key=key))(
@@ -154,10 +155,8 @@ def test_a_stack_of_layers_has_a_stack_of_changes():
 
 
 def test_what_does_not_fit_is_an_error():
-    with pytest.raises(ValueError, match="`rank` must be at least 1, but was 0"):
+    with raises(ValueError, match="`rank` must be at least 1, but was 0"):
         rx.nn.LoRA(rx.nn.Linear(8, 4, key=KEY), rank=0, key=KEY)
     table = rx.nn.LoRA(rx.nn.Embedding(8, 4, key=KEY), rank=2, key=KEY)
-    with pytest.raises(
-        ValueError, match=r"input has shape \(\), but its last axis .* 4"
-    ):
+    with raises(ValueError, match=r"input has shape \(\), but its last axis .* 4"):
         table(jnp.array(2))

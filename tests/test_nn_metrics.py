@@ -9,6 +9,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from flax import nnx
+from raising import raises
 
 import refx_eqx as rx
 
@@ -87,11 +88,9 @@ def test_a_metric_under_scan_and_inside_of_a_loss():
 
 
 def test_shapes_that_differ_are_errors():
-    with pytest.raises(
-        ValueError, match=r"mask has shape \(2,\), but the values .* \(3,\)"
-    ):
+    with raises(ValueError, match=r"mask has shape \(2,\), but the values .* \(3,\)"):
         rx.nn.Average().update(jnp.ones(3), mask=jnp.ones(2, bool))
     accuracy = rx.nn.Accuracy()
-    with pytest.raises(ValueError, match=r"labels have shape \(2,\), .* shape \(3,\)"):
+    with raises(ValueError, match=r"labels have shape \(2,\), .* shape \(3,\)"):
         accuracy.update(jnp.ones((3, 2)), jnp.zeros(2, int))
     assert accuracy.count.value == 0

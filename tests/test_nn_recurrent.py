@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from raising import raises
 
 import refx_eqx as rx
 
@@ -99,5 +100,5 @@ def test_a_batch_has_a_state_for_each(name):
 def test_a_cell_has_its_dtype_and_a_state_of_its_shape(name):
     cell = getattr(rx.nn, name)(3, 4, dtype=jnp.bfloat16, key=KEY)
     assert cell(XS[0].astype(jnp.bfloat16)).dtype == jnp.bfloat16
-    with pytest.raises(rx.RefTypeError, match=f"{name}.hidden"):
+    with raises(rx.RefTypeError, match=f"{name}.hidden"):
         cell.hidden.value = jax.tree.map(lambda x: x[:2], cell.hidden.value)

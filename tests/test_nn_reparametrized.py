@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from raising import raises
 
 import refx_eqx as rx
 
@@ -124,12 +125,10 @@ def test_a_layer_written_for_refs_is_normed_too(norm):
 @pytest.mark.parametrize("norm", ["WeightNorm", "SpectralNorm"])
 def test_a_field_that_is_not_there_is_named(norm):
     keyed = {"key": KEY2} if norm == "SpectralNorm" else {}
-    with pytest.raises(
-        ValueError, match="`Mine` has no ref or array `weight`.*weight_name="
-    ):
+    with raises(ValueError, match="`Mine` has no ref or array `weight`.*weight_name="):
         getattr(rx.nn, norm)(Mine(jnp.ones((2, 3)), jnp.array(0)), **keyed)
 
 
 def test_a_vector_has_no_singular_values():
-    with pytest.raises(ValueError, match=r"`bias` has shape \(2,\)"):
+    with raises(ValueError, match=r"`bias` has shape \(2,\)"):
         rx.nn.SpectralNorm(rx.nn.Linear(3, 2, key=KEY), "bias", key=KEY2)

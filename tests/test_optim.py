@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 from jaxtyping import Array, Float
+from raising import raises
 
 import refx_eqx as rx
 
@@ -369,9 +370,7 @@ def test_labels_from_filters():
 
 def test_a_ref_without_a_label_is_named():
     model = make()
-    with pytest.raises(
-        rx.StructureError, match="no filter selects `bias`, `Tied.bias`"
-    ):
+    with raises(rx.StructureError, match="no filter selects `bias`, `Tied.bias`"):
         rx.param_labels(model, {"a": rx.path("first", "again")})
     rx.param_labels(model, {"a": rx.path("first", "again"), "rest": True})
 
@@ -407,7 +406,7 @@ def test_a_learning_rate_is_read_and_set_without_another_trace(trace_counter):
         step(model, optimizer)
     assert (model.bias.value == before).all()
     assert counted.counter.count == 1
-    with pytest.raises(rx.RefTypeError, match="hyperparams"):
+    with raises(rx.RefTypeError, match="hyperparams"):
         rate.value = "fast"
 
 
@@ -612,7 +611,7 @@ def test_the_step_is_on_the_fast_path():
 
 def unchanged(model, optimizer, call, error, match):
     before = rx.state_dict((model, optimizer))
-    with pytest.raises(error, match=match):
+    with raises(error, match=match):
         call()
     after = rx.state_dict((model, optimizer))
     assert all(after[name] is before[name] for name in before)
@@ -681,24 +680,20 @@ def test_nothing_to_train():
         ("parms", "selects nothing in"),
         ("counts", "selects no ref of"),
     ):
-        with pytest.raises(rx.StructureError, match=match):
+        with raises(rx.StructureError, match=match):
             rx.Optimizer(make(), optax.adam(0.1), wrt=wrt)
 
 
 def test_an_array_in_no_ref_is_not_left_out_silently():
     model = {"w": rx.Ref(jnp.ones(2)), "scale": jnp.ones(2)}
-    with pytest.raises(
-        rx.StructureError, match=r"f32\[2\] at `scale`, which is not in a ref"
-    ):
+    with raises(rx.StructureError, match=r"f32\[2\] at `scale`, which is not in a ref"):
         rx.Optimizer(model, optax.adam(0.1), wrt=True)
     rx.Optimizer(model, optax.adam(0.1), wrt=rx.Ref)
     rx.Optimizer(rx.as_refs(model), optax.adam(0.1), wrt=True)
 
 
 def test_a_derefed_model_is_refused():
-    with pytest.raises(
-        rx.StructureError, match="is derefed: it has a Value at `first`"
-    ):
+    with raises(rx.StructureError, match="is derefed: it has a Value at `first`"):
         rx.Optimizer(rx.deref(make()), optax.adam(0.1))
 
 
@@ -812,11 +807,9 @@ def test_updates_of_bare_optax_are_applied():
 
 def test_applied_updates_fit_and_go_to_refs():
     model = {"w": rx.Ref(jnp.ones(2), "params"), "scale": jnp.ones(2)}
-    with pytest.raises(
-        rx.StructureError, match=r"f32\[2\] at `scale`, which is not in a"
-    ):
+    with raises(rx.StructureError, match=r"f32\[2\] at `scale`, which is not in a"):
         rx.apply_updates(model, {"w": jnp.ones(2), "scale": jnp.ones(2)})
-    with pytest.raises(rx.StructureError, match="at `w`: it holds f32.2., but the"):
+    with raises(rx.StructureError, match="at `w`: it holds f32.2., but the"):
         rx.apply_updates(model, {"w": jnp.ones((3, 2)), "scale": None})
     assert (model["w"].value == 1).all()
     rx.apply_updates(model, {"w": jnp.ones(2), "scale": None})
@@ -837,7 +830,7 @@ def test_a_number_in_the_place_of_a_slot_is_named():
     rate = optimizer.opt_state.hyperparams["learning_rate"]
     optimizer.opt_state.hyperparams["learning_rate"] = 0.05
     grads = rx.filter_grad(loss, wrt="params")(model)
-    with pytest.raises(
+    with raises(
         rx.StructureError,
         match=r"`opt_state.hyperparams\['learning_rate'\]` was a ref, but is 0.05 now.*"
         r"`optimizer.opt_state.hyperparams\['learning_rate'\].value = ...`",
@@ -850,7 +843,7 @@ def test_a_number_in_the_place_of_a_slot_is_named():
 
 def test_an_update_that_would_broadcast_what_it_is_added_to_is_refused():
     model = {"a": rx.Ref(jnp.ones(1), "params")}
-    with pytest.raises(
+    with raises(
         rx.MismatchError, match=r"at `a`: .*\(1,\) and \(2,\) are not the same"
     ):
         rx.apply_updates(model, {"a": jnp.ones(2)})

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jaxtyping import Array, Float
+from raising import raises
 
 import refx_eqx as rx
 from refx_eqx._engine import _fast_path
@@ -92,7 +93,7 @@ def test_a_ref_that_is_declared_between_two_calls():
         lengthen(ref)
         ref.value = jnp.ones(2)
     Two(ref)
-    with pytest.raises(rx.RefTypeError, match=r"`Two.array`.*cannot hold f32\[3\]"):
+    with raises(rx.RefTypeError, match=r"`Two.array`.*cannot hold f32\[3\]"):
         lengthen(ref)
     assert ref.value.tolist() == [1.0, 1.0]
 
@@ -111,7 +112,7 @@ def test_a_closure_variable_that_is_deleted():
     for _ in range(4):
         assert step(scale, ref) == 2.0
     forget()
-    with pytest.raises(NameError, match="'y'"):
+    with raises(NameError, match="'y'"):
         step(scale, ref)
 
 
@@ -161,7 +162,7 @@ def test_a_static_field_that_has_no_hash(trace_counter):
 def test_keys_that_cannot_be_sorted_are_refused_as_by_jax():
     step = rx.filter_jit(lambda d: d[0])
     for _ in range(3):
-        with pytest.raises(ValueError, match="sorting pytree dictionary keys"):
+        with raises(ValueError, match="sorting pytree dictionary keys"):
             step({0: jnp.array(1.0), "x": jnp.array(2.0)})
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from raising import raises
 
 import refx_eqx as rx
 from refx_eqx._engine import _fast_path
@@ -144,7 +145,7 @@ def test_a_list_that_holds_itself_many_times_is_refused(n):
     by_name: dict = {}
     by_name.update((str(i), [by_name]) for i in range(n))
     for cycle in (items, by_name, (items,) * n):
-        with pytest.raises(rx.StructureError, match="holds itself"):
+        with raises(rx.StructureError, match="holds itself"):
             rx.filter_jit(lambda x: None)(cycle)
 
 

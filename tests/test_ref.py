@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from raising import raises
 
 import refx_eqx as rx
 
@@ -75,7 +76,7 @@ def test_a_part_of_a_value_that_is_no_array_can_be_read():
 
 def test_a_ref_is_not_iterable():
     # `__getitem__` on a JAX array clamps, so the old iteration protocol never ends.
-    with pytest.raises(TypeError, match=r"`iter\(\)` was called on"):
+    with raises(TypeError, match=r"`iter\(\)` was called on"):
         iter(rx.Ref(jnp.zeros(3)))  # type: ignore[call-overload]
 
 
@@ -99,7 +100,7 @@ def test_scalars_have_array_attributes_too(value, dtype):
 
 def test_shape_of_what_is_not_an_array_is_an_attribute_error():
     ref = rx.Ref("relu", "config")
-    with pytest.raises(
+    with raises(
         AttributeError,
         match=r"an unnamed ref \(collection 'config'\) holds str, which has no shape",
     ):
@@ -113,7 +114,7 @@ def test_any_hashable_is_a_collection(collection):
 
 
 def test_an_unhashable_collection_is_refused():
-    with pytest.raises(TypeError, match=r"not hashable\. Use a string"):
+    with raises(TypeError, match=r"not hashable\. Use a string"):
         rx.Ref(1, ["params"])  # type: ignore[arg-type]
 
 
@@ -178,7 +179,7 @@ def test_old_values_are_freed_at_once():
 
 def test_a_value_that_holds_a_ref_is_refused():
     inner = rx.Ref(1, "params")
-    with pytest.raises(
+    with raises(
         rx.StructureError,
         match=(
             r"The value of a ref cannot hold a ref: an unnamed ref \(no collection\) was "
@@ -188,7 +189,7 @@ def test_a_value_that_holds_a_ref_is_refused():
     ):
         rx.Ref((inner, 2))
     outer = rx.Ref(0)
-    with pytest.raises(rx.StructureError, match="cannot hold a ref"):
+    with raises(rx.StructureError, match="cannot hold a ref"):
         outer.value = inner  # type: ignore[assignment]
     assert outer.value == 0
 
@@ -282,16 +283,16 @@ NOT_AN_ARRAY = (
 @pytest.mark.parametrize("use", [jnp.asarray, np.asarray, jnp.sin, jax.device_put])
 def test_a_ref_in_place_of_an_array_is_refused_by_name(use):
     ref = rx.Ref(jnp.array(0.0), "params")
-    with pytest.raises(rx.TraceLevelError, match=NOT_AN_ARRAY):
+    with raises(rx.TraceLevelError, match=NOT_AN_ARRAY):
         use(ref)
     assert use(ref.value) == 0.0  # the remedy
 
 
 def test_arithmetic_on_a_ref_is_a_type_error():
     ref = rx.Ref(jnp.ones(2))
-    with pytest.raises(TypeError, match="A ref is not its value"):
+    with raises(TypeError, match="A ref is not its value"):
         ref + 1  # type: ignore[operator]
-    with pytest.raises(TypeError, match="A ref is not its value"):
+    with raises(TypeError, match="A ref is not its value"):
         jnp.ones(2) * ref  # type: ignore[operator]
 
 
@@ -317,9 +318,7 @@ def test_errors_have_the_documented_bases():
 @pytest.mark.parametrize("value, key", [([1, 2], 0), ({"a": 1}, "a")])
 def test_a_part_of_what_is_no_array_is_not_set_through_the_ref(value, key):
     ref = rx.Ref(value)
-    with pytest.raises(
-        rx.RefTypeError, match=r"holds a (list|dict).*ref.value\[i\] = x"
-    ):
+    with raises(rx.RefTypeError, match=r"holds a (list|dict).*ref.value\[i\] = x"):
         ref[key] = 5
     assert ref.value == value
     ref.value[key] = 5  # the remedy

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
+from raising import raises
 
 import refx_eqx as rx
 
@@ -59,7 +60,7 @@ def test_a_missing_name_draws_from_the_default_stream():
 
 def test_a_missing_name_without_a_default_stream_is_refused():
     rngs = rx.Rngs(dropout=1, params=2)
-    with pytest.raises(AttributeError, match="no stream 'noise'.*'dropout', 'params'"):
+    with raises(AttributeError, match="no stream 'noise'.*'dropout', 'params'"):
         rngs.noise()
     rx.Rngs(noise=3).noise()  # the remedies
     rx.Rngs(3).noise()
@@ -75,9 +76,9 @@ def test_inference_mode_keeps_the_default_stream():
 
 def test_names_that_cannot_be_streams_are_refused():
     for name in ("streams", "inference"):
-        with pytest.raises(ValueError, match=f"cannot be named '{name}'"):
+        with raises(ValueError, match=f"cannot be named '{name}'"):
             rx.Rngs(**{name: 1})
-    with pytest.raises(TypeError, match="given twice"):
+    with raises(TypeError, match="given twice"):
         rx.Rngs(0, default=1)
 
 
@@ -301,7 +302,7 @@ def test_axes_as_the_whole_of_in_axes_speak_of_the_function(transform):
 
 def test_two_arguments_that_disagree_on_the_randomness_are_refused():
     key = rx.Ref(jr.key(0), "rng")
-    with pytest.raises(
+    with raises(
         rx.StructureError,
         match=r"two axes: None in argument 0, None \(the same randomness everywhere\) in "
         r"argument 1",
@@ -377,6 +378,6 @@ def test_a_count_that_differs_from_lane_to_lane_is_refused():
     def f(x):
         return rx.cond(x > 0, lambda: draw(rngs), lambda: 0.0)
 
-    with pytest.raises(rx.StructureError, match=r"RngStream.count.*collection 'rng'"):
+    with raises(rx.StructureError, match=r"RngStream.count.*collection 'rng'"):
         rx.filter_vmap(f)(jnp.array([0.0, 1.0]))
     assert rngs.default.count.value == 0

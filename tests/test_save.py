@@ -20,6 +20,7 @@ import optax
 import pytest
 import safetensors.numpy
 from jax.extend.random import define_prng_impl
+from raising import raises
 from saved_models import Linear, make, make_tied
 
 import refx_eqx as rx
@@ -38,7 +39,7 @@ def values_of(tree):
 def refuses(path, tree, error, text, **kwargs):
     """`load` raises this text, and has written nothing."""
     before = rx.state_dict(tree)
-    with pytest.raises(error, match=re.escape(text)) as caught:
+    with raises(error, match=re.escape(text)) as caught:
         rx.load(path, tree, **kwargs)
     after = rx.state_dict(tree)
     assert all(after[key] is before[key] for key in before)
@@ -419,9 +420,7 @@ def test_a_file_of_another_format_is_refused(path, content):
         rx.CheckpointError,
         f"Cannot load {path}: it is not a complete safetensors file (",
     )
-    with pytest.raises(
-        rx.CheckpointError, match="give the arrays to `rx.load_state_dict`"
-    ):
+    with raises(rx.CheckpointError, match="give the arrays to `rx.load_state_dict`"):
         rx.load(path, make())
 
 
@@ -531,7 +530,7 @@ def test_there_is_no_such_file(path):
 
 def saves_nothing(path, tree, error, text, *args):
     path.write_bytes(b"old")
-    with pytest.raises(error, match=re.escape(text)):
+    with raises(error, match=re.escape(text)):
         rx.save(path, tree, *args)
     assert path.read_bytes() == b"old" and os.listdir(path.parent) == [path.name]
 
@@ -590,7 +589,7 @@ def test_a_tracer_is_not_saved(path):
         rx.save(path, {"a": ref})
 
     with jax.check_tracer_leaks(False):
-        with pytest.raises(rx.TraceLevelError, match="the value at `a` is a tracer"):
+        with raises(rx.TraceLevelError, match="the value at `a` is a tracer"):
             f(ref)
     assert not path.exists()
 
@@ -644,7 +643,7 @@ def test_a_write_that_fails_leaves_the_old_file(path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(OSError, match="No space left"):
+    with raises(OSError, match="No space left"):
         rx.save(path, make(6.0))
     assert os.listdir(path.parent) == [path.name]
     model = make()
@@ -724,7 +723,7 @@ def test_a_new_file_that_another_process_took_for_a_leftover_is_made_again(
 def test_an_array_of_several_processes_is_refused(path, monkeypatch):
     ref = rx.Ref(jnp.ones(2))
     monkeypatch.setattr(type(ref.value), "is_fully_addressable", False)
-    with pytest.raises(rx.StructureError, match="`0` is spread over several processes"):
+    with raises(rx.StructureError, match="`0` is spread over several processes"):
         rx.save(path, [ref])
     assert os.listdir(path.parent) == []
 
@@ -738,9 +737,7 @@ def test_a_key_of_an_implementation_without_a_name_is_refused(path):
         fold_in=lambda key, data: key,
     )
     ref = rx.Ref(jr.key(3, impl=implementation))
-    with pytest.raises(
-        rx.StructureError, match="an implementation without a registered name"
-    ):
+    with raises(rx.StructureError, match="an implementation without a registered name"):
         rx.save(path, [ref])
     rx.save(path, [rx.Ref(jr.key_data(ref.value))])
     data = rx.Ref(jnp.zeros(2, jnp.uint32))

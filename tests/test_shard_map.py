@@ -13,6 +13,7 @@ from beartype import beartype
 from jax import P
 from jax.sharding import AxisType, NamedSharding
 from jaxtyping import Array, Float, jaxtyped
+from raising import raises
 
 import refx_eqx as rx
 
@@ -173,7 +174,7 @@ def test_rules_in_out_specs_are_refused_with_those_of_a_tree_as_the_remedy():
     def make(key):
         return Linear(3, 2, jr.fold_in(key, jax.lax.axis_index("data")))
 
-    with pytest.raises(ValueError, match=r"`out_specs` has .*rules.specs\(model\)"):
+    with raises(ValueError, match=r"`out_specs` has .*rules.specs\(model\)"):
         run(make, jr.key(0), in_specs=P(), out_specs=rules)
     of_whole = rules.specs(rx.filter_eval_shape(Linear, 3, 8, jr.key(0)))
     model = run(make, jr.key(0), in_specs=P(), out_specs=of_whole)
@@ -227,7 +228,7 @@ def test_a_replicated_ref_that_differs_between_shards_is_refused_with_both_remed
         r"rx.specs\(batch_stats=P\('data'\), default=P\(\)\)"
     )
     for fn in (write, rx.filter_jit(write)):
-        with pytest.raises(rx.CarryError, match=message):
+        with raises(rx.CarryError, match=message):
             run(fn, mean, jnp.arange(8.0), **options)
     assert mean.value == 0.0
 
@@ -258,7 +259,7 @@ def test_without_check_vma_it_is_a_promise_of_the_caller():
 
 def test_a_result_that_differs_names_its_remedy():
     for out_specs, error in [(P(), "pmean"), (P(None, "data"), "too many entries")]:
-        with pytest.raises(rx.MismatchError, match=rf"(?s)float32\[1\].*{error}"):
+        with raises(rx.MismatchError, match=rf"(?s)float32\[1\].*{error}"):
             run(lambda x: x, jnp.ones(4), in_specs=P("data"), out_specs=out_specs)
     mean = lambda x: jax.lax.pmean(x, "data")
     assert run(mean, jnp.arange(4.0), in_specs=P("data")).tolist() == [1.5]
@@ -283,7 +284,7 @@ def test_a_part_of_a_declared_type_is_read_and_written():
     def widen(model):
         model.weight.value = jnp.concatenate([model.weight.value] * 2)
 
-    with pytest.raises(rx.RefTypeError, match="must keep its shape"):
+    with raises(rx.RefTypeError, match="must keep its shape"):
         run(widen, model, in_specs=(specs,))
 
 
@@ -331,7 +332,7 @@ def test_a_module_that_is_made_inside_has_the_sizes_of_the_whole():
     assert model(jnp.ones(3)).shape == (8,)
     model.bias.value = jnp.arange(8.0)
     rx.update_refs(model, rx.deref(model))
-    with pytest.raises(rx.RefTypeError, match="out=8"):
+    with raises(rx.RefTypeError, match="out=8"):
         model.bias.value = jnp.ones(2)
 
 
@@ -498,7 +499,7 @@ def test_a_backward_rule_writes_a_ref_that_is_split(is_split):
     sharded = rx.filter_shard_map(
         of_part, mesh=MESH, in_specs=(spec, P(), spec), out_specs=P()
     )
-    with pytest.raises(rx.CarryError, match=r"'amax'\) out of a backward rule"):
+    with raises(rx.CarryError, match=r"'amax'\) out of a backward rule"):
         rx.filter_grad(sharded)(jnp.ones(4), whole, weights)
     assert whole.value == 0.0
 
@@ -565,7 +566,7 @@ def test_the_mesh_may_be_that_of_the_context():
     sharded = rx.filter_shard_map(
         lambda ref: double({"w": ref}), in_specs=P("data"), out_specs=P()
     )
-    with pytest.raises(ValueError, match=r"no mesh.*jax.set_mesh"):
+    with raises(ValueError, match=r"no mesh.*jax.set_mesh"):
         sharded(ref)
     with jax.set_mesh(MESH):
         sharded(ref)
@@ -627,51 +628,45 @@ def test_two_maps_may_be_nested_over_the_axes_of_one_mesh():
 def test_specs_that_do_not_fit_are_told_by_the_ref(in_specs, error, message):
     ref = rx.Ref(jnp.arange(8.0), "params")
     error = ValueError if error is TypeError else error
-    with pytest.raises(error, match=message):
+    with raises(error, match=message):
         run(lambda ref: None, ref, in_specs=in_specs)
 
 
 def test_a_size_that_does_not_divide_is_told_by_the_ref():
     ref = rx.Ref(jnp.arange(6.0), "params")
-    with pytest.raises(
-        rx.MismatchError, match=r"'params'\) in `filter_shard_map`.*size 6"
-    ):
+    with raises(rx.MismatchError, match=r"'params'\) in `filter_shard_map`.*size 6"):
         run(lambda ref: None, ref, in_specs=P("data"))
 
 
 def test_one_ref_with_two_specs_is_refused():
     ref = rx.Ref(jnp.arange(8.0), "params")
-    with pytest.raises(
-        rx.MismatchError, match=r"two specs: P\('data',?\) in argument 0"
-    ):
+    with raises(rx.MismatchError, match=r"two specs: P\('data',?\) in argument 0"):
         run(lambda a, b: None, ref, ref, in_specs=(P("data"), P()))
 
 
 def test_specs_that_are_none_are_refused_where_they_are_given():
-    with pytest.raises(TypeError, match=r"a spec must be a `jax.P`.*'data'"):
+    with raises(TypeError, match=r"a spec must be a `jax.P`.*'data'"):
         rx.specs(params="data")
-    with pytest.raises(
-        TypeError, match=r"as in `rx.specs\(\{'params': P\('data'\)\}\)`"
-    ):
+    with raises(TypeError, match=r"as in `rx.specs\(\{'params': P\('data'\)\}\)`"):
         rx.specs(P("data"))  # pyright: ignore[reportArgumentType]
-    with pytest.raises(TypeError, match=r"default='data'"):
+    with raises(TypeError, match=r"default='data'"):
         rx.specs(default="data")
     assert rx.specs(params=P()) == rx.specs(params=None) != rx.specs(params=P("data"))
 
 
 def test_without_in_specs_the_axes_must_be_explicit():
-    with pytest.raises(TypeError, match="no `in_specs`.*not explicit"):
+    with raises(TypeError, match="no `in_specs`.*not explicit"):
         rx.filter_shard_map(lambda ref: None, mesh=MESH, out_specs=P())(rx.Ref(1.0))
 
 
 def test_keywords_are_refused_as_in_jax():
     fn = rx.filter_shard_map(lambda ref: None, mesh=MESH, in_specs=P(), out_specs=P())
-    with pytest.raises(TypeError, match="positional arguments only"):
+    with raises(TypeError, match="positional arguments only"):
         fn(ref=rx.Ref(1.0))
 
 
 def test_axis_names_must_be_those_of_the_mesh():
-    with pytest.raises(ValueError, match="has 'other', but the mesh has 'data'"):
+    with raises(ValueError, match="has 'other', but the mesh has 'data'"):
         run(lambda x: x, jnp.ones(4), in_specs=P(), axis_names={"other"})
 
 
@@ -689,7 +684,7 @@ def test_a_part_that_is_written_keeps_its_rank():
     def total(ref):
         ref.value = jnp.sum(ref.value)
 
-    with pytest.raises(rx.CarryError, match="'params'.* rank 0. Keep the rank"):
+    with raises(rx.CarryError, match="'params'.* rank 0. Keep the rank"):
         run(total, ref, in_specs=P("data"))
     assert ref.value.tolist() == [0.0, 1.0, 2.0, 3.0]
 
@@ -708,9 +703,7 @@ def test_a_value_of_another_structure_goes_out_by_the_one_spec_of_the_old():
     run(swap, ref, in_specs=specs)
     assert ref.value["sum"].tolist() == [1.0, 2.0, 3.0, 4.0]
     ref, specs = stats({"a": P("data"), "b": P()})
-    with pytest.raises(
-        rx.CarryError, match="another structure.*Keep the structure, or"
-    ):
+    with raises(rx.CarryError, match="another structure.*Keep the structure, or"):
         run(lambda ref: setattr(ref, "value", ref.value["b"]), ref, in_specs=specs)
     assert ref.value["b"].shape == (4,)
 
@@ -728,7 +721,7 @@ def test_a_failed_call_changes_nothing():
 
 
 def test_a_result_cannot_be_put_together_over_an_axis_that_there_is_not():
-    with pytest.raises(rx.MismatchError, match="names the mesh axis 'other'"):
+    with raises(rx.MismatchError, match="names the mesh axis 'other'"):
         run(lambda x: x, jnp.ones(4), in_specs=P("data"), out_specs=P("other"))
 
 
@@ -737,7 +730,7 @@ class Pair(rx.Module):
 
 
 def test_a_whole_that_breaks_the_declared_type_of_what_was_made_inside_is_refused():
-    with pytest.raises(rx.RefTypeError, match=r"`Pair.both`.*cannot hold f32\[8\]"):
+    with raises(rx.RefTypeError, match=r"`Pair.both`.*cannot hold f32\[8\]"):
         run(Pair, jnp.arange(8.0), in_specs=P("data"), out_specs=P("data"))
     assert run(Pair, jnp.arange(2.0), in_specs=P(), out_specs=P()).both.shape == (2,)
 
@@ -748,5 +741,5 @@ def test_rules_by_collection_may_be_the_specs_of_a_result():
     ref, out = run(made, jnp.arange(4.0), in_specs=P("data"), out_specs=specs)
     assert ref.shape == () and out.tolist() == [0.0, 1.0, 2.0, 3.0]
     wrong = rx.specs(default=P("other"))
-    with pytest.raises(rx.MismatchError, match="names the mesh axis 'other'"):
+    with raises(rx.MismatchError, match="names the mesh axis 'other'"):
         run(lambda x: x, jnp.arange(4.0), in_specs=P("data"), out_specs=wrong)

@@ -12,6 +12,7 @@ import pytest
 from jax._src.test_util import count_jit_and_pmap_lowerings as counting_compilations
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float
+from raising import raises
 
 import refx_eqx as rx
 
@@ -110,7 +111,7 @@ def test_shardings_are_on_the_mesh_that_is_given_or_set(mesh):
     assert shardings.up.value == NamedSharding(mesh, P("tensor", "fsdp"))
     with jax.set_mesh(mesh):
         assert RULES.shardings(model) == shardings
-    with pytest.raises(ValueError, match="there is no mesh"):
+    with raises(ValueError, match="there is no mesh"):
         RULES.shardings(model)
     placed = jax.device_put(eqx.filter(rx.deref(model), eqx.is_array), shardings)
     assert placed.up.value.sharding.spec == P("tensor", "fsdp")
@@ -167,9 +168,7 @@ def test_a_rule_for_these_very_refs_is_for_a_tree_of_refs():
     rules = rx.axis_rules({given: P("fsdp")}, default=P("data"))
     assert repr(rules).endswith(f"default={P('data')!r})")
     assert [x.value for x in rules.specs([a, b])] == [P("fsdp"), P("data")]
-    with pytest.raises(
-        rx.StructureError, match="is derefed and has none.*the tree of refs"
-    ):
+    with raises(rx.StructureError, match="is derefed and has none.*the tree of refs"):
         rules.specs(rx.deref([a, b]))
 
 
@@ -182,9 +181,7 @@ def test_one_ref_in_two_fields_of_two_shardings_is_refused_until_it_is_given_one
 
     rows = Rows(jnp.ones((4, 4)))
     tied = [rows, Columns(rows.weight)]
-    with pytest.raises(
-        rx.StructureError, match=r"one ref in two fields.*Give it only one: "
-    ):
+    with raises(rx.StructureError, match=r"one ref in two fields.*Give it only one: "):
         rx.axis_rules().specs(tied)
     rules = rx.axis_rules({rx.path("*.weight"): P("fsdp")})
     assert rules.specs(tied)[0].weight.value == P("fsdp")
@@ -221,7 +218,7 @@ def test_the_default_may_ask_the_array():
 
     specs = rx.axis_rules(default=largest).specs(model)
     assert specs.layers[0].weight.value == P("fsdp")
-    with pytest.raises(TypeError, match="must return a `PartitionSpec`"):
+    with raises(TypeError, match="must return a `PartitionSpec`"):
         rx.axis_rules(default=lambda x: "fsdp").specs(model)
 
 
@@ -237,7 +234,7 @@ def test_a_ref_of_two_fields_has_the_names_of_both():
     assert rx.axis_rules(vocab="tensor").specs(model)[0].table.value == P("tensor")
     assert rx.axis_rules(out="tensor").specs(model)[0].table.value == P("tensor")
     rules = rx.axis_rules(vocab="tensor", out="fsdp")
-    with pytest.raises(rx.StructureError, match="call axis 0 'vocab' and 'out'"):
+    with raises(rx.StructureError, match="call axis 0 'vocab' and 'out'"):
         rules.specs(model)
     rules = rx.axis_rules(
         {rx.path("**.table", "**.weight"): P("tensor")}, vocab="tensor", out="fsdp"
@@ -305,7 +302,7 @@ def test_a_size_that_is_not_divided(mesh):
         r"`a\.weight`, `Layer\.weight` \(collection 'params'\): axis 0 has size 6, but "
         r"`P\('tensor', None\)` splits it in 4"
     )
-    with pytest.raises(rx.StructureError, match=message):
+    with raises(rx.StructureError, match=message):
         rules.shardings(model, mesh)
     rx.axis_rules(out="fsdp").shardings(model, mesh)  # 2 divides 6
     rx.axis_rules(out=None).shardings(model, mesh)
@@ -313,7 +310,7 @@ def test_a_size_that_is_not_divided(mesh):
 
 def test_a_mesh_axis_for_two_axes_of_one_array():
     rules = rx.axis_rules(ffn="tensor", embed="tensor")
-    with pytest.raises(rx.StructureError, match="'tensor' for axis 0 and for axis 1"):
+    with raises(rx.StructureError, match="'tensor' for axis 0 and for axis 1"):
         rules.specs(FeedForward(jr.key(0)))
     rules = rx.axis_rules(
         {rx.path("up", "down"): P("tensor")}, ffn="tensor", embed="tensor"
@@ -323,7 +320,7 @@ def test_a_mesh_axis_for_two_axes_of_one_array():
 
 def test_a_mesh_axis_that_there_is_not(mesh):
     rules = rx.axis_rules(ffn="model")
-    with pytest.raises(rx.StructureError, match="but the mesh has 'fsdp', 'tensor'"):
+    with raises(rx.StructureError, match="but the mesh has 'fsdp', 'tensor'"):
         rules.specs(FeedForward(jr.key(0)), mesh)
 
 
@@ -332,7 +329,7 @@ def test_a_name_in_the_rules_that_is_misspelled():
     message = (
         "called 'fnn': the types declare 'ffn', 'embed'. Did you mean 'ffn', of `up`"
     )
-    with pytest.raises(rx.StructureError, match=message):
+    with raises(rx.StructureError, match=message):
         rules.specs(FeedForward(jr.key(0)))
     rx.axis_rules({"ffn": None}, fnn="tensor").specs(FeedForward(jr.key(0)))
     # A name of the data is the name of no weight.
@@ -343,19 +340,19 @@ def test_strict_rules_say_all():
     model = FeedForward(jr.key(0))
     strict = rx.axis_rules(ffn="tensor", embed=None, strict=True)
     assert strict.specs(model).up.value == P("tensor")
-    with pytest.raises(rx.StructureError, match="no rule for its axis 'embed'"):
+    with raises(rx.StructureError, match="no rule for its axis 'embed'"):
         rx.axis_rules(ffn="tensor", strict=True).specs(model)
-    with pytest.raises(rx.StructureError, match="called 'batch': the types declare"):
+    with raises(rx.StructureError, match="called 'batch': the types declare"):
         rx.axis_rules(ffn=None, embed=None, batch=None, strict=True).specs(model)
     bare = {"w": rx.Ref(jnp.ones(2), "params")}
-    with pytest.raises(rx.StructureError, match="`w`, .* no type declares the names"):
+    with raises(rx.StructureError, match="`w`, .* no type declares the names"):
         rx.axis_rules(strict=True).specs(bare)
     rx.axis_rules({rx.path("w"): P()}, strict=True).specs(bare)
 
 
 def test_a_spec_of_too_many_entries():
     rules = rx.axis_rules({rx.path("w"): P(None, "tensor")})
-    with pytest.raises(rx.StructureError, match="for 2 axes, but its shape is"):
+    with raises(rx.StructureError, match="for 2 axes, but its shape is"):
         rules.specs({"w": rx.Ref(jnp.ones(4))})
 
 
@@ -373,7 +370,7 @@ def test_a_spec_of_too_many_entries():
     ],
 )
 def test_what_is_no_rule(make, message):
-    with pytest.raises(TypeError, match=message):
+    with raises(TypeError, match=message):
         make()
 
 
@@ -387,7 +384,7 @@ def test_a_field_without_a_ref_has_no_sharding():
     assert "of `Layer.size`: the field holds no ref" in str(
         error.value.__cause__ or error.value
     )
-    with pytest.raises(ValueError, match="sharding=..., static=True"):
+    with raises(ValueError, match="sharding=..., static=True"):
         rx.field(sharding=P(), static=True)
 
 
@@ -459,7 +456,7 @@ def test_shapes_are_annotated(mesh):
 
 def test_all_is_moved_or_nothing(mesh):
     model = {"a": rx.Ref(jnp.ones(8)), "b": rx.Ref(jnp.ones(3))}
-    with pytest.raises(rx.StructureError, match=r"axis 0 has size 3"):
+    with raises(rx.StructureError, match=r"axis 0 has size 3"):
         rx.filter_shard(model, NamedSharding(mesh, P("fsdp")))
     with rx.mutable(rx.path("a"), model):
         with pytest.raises(rx.ImmutableError):
@@ -470,14 +467,14 @@ def test_all_is_moved_or_nothing(mesh):
 def test_what_filter_shard_is_not_given(mesh):
     replicated, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("fsdp"))
     ref = rx.Ref(jnp.ones(4), "params")
-    with pytest.raises(rx.StructureError, match="one ref at two places"):
+    with raises(rx.StructureError, match="one ref at two places"):
         rx.filter_shard([ref, ref], [replicated, split])
     rx.filter_shard([ref, ref], [split, split])
-    with pytest.raises(rx.StructureError, match="a prefix of the derefed tree"):
+    with raises(rx.StructureError, match="a prefix of the derefed tree"):
         rx.filter_shard([ref, ref], [split])
-    with pytest.raises(rx.StructureError, match="'fsdp' is not a sharding"):
+    with raises(rx.StructureError, match="'fsdp' is not a sharding"):
         rx.filter_shard(ref, "fsdp")
-    with pytest.raises(ValueError, match="needs a mesh, but there is none"):
+    with raises(ValueError, match="needs a mesh, but there is none"):
         rx.filter_shard(ref, P("fsdp"))
 
 
@@ -740,7 +737,7 @@ def test_shardings_that_do_not_fit(mesh):
         ({"in_shardings": ("fsdp",)}, "'fsdp' is not a sharding"),
     ]:
         step = rx.filter_jit(lambda model: model["a"].value, **options)
-        with pytest.raises(rx.StructureError, match=message):
+        with raises(rx.StructureError, match=message):
             step(model)
 
 
@@ -748,14 +745,12 @@ def test_rules_that_ask_which_refs_they_are_need_the_refs(mesh):
     model = Large(jr.key(0))
     rules = rx.axis_rules({model.bias: P("tensor")})
     assert rules.specs(model).bias.value == P("tensor")
-    with pytest.raises(
-        rx.StructureError, match="Make the shardings from the tree of refs"
-    ):
+    with raises(rx.StructureError, match="Make the shardings from the tree of refs"):
         rules.specs(rx.deref(model))
     step = rx.filter_jit(lambda m: m.bias.value, in_shardings=(rules,))
     with (
         jax.set_mesh(mesh),
-        pytest.raises(rx.StructureError, match="by the identity of refs"),
+        raises(rx.StructureError, match="by the identity of refs"),
     ):
         step(model)
     shardings = rules.shardings(model, mesh)
@@ -776,7 +771,7 @@ def test_jax_jit_lifted_takes_the_tree_of_a_model(mesh):
     assert spec_of(model.up) == P("tensor", "fsdp")
     # What it returns has one sharding for all: the refs that it writes are a part of it.
     halved = rx.lift(jax.jit)(halve, out_shardings=shardings)
-    with pytest.raises(rx.StructureError, match="use `rx.filter_jit`"):
+    with raises(rx.StructureError, match="use `rx.filter_jit`"):
         halved(model)
 
 

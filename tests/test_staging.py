@@ -8,6 +8,7 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from raising import raises
 
 import refx_eqx as rx
 from refx_eqx._engine._run_time_errors import _callback_errors, _MAX_CALLBACK_ERRORS
@@ -99,9 +100,9 @@ def test_closure_convert_refuses_other_arguments():
 
     converted = rx.filter_closure_convert(f, a, b)
     match = "`.*f` was closure-converted for arguments of another structure"
-    with pytest.raises(rx.StructureError, match=match):
+    with raises(rx.StructureError, match=match):
         converted(a, a)
-    with pytest.raises(rx.StructureError, match=match):
+    with raises(rx.StructureError, match=match):
         converted(a, rx.Ref(jnp.ones(2)))
     # The remedy: convert it again.
     assert rx.filter_closure_convert(f, a, a)(a, a) == 1.0
@@ -162,7 +163,7 @@ def test_pure_callback_says_what_jax_has_instead_of_vectorized(vectorized, metho
         call = rx.filter_pure_callback
         return call(callback, w, x, result_shape_dtypes=result, **options)
 
-    with pytest.raises(
+    with raises(
         TypeError,
         match=rf"`filter_pure_callback\(\.\.\., vectorized={vectorized}\)`: JAX has removed "
         rf'this argument\. Pass `vmap_method="{method}"` instead\.',
@@ -186,9 +187,9 @@ def test_pure_callback_refuses_writes_and_other_results():
         out = rx.filter_pure_callback(callback, w, result_shape_dtypes=struct)
         jax.block_until_ready(out)
 
-    with pytest.raises(Exception, match="cannot write .*'params'.*Return the new"):
+    with raises(Exception, match="cannot write .*'params'.*Return the new"):
         call(write)
-    with pytest.raises(Exception, match="must return what `result_shape_dtypes` says"):
+    with raises(Exception, match="must return what `result_shape_dtypes` says"):
         call(lambda w: "text")
     assert w.value == 2.0
 
@@ -220,8 +221,8 @@ def test_what_callbacks_raised_and_nobody_asked_for_is_not_kept():
         return rx.filter_pure_callback(fail, x, result_shape_dtypes=x)
 
     for _ in range(_MAX_CALLBACK_ERRORS + 2):
-        with pytest.raises(Exception, match="CallbackFailed"):
+        with raises(Exception, match="CallbackFailed"):
             run(jnp.array(1.0))
     assert len(_callback_errors) <= _MAX_CALLBACK_ERRORS
-    with pytest.raises(ValueError, match="^no"):
+    with raises(ValueError, match="^no"):
         rx.filter_jit(run)(jnp.array(1.0))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from raising import raises
 from saved_models import Linear, make, make_tied
 
 import refx_eqx as rx
@@ -36,7 +37,7 @@ def values_of(tree):
 def refuses(tree, state, error, text, **kwargs):
     """`load_state_dict` raises this text, and has written nothing."""
     before = rx.state_dict(tree)
-    with pytest.raises(error, match=re.escape(text)):
+    with raises(error, match=re.escape(text)):
         rx.load_state_dict(tree, state, **kwargs)
     after = rx.state_dict(tree)
     assert all(after[path] is before[path] for path in before)
@@ -73,7 +74,7 @@ def test_only_what_the_filter_selects_is_there(filter, paths):
 
 def test_a_filter_that_tears_a_tie_is_refused():
     filter = rx.path("encoder.weight")
-    with pytest.raises(rx.StructureError, match="would tear it apart"):
+    with raises(rx.StructureError, match="would tear it apart"):
         rx.state_dict(make_tied(), filter)
     refuses(make_tied(), {}, rx.StructureError, "would tear it apart", filter=filter)
 
@@ -115,9 +116,7 @@ def test_an_array_in_a_value_with_the_path_of_another_ref_is_refused():
         {"a": rx.Ref({"b": jnp.ones(1)}), "a.b": rx.Ref(1)},
         {"a": rx.Ref({"b": {"c": jnp.ones(1)}, "b.c": jnp.ones(1)})},
     ):
-        with pytest.raises(
-            rx.StructureError, match="is the path of an array in an unnam"
-        ):
+        with raises(rx.StructureError, match="is the path of an array in an unnam"):
             rx.state_dict(tree)
 
 
@@ -151,9 +150,9 @@ def test_a_derefed_tree_is_refused():
         "the tree is derefed: it has a Value at `encoder.weight`. Pass the tree of refs "
         "itself."
     )
-    with pytest.raises(rx.StructureError, match=f"Cannot make a state dict: {text}"):
+    with raises(rx.StructureError, match=f"Cannot make a state dict: {text}"):
         rx.state_dict(opened)
-    with pytest.raises(rx.StructureError, match=f"Cannot load the state: {text}"):
+    with raises(rx.StructureError, match=f"Cannot load the state: {text}"):
         rx.load_state_dict(opened, {})
 
 
@@ -164,9 +163,9 @@ def test_two_refs_with_one_path_are_refused():
         "refs, and `a.b` is the path of both. Rename one of the keys on the way, such as a "
         "dict key with a dot in it."
     )
-    with pytest.raises(rx.StructureError, match=re.escape(text)):
+    with raises(rx.StructureError, match=re.escape(text)):
         rx.state_dict(tree)
-    with pytest.raises(rx.StructureError, match=re.escape(text)):
+    with raises(rx.StructureError, match=re.escape(text)):
         rx.load_state_dict(tree, {"a.b": 3})
     assert tree["a"]["b"].value == 1 and tree["a.b"].value == 2
     tree["a_b"] = tree.pop("a.b")  # the remedy
@@ -320,7 +319,7 @@ def test_tracers_for_one_ref_must_be_the_same():
         rx.load_state_dict(tree, {"a": x, "b": y})
 
     with jax.check_tracer_leaks(False):
-        with pytest.raises(rx.StructureError, match="a different value for each"):
+        with raises(rx.StructureError, match="a different value for each"):
             load(tree, jnp.array(1.0), jnp.array(1.0))
     assert ref.value == 0
 
@@ -584,9 +583,7 @@ def test_a_ref_of_another_trace_leaves_all_unwritten():
     before = values_of(tree)
 
     with jax.check_tracer_leaks(False):
-        with pytest.raises(
-            rx.TraceLevelError, match="Cannot mutate ref from different"
-        ):
+        with raises(rx.TraceLevelError, match="Cannot mutate ref from different"):
             jax.jit(lambda state: rx.load_state_dict(tree, state))(state)
     assert values_of(tree) == before
     rx.filter_jit(rx.load_state_dict)(tree, state)  # the remedy: a lifted transform
@@ -605,8 +602,6 @@ def test_a_state_that_cannot_be_read_leaves_all_unwritten():
 
 def test_what_is_no_mapping_is_refused():
     model = Linear(1.0)
-    with pytest.raises(
-        TypeError, match="a mapping from path to value.*`rx.update_refs`"
-    ):
+    with raises(TypeError, match="a mapping from path to value.*`rx.update_refs`"):
         rx.load_state_dict(model, rx.snapshot(model))
     rx.update_refs(model, rx.snapshot(model))  # the remedy

@@ -11,6 +11,7 @@ import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from raising import message_of, raises
 
 import refx_eqx as rx
 from refx_eqx._calls import _commit
@@ -234,7 +235,7 @@ def test_a_call_that_is_always_disturbed_gives_up_and_writes_nothing(monkeypatch
         inner.value *= 2
         return x
 
-    with pytest.raises(
+    with raises(
         rx.ConcurrencyError, match="Serialize the calls of several threads with a lock"
     ):
         double(jnp.array(1.0), ref)
@@ -280,7 +281,7 @@ def test_a_callback_that_writes_a_ref_of_its_call_is_not_run_forever(
     for _ in range(from_call):
         step(ref)
     times, is_writing = 0, True
-    with pytest.raises(
+    with raises(
         rx.ConcurrencyError,
         match=r"step` gave up: whenever it ran, an unnamed ref \(collection 'state'\) was "
         r"written meanwhile, by a callback in it or by another thread\. Let a callback "
@@ -313,7 +314,7 @@ def test_donating_threads_are_right_or_refused():
                 step(state)
                 done += 1
             except rx.ConcurrencyError as e:
-                assert "donated" in str(e)
+                assert "donated" in message_of(e)
         return done
 
     done = sum(_in_threads(work))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from raising import raises
 
 import refx_eqx as rx
 
@@ -142,7 +143,7 @@ def test_a_closure_used_before_and_after_a_write(over):
         if over in RIGHT_EAGERLY:
             assert g(ONE) == right
         else:
-            with pytest.raises(
+            with raises(
                 rx.TraceLevelError,
                 match=r"Cannot read ref from different trace level: `Scale.factor` \(coll",
             ):
@@ -173,7 +174,7 @@ def test_a_closure_used_before_and_after_a_write_inside_a_lifted_jit(over):
         assert model.factor.value == 8.0
     else:
         for _ in range(2):
-            with pytest.raises(
+            with raises(
                 rx.TraceLevelError,
                 match=r"Cannot read ref from different trace level: `Scale.factor` \(coll",
             ):
@@ -216,7 +217,7 @@ def test_a_closure_that_writes_is_refused(over):
         assert g(ONE) == 1.0 and model.factor.value == 7.0
         return
     for _ in range(2):
-        with pytest.raises(
+        with raises(
             rx.TraceLevelError,
             match=(
                 r"Cannot mutate ref from different trace level: `Scale.factor` \(collection"
@@ -314,7 +315,7 @@ def plain_scan(f):
 def test_a_plain_transform_given_a_module_of_refs_raises(transform, message):
     model = make()
     x = jnp.ones(1) if transform is jax.vmap else ONE
-    with pytest.raises(rx.TraceLevelError, match=message):
+    with raises(rx.TraceLevelError, match=message):
         transform(loss)(model, x)
     assert model.factor.value == 2.0
 
@@ -333,11 +334,11 @@ def test_the_remedies_of_those_messages_run():
 
 def test_a_module_that_is_itself_transformed_raises_or_is_right():
     model = make()
-    with pytest.raises(rx.TraceLevelError, match=STAGED):
+    with raises(rx.TraceLevelError, match=STAGED):
         eqx.filter_jit(model)(ONE)
-    with pytest.raises(rx.TraceLevelError, match=STAGED):
+    with raises(rx.TraceLevelError, match=STAGED):
         jax.jit(model)(ONE)
-    with pytest.raises(rx.TraceLevelError, match=DIFFERENTIATED):
+    with raises(rx.TraceLevelError, match=DIFFERENTIATED):
         jax.grad(model)(ONE)
     assert rx.filter_jit(model)(ONE) == 2.0
     model.factor.value = jnp.array(5.0)
@@ -377,7 +378,7 @@ def test_plain_vmap_reads_inside_lifted_transforms():
 @pytest.mark.parametrize("vmap", [jax.vmap, eqx.filter_vmap])
 def test_plain_vmap_does_not_write(vmap):
     norm = Norm(jnp.array(0.0))
-    with pytest.raises(
+    with raises(
         rx.TraceLevelError,
         match=(
             r"Cannot mutate ref from different trace level: `Norm.mean` \(collection "
@@ -397,9 +398,7 @@ def test_a_constant_written_inside_is_refused_too(transform):
         ref.value = jnp.array(1.0)
         return x
 
-    with pytest.raises(
-        rx.TraceLevelError, match=r"Cannot mutate ref from different trace"
-    ):
+    with raises(rx.TraceLevelError, match=r"Cannot mutate ref from different trace"):
         transform(f)(ONE)
     assert ref.value == 0.0
 
@@ -414,7 +413,7 @@ def test_a_tracer_of_an_inner_trace_cannot_be_kept():
             return y
 
         jax.vmap(inner)(x[None])
-        with pytest.raises(
+        with raises(
             rx.TraceLevelError,
             match=(
                 r"Cannot mutate ref from different trace level: an unnamed ref \(no "
@@ -435,7 +434,7 @@ def test_a_tracer_in_a_nested_value_is_noticed():
     kept = []
     with jax.check_tracer_leaks(False):
         jax.jit(lambda x: kept.append(x))(ONE)
-    with pytest.raises(rx.TraceLevelError, match=r"the value is a tracer of"):
+    with raises(rx.TraceLevelError, match=r"the value is a tracer of"):
         ref.value = {"a": kept.pop()}
     assert ref.value["a"] == 0.0
 
@@ -479,12 +478,12 @@ def test_a_ref_that_outlives_its_trace_raises(over):
             lambda: jax.vmap(lambda x: ref.value * x)(jnp.ones(2)),
         ]
         for touch in touches:
-            with pytest.raises(
+            with raises(
                 rx.TraceLevelError,
                 match=r"Cannot read ref .*\(collection 'cache'\): it (was created inside a transform|belongs to a trace)",
             ):
                 touch()
-        with pytest.raises(
+        with raises(
             rx.TraceLevelError,
             match=r"Cannot mutate ref .*\(collection 'cache'\): it (was created inside a transform|belongs to a trace)",
         ):
@@ -510,7 +509,7 @@ def test_a_global_is_refused_in_a_lifted_jit():
     def write(x):
         GLOBAL.factor.value = x
 
-    with pytest.raises(
+    with raises(
         rx.TraceLevelError,
         match=(
             r"`Scale.factor` \(collection 'params'\): it is used inside the body of "
@@ -519,7 +518,7 @@ def test_a_global_is_refused_in_a_lifted_jit():
         ),
     ):
         f(ONE)
-    with pytest.raises(
+    with raises(
         rx.TraceLevelError,
         match=r"it is written inside the body of `filter_jit`, but was created outside",
     ):
@@ -530,7 +529,7 @@ def test_a_global_is_refused_in_a_lifted_jit():
 
 @pytest.mark.parametrize("transform", [rx.filter_jit, rx.filter_vmap])
 def test_a_global_that_is_returned_untouched_is_refused(transform):
-    with pytest.raises(rx.TraceLevelError, match="cannot return `Scale.factor`.*Pass"):
+    with raises(rx.TraceLevelError, match="cannot return `Scale.factor`.*Pass"):
         transform(lambda x: (x, GLOBAL.factor))(jnp.ones(2))
     axes = (
         {} if transform is rx.filter_jit else {"in_axes": (0, None), "out_axes": None}
@@ -554,7 +553,7 @@ def test_a_global_that_a_shard_reaches_raises():
         lambda x: GLOBAL(x),
         lambda x: setattr(GLOBAL.factor, "value", x),
     ):
-        with pytest.raises(rx.TraceLevelError, match=r"body of `filter_shard_map`"):
+        with raises(rx.TraceLevelError, match=r"body of `filter_shard_map`"):
             over_mesh(touch)(ONE)
     assert GLOBAL.factor.value == 2.0
     assert over_mesh(loss)(GLOBAL, ONE) == 2.0  # the remedy
@@ -572,7 +571,7 @@ def test_the_outer_name_of_what_is_carried_raises():
         "filter_shard_map": over_mesh,
     }
     for name, lifted in transforms.items():
-        with pytest.raises(
+        with raises(
             rx.TraceLevelError,
             match=(
                 rf"Cannot read ref .*: `{name}` carries this ref: its function has "
@@ -586,9 +585,7 @@ def test_the_outer_name_of_what_is_carried_raises():
         GLOBAL.factor.value = x
         return x
 
-    with pytest.raises(
-        rx.TraceLevelError, match=r"Cannot mutate ref .*carries this ref"
-    ):
+    with raises(rx.TraceLevelError, match=r"Cannot mutate ref .*carries this ref"):
         rx.filter_grad(writes)(GLOBAL, ONE)
     assert GLOBAL.factor.value == 2.0
 
@@ -597,7 +594,7 @@ def test_the_outer_name_raises_in_a_nested_transform_too():
     def body(model, x):
         return rx.filter_vmap(lambda x: GLOBAL(x))(x[None])[0]
 
-    with pytest.raises(rx.TraceLevelError, match=r"`filter_grad` carries this ref"):
+    with raises(rx.TraceLevelError, match=r"`filter_grad` carries this ref"):
         rx.filter_grad(body)(GLOBAL, ONE)
 
 
@@ -635,7 +632,7 @@ def test_deref_clone_and_dag_obey_the_rule():
             touch(model)
             return x
 
-        with pytest.raises(rx.TraceLevelError, match=STAGED):
+        with raises(rx.TraceLevelError, match=STAGED):
             jax.jit(f)(ONE)
 
 
@@ -657,11 +654,9 @@ def test_structure_can_be_asked_for_anywhere():
 def test_a_numpy_value_obeys_the_rule_too():
     ref = rx.Ref(np.ones(2, np.float32))
     f = jax.jit(lambda x: x + ref.value)
-    with pytest.raises(
-        rx.TraceLevelError, match=r"an unnamed ref \(no collection\): it is"
-    ):
+    with raises(rx.TraceLevelError, match=r"an unnamed ref \(no collection\): it is"):
         f(jnp.ones(2))
-    with pytest.raises(rx.TraceLevelError, match=r"Cannot read ref"):
+    with raises(rx.TraceLevelError, match=r"Cannot read ref"):
         jax.jit(lambda x: x + ref.shape[0])(1)
 
 
@@ -671,9 +666,7 @@ def test_shard_map_is_named_in_the_message():
     mapped = jax.shard_map(
         lambda x: model(x), mesh=mesh, in_specs=jax.P(), out_specs=jax.P()
     )
-    with pytest.raises(
-        rx.TraceLevelError, match=r"used inside a function under shard_map,"
-    ):
+    with raises(rx.TraceLevelError, match=r"used inside a function under shard_map,"):
         mapped(ONE)
     assert over_mesh(model)(ONE) == 2.0
 
@@ -685,7 +678,7 @@ def test_ensure_compile_time_eval_does_not_go_round_the_rule():
         with jax.ensure_compile_time_eval():
             return x + model.factor.value
 
-    with pytest.raises(rx.TraceLevelError, match=STAGED):
+    with raises(rx.TraceLevelError, match=STAGED):
         jax.jit(functools.partial(f, model))(ONE)
     lifted = rx.filter_jit(f)
     assert lifted(model, ONE) == 3.0
@@ -716,7 +709,7 @@ def test_a_callback_may_not_read_an_inner_ref_and_the_remedy_works(transform):
             jax.effects_barrier()
 
     remedy = r"give a callback the value: `jax.debug.callback\(fn, ref.value\)`"
-    with pytest.raises(Exception, match=remedy):
+    with raises(Exception, match=remedy):
         run(lambda ref: jax.debug.callback(lambda: seen.append(ref.value)))
     assert not seen
     run(lambda ref: jax.debug.callback(seen.append, ref.value))

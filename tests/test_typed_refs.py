@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jaxtyping import Array, Float
+from raising import raises
 
 import refx_eqx as rx
 
@@ -53,7 +54,7 @@ def body(watch, x):
     check_refs(watch)
     watch.calls.value = watch.calls.value + 1.0
     watch.largest.value = watch.largest.value * 1.0
-    with pytest.raises(rx.RefTypeError, match=r"`Watch.calls`.* is declared"):
+    with raises(rx.RefTypeError, match=r"`Watch.calls`.* is declared"):
         watch.calls.value = jnp.zeros(2)
     y = watched(jnp.sin(x), watch)
     check_refs(watch)
@@ -168,7 +169,7 @@ def forward(watch, x):
     check_refs(watch)
     watch.calls.value = watch.calls.value + 1.0
     watch.largest.value = watch.largest.value + 2.0
-    with pytest.raises(rx.RefTypeError, match=r"`Watch.calls`.* is declared"):
+    with raises(rx.RefTypeError, match=r"`Watch.calls`.* is declared"):
         watch.calls.value = jnp.zeros(2)
     return jnp.sin(x)
 
@@ -193,7 +194,7 @@ def test_the_type_of_what_a_backward_rule_writes_is_checked():
 
     del backward
     watch = Watch()
-    with pytest.raises(rx.RefTypeError, match=r"`Watch.largest`.* is declared"):
+    with raises(rx.RefTypeError, match=r"`Watch.largest`.* is declared"):
         rx.filter_grad(lambda x, watch: jnp.sum(rule(x, watch)))(jnp.ones(2), watch)
     assert watch.largest.value == 0.0
 
@@ -203,6 +204,6 @@ def test_a_scalar_that_is_stacked_twice_knows_its_stack():
         x: rx.Param[Float[Array, ""]]
 
     scales = rx.filter_vmap(rx.filter_vmap(Scale))(jnp.ones((2, 3)))
-    with pytest.raises(rx.RefTypeError, match=r"the sizes \(2, 3\) come on top"):
+    with raises(rx.RefTypeError, match=r"the sizes \(2, 3\) come on top"):
         scales.x.value = jnp.zeros((2, 3, 4))
     scales.x.value = jnp.zeros((2, 3))

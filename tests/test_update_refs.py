@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from raising import message_of, raises
 
 import refx_eqx as rx
 
@@ -93,7 +94,7 @@ def test_an_index_stands_for_its_value_where_the_target_does_not_share():
 
 def test_an_index_without_its_value_is_refused():
     a, b = rx.Ref(1), rx.Ref(2)
-    with pytest.raises(
+    with raises(
         rx.StructureError,
         match=(
             r"Index 3 of the source, at `1`, has no Value in it. Deref the whole source "
@@ -109,7 +110,7 @@ def test_an_index_without_its_value_is_refused():
 def test_a_derefed_target_is_refused():
     # Nothing could be written to it, in silence.
     target = make()
-    with pytest.raises(
+    with raises(
         rx.StructureError,
         match=(
             r"Cannot update refs: the target is derefed: it has a Value at `weight`. Pass "
@@ -123,7 +124,7 @@ def test_a_derefed_target_is_refused():
 
 def test_two_different_values_for_one_ref_are_refused():
     ref = rx.Ref(1, "params")
-    with pytest.raises(
+    with raises(
         rx.StructureError,
         match=(
             r"\(collection 'params'\) is one ref at `0` and `1` of the target, but the source has a different value at each. Give one of them, and `rx.NOTHING` at "
@@ -138,7 +139,7 @@ def test_two_different_values_for_one_ref_are_refused():
 
 def test_another_structure_is_refused():
     a, b = rx.Ref(1), rx.Ref(2)
-    with pytest.raises(
+    with raises(
         rx.StructureError,
         match=(
             r"target and source do not have the same structure. JAX says: .*The source "
@@ -163,7 +164,7 @@ def test_another_structure_is_refused():
 )
 def test_another_shape_dtype_or_kind_is_refused_and_nothing_is_written(wrong):
     first, second = rx.Ref(jnp.ones(2)), rx.Ref(jnp.ones(2), "params")
-    with pytest.raises(
+    with raises(
         rx.StructureError,
         match=(
             r"\(collection 'params'\) at `1` holds f32\[2\], and the source has .*If the change is intended, write it: `ref.value = ...`."
@@ -179,7 +180,7 @@ def test_a_scalar_of_python_keeps_its_kind():
     ref = rx.Ref(1.0)
     rx.update_refs(ref, jnp.array(2.0))
     assert ref.value == 2.0
-    with pytest.raises(
+    with raises(
         rx.StructureError, match=r"holds weak_f32\[\], and the source has weak_i32"
     ):
         rx.update_refs(ref, jnp.array(2))
@@ -187,7 +188,7 @@ def test_a_scalar_of_python_keeps_its_kind():
 
 def test_another_collection_is_refused():
     a, b = rx.Ref(1, "params"), rx.Ref(2, "params")
-    with pytest.raises(
+    with raises(
         rx.CollectionError,
         match=(
             r"at `1` the target has an unnamed ref \(collection 'params'\), but the source has collection 'counts'. Align the two trees"
@@ -199,7 +200,7 @@ def test_another_collection_is_refused():
 
 def test_a_guarded_ref_leaves_all_unwritten():
     a, b = rx.Ref(1, "counts"), rx.Ref(2, "params")
-    with rx.mutable("counts"), pytest.raises(rx.ImmutableError, match="Cannot write"):
+    with rx.mutable("counts"), raises(rx.ImmutableError, match="Cannot write"):
         rx.update_refs([a, b], [5, 6])
     assert (a.value, b.value) == (1, 2)
 
@@ -209,7 +210,7 @@ def test_a_ref_of_another_trace_leaves_all_unwritten():
 
     def body(x):
         inner = rx.Ref(x)
-        with pytest.raises(rx.TraceLevelError, match="Cannot mutate ref"):
+        with raises(rx.TraceLevelError, match="Cannot mutate ref"):
             rx.update_refs([inner, outer], [x + 1, x + 1])
         assert inner.value is x
         return x
@@ -222,7 +223,7 @@ def test_a_nested_value_is_replaced_whole():
     ref = rx.Ref({"a": jnp.ones(2), "b": "relu"})
     rx.update_refs(ref, rx.Value({"a": jnp.zeros(2), "b": "relu"}, 0))
     assert ref.value["a"].tolist() == [0.0, 0.0]
-    with pytest.raises(rx.StructureError, match="and the source has"):
+    with raises(rx.StructureError, match="and the source has"):
         rx.update_refs(ref, rx.Value({"a": jnp.zeros(2)}, 0))
 
 
@@ -233,17 +234,15 @@ def test_a_number_goes_into_a_scalar_of_any_floating_type(dtype):
     assert ref.value == 2.0
     rx.update_refs(ref, jnp.array(3.0, dtype))
     assert ref.value == 3.0
-    with pytest.raises(rx.StructureError, match="and the source has 2\\. If the"):
+    with raises(rx.StructureError, match="and the source has 2\\. If the"):
         rx.update_refs(ref, 2)
 
 
 @pytest.mark.parametrize("new", [3, 2.5, True, jnp.array(3)])
 def test_a_key_is_replaced_by_a_key_alone(new):
     ref = rx.Ref(jax.random.key(0), "rng")
-    with pytest.raises(
-        rx.MismatchError, match=r"`key` holds key<fry>\[\], and .*"
-    ) as e:
+    with raises(rx.MismatchError, match=r"`key` holds key<fry>\[\], and .*") as e:
         rx.update_refs({"key": ref}, {"key": new})
-    assert "jnp.asarray" not in str(e.value)  # which makes no keys
+    assert "jnp.asarray" not in message_of(e.value)  # which makes no keys
     rx.update_refs({"key": ref}, {"key": jax.random.key(1)})
     assert ref.value == jax.random.key(1)

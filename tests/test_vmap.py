@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
+from raising import message_of, raises
 
 import refx_eqx as rx
 
@@ -86,7 +87,7 @@ def test_a_broadcast_ref_written_by_lane_is_refused_and_both_remedies_run():
 
     with pytest.raises(rx.StructureError) as info:
         rx.filter_vmap(f, in_axes=(None, 0))(linear, xs)
-    message = str(info.value)
+    message = message_of(info.value)
     assert message.startswith("`Linear.weight` (collection 'params') is broadcast")
     assert "`rx.axes(params=0, default=None)`" in message and "pmean" in message
     assert linear.weight.shape == (2, 3)
@@ -117,7 +118,7 @@ def test_the_remedy_fits_any_collection(collection, text):
 
     with pytest.raises(rx.StructureError) as info:
         rx.filter_vmap(f, in_axes=(None, 0))(ref, jnp.ones(2))
-    assert f"`rx.axes({text}, default=None)`" in str(info.value)
+    assert f"`rx.axes({text}, default=None)`" in message_of(info.value)
     ref.value = jnp.zeros(2)
     rx.filter_vmap(f, in_axes=(rx.axes({collection: 0}, default=None), 0))(
         ref, jnp.ones(2)
@@ -171,7 +172,7 @@ def test_out_axes():
         assert out.shape == (2, 3) and ref.shape == (3, 2)
     one = rx.filter_vmap(lambda x: (x, jnp.ones(2)), out_axes=(0, None))(xs)
     assert one[1].shape == (2,)
-    with pytest.raises(ValueError, match=r"out_axes=.*batched.*Give it an axis"):
+    with raises(ValueError, match=r"out_axes=.*batched.*Give it an axis"):
         rx.filter_vmap(f, out_axes=None)(xs)
 
 
@@ -223,50 +224,48 @@ def test_all_forms_of_in_axes():
 
 
 def test_in_axes_by_a_name_that_is_no_argument_is_refused():
-    with pytest.raises(ValueError, match="not belong to any argument: 'y'"):
+    with raises(ValueError, match="not belong to any argument: 'y'"):
         rx.filter_vmap(lambda x: x, in_axes={"x": 0, "y": 0})(jnp.ones(2))
 
 
 def test_in_axes_of_another_structure_are_refused():
-    with pytest.raises(rx.StructureError, match="prefix of the tree"):
+    with raises(rx.StructureError, match="prefix of the tree"):
         rx.filter_vmap(lambda x: x, in_axes=({"a": 0},))({"b": jnp.ones(2)})
-    with pytest.raises(ValueError, match="must consist of None, ints.*'no'"):
+    with raises(ValueError, match="must consist of None, ints.*'no'"):
         rx.filter_vmap(lambda x: x, in_axes=("no",))(jnp.ones(2))
 
 
 def test_axes_that_do_not_name_a_collection_are_refused_and_the_remedy_runs():
     ref, f = rx.Ref(jnp.ones(3), "state"), lambda ref: ref.value
     message = r"rx.axes\(params=0\) does not give.*'state'"
-    with pytest.raises(rx.StructureError, match=message):
+    with raises(rx.StructureError, match=message):
         rx.filter_vmap(f, in_axes=rx.axes(params=0))(ref)
     assert rx.filter_vmap(f, in_axes=rx.axes(params=0, default=0))(ref).shape == (3,)
-    with pytest.raises(rx.StructureError, match=r"the array f32\[3\]"):
+    with raises(rx.StructureError, match=r"the array f32\[3\]"):
         rx.filter_vmap(lambda x: x, in_axes=rx.axes(params=0))(jnp.ones(3))
 
 
 def test_sizes_that_differ_are_refused():
     ref = rx.Ref(jnp.ones(3), "state")
-    with pytest.raises(
+    with raises(
         rx.StructureError, match=r"different sizes: 3 of.*'state'.*, and 2 of an array"
     ):
         rx.filter_vmap(lambda ref, x: x)(ref, jnp.ones(2))
-    with pytest.raises(
-        rx.StructureError, match=r"cannot map.*'state'.*axis 1: its shape"
-    ):
+    with raises(rx.StructureError, match=r"cannot map.*'state'.*axis 1: its shape"):
         rx.filter_vmap(lambda ref: ref.value, in_axes=1)(ref)
 
 
 def test_one_ref_with_two_axes_is_refused():
     ref = rx.Ref(jnp.ones((3, 3)), "state")
     message = r"'state'.*two axes: 0 in argument 0, 1 in argument 1.*rx.axes\(state=0"
-    with pytest.raises(rx.StructureError, match=message):
+    with raises(rx.StructureError, match=message):
         rx.filter_vmap(lambda a, b: a.value, in_axes=(0, 1))(ref, ref)
     # Counted from the front or from the back, it is one axis.
     rx.filter_vmap(lambda a, b: a.value + b.value, in_axes=(1, -1))(ref, ref)
 
 
 def test_keywords_are_refused_as_in_equinox():
-    with pytest.raises(TypeError, match="Pass 'x' by position"):
+    with raises(TypeError, match="Pass 'x' by position"):
         rx.filter_vmap(lambda x: x)(x=jnp.ones(2))
 
 
@@ -276,7 +275,7 @@ def test_nothing_mapped_needs_a_size():
     key = rx.Ref(jr.key(0), "rng")
     draw = lambda: jr.normal(key.value)
     assert rx.filter_vmap(draw, axis_size=3)().shape == (3,)
-    with pytest.raises(ValueError, match="Give `axis_size`"):
+    with raises(ValueError, match="Give `axis_size`"):
         rx.filter_vmap(draw)()
 
 
@@ -294,7 +293,7 @@ def test_batch_norm_over_two_mapped_axes(axis):
     outer = rx.filter_vmap(inner, axis_name="outer")
     if axis == "inner":
         # The mean over the inner axis differs from one outer lane to the next.
-        with pytest.raises(rx.StructureError, match="`Norm.mean` .*'batch_stats'"):
+        with raises(rx.StructureError, match="`Norm.mean` .*'batch_stats'"):
             outer(xs)
         assert norm.mean.value.tolist() == [0.0, 0.0]
         return
@@ -373,7 +372,7 @@ def test_a_failed_lane_changes_nothing():
         ref.value += 1
         raise RuntimeError("no")
 
-    with pytest.raises(RuntimeError, match="no"):
+    with raises(RuntimeError, match="no"):
         rx.filter_vmap(f)(ref)
     assert ref.value.tolist() == [0.0, 0.0]
 
@@ -384,5 +383,5 @@ def test_a_ref_that_is_mapped_and_reached_at_several_places():
     out = rx.filter_vmap(lambda x: x.value + len(held))(ref)
     assert out.tolist() == [2.0, 3.0, 4.0]
     for i in range(2):
-        with pytest.raises(rx.TraceLevelError, match=r"a slice of it, in argument 0\."):
+        with raises(rx.TraceLevelError, match=r"a slice of it, in argument 0\."):
             rx.filter_vmap(lambda x: x.value + held[i].value.sum())(ref)

@@ -6,6 +6,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from raising import raises
 
 import refx_eqx as rx
 
@@ -27,23 +28,23 @@ def test_an_array_that_is_none_of_numbers_is_told_by_its_place(array):
     ref, names = rx.Ref(jnp.array(1.0), "params"), rx.Ref(array, "names")
     jitted = rx.filter_jit(first)
     none = f"JAX has no arrays of {array.dtype}".replace("[", r"\[").replace("]", r"\]")
-    with pytest.raises(TypeError, match=rf"\(argument 1 at `k`\): {none}"):
+    with raises(TypeError, match=rf"\(argument 1 at `k`\): {none}"):
         jitted(ref, {"k": array})
-    with pytest.raises(TypeError, match=rf"\(the keyword argument `names`\): {none}"):
+    with raises(TypeError, match=rf"\(the keyword argument `names`\): {none}"):
         jitted(ref, names=array)
-    with pytest.raises(TypeError, match=rf"ref .*'names'.*in argument 1\): {none}"):
+    with raises(TypeError, match=rf"ref .*'names'.*in argument 1\): {none}"):
         jitted(ref, names)
     closed = lambda ref: (names.value, ref.value)[1]
-    with pytest.raises(TypeError, match=rf"'names'.*what the function holds\): {none}"):
+    with raises(TypeError, match=rf"'names'.*what the function holds\): {none}"):
         rx.filter_jit(closed)(ref)
     # Ahead of time, and where a call was planned for numbers.
-    with pytest.raises(TypeError, match=rf"\(argument 1 at `k`\): {none}"):
+    with raises(TypeError, match=rf"\(argument 1 at `k`\): {none}"):
         jitted.lower(ref, {"k": array})
-    with pytest.raises(TypeError, match=rf"\(argument 1 at `k`\): {none}"):
+    with raises(TypeError, match=rf"\(argument 1 at `k`\): {none}"):
         jitted.lower(ref, {"k": XS}).compile()(ref, {"k": array})
     for _ in range(3):
         jitted(ref, np.ones(2, np.float32))
-    with pytest.raises(TypeError, match=rf"\(argument 1\): {none}"):
+    with raises(TypeError, match=rf"\(argument 1\): {none}"):
         jitted(ref, array)
     # The remedy.
     assert jitted(ref, tuple(array.tolist())[:1]) == 1.0
@@ -54,12 +55,12 @@ def test_an_array_that_is_none_of_numbers_is_told_by_its_place(array):
 
 def test_a_set_is_told_by_its_place():
     ref = rx.Ref(jnp.array(1.0))
-    with pytest.raises(TypeError, match=r"\{1\} \(argument 1\): .*`frozenset`"):
+    with raises(TypeError, match=r"\{1\} \(argument 1\): .*`frozenset`"):
         rx.filter_jit(first)(ref, {1})
     tags = rx.Ref({"kind": {1}}, "tags")
-    with pytest.raises(TypeError, match=r"\{1\} \(.*'tags'.*, in argument 1\)"):
+    with raises(TypeError, match=r"\{1\} \(.*'tags'.*, in argument 1\)"):
         rx.filter_jit(first)(ref, tags)
-    with pytest.raises(TypeError, match=r"what the function in argument 0 holds\)"):
+    with raises(TypeError, match=r"what the function in argument 0 holds\)"):
         rx.associative_scan(lambda a, b: a + b + len(tags.value["kind"]), XS)
     tags.value = {"kind": frozenset({1})}
     assert rx.filter_jit(first)(ref, tags) == 1.0
@@ -68,10 +69,10 @@ def test_a_set_is_told_by_its_place():
 @pytest.mark.parametrize("unroll", [-1, 1.5, "a", [1], None])
 def test_a_wrong_unroll(unroll):
     match = r"`unroll` must be (at least 0|an integer)"
-    with pytest.raises((TypeError, ValueError), match=f"`scan`: {match}"):
+    with raises((TypeError, ValueError), match=f"`scan`: {match}"):
         rx.scan(lambda c, x: (c, x), XS, XS, unroll=unroll)
     if unroll is not None:
-        with pytest.raises((TypeError, ValueError), match=f"`fori_loop`: {match}"):
+        with raises((TypeError, ValueError), match=f"`fori_loop`: {match}"):
             rx.fori_loop(0, 2, lambda i, x: x, XS, unroll=unroll)
 
 
@@ -88,9 +89,9 @@ def test_a_right_unroll(unroll):
 
 @pytest.mark.parametrize("reverse", ["a", 3, None, 1.0, [True]])
 def test_a_wrong_reverse(reverse):
-    with pytest.raises(TypeError, match="`scan`: `reverse` must be `True` or `False`"):
+    with raises(TypeError, match="`scan`: `reverse` must be `True` or `False`"):
         rx.scan(lambda c, x: (c, x), XS, XS, reverse=reverse)
-    with pytest.raises(TypeError, match="`associative_scan`: `reverse` must be"):
+    with raises(TypeError, match="`associative_scan`: `reverse` must be"):
         rx.associative_scan(lambda a, b: a + b, XS, reverse=reverse)
 
 
@@ -106,7 +107,7 @@ def test_a_rule_that_writes_what_the_function_does_not(wrap):
 
     del rule
     match = "the rule .* must write the refs that the function writes.*'log'"
-    with pytest.raises(rx.StructureError, match=match):
+    with raises(rx.StructureError, match=match):
         wrap(rx.filter_grad(lambda w, x: f(w, x)))(w, jnp.array(2.0))
     assert log.value == 0.0
 
@@ -118,9 +119,9 @@ def test_another_type_than_was_compiled_for_is_told_by_its_place():
     match = (
         r"for float32\[2\] in argument 1 at `a`, but is called with int32\[2\] there"
     )
-    with pytest.raises(rx.MismatchError, match=match):
+    with raises(rx.MismatchError, match=match):
         compiled(ref, {"a": jnp.arange(2)})
     match = r"for float32\[2\] in an unnamed ref \(collection 'params'\), in argument 0"
-    with pytest.raises(rx.MismatchError, match=match):
+    with raises(rx.MismatchError, match=match):
         compiled(rx.Ref(jnp.ones(3), "params"), {"a": XS})
     assert compiled(ref, {"a": np.ones(2, np.float32)}).tolist() == [1.0, 1.0]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from raising import raises
 
 import refx_eqx as rx
 
@@ -14,9 +15,9 @@ import refx_eqx as rx
 @pytest.mark.parametrize("length", [2.7, "3", 2.0, jnp.array(2.0)])
 def test_a_length_is_a_whole_number(length):
     match = "`scan`: `length` must be an integer .* Pass an `int`."
-    with pytest.raises(TypeError, match=match):
+    with raises(TypeError, match=match):
         rx.scan(lambda c, x: (c, x), 1.0, None, length)
-    with pytest.raises(ValueError, match="`length` must be at least 0, but is -1"):
+    with raises(ValueError, match="`length` must be at least 0, but is -1"):
         rx.scan(lambda c, x: (c, x), 1.0, None, -1)
     for right in (3, np.int64(3), jnp.array(3)):
         assert rx.scan(lambda c, _: (c + 1, None), 0, None, right)[0] == 3
@@ -27,9 +28,9 @@ def test_bounds_of_a_loop_are_whole_numbers():
         return rx.fori_loop(lower, upper, lambda i, c: c + i, 0)
 
     for lower, upper in [(0, 2.5), (0.0, 2), ("0", 3), (0, None), (0, jnp.arange(2))]:
-        with pytest.raises(TypeError, match="`fori_loop`: `.*` must be an integer"):
+        with raises(TypeError, match="`fori_loop`: `.*` must be an integer"):
             count(lower, upper)
-    with pytest.raises(TypeError, match="`upper` must be a scalar integer, but is"):
+    with raises(TypeError, match="`upper` must be a scalar integer, but is"):
         rx.filter_jit(count)(0, jnp.array(2.5))
     assert count(np.int32(1), 4) == 6
     assert rx.filter_jit(lambda n: count(0, n.astype(int)))(jnp.array(4.0)) == 6
@@ -40,7 +41,7 @@ def test_bounds_of_a_loop_are_whole_numbers():
     [("a", TypeError), (2.5, TypeError), (0, ValueError), (-1, ValueError)],
 )
 def test_a_batch_has_a_size(size, error):
-    with pytest.raises(error, match="`map`: `batch_size` must be"):
+    with raises(error, match="`map`: `batch_size` must be"):
         rx.map(lambda x: x, jnp.arange(3), batch_size=size)
 
 
@@ -59,19 +60,17 @@ def test_a_counter_counts_batches_or_elements():
 
 @pytest.mark.parametrize("elems", [None, (), "abc", {"a": None}, 1.0])
 def test_an_associative_scan_has_arrays(elems):
-    with pytest.raises(
-        ValueError, match="`associative_scan`: `elems` must have arrays"
-    ):
+    with raises(ValueError, match="`associative_scan`: `elems` must have arrays"):
         rx.associative_scan(lambda a, b: a, elems)
-    with pytest.raises(ValueError, match="all with an axis 1 to scan along"):
+    with raises(ValueError, match="all with an axis 1 to scan along"):
         rx.associative_scan(jnp.add, jnp.arange(3), axis=1)
 
 
 def test_primals_are_a_tuple():
     ref = rx.Ref(jnp.array(2.0))
-    with pytest.raises(TypeError, match=r"primals must be a tuple.* `\(primal,\)`"):
+    with raises(TypeError, match=r"primals must be a tuple.* `\(primal,\)`"):
         rx.filter_jvp(lambda r: r.value, ref, (jnp.array(1.0),))
-    with pytest.raises(TypeError, match=r"tangents must be a tuple.* `\(tangent,\)`"):
+    with raises(TypeError, match=r"tangents must be a tuple.* `\(tangent,\)`"):
         rx.filter_jvp(lambda r: r.value, (ref,), jnp.array(1.0))
     assert rx.filter_jvp(lambda r: r.value, (ref,), (jnp.array(1.0),))[1] == 1.0
 
@@ -86,7 +85,7 @@ def test_a_gradient_of_a_wrong_shape_is_named():
     f.def_fwd(lambda perturbed, model: (model["w"].value, None))
     f.def_bwd(lambda residuals, grad, perturbed, model: {"w": jnp.ones(3)})
     match = r"backward rule of .*f` returns f32\[3\] as the gradient by .*'params'.*same shape"
-    with pytest.raises(rx.StructureError, match=match):
+    with raises(rx.StructureError, match=match):
         rx.filter_grad(f)(model)
 
 
@@ -113,11 +112,11 @@ def test_a_failing_callback_raises_its_own_error(wrap):
         return np.float32(0)
 
     for _ in range(3):
-        with pytest.raises(Mine, match="this one"):
+        with raises(Mine, match="this one"):
             call(fails)
-    with pytest.raises(rx.StructureError, match="A pure callback cannot write"):
+    with raises(rx.StructureError, match="A pure callback cannot write"):
         call(writes)
-    with pytest.raises(rx.StructureError, match="must return what `result_shape_dt"):
+    with raises(rx.StructureError, match="must return what `result_shape_dt"):
         call(lambda ref: "text")
     assert call(lambda ref: np.asarray(ref.value)) == 3.0
 
@@ -137,9 +136,9 @@ def test_a_tree_changed_in_place_where_it_may_only_be_read():
     match = (
         "'state'.*: a list or a dict in its value was changed in place.*`ref.value = "
     )
-    with pytest.raises(rx.TraceLevelError, match=match):
+    with raises(rx.TraceLevelError, match=match):
         _ = ref.value
-    with pytest.raises(rx.TraceLevelError, match=match):
+    with raises(rx.TraceLevelError, match=match):
         read(ref)
     # The remedy.
     ref.value = {"a": jnp.array(2.0)}

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from raising import raises
 
 import refx_eqx as rx
 
@@ -62,7 +63,7 @@ DOORS = {
 @pytest.mark.parametrize("make", [cycle, in_module])
 @pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
 def test_what_holds_itself_is_refused(door, make):
-    with pytest.raises(rx.StructureError, match="holds itself.*Remove the cycle"):
+    with raises(rx.StructureError, match="holds itself.*Remove the cycle"):
         door(make())
 
 
@@ -102,7 +103,7 @@ def test_no_copy_leaves_refs_behind_in_what_they_are_looked_up_in(lookup):
         ("deref", rx.clone),
         ("snapshot", rx.snapshot),
     ):
-        with pytest.raises(
+        with raises(
             rx.StructureError, match=rf"Cannot {verb} a .* of refs.*'params'\) at `a`"
         ):
             door({"a": lookup, "w": REF})
@@ -112,9 +113,7 @@ def test_no_copy_leaves_refs_behind_in_what_they_are_looked_up_in(lookup):
 def test_no_checkpoint_leaves_out_what_is_in_a_set_alone(lookup, tmp_path):
     path = tmp_path / "model.safetensors"
     for door in (rx.state_dict, lambda tree: rx.save(path, tree)):
-        with pytest.raises(
-            rx.StructureError, match=r"'params'\) is in a .* at `a`.*too"
-        ):
+        with raises(rx.StructureError, match=r"'params'\) is in a .* at `a`.*too"):
             door({"a": lookup})
     # The remedy; and what is looked up stays what it is.
     tree = {"a": lookup, "w": REF}
@@ -128,7 +127,7 @@ def test_no_checkpoint_leaves_out_what_is_in_a_set_alone(lookup, tmp_path):
 
 
 def test_a_collection_of_new_refs_is_a_name():
-    with pytest.raises(TypeError, match=r"`rx.as_refs` was given collection=\['a'\]"):
+    with raises(TypeError, match=r"`rx.as_refs` was given collection=\['a'\]"):
         rx.as_refs(jnp.ones(1), ["a"])  # pyright: ignore[reportArgumentType]
     (ref,) = rx.aliases(rx.as_refs(jnp.ones(1), ("a",)))
     assert ref.collection == ("a",)

@@ -4,13 +4,24 @@ Every message answers three questions: which ref, where, and what to do about it
 are next to the checks that raise them; shared parts are here.
 """
 
+import re
 import sys
+import textwrap
 from collections.abc import Hashable
 from typing import Any
 
 
+# The line length of the code of most readers; a terminal is rarely narrower.
+_WIDTH = 88
+_CODE = re.compile("`[^`]*`")
+
+
 class RefError(Exception):
     """The base of every error that this library raises.
+
+    `str(error)` is the message as Python prints it below a traceback, wrapped to 88
+    columns; `error.args[0]` is the same message with each paragraph in one line, to be
+    searched or logged.
 
     Catch one of its subclasses to be specific:
 
@@ -27,6 +38,12 @@ class RefError(Exception):
     - [`refx_eqx.DonatedError`][]: the buffer of an array was donated, and is gone;
     - [`refx_eqx.CheckpointError`][]: a file is not a checkpoint, or is incomplete.
     """
+
+    def __str__(self) -> str:
+        error = type(self)
+        printed_before = len(f"{error.__module__}.{error.__qualname__}: ")
+        first, *others = super().__str__().split("\n")
+        return "\n".join([_wrapped(first, printed_before), *map(_wrapped, others)])
 
 
 class TraceLevelError(RefError, ValueError):
@@ -258,6 +275,25 @@ for _error in (
     *StructureError.__subclasses__(),
 ):
     _error.__module__ = "refx_eqx"
+
+
+def _wrapped(line: str, start: int = 0) -> str:
+    """A line of a message, if it starts at this column.
+
+    Code in it stays whole, to be copied. An indented line belongs to a tree, as
+    `eqx.tree_pformat` shows it, and stays as it is.
+    """
+    if line.startswith(" "):
+        return line
+    wrapped = textwrap.fill(
+        _CODE.sub(lambda code: code[0].replace(" ", "\0"), line),
+        _WIDTH,
+        initial_indent=" " * start,
+        subsequent_indent=" " * 4,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return wrapped[start:].replace("\0", " ")
 
 
 def describe(ref: Any) -> str:

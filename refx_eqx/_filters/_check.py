@@ -40,7 +40,7 @@ def check(tree: PyTree, constants: FilterLike = False) -> None:
         try:
             rx.check(scale)
         except rx.StructureError as e:
-            assert "`offset`, float32[3]" in str(e)
+            assert "`offset`" in str(e)
         rx.check(scale, constants=rx.path("offset"))
         ```
 

@@ -326,4 +326,6 @@ def _checked_value(ref: Ref, key: str, value: Any) -> Any:
             raise
         return check_value(ref, value)
     except RefTypeError as e:
-        raise RefTypeError(f"Cannot load the state: at `{_shown(key)}`: {e}") from None
+        raise RefTypeError(
+            f"Cannot load the state: at `{_shown(key)}`: {e.args[0]}"
+        ) from None

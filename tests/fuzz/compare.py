@@ -262,7 +262,7 @@ class _Session:
         """Why the library was right to refuse the program."""
         reasons = self.plain.reasons
         for pattern, reason in REFUSALS:
-            if re.search(pattern, str(error), re.DOTALL):
+            if re.search(pattern, error.args[0], re.DOTALL):
                 if isinstance(expected, Refused):
                     return reason
                 if reason in reasons:
