@@ -1,4 +1,4 @@
-"""What each example needs and none is about: arguments, a progress bar, and a picture."""
+"""What every example needs, but none is about: arguments, a progress bar, a picture."""
 
 import argparse
 import contextlib
@@ -10,12 +10,12 @@ import matplotlib
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 
-matplotlib.use("Agg")  # no window: a picture is a file
+matplotlib.use("Agg")  # no window: pictures are saved to files
 import matplotlib.pyplot as plt
 
 
 def options(doc: str | None, **defaults: Any) -> argparse.Namespace:
-    """The arguments of the command line. A default says the name and the type of one."""
+    """The command-line arguments. Each default gives the name and the type of one."""
     parser = argparse.ArgumentParser(
         description=(doc or "").partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -31,7 +31,7 @@ def options(doc: str | None, **defaults: Any) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar. It gives a function to call once a step, with a text to show."""
+    """A progress bar. It yields a function to call once per step, with the text to show."""
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress("{task.description}", *columns) as bar:
         task = bar.add_task("compiling", total=total)
@@ -40,7 +40,7 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
 
 @contextlib.contextmanager
 def picture(path: pathlib.Path, n_axes: int = 2) -> Iterator[Any]:
-    """A figure with axes next to each other, saved at the end."""
+    """A figure with axes side by side, saved at the end."""
     figure, axes = plt.subplots(1, n_axes, figsize=(11, 4.2), layout="constrained")
     yield axes
     path.parent.mkdir(parents=True, exist_ok=True)

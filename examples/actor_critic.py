@@ -4,13 +4,13 @@
 
 What to look at:
 
-- The actor and the critic hold the same trunk, the refs of one `rx.nn.MLP`: it has one
-  gradient, the sum of both, and one slot in the optimizer.
-- The environment is a module too. Its state and its randomness are refs, so `step` takes an
-  action and nothing else. `rx.filter_vmap` makes many of them, and steps them all.
-- The target network is `rx.nn.EMA`: the critic, of some updates ago.
-- An update is one compiled function: `rx.scan` plays, what it has seen is learned from, and
-  environments, networks, target and optimizer are written in place.
+- The actor and the critic share a trunk, the refs of one `rx.nn.MLP`. It has one gradient,
+  the sum of both, and one slot in the optimizer.
+- The environment is a module too. Its state and its randomness are refs, so `step` takes
+  only an action. `rx.filter_vmap` makes many environments, and steps all of them.
+- The target network is an `rx.nn.EMA` of the critic, so it lags a few updates behind.
+- An update is one compiled function. `rx.scan` plays, the networks learn from what they saw,
+  and environments, networks, target and optimizer are written in place.
 """
 
 import pathlib
@@ -28,17 +28,17 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 import refx_eqx as rx
 
 
-State = Float[Array, "4"]  # of the cart: place, velocity; of the pole: angle, velocity
+State = Float[Array, "4"]  # cart position and velocity, pole angle and velocity
 Values = Float[Array, "steps envs"]
 Scalar = Float[Array, ""]
 
 STEPS_AT_MOST = 500
 DISCOUNT = 0.99
-TRUST = 0.95  # in what was seen, rather than in the critic: the lambda of TD(lambda)
+TRUST = 0.95  # in the rewards seen, over the critic: the lambda of TD(lambda)
 
 
 class CartPole(rx.Module):
-    """The classic control problem, of Barto, Sutton and Anderson. It starts again by itself."""
+    """The classic control problem of Barto, Sutton and Anderson. It restarts by itself."""
 
     state: rx.Ref[State] = rx.field(collection="environment")
     age: rx.Ref[Int[Array, ""]] = rx.field(collection="environment")
@@ -53,7 +53,7 @@ class CartPole(rx.Module):
         return jr.uniform(self.rngs.start(), (4,), minval=-0.05, maxval=0.05)
 
     def step(self, action: Int[Array, ""]) -> tuple[State, Array, Array]:
-        """Pushes the cart to the left (0) or to the right (1). Returns the state after it,
+        """Pushes the cart to the left (0) or to the right (1). Returns the new state,
         whether the pole has fallen, and whether this was the last step of the episode."""
         _, v, angle, spin = self.state.value
         force = jnp.where(action == 1, 10.0, -10.0)
@@ -73,7 +73,7 @@ class CartPole(rx.Module):
 
 
 class Head(rx.Module):
-    """A linear layer on a trunk, which others may share."""
+    """A linear layer on top of a trunk, which other heads may share."""
 
     trunk: eqx.nn.MLP
     last: eqx.nn.Linear
@@ -102,7 +102,7 @@ class Agent(rx.Module):
 
 
 class Played(NamedTuple):
-    """What is remembered of the steps of all environments."""
+    """The recorded steps of all environments."""
 
     state: Float[Array, "steps envs 4"]
     action: Int[Array, "steps envs"]
@@ -124,12 +124,12 @@ def play(agent: Agent, envs: CartPole, rngs: rx.Rngs, steps: int) -> Played:
 
 
 def returns_of(played: Played, values: Values) -> Values:
-    """The discounted rewards from each step on: `1 - DISCOUNT` for a step, so that they are
-    1 if the pole never falls. `values` are those of the states that follow."""
+    """The discounted return from each step on. The reward is `1 - DISCOUNT` per step, so the
+    return is 1 if the pole never falls. `values` are the critic's, for the next states."""
 
     def before(later: Array, x: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         fallen, is_last, value = x
-        # What was only cut off would have gone on: the critic says how.
+        # An episode that was only cut off would have gone on: ask the critic.
         rest = jnp.where(is_last, value, (1 - TRUST) * value + TRUST * later)
         total = (1 - DISCOUNT) + DISCOUNT * jnp.where(fallen, 0.0, rest)
         return total, total
@@ -160,8 +160,8 @@ def update(
     rngs: rx.Rngs,
     steps: int,
 ) -> tuple[Scalar, Scalar]:
-    """Plays, and learns from it. Returns the length of all episodes that ended, and how many
-    they are."""
+    """Plays, and learns from it. Returns the total length of the episodes that ended, and
+    their number."""
     played = play(agent, envs, rngs, steps)
     returns = returns_of(played, of_each(target.model, played.following))
     grads = rx.filter_grad(loss_fn, wrt="params")(agent, played, returns)
@@ -173,7 +173,8 @@ def update(
 
 @rx.filter_jit
 def balance(agent: Agent, env: CartPole) -> tuple[Array, Array]:
-    """Plays one episode, by the likelier action. Returns the states, and if it goes on."""
+    """Plays one episode, always with the likelier action. Returns the states, and whether
+    the episode was still going on in each."""
 
     def step(goes_on: Array, _: None) -> tuple[Array, tuple[Array, Array]]:
         state = env.state.value
@@ -221,13 +222,13 @@ def main() -> None:
             total, n = update(agent, target, optimizer, envs, rngs, args.steps)
             length = float(total / n) if n > 0 else length
             lengths.append(length)
-            report(f"an episode has {length:5.1f} steps")
+            report(f"{length:5.1f} steps per episode")
 
     test = [balance(agent, CartPole(key=key)) for key in jr.split(key4, 20)]
     balanced = [int(jnp.sum(goes_on)) for _, goes_on in test]
     print(f"Episodes of at most {STEPS_AT_MOST} steps, after {args.updates} updates:")
-    print(f"  the first that ended in training had {np.nanmean(lengths[:5]):.0f} steps")
-    print(f"  20 of the trained actor have {np.mean(balanced):.0f} steps on average")
+    print(f"  the first in training had {np.nanmean(lengths[:5]):.0f} steps on average")
+    print(f"  20 by the trained actor had {np.mean(balanced):.0f} steps on average")
     if args.picture:
         plot(args.picture, lengths, *test[0])
 

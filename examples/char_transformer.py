@@ -4,12 +4,12 @@
 
 What to look at:
 
-- `Transformer` reads and writes characters by one matrix: `unembed` is the ref of `embed`.
-- `Dropout` draws from a shared `rx.Rngs`. No key is threaded, and under `rx.filter_vmap`
-  each text of a batch has its own mask.
-- Attention keeps the keys and values of a text in refs. One method trains, reads a prompt
-  and writes on, one character at a time: `cache=True` puts what it is given behind what is
-  there. `sample` scans over it, and donates the old buffers of the caches.
+- `Transformer` reads and writes characters with one matrix: `unembed` is the ref of `embed`.
+- `Dropout` draws from a shared `rx.Rngs`. No keys are passed around, and under
+  `rx.filter_vmap` each text in a batch has its own mask.
+- Attention keeps the keys and values of a text in refs. The same method trains, reads a
+  prompt, and continues it one character at a time: `cache=True` appends the input to what is
+  cached. `sample` scans over it, and donates the old buffers of the caches.
 """
 
 import pathlib
@@ -100,7 +100,7 @@ class Transformer(rx.Module):
     def __call__(
         self, tokens: Int[Array, " time"], cache: bool = False
     ) -> Float[Array, "time vocab"]:
-        """The logits of each next character. With `cache`, of a text that goes on."""
+        """The logits for each next character. With `cache`, the tokens continue a text."""
         length = self.blocks[0].attention.cache_length
         start = length[...] if cache and length is not None else 0
         x = self.embed[tokens] + self.positions[start + jnp.arange(len(tokens))]
@@ -140,7 +140,7 @@ def evaluate(model: Transformer, batch: Batch) -> Float[Array, ""]:
 def sample(
     model: Transformer, prompt: Int[Array, " prompt"], temperature: float
 ) -> Int[Array, " context"]:
-    """Continues the prompt, up to the context's length."""
+    """Continues the prompt up to the length of the context."""
     model = rx.nn.inference_mode(model)  # another tree, the same refs
     model.reset_cache()
 
@@ -158,7 +158,7 @@ def sample(
 
 
 def cache_error(model: Transformer, tokens: Int[Array, " time"]) -> float:
-    """How far decoding, one character at a time, is from the model on the whole text."""
+    """How much decoding one character at a time differs from reading the whole text."""
     model = rx.nn.inference_mode(model)
     model.reset_cache()
     whole = rx.filter_jit(model)(tokens)
@@ -174,7 +174,7 @@ class Data(NamedTuple):
     def batches(
         self, part: str, size: int, length: int, seed: int
     ) -> Iterator[np.ndarray]:
-        """Random pieces of one part of the text, for ever."""
+        """Random pieces of one part of the text, forever."""
         tokens, rng = getattr(self, part), np.random.default_rng(seed)
         while True:
             starts = rng.integers(0, len(tokens) - length, size)
@@ -182,7 +182,7 @@ class Data(NamedTuple):
 
 
 def load_data(n_characters: int) -> Data:
-    """Files of the standard library, the last tenth of the text held out."""
+    """Files of the standard library, with the last tenth of the text held out."""
     folder = pathlib.Path(sysconfig.get_paths()["stdlib"])
     text = ""
     for file in sorted(folder.glob("*.py")):
@@ -204,7 +204,7 @@ def decode(tokens: Int[Array, " time"]) -> str:
 
 
 def optimizer_of(steps: int, decayed: object) -> optax.GradientTransformation:
-    """AdamW with a warm-up, clipped gradients, and decay for what `decayed` masks."""
+    """AdamW with warm-up, clipped gradients, and weight decay for what `decayed` selects."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, steps // 10, steps)
     return optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -221,7 +221,8 @@ def train(
     seed: int,
     report: Callable[[str], None],
 ) -> tuple[list[float], list[tuple[int, float]]]:
-    """Trains the model in place. Returns the losses, and those in validation by step."""
+    """Trains the model in place. Returns the training losses, and the validation losses with
+    their steps."""
     length = len(model.positions.value) + 1
     batches = data.batches("train", batch_size, length, seed)
     validation = next(data.batches("validation", 8 * batch_size, length, 0))
@@ -254,7 +255,7 @@ def plot(
         page.set_axis_off()
         page.set_title("A sample")
         lines = [ln[i : i + 64] for ln in text.split("\n") for i in range(0, 128, 64)]
-        # A dollar would begin a formula.
+        # Matplotlib starts a formula at a dollar sign.
         shown = "\n".join(line for line in lines if line).replace("$", r"\$")
         page.text(0, 0.98, shown, va="top", family="monospace", fontsize=8)
 
@@ -283,7 +284,7 @@ def main() -> None:
     )
     console.print(
         f"{len(data.train):,} characters to train on, {rx.count(model, 'params'):,} "
-        "numbers in parameters"
+        "parameters"
     )
     with progress(args.steps) as report:
         losses, validations = train(

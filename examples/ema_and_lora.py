@@ -1,14 +1,14 @@
-"""Fine-tunes a network by LoRA, with the rest frozen, and keeps an average of it.
+"""Fine-tunes a network with LoRA, the rest frozen, and keeps a moving average of it.
 
     python examples/ema_and_lora.py --steps 600 --picture ema_and_lora.png
 
-A network learns scikit-learn's digits. Then it is adapted to the mirrored digits, by
-low-rank changes of its weights. What to look at:
+A network learns scikit-learn's digits. Then low-rank changes of its weights adapt it to the
+mirrored digits. What to look at:
 
 - `adapted` holds the *same* refs as `model`, and those of the changes. Nothing is copied.
-- `wrt="lora"` says what is trained, to the gradient, the optimizer and the average.
+- `wrt="lora"` tells the gradient, the optimizer and the average what is trained.
 - `rx.mutable` makes sure that nothing else is written.
-- `rx.nn.merge_lora` makes a plain network of it, and `rx.save` stores the changes alone.
+- `rx.nn.merge_lora` turns it into a plain network, and `rx.save` can store only the changes.
 """
 
 import pathlib
@@ -36,12 +36,12 @@ class Data(NamedTuple):
     labels: Int[Array, " batch"]
 
     def split(self) -> tuple["Data", "Data"]:
-        """The data to train on, and those to test with, of other writers."""
+        """The training data, and the test data, which other people wrote."""
         return Data(*(x[:1300] for x in self)), Data(*(x[1300:] for x in self))
 
 
 def load_data() -> tuple[Data, Data]:
-    """The digits, and the digits in a mirror."""
+    """The digits, and their mirror images."""
     pixels, digits = load_digits(return_X_y=True)
     images = jnp.asarray(pixels, jnp.float32).reshape(-1, 8, 8) / 16
     labels = jnp.asarray(digits, jnp.int32)
@@ -82,8 +82,8 @@ def train(
     seed: int,
     report: Callable[[str], None],
 ) -> tuple[rx.nn.EMA, list[tuple[float, ...]]]:
-    """Trains what `wrt` selects, in place. Returns the average of the model, and accuracies
-    on the way."""
+    """Trains what `wrt` selects, in place. Returns the average of the model, and the
+    test accuracies along the way."""
     ema = rx.nn.EMA(model, decay=0.95, wrt=wrt)
     tx = optax.adamw(optax.cosine_decay_schedule(1e-2, steps))
     optimizer = rx.Optimizer(model, tx, wrt=wrt)
@@ -126,9 +126,7 @@ def main() -> None:
 
     with progress(2 * args.steps) as report:
         ema, trained = train(model, train_plain, tests, "params", report=report, **how)
-        before = rx.snapshot(
-            model
-        )  # plain values: what comes later does not change them
+        before = rx.snapshot(model)  # plain values, which training does not change
 
         layers = [rx.nn.LoRA(x, args.rank, key=k) for x, k in zip(model.layers, keys)]
         adapted = eqx.tree_at(lambda m: m.layers, model, tuple(layers))
@@ -155,10 +153,10 @@ def main() -> None:
     Console().print(table)
 
     with tempfile.TemporaryDirectory() as folder:
-        for name, filter in (("change", "lora"), ("whole", True)):
+        for name, filter in (("the changes", "lora"), ("all of it", True)):
             file = pathlib.Path(folder, "network.safetensors")
             rx.save(file, adapted, filter)
-            print(f"The {name} in a file: {file.stat().st_size:,} bytes")
+            print(f"A file with {name}: {file.stat().st_size:,} bytes")
     if args.picture:
         plot(args.picture, trained, adapting)
 

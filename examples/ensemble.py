@@ -4,11 +4,11 @@
 
 What to look at:
 
-- The ensemble is the network under `rx.filter_vmap`: what makes one makes all, and each ref
-  gets an axis in front. `rx.Batched` is the type of such a stack.
-- So is the optimizer, and so is the step: what is written for one network, which updates its
-  weights and its batch statistics in place, updates those of all of them.
-- Only the images are one for all: `in_axes` says so.
+- The ensemble is the network under `rx.filter_vmap`: the code that makes one makes all of
+  them, and each ref gets an axis in front. `rx.Batched` is the type of such a stack.
+- The optimizers and the step are made in the same way. The step is written for one network,
+  whose weights and batch statistics it updates in place. Mapped, it updates those of all.
+- Only the data is not mapped: `in_axes` says so.
 """
 
 import pathlib
@@ -47,7 +47,7 @@ class Network(rx.Module):
 
     def __call__(self, x: Images) -> Float[Array, "batch 10"]:
         for layer, norm in zip(self.layers, self.norms):
-            x = jax.nn.relu(norm(jax.vmap(layer)(x)))  # the norm is of the whole batch
+            x = jax.nn.relu(norm(jax.vmap(layer)(x)))  # normalizes over the whole batch
         return jax.vmap(self.last)(x)
 
 
@@ -62,7 +62,7 @@ def loss_fn(model: Network, images: Images, labels: Labels) -> Float[Array, ""]:
 def train_step(
     model: Network, optimizer: rx.Optimizer, images: Images, labels: Labels
 ) -> Float[Array, ""]:
-    """One network, one step."""
+    """One step of one network."""
     value_and_grad = rx.filter_value_and_grad(loss_fn, wrt="params")
     loss, grads = value_and_grad(model, images, labels)
     optimizer.update(model, grads)
@@ -150,13 +150,13 @@ def main() -> None:
 
     members, together = predict_all(models, test_x), predict_all(models, test_x).mean(0)
     one, all_ = accuracy(members, test_y), accuracy(together, test_y)
-    print(f"Of the {len(test_y)} test digits, right:")
+    print(f"Accuracy on the {len(test_y)} test digits:")
     print(f"  one network, on average  {one.mean():.2%}")
     print(f"  all together             {all_:.2%}")
     print(
-        f"Log loss: {log_loss(members, test_y).mean():.3f} of one on average, ", end=""
+        f"Log loss: {log_loss(members, test_y).mean():.3f} for one on average, "
+        f"{log_loss(together, test_y):.3f} for all together."
     )
-    print(f"{log_loss(together, test_y):.3f} of all together.")
     if args.picture:
         noise = jr.permutation(jr.key(args.seed), test_x, axis=1, independent=True)
         plot(args.picture, np.asarray(errors), test_x, noise, models)

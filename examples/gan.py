@@ -5,9 +5,9 @@
 What to look at:
 
 - One `train_step` writes two models, two optimizers, the batch statistics of both, and the
-  stream of noise. It returns two losses, and nothing else.
-- Each model is trained by the gradient of its own loss; the batch statistics that the other
-  one tracks while it is run are kept as well.
+  stream of noise. It returns only the two losses.
+- Each model is trained on its own loss. The other one only runs, but the batch statistics
+  that it tracks meanwhile are kept as well.
 - The convolutions are Equinox's own, with refs: `rx.nn.Conv2d` makes an `eqx.nn.Conv2d`.
 """
 
@@ -79,7 +79,7 @@ class Discriminator(rx.Module):
         self.last = rx.nn.Linear(4 * channels, "scalar", key=key3)
 
     def __call__(self, image: Image) -> Scalar:
-        """How real the image is: a logit."""
+        """How real the image looks, as a logit."""
         x = jax.nn.leaky_relu(self.down1(image), 0.2)
         x = jax.nn.leaky_relu(self.norm(self.down2(x)), 0.2)
         return self.last(x.reshape(-1))
@@ -111,7 +111,7 @@ def train_step(
     noise = jr.normal(rngs.noise(), (len(real), LATENT))
 
     def discriminator_loss(model: Discriminator, fake: Images) -> Scalar:
-        # Not quite 1: the discriminator is not to be too sure of itself.
+        # Not quite 1, so that the discriminator does not become too sure of itself.
         return cross_entropy(batched(model, real), 0.9) + cross_entropy(
             batched(model, fake), 0.0
         )
@@ -125,7 +125,7 @@ def train_step(
     )
     discriminator.optimizer.update(discriminator.model, grads)
 
-    # The gradient is that of the first argument: `judge` is run, and not trained.
+    # Only the first argument is differentiated: `judge` runs, but is not trained.
     loss_g, grads = rx.filter_value_and_grad(generator_loss, wrt="params")(
         generator.model, discriminator.model
     )
@@ -139,8 +139,8 @@ def generate(model: Generator, noise: Float[Array, "batch latent"]) -> Images:
 
 
 def digits_seen(images: np.ndarray) -> tuple[int, float]:
-    """What a classifier of real digits makes of images: how many of the ten digits it sees
-    in at least one of a hundred, and how sure it is on average."""
+    """What a classifier of real digits makes of the images: how many of the ten digits it
+    sees in at least 1% of them, and how sure it is on average."""
     pixels, labels = load_digits(return_X_y=True)
     classifier = LogisticRegression(max_iter=1000).fit(pixels / 16, labels)
     probabilities = classifier.predict_proba(images.reshape(len(images), -1))
@@ -174,7 +174,7 @@ def main() -> None:
     rngs = rx.Rngs(key3)
     for name, player in (("generator", generator), ("discriminator", discriminator)):
         number = rx.count(player.model, "params")
-        print(f"{name}: {number:,} numbers in parameters")
+        print(f"{name}: {number:,} parameters")
 
     rng = np.random.default_rng(args.seed)
     losses = []
@@ -188,7 +188,7 @@ def main() -> None:
     images = np.asarray(generate(generator.model, jr.normal(key4, (500, LATENT))))
     seen, sure = digits_seen(images)
     print(f"A classifier of real digits sees {seen} of the 10 digits.")
-    print(f"It is sure of them by {sure:.1%} on average.")
+    print(f"It is {sure:.1%} sure of them on average.")
     if args.picture:
         plot(args.picture, np.asarray(losses), images[:50])
 

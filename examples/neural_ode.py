@@ -5,8 +5,8 @@
 What to look at:
 
 - The vector field is a module of refs: a network for the force at an angle, and a number for
-  the friction. Diffrax knows no refs: `rx.Dag` carries them through its solver by value.
-- The gradient goes through the solver, by Diffrax's own adjoint, and comes back to the refs.
+  the friction. Diffrax does not know refs: `rx.Dag` carries them through its solver by value.
+- The gradient goes through the solver with Diffrax's own adjoint, and ends at the refs.
 """
 
 import pathlib
@@ -59,8 +59,8 @@ def real_pendulum(y: State) -> State:
 
 def solve(field: Callable[[State], State], start: State, times: Times) -> Motion:
     """The motion from `start`, at `times`."""
-    # The arguments of a term are a pytree of arrays to Diffrax. A `Dag` is one: the refs in
-    # it are opened when it is flattened, and `dag.value` is the module again, inside.
+    # Diffrax needs the arguments of a term to be a pytree of arrays. A `Dag` is one: it is
+    # derefed when it is flattened, and inside the solver `dag.value` is the module again.
     term = diffrax.ODETerm(lambda t, y, dag: dag.value(y))
     solution = diffrax.diffeqsolve(
         term,
@@ -122,7 +122,7 @@ def main() -> None:
     starts = jr.uniform(key1, (args.motions, 2), minval=-limits, maxval=limits)
     times = jnp.linspace(0.0, 4.0, 20)
     motions = rx.filter_jit(solve_all)(real_pendulum, starts, times)
-    motions += 0.01 * jr.normal(key2, motions.shape)  # as measured
+    motions += 0.01 * jr.normal(key2, motions.shape)  # measurement noise
 
     model = Pendulum(key=key3)
     schedule = optax.cosine_decay_schedule(1e-2, args.steps)
@@ -136,8 +136,8 @@ def main() -> None:
 
     angles = jnp.linspace(-np.pi, np.pi, 200)
     errors = jnp.abs(jax.vmap(model.force_at)(angles) + jnp.sin(angles))
-    print(f"Friction: {model.friction.value:.3f}; it is {FRICTION}.")
-    print(f"The force differs by at most {jnp.max(errors):.3f}; it is up to 1.")
+    print(f"Friction: {model.friction.value:.3f} (true value: {FRICTION})")
+    print(f"The force, which is at most 1, is off by at most {jnp.max(errors):.3f}.")
     if args.picture:
         plot(args.picture, model, jnp.array([2.8, 0.0]))
 

@@ -5,10 +5,10 @@
 What to look at:
 
 - The types of the weights name their axes, and `SPLITS` says which axis of the mesh splits
-  each name. Data parallel, FSDP, tensor parallel: nothing else in the program differs.
-- `make` is compiled with these rules for what it returns, so the model and the moments of
-  the optimizer are never whole on one device.
-- All layers share one feed-forward: `layers` is a stack, which `rx.scan` slices, and
+  each name. Data parallel, FSDP and tensor parallel differ in nothing else.
+- `make` is compiled with these rules for its result, so no device ever holds all of the
+  model, or all of the moments of the optimizer.
+- All layers share one feed-forward network: `rx.scan` slices the stack `layers`, and
   `feed_forward` is not in it.
 - The step is compiled ahead of time, and the loss is exported. The checkpoint is restored
   on eight devices, on four and on one.
@@ -180,7 +180,7 @@ def train(split: Split, mesh: Mesh, sizes: tuple, data: list[np.ndarray]) -> Run
     place = lambda batch: jax.device_put(batch, NamedSharding(mesh, split.batch))
     jitted: Any = rx.filter_jit(train_step, donate="refs")
     step = jitted.lower(model, optimizer, place(data[0])).compile()
-    # Each step is awaited: with many in flight, the threads that XLA simulates devices with
+    # Wait for each step: with many in flight, the threads in which XLA simulates the devices
     # (jaxlib 0.10) may wait for each other.
     losses = []
     with progress(len(data)) as report:
@@ -193,15 +193,15 @@ def train(split: Split, mesh: Mesh, sizes: tuple, data: list[np.ndarray]) -> Run
 def restore(
     path: pathlib.Path, split: Split, mesh: Mesh, sizes: tuple
 ) -> tuple[Transformer, rx.Optimizer]:
-    """The model of a file, each device reading its own part of it."""
-    restored = rx.filter_eval_shape(make, jr.key(0), *sizes)  # shapes, and no arrays
+    """The model and the optimizer in a file. Each device reads only its own part."""
+    restored = rx.filter_eval_shape(make, jr.key(0), *sizes)  # only shapes
     rx.filter_shard(restored, split.rules.shardings(restored, mesh))
     rx.load(path, restored)
     return restored
 
 
 def exported(model: Transformer, batch: Array) -> bytearray:
-    """The loss as a program of arrays, for a process that has nothing but JAX."""
+    """The loss as a program on arrays, for a process that has only JAX."""
     leaves, treedef = jax.tree.flatten(rx.deref((model, batch)))
 
     def of_arrays(*leaves: Array) -> Array:
@@ -238,9 +238,9 @@ def main() -> None:
     print(rx.tabulate(run.model))
     print(
         f"one step needs {run.memory.temp_size_in_bytes:,} bytes on each device, and "
-        f"{run.memory.argument_size_in_bytes:,} for what it is given"
+        f"{run.memory.argument_size_in_bytes:,} for its arguments"
     )
-    print(f"loss: {run.losses[0]:.3f} at first, {run.losses[-1]:.3f} at last")
+    print(f"loss: {run.losses[0]:.3f} at first, {run.losses[-1]:.3f} at the end")
     whole = train(split, alone, sizes, data)
     difference = max(abs(a - b) for a, b in zip(run.losses, whole.losses))
     print(f"the losses on one device differ by at most {difference:.1e}")
@@ -254,7 +254,7 @@ def main() -> None:
         for other in (mesh, mesh_of(2, 2), alone):
             model, _ = restore(path, split, other, sizes)
             off = abs(float(evaluate(model, place(held_out, other))) - expected)
-            print(f"restored on {other.size}: the loss differs by {off:.1e}")
+            print(f"restored on a mesh of {other.size}: the loss differs by {off:.1e}")
     program = exported(run.model, place(held_out, mesh))
     leaves = jax.tree.leaves(rx.deref((run.model, place(held_out, mesh))))
     off = abs(float(jax.export.deserialize(program).call(*leaves)) - expected)

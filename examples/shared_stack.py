@@ -4,11 +4,11 @@
 
 What to look at:
 
-- `rx.filter_vmap` makes the stack: what a block makes for itself gets an axis in front. What
-  it is given does not: the feed-forward network is one for all blocks.
-- `rx.scan` runs the stack, so it is compiled once, however deep it is. `in_axes` says what is
-  one for all blocks, by a filter.
-- The gradient of the shared network is the sum over the blocks; in the optimizer it is once.
+- `rx.filter_vmap` makes the stack. What a block makes for itself gets an axis in front. What
+  it is given does not: all blocks share one feed-forward network.
+- `rx.scan` runs the stack, so a block is compiled once, however many there are. A filter in
+  `in_axes` says what they share.
+- The gradient of the shared network is the sum over the blocks. The optimizer holds it once.
 """
 
 import pathlib
@@ -33,7 +33,7 @@ class Block(rx.Module):
     norm1: eqx.nn.LayerNorm
     attention: rx.nn.MultiheadAttention
     norm2: eqx.nn.LayerNorm
-    feed_forward: eqx.nn.MLP  # of all blocks
+    feed_forward: eqx.nn.MLP  # shared by all blocks
 
     def __init__(self, dim: int, feed_forward: eqx.nn.MLP, *, key: PRNGKeyArray):
         self.norm1, self.norm2 = rx.nn.LayerNorm(dim), rx.nn.LayerNorm(dim)
@@ -72,7 +72,7 @@ class Sorter(rx.Module):
     def after_each_block(
         self, numbers: Int[Array, " length"]
     ) -> Float[Array, "depth length vocab"]:
-        """The logits, if what a block returns were that of the last one."""
+        """The logits after each block, as if it were the last one."""
 
         def step(x: Hidden, block: Block) -> tuple[Hidden, Hidden]:
             return (x := block(x)), x
@@ -131,7 +131,9 @@ def main() -> None:
     model = Sorter(args.vocab, args.length, args.dim, args.depth, key=key)
     print(rx.tabulate(model.blocks))
     shared = rx.count(model, rx.path("blocks.feed_forward.**"))
-    print(f"Not shared, there would be {(args.depth - 1) * shared:,} numbers more.")
+    print(
+        f"Without sharing, it would have {(args.depth - 1) * shared:,} more parameters."
+    )
 
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, 3e-3, args.steps // 10, args.steps

@@ -1,15 +1,15 @@
-"""Learns to forecast a chaotic signal from a stream of it, with a network that remembers.
+"""Learns to forecast a chaotic signal from a stream, with a network that remembers.
 
     python examples/stream.py --steps 1500 --picture stream.png
 
 What to look at:
 
-- `rx.nn.GRUCell` keeps its hidden state in a ref. A step of the training goes over the next
-  piece of the stream, and the state is where the last one has left it: nothing is threaded.
-- `rx.add_axis` gives the state of each cell an axis. So there are many streams, with a state
-  each, and one set of weights.
-- Within a piece `rx.scan` carries the state, and the gradient goes through all its steps.
-- `rx.clone` makes a model to forecast with, which leaves the one on the stream where it is.
+- `rx.nn.GRUCell` keeps its hidden state in a ref. Each training step reads the next piece of
+  the stream, from the state that the last step left. No state is passed around.
+- `rx.add_axis` adds an axis to the state of each cell. So there are many streams, each with
+  its own state, and one set of weights.
+- Within a piece `rx.map` carries the state, and the gradient goes through all its steps.
+- `rx.clone` makes a copy to forecast with, which leaves the model on the stream as it is.
 """
 
 import pathlib
@@ -53,7 +53,7 @@ class Forecaster(rx.Module):
         return rx.map(self, signal)
 
     def go_on(self, x: Float[Array, ""], n: int) -> Signal:
-        """A forecast of the next `n` values, each of which is made of the one before."""
+        """A forecast of the next `n` values, each made from the one before."""
 
         def step(x: Array, _: None) -> tuple[Array, Array]:
             return (x := self(x)), x
@@ -61,7 +61,7 @@ class Forecaster(rx.Module):
         return rx.scan(step, x, length=n)[1]
 
 
-# One state for each stream, and the same weights for all.
+# One state per stream, and the same weights for all.
 EACH = rx.axes(cache=0, default=None)
 
 
@@ -86,9 +86,9 @@ def forecast(models: Forecaster, now: Float[Array, " streams"], n: int) -> Strea
 
 
 def mackey_glass(n: int, length: int, *, seed: int) -> Float[np.ndarray, "n length"]:
-    """Signals of the equation of Mackey and Glass: x' = 0.2 x(t-17) / (1 + x(t-17)^10) - x/10,
-    a value for each unit of time."""
-    delay, warm_up = 170, 3000  # of steps of 0.1
+    """Solutions of the Mackey-Glass equation x' = 0.2 x(t-17) / (1 + x(t-17)^10) - x/10, with
+    one value per unit of time."""
+    delay, warm_up = 170, 3000  # in steps of 0.1
     x = np.empty((n, delay + warm_up + 10 * length))
     rng = np.random.default_rng(seed)
     x[:, :delay] = 1.2 + 0.2 * rng.uniform(-1, 1, (n, 1))
@@ -135,12 +135,12 @@ def main() -> None:
             losses.append(float(train_step(models, optimizer, piece)))
             report(f"squared error {np.mean(losses[-50:]):.1e}")
 
-    # The model has followed the streams up to here, so the present is all that it needs.
+    # The model has followed the streams up to here, so the present value is all it needs.
     present, future = jnp.split(signals[:, args.steps * args.piece :], [1], axis=1)
     guesses = forecast(rx.clone(models), present[:, 0], ahead)
     errors = np.sqrt(np.mean(np.square(guesses - future), axis=0))
     spread = float(jnp.std(future))
-    print(f"The signal varies by {spread:.3f}. The forecasts of new values differ by")
+    print(f"The signal varies by {spread:.3f}. The forecasts are off by")
     for n in (1, 20, 100, ahead):
         print(f"  {errors[n - 1]:.4f}, {n} ahead")
     if args.picture:

@@ -4,11 +4,11 @@
 
 What to look at:
 
-- `rx.nn.BatchNorm` keeps running statistics in refs. Nothing is threaded through the
-  network: no state goes in, and none comes out.
-- `Network` has one kernel at two places: the second block is given the ref of the first.
-- `train_step` returns the loss, and nothing else. The model and the state of the optimizer
-  are written in place, also under `jit`, `grad` and `vmap`.
+- `rx.nn.BatchNorm` keeps its running statistics in refs. No state is passed into the
+  network, and none comes out.
+- `Network` has one kernel in two places: the second block gets the ref of the first.
+- `train_step` returns only the loss. The model and the state of the optimizer are written in
+  place, also under `jit`, `grad` and `vmap`.
 """
 
 import pathlib
@@ -60,7 +60,7 @@ class Network(rx.Module):
         init = jax.nn.initializers.he_normal(in_axis=1, out_axis=0)
         self.stem = Block(init(key1, (channels, 1, 3, 3)))
         self.first = Block(init(key2, (channels, channels, 3, 3)))
-        self.second = Block(self.first.kernel)  # one parameter, at two places
+        self.second = Block(self.first.kernel)  # one parameter, in two places
         self.dropout = rx.nn.Dropout(0.2, rngs=rx.Rngs(key3))
         self.head = 0.05 * jr.normal(key4, (channels * 4 * 4, 10))
 
@@ -73,8 +73,8 @@ class Network(rx.Module):
 
 
 def loss_fn(model: Network, images: Images, labels: Labels) -> Float[Array, ""]:
-    # The images are mapped over. The model is the function, so it is not; but its stream of
-    # randomness is split, so that each image has its own dropout.
+    # Maps over the images. The model is the function, so it is not mapped; but its stream of
+    # random numbers is split, so that each image has its own dropout.
     logits = rx.filter_vmap(model, axis_name="batch")(images)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return jnp.mean(losses)
@@ -106,7 +106,7 @@ class Data(NamedTuple):
 
 
 def load_data(seed: int) -> tuple[Data, Data]:
-    """The 1797 digits, a quarter of them held out for the test."""
+    """The 1797 digits, with a quarter of them held out for the test."""
     pixels, labels = load_digits(return_X_y=True)
     images = pixels.reshape(-1, 1, 8, 8) / 16
     split = train_test_split(
@@ -130,7 +130,7 @@ def train(
     """Trains the model in place. Returns the losses and the test accuracies."""
     steps = len(train_data.images) // batch_size
     schedule = optax.cosine_decay_schedule(4e-3, epochs * steps)
-    # Its state is in refs, so a step updates it in place too. A shared weight is in it once.
+    # Its state is in refs, so a step updates it in place too. It has a shared weight once.
     optimizer = rx.Optimizer(model, optax.adamw(schedule, weight_decay=1e-2))
 
     losses, accuracies = [], []
@@ -204,7 +204,7 @@ def main() -> None:
 
     args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
     rx.save(args.checkpoint, model)
-    restored = Network(key=jr.key(args.seed + 1))  # of other weights, at first
+    restored = Network(key=jr.key(args.seed + 1))  # with other weights, at first
     rx.load(args.checkpoint, restored)
     assert restored.first.kernel is restored.second.kernel
 
