@@ -1,4 +1,4 @@
-"""Random trees of refs, described by plain data so that one can be built again and again."""
+"""Random trees of refs, described by plain data so that each can be built again."""
 
 from collections.abc import Hashable
 from typing import Any, NamedTuple

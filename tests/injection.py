@@ -1,7 +1,7 @@
 """Raises an exception where a chosen line runs for the n-th time.
 
-A call runs few lines thousands of times. So `runs_of` counts how often each of them runs, and
-`moments` takes its first run, its last, and one between.
+A call runs some lines thousands of times. So `runs_of` counts how often each line runs, and
+`moments` takes its first run, its last, and one in between.
 """
 
 import ast

@@ -1,6 +1,6 @@
-"""The behavior of refx, from which this library descends, under the names of this one.
+"""The behavior of refx, the ancestor of this library, under this library's names.
 
-First what its guide and its README show, then one test for each thing that it got wrong.
+First what its guide and its README show, then one test for each thing it got wrong.
 """
 
 import threading

@@ -1,5 +1,5 @@
-"""A training step needs the memory on each device, and the collectives, of the hand-written JAX
-program."""
+"""A training step needs the same memory on each device, and the same collectives, as the
+hand-written JAX program."""
 
 import math
 import re
@@ -154,7 +154,7 @@ def test_gradients_accumulated_by_scan():
     np.testing.assert_allclose(layers.up.value, params["up"], rtol=1e-5, atol=1e-6)
 
 
-# Parameters in bfloat16, with masters in float32.
+# Parameters in bfloat16, with float32 masters.
 
 
 def cast_down(layers):

@@ -1,6 +1,6 @@
-"""`as_refs` on modules of Equinox: they go on working, and their tree holds refs."""
+"""`as_refs` on Equinox modules: they keep working, and their trees hold refs."""
 
-# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# A static checker objects to what is wrong on purpose here, or made at run time.
 # pyright: reportAttributeAccessIssue=false
 
 import copy

@@ -1,6 +1,6 @@
 """Axes of refs, and refs that a mapped argument and the function both reach."""
 
-# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# A static checker objects to what is wrong on purpose here, or made at run time.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
 import functools

@@ -1,5 +1,5 @@
-"""Eagerly, a lifted transform gives the bits of JAX's: it compiles as a whole what JAX
-compiles, and no more."""
+"""Outside `jit`, a lifted transform gives the same bits as JAX's: it compiles as a whole
+what JAX compiles, and no more."""
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,6 @@
 """What is traced again and what is not; and that nothing is kept that should be dropped."""
 
-# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# A static checker objects to what is wrong on purpose here, or made at run time.
 # pyright: reportPossiblyUnboundVariable=false
 
 import dataclasses

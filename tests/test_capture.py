@@ -1,6 +1,6 @@
-"""`capture` gives what the layers of a model return, and the gradients of that."""
+"""`capture` gives the outputs of the layers of a model, and their gradients."""
 
-# What is wrong on purpose here is wrong to a static checker too.
+# A static checker objects to what is wrong on purpose here.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportFunctionMemberAccess=false
 
 import re

@@ -1,6 +1,6 @@
-"""What a function changes in place in what it was given: copies, state, and what is consumed."""
+"""What a function changes in place in its arguments: copies, state, and what is consumed."""
 
-# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# A static checker objects to what is wrong on purpose here, or made at run time.
 # pyright: reportArgumentType=false
 
 import equinox as eqx

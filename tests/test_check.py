@@ -1,4 +1,4 @@
-"""`rx.check`: arrays in no ref are named."""
+"""`rx.check` names the arrays that are in no ref."""
 
 import equinox as eqx
 import jax

@@ -1,4 +1,4 @@
-"""`filter_checkpoint` is exact: value, gradient and final refs are those of the function."""
+"""`filter_checkpoint` is exact: value, gradient and final refs are those of the bare function."""
 
 from typing import Any
 

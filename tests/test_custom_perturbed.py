@@ -1,4 +1,5 @@
-"""A custom rule has no derivative with respect to some of what it is given: that is said, never zero."""
+"""A custom rule may lack the derivative with respect to some of its arguments: that is an
+error, never a zero."""
 
 import equinox as eqx
 import jax

@@ -1,6 +1,6 @@
 """JAX's debug flags mean under every transform what they mean in JAX, and outlive a call."""
 
-# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# A static checker objects to what is wrong on purpose here, or made at run time.
 # pyright: reportAttributeAccessIssue=false
 
 import logging

@@ -1,6 +1,6 @@
-"""Trees of refs are opened at a boundary and closed again: nothing is lost on the way."""
+"""`deref` and `reref`: nothing in a tree of refs is lost at a boundary."""
 
-# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# A static checker objects to what is wrong on purpose here, or made at run time.
 # pyright: reportAttributeAccessIssue=false
 
 import inspect

@@ -80,7 +80,7 @@ def test_jvp_none_for_what_does_not_depend_on_an_input_with_a_tangent():
     primals = (w, jnp.array(3.0), jnp.array(4))
     out, t_out = rx.filter_jvp(g, primals, (jnp.array(1.0), None, None))
     assert out["w"] is w and w.value == 6.0
-    # Of a ref of the caller: the tangent of the value that it ends with.
+    # For a ref of the caller: the tangent of the value that it ends with.
     assert t_out["w"].value == 3.0 and t_out["made"].value is None
     assert [t_out[key] for key in ("x", "big", "n", "text")] == [None] * 4
 
@@ -131,7 +131,7 @@ def test_vjp_writes_once_and_its_function_may_be_called_often(wrap):
     # A shared ref has one cotangent; what is not differentiated has none.
     assert isinstance(of_model["encoder"], rx.Index)
     assert of_model["count"].value is None
-    # A number of Python in a ref is an array to every transform.
+    # A Python number in a ref is an array to every transform.
     assert of_model["rate"].value == 0.0
     check_state(model)
 

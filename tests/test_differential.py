@@ -1,8 +1,8 @@
 """Random programs: under the lifted transforms they give what plain Python gives, or they are
 refused for a reason. See `tests/fuzz`.
 
-There is a fixed corpus of seeds, and what hypothesis draws. It draws smaller programs, and
-makes one that fails as small as it can.
+There is a fixed corpus of seeds, and hypothesis draws more. It draws smaller programs, and
+shrinks one that fails.
 """
 
 import collections
@@ -35,7 +35,7 @@ import refx_eqx as rx
 
 
 # Seeds, each with how deep transforms are nested in its program. The later ones are for
-# what is drawn seldom.
+# what is rarely drawn.
 SEEDS = [*range(36), 38, 50, 70, 79, 104, 161, 189, 192, 247, 307]
 CORPUS = [(seed, 1 + seed % 3) for seed in SEEDS]
 CORPUS.append((9200026, 3))  # axes of equal numbers, and of another sharing
@@ -108,7 +108,7 @@ def test_a_seed_gives_the_same_program_each_time():
 
 
 #
-# That a difference is seen. Here are transforms that are wrong, each in its way.
+# A difference is noticed: these transforms are wrong, each in its own way.
 #
 
 

@@ -1,6 +1,6 @@
 """What `count`, `tabulate`, `mermaid` and treescope show of a tree, and of what it shares."""
 
-# What is wrong on purpose here is wrong to a static checker too.
+# A static checker objects to what is wrong on purpose here.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
 import os

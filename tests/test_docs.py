@@ -211,7 +211,7 @@ def test_the_spelling_is_american(file):
     assert BRITISH.findall(NOT_OURS.sub("", file.read_text())) == []
 
 
-# Turns that are right and stop a reader.
+# Phrases that are correct, but make a reader stop.
 TURNS = re.compile(
     r"\b(?:[Bb]eside|[Aa]nybody|[Nn]obody|[Aa]new|[Hh]itherto|[Ii]n place of)\b"
     r'|(?:# |""")Of (?:an?|the|each|what|all|those|these)\b'

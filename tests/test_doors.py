@@ -1,7 +1,7 @@
 """Every door through which a value gets into a ref is guarded by the declared type, and none
 is closed to what a program may legitimately do with a tree."""
 
-# What is wrong on purpose here is wrong to a static checker too.
+# A static checker objects to what is wrong on purpose here.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 
 import copy

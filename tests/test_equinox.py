@@ -1,6 +1,6 @@
 """Equinox's own functions on modules of refs: a ref is a leaf, so all of them work."""
 
-# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# A static checker objects to what is wrong on purpose here, or made at run time.
 # pyright: reportAttributeAccessIssue=false
 
 import copy
@@ -378,7 +378,7 @@ def test_filter_eval_shape_makes_a_model_without_its_memory():
 
 
 def test_equinox_filter_eval_shape_leaves_no_usable_tracer():
-    # Of a ref it sees a leaf that is no array, so a tracer stays inside.
+    # To it a ref is a leaf that is not an array, so a tracer stays inside.
     with jax.check_tracer_leaks(False):
         model = eqx.filter_eval_shape(Linear, 3, 2, key=jr.key(0))
     with raises(

@@ -1,6 +1,6 @@
-"""What Equinox's transforms do with what is no array, and with failed checks."""
+"""Leaves that are not arrays, and failed checks, as in Equinox's transforms."""
 
-# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# A static checker objects to what is wrong on purpose here, or made at run time.
 # pyright: reportAttributeAccessIssue=false
 
 import equinox as eqx

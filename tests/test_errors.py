@@ -1,4 +1,4 @@
-"""Which error it is that a caller can catch, and how its message is shown."""
+"""Which errors a caller can catch, and how their messages are shown."""
 
 import pickle
 import traceback

@@ -1,4 +1,4 @@
-"""Meshes of explicit axes, where the type of an array says how it is split."""
+"""Meshes with explicit axes, where the type of an array says how it is split."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What the annotation of a field says of a ref, and how a value becomes one."""
+"""What the annotation of a field says about a ref, and how a value becomes one."""
 
 import dataclasses
 import sys

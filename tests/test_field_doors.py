@@ -1,6 +1,6 @@
-"""What a field is given and cannot hold: said by name, and nothing has changed."""
+"""A value that a field cannot hold is an error that names the field, and changes nothing."""
 
-# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# A static checker objects to what is wrong on purpose here, or made at run time.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 import dataclasses

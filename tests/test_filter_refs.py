@@ -1,4 +1,4 @@
-"""A ref, or a tree of refs, is a filter; a filter that names what there is not is an error."""
+"""A ref, or a tree of refs, is a filter. A filter that names what is missing is an error."""
 
 import asyncio
 import contextlib

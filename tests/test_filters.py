@@ -1,4 +1,4 @@
-"""A filter decides per ref, whatever its form, and sees a ref also where it is opened."""
+"""A filter decides per ref, whatever its form, and sees a ref in a derefed tree too."""
 
 import itertools
 import threading

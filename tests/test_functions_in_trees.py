@@ -1,4 +1,4 @@
-"""A function that holds refs is a part of a tree, for whatever looks at the tree."""
+"""A function that holds refs is part of a tree, for everything that looks at the tree."""
 
 import functools
 import types

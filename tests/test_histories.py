@@ -1,4 +1,4 @@
-"""Random histories: many calls of the same functions, and what happens between them. See
+"""Random histories: many calls of the same functions, with changes between them. See
 `tests/fuzz/history.py`."""
 
 from collections.abc import Callable

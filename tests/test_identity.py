@@ -188,7 +188,7 @@ def of_vmap(which):
     return lambda ref: vmapped(jnp.zeros(1), ref)
 
 
-# Each of the transforms that keep programs: what it makes of `which(ref)`.
+# What each transform that keeps programs makes of `which(ref)`.
 STEPS = {
     "jit": rx.filter_jit,
     "jit that donates": lambda which: rx.filter_jit(which, donate="refs"),

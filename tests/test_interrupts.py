@@ -1,12 +1,12 @@
 """An exception at any line of a lifted call: all refs are old, or all are new.
 
 `nox -s interrupts` raises in every line of the package that a call runs, for each kind of
-call: the first time that it runs, the last time, and once between (see `injection.py`). The
-suite raises at each 97th of these moments, or as `REFX_INTERRUPT_EVERY` says. In the lines of
-JAX, which are many more, both raise at fewer.
+call: the first time the line runs, the last time, and once in between (see `injection.py`).
+The suite raises at every 97th of these moments, or as `REFX_INTERRUPT_EVERY` says. JAX runs
+many more lines, so both raise at fewer of those.
 """
 
-# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# A static checker objects to what is wrong on purpose here, or made at run time.
 # pyright: reportOptionalOperand=false, reportArgumentType=false
 
 import os

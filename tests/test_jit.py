@@ -1,6 +1,6 @@
 """`filter_jit`: by reference, all or nothing, and asynchronous."""
 
-# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# A static checker objects to what is wrong on purpose here, or made at run time.
 # pyright: reportAttributeAccessIssue=false
 
 import dataclasses

@@ -223,8 +223,8 @@ def test_update_refs_from_a_clone_restores_every_value(spec):
 
 
 #
-# Programs. A program is a list of instructions on a list of refs, which is at first that
-# of the refs in a tree, one entry a place. It returns what it was told to return.
+# Programs. A program is a list of instructions on a list of refs: at first those in a
+# tree, one entry per place. It returns what it was told to return.
 #
 
 

@@ -1,4 +1,4 @@
-"""`lift`: a transform of somebody else, by reference."""
+"""`lift`: a third-party transform, by reference."""
 
 import functools
 from typing import Any

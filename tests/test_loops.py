@@ -158,7 +158,7 @@ def test_fori_loop_without_refs_is_jaxs():
 
 
 def test_a_while_loop_keeps_a_weakly_typed_carry_as_jax_does():
-    # Of a weak `x`, the product is a `bfloat16`, as it was; of a `float32` it would not be.
+    # With a weak `x` the product stays a `bfloat16`; with a `float32` it would not.
     body = lambda val: (val[0] + 1, val[1] + jnp.float32(1), val[1] * jnp.bfloat16(3))
     init = 0, 0.1, jnp.bfloat16(0)
     ours = rx.while_loop(lambda val: val[0] < 3, body, init)

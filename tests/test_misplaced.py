@@ -1,6 +1,6 @@
-"""A field that is declared a ref and holds an array: found at the first door."""
+"""A field that is declared a ref, but holds an array, is noticed at its first use."""
 
-# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# A static checker objects to what is wrong on purpose here, or made at run time.
 # pyright: reportArgumentType=false
 
 import equinox as eqx

@@ -1,4 +1,4 @@
-"""A ref that is used as if it were its value is named, with how the value is read."""
+"""A ref used as if it were its value: the error names it, and says how to read the value."""
 
 import builtins
 import copy

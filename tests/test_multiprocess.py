@@ -1,4 +1,4 @@
-"""Two processes over `jax.distributed` train one model: what they get, one process gets too."""
+"""Two processes over `jax.distributed` train one model: they get what one process gets."""
 
 import os
 import socket

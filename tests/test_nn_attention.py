@@ -1,6 +1,6 @@
 """`rx.nn.MultiheadAttention`: Equinox's, and decoding with a cache."""
 
-# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# A static checker objects to what is wrong on purpose here, or made at run time.
 # pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
 
 import equinox as eqx

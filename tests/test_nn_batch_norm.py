@@ -1,6 +1,6 @@
 """`rx.nn.BatchNorm` computes what Equinox's and flax's do."""
 
-# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# A static checker objects to what is wrong on purpose here, or made at run time.
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 
 import equinox as eqx

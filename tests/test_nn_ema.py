@@ -1,6 +1,6 @@
 """`rx.nn.EMA`: a model that follows another."""
 
-# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# A static checker objects to what is wrong on purpose here, or made at run time.
 # pyright: reportAttributeAccessIssue=false
 
 import copy

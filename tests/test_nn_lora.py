@@ -1,6 +1,6 @@
-"""`rx.nn.LoRA`: a change of low rank, around weights that stay."""
+"""`rx.nn.LoRA`: a low-rank change around frozen weights."""
 
-# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# A static checker objects to what is wrong on purpose here, or made at run time.
 # pyright: reportOptionalSubscript=false
 
 import equinox as eqx

@@ -1,6 +1,6 @@
 """`rx.nn.GRUCell` and `rx.nn.LSTMCell`: Equinox's cells, and their state."""
 
-# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# A static checker objects to what is wrong on purpose here, or made at run time.
 # pyright: reportPossiblyUnboundVariable=false
 
 import equinox as eqx

@@ -1,6 +1,6 @@
 """The layers of Equinox that have no state, made with refs."""
 
-# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# A static checker objects to what is wrong on purpose here, or made at run time.
 # pyright: reportAttributeAccessIssue=false, reportIncompatibleMethodOverride=false, reportIndexIssue=false
 
 import copy

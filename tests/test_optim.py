@@ -1,6 +1,6 @@
-"""`rx.Optimizer`: Optax on a model of refs, against the same by hand."""
+"""`rx.Optimizer`: Optax on a model of refs, compared with the same by hand."""
 
-# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# A static checker objects to what is wrong on purpose here, or made at run time.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 
 import copy

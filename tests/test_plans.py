@@ -1,4 +1,4 @@
-"""What a repeated call notices below a module or a function that it knows already."""
+"""What a repeated call notices inside a module or a function that it already knows."""
 
 import types
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a repeated call reads of its arguments, each time and all at once."""
+"""What a repeated call reads from its arguments each time."""
 
 import enum
 import gc
@@ -149,7 +149,7 @@ def test_a_list_that_holds_itself_many_times_is_refused(n):
             rx.filter_jit(lambda x: None)(cycle)
 
 
-# What is equal to itself alone.
+# What is equal only to itself.
 
 
 class Mode(enum.Enum):

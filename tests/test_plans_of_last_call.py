@@ -1,5 +1,5 @@
-"""What a repeated call keeps of the last one: what it was called with, and the values that
-it left in the refs."""
+"""What a repeated call keeps from the last one: its arguments, and the values that it left
+in the refs."""
 
 import gc
 import weakref

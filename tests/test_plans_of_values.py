@@ -1,4 +1,4 @@
-"""Repeated calls whose refs hold anything else than one array each."""
+"""Repeated calls whose refs hold anything other than one array each."""
 
 import dataclasses
 from typing import Any, NamedTuple

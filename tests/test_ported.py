@@ -1,7 +1,7 @@
-"""The shapes of whole programs that were ported from plain Equinox: equal to them, bit for bit.
+"""Whole programs, ported from plain Equinox: they equal the originals, bit for bit.
 
-Each program is written twice, for `eqx` and by reference. What is compared is every parameter
-and every state after some steps.
+Each program is written twice, for `eqx` and by reference. After some steps, every parameter
+and every state is compared.
 """
 
 from typing import Any
@@ -215,7 +215,7 @@ def test_batch_norm_of_equinox_with_its_state(in_ref):
     assert_same_bits((model, ref.value if in_ref else own), (plain, state))
 
 
-# A change of low rank around a frozen layer.
+# A low-rank change around a frozen layer.
 
 
 class LowRank(eqx.Module):

@@ -1,6 +1,6 @@
 """`Rngs`, and how refs of collection "rng" are split."""
 
-# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# A static checker objects to what is wrong on purpose here, or made at run time.
 # pyright: reportArgumentType=false
 
 import io

@@ -1,6 +1,6 @@
 """Declared types at run time: in signatures, at construction, in methods, for stacks."""
 
-# What is wrong on purpose here is wrong to a static checker too.
+# A static checker objects to what is wrong on purpose here.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
 # pyright: reportGeneralTypeIssues=false, reportInvalidTypeArguments=false, reportInvalidTypeForm=false
 # pyright: reportOptionalMemberAccess=false

@@ -1,6 +1,6 @@
 """`save` and `load`: what comes back from a file is what was saved, or nothing changes."""
 
-# What is wrong on purpose here is wrong to a static checker too.
+# A static checker objects to what is wrong on purpose here.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 
 import json
@@ -353,7 +353,7 @@ def test_a_wrong_mapping_of_names_is_refused(path):
     assert tree["weight"].value == tree["b"].value == 1
 
 
-# Files of others
+# Third-party files
 
 
 def test_arrays_are_converted_on_the_way(path):

@@ -1,5 +1,5 @@
 """A process that is killed in the middle of a save loses nothing that was saved before, and
-a program that goes on from its file does what it would have done without a break."""
+a program resumed from its file does what it would have done without a break."""
 
 import os
 import pathlib

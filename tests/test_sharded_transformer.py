@@ -1,5 +1,5 @@
-"""A transformer on a mesh of 8 simulated devices: as on one, with the collectives of the program
-that is written by hand."""
+"""A transformer on a mesh of 8 simulated devices: the same as on one, with the collectives
+of the hand-written program."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Models over a mesh of 8 simulated devices: where arrays are to be, are put, and stay."""
+"""Models over a mesh of 8 simulated devices: where arrays should be, are put, and stay."""
 
 from typing import Any
 

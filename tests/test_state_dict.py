@@ -1,6 +1,6 @@
 """`state_dict` gives the values of refs by path; `load_state_dict` writes all or none."""
 
-# What is wrong on purpose here is wrong to a static checker too.
+# A static checker objects to what is wrong on purpose here.
 # pyright: reportArgumentType=false
 
 import io

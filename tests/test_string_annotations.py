@@ -1,4 +1,4 @@
-"""Fields whose annotations are strings: that is what the `__future__` import makes them."""
+"""Fields whose annotations are strings, because of `from __future__ import annotations`."""
 
 from __future__ import annotations
 

@@ -454,7 +454,7 @@ def test_refs_may_be_made_and_used_inside_any_transform():
 
 
 #
-# Refs that outlive their trace, and names that go round the boundary.
+# Refs that outlive their trace, and names that go around the boundary.
 #
 
 

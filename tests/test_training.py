@@ -1,4 +1,4 @@
-"""A model with a tied weight, trained, against the same thing by hand in JAX and Optax."""
+"""Training a model with a tied weight, compared with the same by hand in JAX and Optax."""
 
 from typing import Any
 

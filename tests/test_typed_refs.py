@@ -1,7 +1,7 @@
 """A ref with a declared type, through every transform: written in the forward pass, and by a
 backward rule, whose refs travel with a channel."""
 
-# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# A static checker objects to what is wrong on purpose here, or made at run time.
 # pyright: reportArgumentType=false
 
 import jax

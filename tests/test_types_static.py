@@ -1,4 +1,4 @@
-"""What pyright and mypy say of the library's types, against what `types/` expects of them.
+"""What pyright and mypy say about the library's types, compared with what `types/` expects.
 
 The files in `types/` must pass. Those in `types/expected_errors/` must fail, exactly on the
 lines that end with `# E: rule | code`: pyright's rules and mypy's error codes (`-`: none).

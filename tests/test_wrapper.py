@@ -1,4 +1,4 @@
-"""What a lifted transform returns: a callable that goes where a function goes."""
+"""A lifted transform returns a callable that can go wherever a function can."""
 
 import pickle
 

@@ -1,6 +1,6 @@
-"""Arguments that no program can be compiled for, and options that are none."""
+"""Arguments for which no program can be compiled, and invalid options."""
 
-# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# A static checker objects to what is wrong on purpose here, or made at run time.
 # pyright: reportAttributeAccessIssue=false
 
 import jax.numpy as jnp

@@ -1,6 +1,6 @@
 """Wrong inputs of loops, derivatives and callbacks: our error, and nothing has changed."""
 
-# What is wrong on purpose here, or made at run time, is wrong to a static checker too.
+# A static checker objects to what is wrong on purpose here, or made at run time.
 # pyright: reportArgumentType=false
 
 import jax

@@ -1,4 +1,4 @@
-"""Trees that are none: what holds itself, and refs where no tree has leaves."""
+"""What is not a tree: objects that hold themselves, and refs where no tree has leaves."""
 
 import subprocess
 import sys
