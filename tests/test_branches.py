@@ -9,6 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from jaxprs import equations
 from raising import raises
 
 import refx_eqx as rx
@@ -105,6 +106,27 @@ def test_under_vmap_each_lane_has_its_branch():
 
     rx.filter_vmap(f)(refs, jnp.array([True, False, True]))
     assert refs.value.tolist() == [1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("choose", ["cond", "switch"])
+def test_only_what_a_branch_uses_is_an_operand(choose):
+    read, written, untouched = (rx.Ref(jnp.ones(n)) for n in (2, 3, 4))
+    refs = {"read": read, "written": written, "untouched": untouched}
+
+    def write():
+        refs["written"].value += refs["read"].value[0]
+
+    def f(refs, choice):
+        if choose == "cond":
+            rx.cond(choice == 1, write, lambda: None)
+        else:
+            rx.switch(choice, [lambda: None, write])
+
+    jaxpr, _, _ = rx.filter_make_jaxpr(f)(refs, jnp.array(1))
+    (eqn,) = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "cond"]
+    _, *operands = eqn.invars
+    assert {x.aval.shape for x in operands} == {(2,), (3,)} and len(operands) == 2
+    assert [x.aval.shape for x in eqn.outvars] == [(3,)]
 
 
 def test_new_refs_of_one_kind_come_out_of_all_branches():

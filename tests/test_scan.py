@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
+from jaxprs import equations
 from raising import message_of, raises
 
 import refx_eqx as rx
@@ -238,17 +239,9 @@ def test_a_ref_that_is_only_read_is_a_constant_of_the_loop():
     assert f(ref)[0] == 3.0
     value = ref.value
     jaxpr = jax.make_jaxpr(lambda x: f(rx.Ref(x))[0])(value)
-    (eqn,) = [e for e in _equations(jaxpr.jaxpr) if e.primitive.name == "scan"]
+    (eqn,) = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "scan"]
     assert len(eqn.outvars) == 1  # the carry
     assert ref.value is value
-
-
-def _equations(jaxpr):
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for param in eqn.params.values():
-            if hasattr(getattr(param, "jaxpr", None), "eqns"):
-                yield from _equations(param.jaxpr)
 
 
 def test_a_stack_of_layers_that_share_one_ref_trains():

@@ -38,13 +38,13 @@ class _Choice(NamedTuple):
 
     - `name`: of the transform; `labels`: of the branches, for messages;
     - `position`: maps the predicate or index to the number of the branch, if it is concrete;
-    - `choose`: called with the predicate or index, functions of the arrays, and the arrays.
+    - `choose`: called with the predicate or index, and functions without arguments.
     """
 
     name: str
     labels: list[str]
     position: Callable[[Any], int]
-    choose: Callable[[Any, list[Callable], list[Leaves]], Any]
+    choose: Callable[[Any, list[Callable[[], Any]]], Any]
 
     def branch(self, i: int) -> Callable[..., Any]:
         n = len(self.labels)
@@ -92,8 +92,9 @@ def _run_choice(derefed: Call, arrays: list[Leaves], choice: _Choice) -> Outcome
     kinds = _common_kinds(derefed, info, found, choice)
     treedef = jtu.tree_structure(found[0])
 
-    def function_of(branch: TracedBody) -> Callable[..., Any]:
-        def run(arrays: list[Leaves]) -> Any:
+    # The arrays are closed over, not passed: JAX makes operands only of those that are used.
+    def function_of(branch: TracedBody) -> Callable[[], Any]:
+        def run() -> Any:
             leaves = jtu.tree_leaves(completed(branch(arrays), arrays))
             # A result may be a constant of the jaxpr, which need not be a JAX array.
             leaves = map(jnp.asarray, leaves)
@@ -101,7 +102,7 @@ def _run_choice(derefed: Call, arrays: list[Leaves], choice: _Choice) -> Outcome
 
         return run
 
-    out, updates = choice.choose(index, [*map(function_of, branches)], arrays)
+    out, updates = choice.choose(index, [*map(function_of, branches)])
     return Outcome(out, updates, info)
 
 
@@ -301,7 +302,7 @@ def cond(
         "cond",
         ["`true_fun`", "`false_fun`"],
         lambda pred: 0 if pred else 1,
-        lambda pred, branches, arrays: jax.lax.cond(pred, *branches, arrays),
+        lambda pred, branches: jax.lax.cond(pred, *branches),
     )
     pred = _as_scalar(pred, "cond", "predicate")
     return _call_choice(choice, pred, (true_fun, false_fun), operands)
@@ -351,7 +352,7 @@ def switch(
         "switch",
         [f"branch {i}" for i in range(n)],
         lambda index: min(max(int(index), 0), n - 1),
-        lambda index, branches, arrays: jax.lax.switch(index, branches, arrays),
+        lambda index, branches: jax.lax.switch(index, branches),
     )
     index = _as_scalar(index, "switch", "index")
     return _call_choice(choice, index, branches, operands)
