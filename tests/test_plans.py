@@ -193,6 +193,93 @@ def test_a_variable_that_a_function_inside_of_the_function_rebinds(trace_counter
     assert f.counter.count == count == 1
 
 
+def _scale_by_default(ref):
+    return lambda x, ref=ref: x * ref.value
+
+
+def _scale_by_closure(ref):
+    return lambda x: x * ref.value
+
+
+class Scale(rx.Module):
+    ref: rx.Ref
+
+    def __call__(self, x):
+        return x * self.ref.value
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+@pytest.mark.parametrize("make", [_scale_by_default, _scale_by_closure, Scale])
+@pytest.mark.parametrize("is_there_before", [True, False])
+def test_a_variable_that_a_function_may_rebind_and_that_is_rebound_elsewhere(
+    make, is_kept, is_there_before, trace_counter
+):
+    two, three = (make(rx.Ref(jnp.array(x))) for x in (2.0, 3.0))
+    ref = rx.Ref(jnp.array(1.0))
+    scale = two if is_there_before else None
+    kept = [two] if is_kept else []
+    del two
+
+    def apply(x):
+        nonlocal scale
+        if x is None:
+            scale = None
+        return (x if scale is None else scale(x)) * ref.value
+
+    def rebind(new):
+        nonlocal scale
+        scale = new
+
+    f = trace_counter(apply)
+    step = rx.filter_jit(lambda x: f(x))
+    for _ in range(4):
+        assert step(jnp.array(1.0)) == (2.0 if is_there_before else 1.0)
+    rebind(three)
+    for _ in range(4):
+        assert step(jnp.array(1.0)) == 3.0
+    assert f.counter.count == (1 if is_there_before else 2)
+    assert len(kept) == is_kept
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+@pytest.mark.parametrize("is_there_before", [True, False])
+def test_a_function_without_refs_in_a_variable_that_its_user_may_rebind(
+    is_kept, is_there_before
+):
+    def times(n):
+        return lambda x: x * n
+
+    scale = times(2.0) if is_there_before else None
+    kept = [scale] if is_kept else []
+
+    def apply(x):
+        nonlocal scale
+        if x is None:
+            scale = None
+        return x if scale is None else scale(x)
+
+    step, ref = rx.filter_jit(lambda fn, ref: fn(ref.value)), rx.Ref(jnp.array(1.0))
+    for _ in range(4):
+        assert step(apply, ref) == (2.0 if is_there_before else 1.0)
+    scale = times(3.0)
+    for _ in range(4):
+        assert step(apply, ref) == 3.0
+    assert len(kept) == is_kept
+
+
+def test_a_function_that_is_gone():
+    box = [_scale_by_closure(rx.Ref(jnp.array(2.0)))]
+    holder = Holder(eqx.nn.Lambda(box.pop()), rx.Ref(jnp.array(1.0)))
+    step = rx.filter_jit(lambda holder, x: holder.held(x) * holder.ref.value)
+    for _ in range(4):
+        assert step(holder, jnp.array(1.0)) == 2.0
+    # Past the guard of its type, so that only the function itself can tell.
+    new = _scale_by_closure(rx.Ref(jnp.array(3.0)))
+    object.__setattr__(holder.held, "fn", new)
+    for _ in range(4):
+        assert step(holder, jnp.array(1.0)) == 3.0
+
+
 def test_what_changes_at_each_call_is_planned_a_bounded_number_of_times(monkeypatch):
     made = []
     make_plan = _fast_path.make_plan

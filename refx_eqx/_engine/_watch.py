@@ -169,10 +169,7 @@ def _same_functions(functions: "list[_Function]") -> bool:
     for function in functions:
         fn = function.recall()
         if fn is None:
-            # It is gone only if its holder has changed, which is watched as well.
-            if function.watched:
-                return False
-            continue
+            return False
         # A function without defaults was called with all arguments, so new defaults do not
         # matter to a plan.
         if function.defaults and fn.__defaults__ is not function.defaults:

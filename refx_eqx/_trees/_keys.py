@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.tree_util as jtu
 
-from ._cells import is_filled, is_lookup, reachable_functions, rebound_cells
+from ._cells import is_filled, is_lookup, reachable_functions, reaches, rebound_cells
 from ._equality import Identity, Shared
 
 
@@ -129,20 +129,30 @@ def _object_key(obj: Any) -> Any:
 Watched = tuple[int, Any, Any]
 
 
+# Instead of the key of a cell that the function itself rebinds, as a count of its calls: the
+# content is then no input, unless it is a function or holds shared leaves.
+_NO_INPUT = object()
+
+
+def _is_input(cell: types.CellType) -> bool:
+    content = cell.cell_contents if is_filled(cell) else None
+    return isinstance(content, types.FunctionType) or reaches(content)
+
+
 def same_content(cell: types.CellType, key: Any) -> bool:
     """Whether the content of a cell still has this key."""
-    return content_key(cell) == key
+    return not _is_input(cell) if key is _NO_INPUT else content_key(cell) == key
 
 
 def watched_cells(fn: types.FunctionType) -> list[Watched]:
-    """The cells of a function whose content matters."""
+    """The cells of a function."""
     rebound = rebound_cells(reachable_functions(fn))
     watched = []
     for i, cell in enumerate(fn.__closure__ or ()):
-        if id(cell) not in rebound:
-            key = content_key(cell)
-            told = not isinstance(key, _Items) and is_filled(cell)
-            watched.append((i, key, cell.cell_contents if told else EMPTY))
+        is_input = id(cell) not in rebound or _is_input(cell)
+        key = content_key(cell) if is_input else _NO_INPUT
+        told = not isinstance(key, _Items) and is_filled(cell)
+        watched.append((i, key, cell.cell_contents if told else EMPTY))
     return watched
 
 
