@@ -29,9 +29,8 @@ def as_held(old: Any, new: Any) -> Any:
 
 
 def _leaf_as_held(old: Any, new: Any) -> Any:
-    if _jax.is_tracer(old) or _jax.is_tracer(new) or not eqx.is_array(new):
-        if not isinstance(new, np.generic):
-            return new
+    if _jax.is_tracer(new) or not eqx.is_array(new):
+        return new
     if not isinstance(old, (jax.Array, jax.ShapeDtypeStruct)):
         is_numpy = isinstance(new, (np.ndarray, np.generic))
         if is_numpy and new.ndim == 0 and type(new.item()) is type(old):
