@@ -208,8 +208,6 @@ class Key:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
         return (
             isinstance(other, Key)
             and self._hash == other._hash
