@@ -294,8 +294,6 @@ def make_plan(
     if marked is None or not all(map(is_ref, refs)):
         return None
     derefed = Call(fn, *marked, lambda x: type(x) is GivenArray or is_traced(x))
-    if any(ref._channel is not None for ref in derefed.refs):
-        return None
     if not all(map(_is_complete, held)):
         return None
     plan = Plan(derefed, program, found, restructured)
