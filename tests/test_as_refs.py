@@ -5,7 +5,7 @@
 
 import copy
 import pickle
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -289,6 +289,26 @@ def test_what_equinox_does_with_a_module_it_does_with_this_one():
     params, rest = eqx.partition(layer, rx.collection("params"))
     assert eqx.combine(params, rest)(ones(3)).shape == (2,)
     close(rx.clone(layer)(ones(3)), layer(ones(3)))
+
+
+class Seven:
+    """A descriptor that is neither a method nor a property."""
+
+    def __get__(self, instance, owner=None):
+        return self if instance is None else 7
+
+
+def test_a_descriptor_of_another_kind_stays():
+    class Layer(eqx.Module):
+        weight: jax.Array
+        factor: ClassVar[Any] = Seven()
+
+        def __call__(self, x):
+            return self.factor * self.weight * x
+
+    layer = rx.as_refs(Layer(ones(2)), "params")
+    assert layer.factor == 7
+    close(layer(ones(2)), 7 * ones(2) * ones(2))
 
 
 def test_copies_and_pickles():

@@ -214,6 +214,22 @@ def test_what_is_only_reachable_goes_through_every_inner_transform():
     np.testing.assert_allclose(x, y, rtol=1e-5)
 
 
+def test_a_module_may_be_made_of_what_is_withheld():
+    class Typed(rx.Module):
+        weight: rx.Param[Float[Array, "out in"]]
+
+    model = Deep(jr.key(0))
+
+    def step(x, layer):
+        made = Typed(model.layers.weight)  # not checked: it has another rank
+        assert repr(made.weight) == 'Ref(withheld, "params")'
+        with raises(rx.TraceLevelError, match="maps it along axis 0"):
+            made.weight.value  # noqa: B018
+        return layer(x), None
+
+    rx.scan(step, jnp.ones(3), model.layers)
+
+
 def test_what_is_only_reachable_may_be_returned_and_is_the_caller_s():
     model = Deep(jr.key(0))
     _, out = rx.filter_vmap(lambda layer: (layer.weight[...], model))(model.layers)

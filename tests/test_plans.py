@@ -224,7 +224,7 @@ def test_a_variable_that_a_function_may_rebind_and_that_is_rebound_elsewhere(
         nonlocal scale
         if x is None:
             scale = None
-        return (x if scale is None else scale(x)) * ref.value
+        return (x if scale is None else scale(x)) * ref.value  # pyright: ignore[reportOptionalOperand]
 
     def rebind(new):
         nonlocal scale

@@ -435,6 +435,20 @@ def test_a_size_in_a_list_of_the_instance():
         Sized([3, 4], jnp.ones((4, 2)))
 
 
+def test_a_size_that_is_an_array_is_checked_when_the_instance_is_made():
+    class Sized(rx.Module):
+        size: jax.Array
+        weight: rx.Param[Float[Array, "{self.size}"]]
+
+    sized = Sized(jnp.array(3), jnp.ones(3))
+    with raises(rx.RefTypeError, match=r"existing value of \{self.size\}=3"):
+        Sized(jnp.array(3), jnp.ones(2))
+    # An array has no hash, so the name is not bound for later writes; the rank is.
+    sized.weight.value = jnp.ones(4)
+    with raises(rx.RefTypeError, match="2 dimensions, not the 1 expected"):
+        sized.weight.value = jnp.ones((4, 4))
+
+
 def test_a_bare_module_has_no_instance_to_ask_for_a_size():
     class Sized(eqx.Module):
         size: int
@@ -615,6 +629,33 @@ def test_a_method_runs_inside_of_init():
     assert Model(3).weight.shape == (3,)
 
 
+def test_a_name_is_free_in_the_methods_if_its_ref_is_replaced():
+    class Model(rx.Module):
+        weight: rx.Param[Float[Array, "out in"]]
+        bias: rx.Param[Float[Array, "out"]]
+
+        @jaxtyped(typechecker=beartype)
+        def sizes(
+            self, x: Float[Array, "in"], y: Float[Array, "out"]
+        ) -> tuple[int, int]:
+            return len(x), len(y)
+
+    model = Model(jnp.ones((2, 3)), jnp.ones(2))
+    with raises(jaxtyping.TypeCheckError, match="parameter 'x'"):
+        model.sizes(jnp.ones(5), jnp.ones(2))
+    replaced = eqx.tree_at(lambda m: m.weight, model, jnp.ones((2, 3)))
+    assert replaced.sizes(jnp.ones(5), jnp.ones(2)) == (5, 2)
+    with raises(jaxtyping.TypeCheckError, match="parameter 'y'"):
+        replaced.sizes(jnp.ones(5), jnp.ones(4))
+
+
+def test_an_instance_may_be_checked_again():
+    model = linear()
+    before = model.weight._declared
+    model.__check_init__()
+    assert model.weight._declared == before
+
+
 # Stacks.
 
 
@@ -655,6 +696,19 @@ def test_batched_nests():
 def test_batched_along_another_axis():
     stack = rx.filter_vmap(lambda _: linear(), out_axes=eqx.if_array(-1))(jnp.arange(4))
     assert isinstance(stack, rx.Batched[Linear, "4"])
+
+
+def test_arrays_of_several_sizes_are_stacked_along_the_axis_that_they_share():
+    class Table(rx.Module):
+        columns: rx.Ref[dict[str, Float[Array, "_"]]]
+
+    make = lambda x: Table({"a": x * jnp.ones(3), "b": x * jnp.ones(2)})
+    stack = rx.filter_vmap(make, out_axes=1)(jnp.arange(4.0))
+    stack.columns.value = {"a": jnp.zeros((3, 4)), "b": jnp.zeros((2, 4))}
+    for rows, found in ((4, r"\(4,\) and \(5,\)"), (5, r"\(5,\)")):
+        wrong = {"a": jnp.zeros((3, rows)), "b": jnp.zeros((2, 5))}
+        with raises(rx.RefTypeError, match=rf"stack are {found} instead of \(4,\)"):
+            stack.columns.value = wrong
 
 
 def test_batched_as_a_field():

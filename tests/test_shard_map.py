@@ -336,6 +336,22 @@ def test_a_module_that_is_made_inside_has_the_sizes_of_the_whole():
         model.bias.value = jnp.ones(2)
 
 
+def test_a_stack_that_is_made_inside_has_the_sizes_of_the_whole():
+    def make(keys):
+        return rx.filter_vmap(lambda key: Linear(3, 2, key))(keys)
+
+    keys, spec = jr.split(jr.key(0), 5), P(None, "data")
+    stack = run(make, keys, in_specs=P(), out_specs=spec)
+    assert stack.weight.shape == (5, 8, 3) and stack.bias.shape == (5, 8)
+    batched: Any = rx.Batched[Linear, "5"]
+    assert isinstance(stack, batched)
+    stack.bias.value = jnp.ones((5, 8))
+    with raises(
+        rx.RefTypeError, match=r"`Linear.bias`.*the sizes of the stack are \(4,\)"
+    ):
+        stack.bias.value = jnp.ones((4, 8))
+
+
 def test_a_ref_of_the_caller_that_is_returned_is_the_callers_own():
     ref = rx.Ref(jnp.arange(4.0), "params")
     assert run(lambda r: r, ref, in_specs=P("data"), out_specs=P("data")) is ref

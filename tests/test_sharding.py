@@ -124,6 +124,16 @@ def test_a_mesh_axis_may_be_several_and_a_name_may_have_none():
     assert specs.down.value == P(None, ("fsdp", "tensor"))
 
 
+def test_a_part_of_a_derefed_tree_whose_values_are_elsewhere_has_no_specs():
+    model = FeedForward(jr.key(0))
+    derefed = rx.deref({"a": model, "b": model})
+    specs = rx.axis_rules(ffn="tensor").specs(derefed)
+    assert specs["a"].up.value == P("tensor")
+    part = rx.axis_rules(ffn="tensor").specs(derefed["b"])
+    assert jax.tree.leaves(specs["b"]) == jax.tree.leaves(part) == []
+    assert isinstance(part.up, rx.Index)
+
+
 def test_a_part_that_is_one_for_a_whole_stack_has_no_axis_of_it():
     class Block(rx.Module):
         own: rx.Param[Float[Array, "embed"]]
