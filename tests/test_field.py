@@ -272,6 +272,19 @@ def test_a_converter_runs_once():
     assert calls == [1.0, 2.0]
 
 
+def test_a_plain_field_is_checked_as_if_it_were_not_declared_by_rx_field():
+    class Model(rx.Module):
+        mask: Float[Array, "n"] = rx.field(converter=jnp.asarray)
+        weight: rx.Param[Float[Array, "n"]]
+
+    values: list[Any] = [[1.0, 0.0], jnp.ones(2)]
+    assert Model(*values).mask.shape == (2,)
+    with raises(rx.RefTypeError, match=r"`Model\.weight` .* n=3"):
+        Model(jnp.ones(3), jnp.ones(2))
+    with raises(rx.RefTypeError, match=r"`Model\.mask` is declared"):
+        Model(jnp.ones((2, 2)), jnp.ones(2))
+
+
 def test_a_converter_of_a_plain_field_works_as_in_equinox():
     class Holder(rx.Module):
         plain: Array = rx.field(converter=jnp.asarray)
