@@ -69,7 +69,7 @@ def carried_cells(
 
 
 def inside(obj: Any) -> Iterator[Any]:
-    """The trees in a callable leaf."""
+    """The trees in a leaf that `may_carry`."""
     if type(obj) is types.FunctionType:
         for cell in obj.__closure__ or ():
             if is_filled(cell):
@@ -78,7 +78,7 @@ def inside(obj: Any) -> Iterator[Any]:
     elif type(obj) is types.MethodType:
         yield obj.__func__
         yield obj.__self__
-    elif type(obj) is functools.partial:
+    else:
         yield (obj.func, obj.args, obj.keywords)
 
 
