@@ -3,13 +3,21 @@
 # A static checker objects to what is wrong on purpose here, or made at run time.
 # pyright: reportArgumentType=false
 
+import copy
+import dataclasses
+import pickle
+import re
+from typing import TypeVar
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import treescope
+import wadler_lindig as wl
 from jaxtyping import Array, Float
-from raising import raises
+from raising import message_of, raises
 
 import refx_eqx as rx
 
@@ -42,9 +50,16 @@ def both_replaced(module):
 
 
 TEXT = (
-    r"`{}`.* is declared a ref, but holds f32\[3\] instead.* Where it is put there \(by "
-    r"`eqx\.tree_at`, `eqx\.combine`, \.\.\.\), put `rx\.Ref\(value, '{}'\)`\."
+    r"`{}`.* is declared a ref, but holds f32\[3\] instead.* Put a ref there: "
+    r"`eqx\.tree_at\(lambda m: m\..*, module, rx\.Ref\(value, '{}'\)\)`\."
 )
+
+
+def repaired(error, module, value):
+    """The module, after what the message says to do was done to it."""
+    remedy = re.search(r"Put a ref there: `(.*?)`\.", message_of(error))
+    assert remedy is not None
+    return eval(remedy[1], {"eqx": eqx, "rx": rx, "module": module, "value": value})
 
 
 @pytest.mark.parametrize(
@@ -56,16 +71,12 @@ TEXT = (
     ids=["tree_at", "combine"],
 )
 def test_a_method_that_reads_it(make):
-    module = norm()
-    made = make(module)
-    with raises(rx.RefTypeError, match=TEXT.format("Norm.mean", "batch_stats")):
-        made(jnp.ones(3))
+    made = make(norm())
     with raises(rx.RefTypeError, match=TEXT.format("Norm.mean", "batch_stats")):
         rx.filter_jit(lambda m, x: m(x))(made, jnp.ones(3))
-    # The remedy.
-    mended = eqx.tree_at(
-        lambda m: m.mean, module, rx.Ref(3 * jnp.ones(3), "batch_stats")
-    )
+    with raises(rx.RefTypeError, match=TEXT.format("Norm.mean", "batch_stats")) as info:
+        made(jnp.ones(3))
+    mended = repaired(info.value, made, 3 * jnp.ones(3))
     mended(jnp.ones(3))
     assert jnp.allclose(mended.mean.value, 2.8)
 
@@ -73,8 +84,79 @@ def test_a_method_that_reads_it(make):
 def test_in_a_list():
     layers = Layers([jnp.ones(3), jnp.ones(3)])
     made = eqx.tree_at(lambda m: m.weights[1], layers, jnp.zeros(3))
-    with raises(rx.RefTypeError, match=TEXT.format(r"Layers.weights\[1\]", "params")):
+    text = TEXT.format(r"Layers.weights\[1\]", "params")
+    with raises(rx.RefTypeError, match=text) as info:
         len(made.weights)
+    mended = repaired(info.value, made, jnp.zeros(3))
+    assert [w[0] for w in mended.weights] == [1.0, 0.0]
+
+
+T = TypeVar("T")
+
+
+class Special(rx.Ref[T]):
+    pass
+
+
+class Holder(rx.Module):
+    first: rx.Ref[Array]
+    special: Special[Array]
+
+
+def test_the_remedy_has_the_class_of_the_ref():
+    holder = Holder(jnp.ones(3), Special(jnp.ones(3)))
+    made = eqx.tree_at(lambda m: m.special, holder, jnp.zeros(3))
+    with raises(rx.RefTypeError, match=r"module, Special\(value\)\)"):
+        made.special  # noqa: B018
+
+
+LOOKS = {
+    "repr": repr,
+    "format": lambda m: f"{m}",
+    "tree_pformat": eqx.tree_pformat,
+    "wadler_lindig": wl.pformat,
+    "tabulate": rx.tabulate,
+    "equality": lambda m: m == m,
+    "flatten": jax.tree.leaves,
+    "flatten with paths": jax.tree.leaves_with_path,
+    "map": lambda m: jax.tree.map(lambda x: x, m),
+    "copy": copy.deepcopy,
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+    "replace": dataclasses.replace,
+    "tree_at": lambda m: eqx.tree_at(lambda m: [x.mean for x in [m]], m, [0]),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS.keys())
+def test_what_only_looks_at_a_module_finds_the_array(look):
+    look(eqx.tree_at(lambda m: m.mean, norm(), jnp.zeros(3)))
+
+
+# treescope 0.1.10 looks at a class that NumPy deprecates.
+@pytest.mark.filterwarnings("ignore:The chararray class is deprecated")
+def test_treescope_finds_the_array():
+    half = eqx.tree_at(lambda m: m.mean, norm(), jnp.zeros(3))
+    assert "mean=" in treescope.render_to_text(half)
+
+
+def test_an_array_in_a_ref_s_place_is_printed():
+    half = eqx.tree_at(lambda m: m.mean, norm(), jnp.zeros(3))
+    assert repr(half) == 'Norm(scale=Ref(f32[3], "params"), mean=f32[3])'
+
+
+def test_an_array_has_no_hash():
+    half = eqx.tree_at(lambda m: m.mean, norm(), jnp.zeros(3))
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(half)
+
+
+def test_printing_does_not_hide_a_lost_write():
+    made = both_replaced(norm())
+    made.mean.value = jnp.ones(3)
+    assert repr(made) == "Norm(scale=f32[3], mean=f32[3])"
+    with raises(rx.RefTypeError, match="and a value written to it was lost") as info:
+        made.scale  # noqa: B018
+    repaired(info.value, made, jnp.ones(3))
 
 
 def test_a_write_that_no_ref_took_is_told_when_it_is_read():

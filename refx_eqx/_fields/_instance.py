@@ -4,21 +4,13 @@ The fields are checked together, so the axis names in their types are shared. An
 are read once per class; an instance only pays for the checks.
 """
 
-import threading
 import weakref
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
-import jax.tree_util as jtu
-import numpy as np
 
-from .._core import _jax
-from .._core._access import refuse_cycle
-from .._core._deref import path_of
 from .._core._errors import RefTypeError
-from .._core._nodes import is_node
 from .._core._ref import declare, Ref
 from ._axis_names import AxisNames, name_scope, names_bound, NO_NAMES, union
 from ._batched import BatchedHint
@@ -42,7 +34,7 @@ class _Plan(NamedTuple):
 _plans: weakref.WeakKeyDictionary[type, _Plan] = weakref.WeakKeyDictionary()
 
 
-def _plan_of(cls: type) -> _Plan:
+def plan_of(cls: type) -> _Plan:
     plan = _plans.get(cls)
     if plan is None:
         of_refs, plain = [], []
@@ -63,7 +55,7 @@ def check_instance(instance: Any) -> None:
 
     - `RefTypeError`: if a field does not have its type. Then no ref has been given a type.
     """
-    plan = _plan_of(type(instance))
+    plan = plan_of(type(instance))
     if not plan.of_refs and not plan.plain:
         return
     fields, class_name = vars(instance), type(instance).__name__
@@ -144,9 +136,9 @@ def names_of_instance(instance: Any) -> AxisNames:
     if not config.check_types:
         return NO_NAMES
     cls, fields, found = type(instance), vars(instance), []
-    for field in _plan_of(cls).of_refs:
+    for field in plan_of(cls).of_refs:
         # The field may be missing, while `__init__` runs.
-        for declared, ref, _ in _refs_held(field, fields.get(field.name), cls):
+        for declared, ref, _ in refs_held(field, fields.get(field.name), cls):
             if isinstance(ref, Ref):
                 # A shard has other sizes (and shards exist only in a body).
                 found.extend(
@@ -158,112 +150,10 @@ def names_of_instance(instance: Any) -> AxisNames:
     return union(found) if found else NO_NAMES
 
 
-# Checked by `__getattribute__` below on each access: concrete classes, to be fast.
-# (`isinstance` of the `jax.Array` in annotations runs Python code.)
-_ARRAYS = (_jax.ConcreteArray, _jax.Tracer, np.ndarray)
-MAY_HOLD_ARRAYS = (*_ARRAYS, tuple, list, dict)
-
-
-def check_field(instance: Any, name: str, value: Any) -> None:
-    """Checks, when a field that is declared a ref is read, that it holds one.
-
-    Equinox's own functions (`tree_at`, `combine`, ...) make instances without `__init__`,
-    so they can replace a ref with an array. Writing to it would do nothing: JAX allows
-    setting any attribute of an array. It is not always a mistake: in a snapshot *all* refs
-    are arrays. So it is an error if the instance also has a ref, or if something was
-    already written.
-
-    **Raises:**
-
-    - `RefTypeError`: if there is an array by mistake, here or where one was last read.
-    """
-    _check_last_read()
-    field = type(instance).__dataclass_fields__.get(name)
-    if not isinstance(field, RefField):
-        return
-    for declared, x, where in _refs_held(field, value, type(instance)):
-        if not isinstance(x, _ARRAYS):
-            continue
-        lost = "value" in getattr(x, "__dict__", ())
-        if lost or _has_refs(instance):
-            raise _not_a_ref(x, where, declared, lost)
-        if type(x) is _jax.ConcreteArray:
-            _last_read.array = weakref.ref(x), where, declared
-
-
-class _LastRead(threading.local):
-    """The last array read from a field that is declared a ref, with its place. A write to
-    it cannot be prevented, but is noticed at the next check."""
-
-    array: "tuple[Callable[[], Any], str, DeclaredRef] | None" = None
-
-
-_last_read = _LastRead()
-
-
-def _check_last_read() -> None:
-    if _last_read.array is not None:
-        (recall, where, declared), _last_read.array = _last_read.array, None
-        x = recall()
-        if x is not None and "value" in x.__dict__:
-            raise _not_a_ref(x, where, declared, lost=True)
-
-
-def check_refs_in_place(tree: Any, failure: str) -> None:
-    """Checks that fields declared as refs hold refs, in every module of a tree.
-
-    **Raises:**
-
-    - `RefTypeError`: if something array-like replaces a ref.
-    """
-    refuse_cycle(tree)
-
-    def visit(x: Any) -> bool:
-        if isinstance(x, eqx.Module):
-            for field in _plan_of(type(x)).of_refs:
-                held = _refs_held(field, vars(x).get(field.name), type(x))
-                for declared, leaf, where in held:
-                    if not isinstance(leaf, Ref) and eqx.is_array_like(leaf):
-                        place = path_of(tree, lambda other: other is leaf)
-                        raise _not_a_ref(leaf, where, declared, False, failure, place)
-        return is_node(x)
-
-    jtu.tree_flatten(tree, is_leaf=visit)
-
-
-def _refs_held(
+def refs_held(
     field: RefField, value: Any, cls: type
 ) -> list[tuple[DeclaredRef, Any, str]]:
     try:
         return field.refs_in(value, cls.__name__)
     except RefTypeError:
         return []  # another structure: a tree that is being manipulated
-
-
-def _has_refs(instance: Any) -> bool:
-    cls, fields = type(instance), vars(instance)
-    return any(
-        isinstance(x, Ref)
-        for field in _plan_of(cls).of_refs
-        for _, x, _ in _refs_held(field, fields.get(field.name), cls)
-    )
-
-
-def _not_a_ref(
-    x: Any,
-    where: str,
-    declared: DeclaredRef,
-    lost: bool,
-    failure: str = "",
-    place: str = "",
-) -> RefTypeError:
-    collection = declared.collection
-    made = "rx.Ref(value)" if collection is None else f"rx.Ref(value, {collection!r})"
-    return RefTypeError(
-        (f"{failure}: " if failure else "")
-        + f"`{where}`{f' at {place}' if place else ''} is declared a ref, but holds "
-        + f"{eqx.tree_pformat(x)} instead"
-        + (", and a value written to it was lost" if lost else "")
-        + f". Where it is put there (by `eqx.tree_at`, `eqx.combine`, ...), put `{made}`. "
-        "In a module whose refs are all arrays, as in a snapshot, read the fields only."
-    )

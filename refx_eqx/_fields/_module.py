@@ -10,7 +10,8 @@ from ._axis_names import bind_in_methods
 from ._config import config
 from ._construction import making_a_module
 from ._field import declare_ref_fields, field, RefField
-from ._instance import check_field, check_instance, MAY_HOLD_ARRAYS, names_of_instance
+from ._instance import check_instance, names_of_instance
+from ._misplaced import check_field, MAY_HOLD_ARRAYS
 
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._core._errors import StructureError
-from .._fields._instance import check_refs_in_place
+from .._fields._misplaced import check_refs_in_place
 from .._trees._paths import path_text
 from ._filters import FilterLike
 from ._select import choose, leaves_with_paths

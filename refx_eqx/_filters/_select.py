@@ -10,7 +10,7 @@ from .._core._deref import make_ref_of
 from .._core._errors import describe, StructureError
 from .._core._nodes import is_node, Value
 from .._core._ref import Ref
-from .._fields._instance import check_refs_in_place
+from .._fields._misplaced import check_refs_in_place
 from .._trees._cells import is_lookup
 from .._trees._closure import opened
 from .._trees._paths import key_text, n_common, Path, path_text, pattern_of

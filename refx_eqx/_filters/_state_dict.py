@@ -17,7 +17,7 @@ from .._core import _trace
 from .._core._access import check_value, check_writable
 from .._core._errors import describe, MismatchError, RefTypeError, StructureError
 from .._core._ref import is_ref, Ref
-from .._fields._instance import check_refs_in_place
+from .._fields._misplaced import check_refs_in_place
 from .._trees._cells import is_lookup
 from .._trees._equality import is_same_tree
 from .._trees._paths import key_text, Path, path_text

@@ -17,7 +17,7 @@ from .._core._errors import CollectionError, describe, MismatchError, StructureE
 from .._core._nodes import Index, is_node, Value
 from .._core._on_mesh import put
 from .._core._ref import commits, Ref
-from .._fields._instance import check_refs_in_place
+from .._fields._misplaced import check_refs_in_place
 from .._trees._closure import by_name
 from .._trees._equality import is_same_tree
 from .._trees._paths import path_text
