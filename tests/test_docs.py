@@ -279,6 +279,15 @@ def test_the_site_shows_the_version_of_the_package():
     assert has_repository == ("Repository" in project.get("urls", {}))
 
 
+def test_the_search_of_the_site_finds_a_name_in_code():
+    site = (ROOT / "mkdocs.yml").read_text()
+    (separator,) = re.findall(r"separator: '(.*)'", site)
+    words = re.split(
+        separator, "`rx.as_refs(model)`, then [`rx.load`][] it: a state-dict."
+    )
+    assert {"rx", "as_refs", "model", "load", "state", "dict"} <= set(words)
+
+
 def test_every_page_is_in_the_navigation_and_every_example_has_one():
     site = (ROOT / "mkdocs.yml").read_text()
     for page in (ROOT / "docs").rglob("*.md"):

@@ -139,3 +139,68 @@ def test_errors_show_where_they_are_imported_from():
         assert pickle.loads(pickle.dumps(error("text"))).args == ("text",)
         shown = traceback.format_exception_only(error("text"))
         assert shown == [f"refx_eqx.{name}: text\n"]
+
+
+# Gradients, and other derefed trees.
+
+
+def gradients():
+    linear = Linear(jnp.ones((2, 2)))
+    return rx.filter_grad(lambda m: jnp.sum(m.weight[...]))(linear)
+
+
+OF_A_NODE = (
+    r"A node is not its value: .* was called on the Value of `Linear.weight` \(collection "
+    r"'params'\), in a derefed tree such as gradients. To use the value, read it: `node.value`"
+)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda node: 0.1 * node,
+        lambda node: node - 1,
+        lambda node: node @ jnp.ones(2),
+        lambda node: jnp.ones(2) @ node,
+        lambda node: np.ones((2, 2)) * node,
+        lambda node: -node,
+        lambda node: node < 1.0,
+        lambda node: node[...],
+        lambda node: node[0],
+        bool,
+        float,
+        len,
+        list,
+        np.sum,
+        np.asarray,
+    ],
+)
+def test_a_node_of_gradients_is_not_its_value(fn):
+    grads = gradients()
+    with raises(rx.RefTypeError, match=OF_A_NODE):
+        fn(grads.weight)
+    with raises(rx.RefTypeError, match=OF_A_NODE):
+        rx.filter_jit(lambda grads: fn(grads.weight))(grads)
+    fn(
+        grads.weight.value[0, 0] if fn in (bool, float) else grads.weight.value
+    )  # the remedy
+
+
+def test_an_index_has_no_value_to_compute_with():
+    linear = Linear(jnp.ones((2, 2)))
+    index = rx.deref((linear.weight, linear.weight))[1]
+    with raises(rx.RefTypeError, match="was called on the Index of `Linear.weight`"):
+        _ = 2.0 * index  # pyright: ignore[reportOperatorIssue]
+    with raises(ValueError, match="Cannot get value of Index"):
+        _ = index.value
+
+
+def test_an_attribute_of_the_value_of_a_node_is_named():
+    node = gradients().weight
+    with raises(AttributeError, match=r"has it: read it, `node\.value\.shape`"):
+        _ = node.shape
+    assert node.value.shape == (2, 2)
+    with raises(AttributeError, match="'Value' object has no attribute 'shapes'$"):
+        _ = node.shapes
+    for other in (copy.deepcopy(node), pickle.loads(pickle.dumps(node))):
+        assert other == node

@@ -194,6 +194,31 @@ def test_pure_callback_refuses_writes_and_other_results():
     assert w.value == 2.0
 
 
+@pytest.mark.parametrize("wrap", [lambda f: f, rx.filter_jit])
+@pytest.mark.parametrize("method", [None, "expand_dims"])
+@pytest.mark.parametrize(
+    "wrong", [np.ones(5, np.float32), np.ones(2, np.int32), None, [np.ones(2)]]
+)
+def test_pure_callback_names_a_result_of_another_shape_dtype_or_structure(
+    wrap, method, wrong
+):
+    w = rx.Ref(jnp.ones(2), "params")
+
+    @wrap
+    def f(w, right):
+        return rx.filter_pure_callback(
+            lambda w: np.ones(2) if right else wrong,  # in double precision, as for JAX
+            w,
+            result_shape_dtypes=jax.ShapeDtypeStruct((2,), jnp.float32),
+            vmap_method=method,
+        )
+
+    text = r"says: ShapeDtypeStruct\(shape=\(2,\), dtype=float32\); it returned "
+    with raises(rx.MismatchError, match=text):
+        f(w, False)
+    assert jnp.array_equal(f(w, True), jnp.ones(2))
+
+
 def test_what_is_closure_converted_says_what_it_returns():
     x, ref = jnp.ones(3), rx.Ref(jnp.array(2.0), "params")
 

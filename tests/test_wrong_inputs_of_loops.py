@@ -167,3 +167,23 @@ def test_the_deprecated_ways_to_set_rules():
         )
 
     assert run(rx.filter_custom_vjp, rx.filter_custom_jvp) == (15.0, 7.0)
+
+
+@pytest.mark.parametrize("xs", [None, "a", {"a": 1.0}])
+def test_nothing_to_slice_is_refused_and_the_remedies_run(xs):
+    ref = rx.Ref(jnp.array(0.0))
+
+    def step(x):
+        ref.value += 1.0
+        return x
+
+    with raises(ValueError, match=r"Pass an array, such as `jnp\.arange\(n\)`\.$"):
+        rx.map(step, xs)
+    text = r"nothing to slice.* Pass an array, such as `jnp\.arange\(n\)`, or give `length`\.$"
+    with raises(ValueError, match=text):
+        rx.scan(lambda c, x: (c, step(x)), None, xs)
+    assert ref.value == 0.0
+    rx.map(step, jnp.arange(3))
+    rx.scan(lambda c, x: (c, step(x)), None, jnp.arange(2))
+    rx.scan(lambda c, x: (c, step(x)), None, length=2)
+    assert ref.value == 7.0

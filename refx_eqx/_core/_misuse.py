@@ -1,4 +1,4 @@
-"""Errors for refs that are used as if they were their values.
+"""Errors for refs, and nodes of derefed trees, that are used as if they were their values.
 
 Python's own message for `ref + 1` only says that `Ref` does not support `+`. Ours names the
 ref and says how to read its value.
@@ -27,16 +27,16 @@ _SYMBOLS = {
 }  # fmt: skip
 
 
-def refuse_to_be_a_value(cls: type) -> None:
-    """Gives the ref class every operator that a value may have, to refuse them."""
+def refuse_to_be_a_value(cls: type, misuse: Callable[..., RefTypeError]) -> None:
+    """Gives a class every operator that a value may have, to refuse them with this error."""
     binary = _BINARY.split()
     for name in (*binary, *_UNARY.split(), *_COMPARISONS.split()):
-        setattr(cls, f"__{name}__", _refusing(name))
+        setattr(cls, f"__{name}__", _refusing(name, misuse))
     for name in binary:
-        setattr(cls, f"__r{name}__", _refusing(name))
+        setattr(cls, f"__r{name}__", _refusing(name, misuse))
 
 
-def _refusing(name: str) -> Callable[..., Any]:
+def _refusing(name: str, misuse: Callable[..., RefTypeError]) -> Callable[..., Any]:
     what = f"`{_SYMBOLS[name]}`" if name in _SYMBOLS else f"`{name}()`"
 
     def refuse(self: Any, *args: Any) -> Any:
@@ -58,6 +58,15 @@ def misuse(ref: Any, what: str, name: str = "") -> RefTypeError:
     )
 
 
+def misuse_of_node(node: Any, what: str, name: str = "") -> RefTypeError:
+    """The error for a `Value` or an `Index` that is used as if it were the value."""
+    return RefTypeError(
+        f"A node is not its value: {what} was called on the {type(node).__name__} of "
+        f"{describe(node)}, in a derefed tree such as gradients. To use the value, read "
+        "it: `node.value`."
+    )
+
+
 def is_compared_by_a_library() -> bool:
     """Whether JAX or Equinox evaluates `ref == x`, when called from `Ref.__eq__`.
 
@@ -68,11 +77,13 @@ def is_compared_by_a_library() -> bool:
     return caller.partition(".")[0] in ("jax", "equinox")
 
 
-def missing_attribute(ref: Any, name: str) -> AttributeError:
-    """The error for an attribute that a ref does not have, but its value may."""
+def missing_attribute(
+    ref: Any, name: str, value: Any, read: str = "ref[...]"
+) -> AttributeError:
+    """The error for an attribute that a ref or a node does not have, but its value may."""
     text = f"{type(ref).__name__!r} object has no attribute {name!r}"
-    if not name.startswith("_") and hasattr(type(ref._value), name):
-        text += f". The value of {describe(ref)} has it: read it, `ref[...].{name}`."
+    if not name.startswith("_") and hasattr(type(value), name):
+        text += f". The value of {describe(ref)} has it: read it, `{read}.{name}`."
     return AttributeError(text, name=name, obj=ref)
 
 

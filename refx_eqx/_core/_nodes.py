@@ -18,6 +18,7 @@ import numpy as np
 from .._trees._equality import Ignored
 from . import _jax
 from ._errors import check_hashable, describe
+from ._misuse import missing_attribute, misuse_of_node, refuse_to_be_a_value
 from ._ref import Channeled, Ref
 
 
@@ -72,6 +73,13 @@ class Node:
     def structure(self) -> tuple[int, Hashable, type[Ref]]:
         return self.index, self.collection, self.ref_type
 
+    def __getitem__(self, index: Any) -> Any:
+        raise misuse_of_node(self, "`[...]`")
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        # Without it NumPy makes an array of the node itself.
+        raise misuse_of_node(self, "a function of NumPy")
+
 
 class Value(Node):
     """A ref at its first place in a derefed tree: a pytree node with the value as its
@@ -110,6 +118,12 @@ class Value(Node):
     ):
         super().__init__(index, collection, ref_type)
         self.value = value
+
+    if not TYPE_CHECKING:  # else every attribute is there for a type checker
+
+        def __getattr__(self, name: str) -> Any:
+            value = None if name in Node.__slots__ or name == "value" else self.value
+            raise missing_attribute(self, name, value, "node.value")
 
     def __repr__(self) -> str:
         return _node_repr(self, f"{eqx.tree_pformat(self.value)}, ")
@@ -176,6 +190,9 @@ def _node_repr(node: "Value | Index", value: str) -> str:
         f"{type(node).__name__}({value}index={node.index}, "
         f"collection={node.collection!r}, ref_type={node.ref_type.__name__})"
     )
+
+
+refuse_to_be_a_value(Node, misuse_of_node)
 
 
 def is_node(x: Any) -> "TypeIs[Value | Index]":

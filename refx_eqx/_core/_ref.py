@@ -348,7 +348,7 @@ class Ref(Shared, Generic[T]):
             own = getattr(type(self), name, None)
             if isinstance(own, property) and own.fget is not None:
                 return own.fget(self)  # called again if the property itself raised
-            raise missing_attribute(self, name)
+            raise missing_attribute(self, name, self._value)
 
     def __copy__(self) -> Self:
         return like(self, owned(self.value))
@@ -510,4 +510,4 @@ def _unpickle(
 
 
 _jax.refuse_as_array(Ref, not_an_array)
-refuse_to_be_a_value(Ref)
+refuse_to_be_a_value(Ref, misuse)

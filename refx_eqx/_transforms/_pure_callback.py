@@ -100,7 +100,10 @@ def filter_pure_callback(
         try:
             out = _run_callback(structure, arrays)
             out_arrays, out_statics = eqx.partition(out, eqx.is_array)
-            if not eqx.tree_equal(out_statics, statics):
+            if not (
+                eqx.tree_equal(out_statics, statics)
+                and _is_of_types(out_arrays, types, vmap_method in _ITEM_BY_ITEM)
+            ):
                 raise MismatchError(
                     "The callback of `filter_pure_callback` must return what "
                     f"`result_shape_dtypes` says: {eqx.tree_pformat(eqx.combine(types, statics))}; "
@@ -121,6 +124,22 @@ def filter_pure_callback(
         explain(e, derefed.refs, derefed.values)
         raise
     return eqx.combine(arrays, statics)
+
+
+# Under a `vmap` by another method, the callback is called once, and its results have axes in
+# front.
+_ITEM_BY_ITEM = None, "sequential", "sequential_unrolled"
+
+
+def _is_of_types(arrays: Any, types: Any, exactly: bool) -> bool:
+    """Whether JAX would take these results. What it says of others is "INTERNAL"."""
+    arrays, treedef = jtu.tree_flatten(arrays)
+    types, expected = jtu.tree_flatten(types)
+    return treedef == expected and all(
+        x.shape[0 if exactly else x.ndim - len(type.shape) :] == type.shape
+        and jnp.result_type(x) == type.dtype
+        for x, type in zip(arrays, types)
+    )
 
 
 def _as_shape(x: Any) -> jax.ShapeDtypeStruct:

@@ -233,9 +233,10 @@ def n_steps(arrays: list[Leaves], axes: Axes, length: int | None, name: str) -> 
             )
         return len(x)
     if length is None:
+        or_length = ", or give `length`" if name == "scan" else ""
         raise ValueError(
-            f"`{name}`: `xs` has nothing to slice, so the number of steps is unknown. Give "
-            "`length`."
+            f"`{name}`: `xs` has nothing to slice, so the number of steps is unknown. Pass "
+            f"an array, such as `jnp.arange(n)`{or_length}."
         )
     return length
 
