@@ -17,7 +17,12 @@ from ._core._errors import StructureError
 from ._core._nodes import is_node
 from ._core._ref import Ref
 from ._filters._filters import FilterLike
-from ._filters._select import choose, leaves_with_paths, refuse_derefed
+from ._filters._select import (
+    check_can_select,
+    choose,
+    leaves_with_paths,
+    refuse_derefed,
+)
 from ._transforms._jit import filter_jit
 from ._trees._paths import dotted, key_text
 
@@ -52,6 +57,8 @@ def count(tree: PyTree, filter: FilterLike = True) -> int:
 
     - `StructureError`: if `tree` is derefed, or if `filter` selects a ref at one of its
         places and not at another.
+    - `RefTypeError`: if `filter` selects by collection or class, and a field that is declared
+        a ref holds an array.
     - `TraceLevelError`: if a ref cannot be read here.
     """
     return sum(row.size for row in _rows(tree, filter) if row.tied_to is None)
@@ -186,6 +193,7 @@ def _size_on_each(array: jax.ShapeDtypeStruct) -> int:
 def _rows(tree: Any, filter: Any) -> Iterator[_Row]:
     pairs, _ = leaves_with_paths(tree)
     refuse_derefed(pairs, "Cannot look at the tree")
+    check_can_select(tree, filter)
     chosen = choose(pairs, filter)
     first: dict[int, str] = {}
     for (path, leaf), answer in zip(pairs, chosen):

@@ -13,6 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import treescope
 import wadler_lindig as wl
@@ -220,6 +221,10 @@ def test_a_write_inside_a_transform_raises():
     [
         (rx.state_dict, "Cannot make a state dict"),
         (lambda m: rx.load_state_dict(m, {}), "Cannot load the state"),
+        (lambda m: rx.save("never made", m), "Cannot save"),
+        (lambda m: rx.load("never opened", m), "Cannot load"),
+        (lambda m: rx.count(m, "params"), "Cannot select by rx.collection"),
+        (lambda m: rx.Optimizer(m, optax.sgd(0.1)), "Cannot train the model"),
         (lambda m: rx.update_refs(m, m), "Cannot update refs"),
         (lambda m: rx.filter_spec(m, "params"), "Cannot select by rx.collection"),
         (lambda m: rx.filter_spec(m, ~rx.collection("params")), "Cannot select by"),

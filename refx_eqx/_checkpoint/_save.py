@@ -25,6 +25,7 @@ from jaxtyping import PyTree
 
 from .._core._errors import CheckpointError, RefError, StructureError
 from .._core._ref import Ref
+from .._fields._misplaced import check_refs_in_place
 from .._filters._filters import as_filter, FilterLike
 from .._filters._select import aliases, leaves_with_paths, selected_refs
 from .._filters._state_dict import check_all_in_tree, load_state_dict, state_dict
@@ -87,6 +88,7 @@ def save(path: str | os.PathLike, tree: PyTree, filter: FilterLike = True) -> No
     - `StructureError`: if the filter selects an array outside refs, or a value that a file
         cannot hold, such as a function. Also whenever [`refx_eqx.state_dict`][] raises it.
         Then nothing is written.
+    - `RefTypeError`: if a field that is declared a ref holds an array.
     - `DonatedError`: if an array was donated to a call, or deleted.
     - `TraceLevelError`: if a value is a tracer, or cannot be read here.
     - `OSError`: if the file cannot be written. Then the old file is still at `path`.
@@ -170,7 +172,8 @@ def load(
         dtype than the one it replaces, if `rename` has a name that the file does not have,
         or gives two names the same place. Also whenever [`refx_eqx.load_state_dict`][]
         raises it.
-    - `RefTypeError`: if a value breaks the declared type of its ref.
+    - `RefTypeError`: if a value breaks the declared type of its ref, or if a field that is
+        declared a ref holds an array.
     - `TraceLevelError`, `ImmutableError`: if a ref cannot be written here.
     - `OSError`: if the file cannot be read.
     """
@@ -194,6 +197,7 @@ def _check_in_refs(tree: Any, filter: Any, failure: str, fate: str) -> None:
     selected = as_filter(filter)
     pairs, _ = leaves_with_paths(tree)
     check_all_in_tree(pairs, failure)
+    check_refs_in_place(tree, failure)
     for path, leaf in pairs:
         is_array = isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
         if is_array and selected.matches(path, leaf):
