@@ -220,7 +220,7 @@ def values(refs):
 def is_clean():
     state = _trace.thread.state
     clean = not state.bodies and not state.calls and not _construction._here.logs
-    clean = clean and not _trace.guards.get() and not rx.config._here.get()
+    clean = clean and not _trace.guards.running() and not rx.config._here.running()
     clean = clean and not _storage._has_shape_memo()  # of jaxtyping
     return clean and _jax.is_evaluating() and not commits.lock.locked()
 

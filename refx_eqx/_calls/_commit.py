@@ -92,7 +92,7 @@ def commit(
     """
     trace, state = _jax.current_trace(), _trace.thread.state
     # The common case, decided once for all refs: a step may write thousands.
-    quiet = not state.bodies and not _trace.guards.get()
+    quiet = not state.bodies and not _trace.guards.begun()
     for ref, _ in updates:
         if not (quiet and ref._trace() is trace):
             check_writable(ref)

@@ -96,8 +96,8 @@ def why_immutable(ref: Any) -> str | None:
     # around the rule are checked where the write comes out.
     body = ref._body
     depth = 0 if body is None or ref._outer is not None else body.depth
-    for guard in _trace.guards.get():
-        if guard.depth >= depth and not guard.allows(ref):
+    for guard in _trace.guards.begun():
+        if not guard.ended and guard.depth >= depth and not guard.allows(ref):
             return guard.where
     return None
 

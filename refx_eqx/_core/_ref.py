@@ -250,7 +250,7 @@ class Ref(Shared, Generic[T]):
         value: Any = self._value
         if type(value) is not _jax.ConcreteArray:
             check_unleaked(self, value)
-            for guard in _trace.guards.get():
+            for guard in _trace.guards.begun():
                 guard.read(self, value)
         return value  # pyright: ignore[reportReturnType] (it is narrowed, to no end)
 

@@ -20,13 +20,13 @@ the function. A body that reads a mutable ref would be silently stale when run a
 write. Plain `jax.grad` is refused because no gradient would flow to the ref.
 """
 
-import contextvars
 import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
+from ._blocks import Blocks
 from ._jax import (
     BatchTrace,
     chain,
@@ -85,10 +85,8 @@ class _Thread(threading.local):
 
 thread = _Thread()
 
-# What may be written: `(predicate on a ref, where this is and what to do)`. A context
-# variable, because an `asyncio` task has its own. (A thread starts without any.)
-guards: contextvars.ContextVar[tuple[Any, ...]]
-guards = contextvars.ContextVar("refx_eqx guards", default=())
+# What may be written, and where this is said: see `_filters/_guard.py`.
+guards: Blocks[Any] = Blocks("refx_eqx guards")
 
 
 class pushed:
@@ -282,9 +280,9 @@ def undisturbed_state() -> ThreadState | None:
     """The state of this thread if it is idle: no transform, no lifted body, no `mutable`.
     Else `None`."""
     state = thread.state
-    if trace_ctx.trace is eval_trace and not state.bodies and not guards.get():
-        return state
-    return None
+    if trace_ctx.trace is not eval_trace or state.bodies:
+        return None
+    return None if guards.begun() and guards.running() else state
 
 
 def is_at_home(owner: TraceRef) -> bool:

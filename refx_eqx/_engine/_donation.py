@@ -81,7 +81,7 @@ def apart(
     """
     commits.release()
     donated, kept = split.take_donated(arrays), split.take_kept(arrays)
-    if _trace.guards.get():
+    if _trace.guards.begun():
         # This may find that a ref cannot be written here.
         return tuple(map(_copy, donated)), kept
     n = split.n_outside

@@ -1,11 +1,12 @@
 """`config`: the switch of the run-time type checks."""
 
 import contextlib
-import contextvars
 import os
 from collections.abc import Iterator
 
 import jaxtyping
+
+from .._core._blocks import Block, Blocks
 
 
 def _parse(text: str) -> bool:
@@ -28,6 +29,14 @@ def _checked(value: bool) -> bool:
     return value
 
 
+class _Setting(Block):
+    __slots__ = ("check_types",)
+
+    def __init__(self, check_types: bool):
+        super().__init__()
+        self.check_types = check_types
+
+
 class Config:
     """Settings of the library. There is one instance: `refx_eqx.config`.
 
@@ -47,7 +56,8 @@ class Config:
         ```
 
     Assigning to `rx.config.check_types` sets it for the whole program. A `with` block sets
-    it for the current thread and `asyncio` task, until the block ends.
+    it for the current thread and `asyncio` task, until the block ends (in
+    whichever thread or task, if a generator is suspended in it).
     """
 
     # Nothing else can be set: a misspelled name would have no effect.
@@ -55,9 +65,7 @@ class Config:
 
     def __init__(self):
         self._everywhere = _parse(os.environ.get("REFX_CHECK_TYPES", "1"))
-        # Per `asyncio` task, thus per thread: all start without one.
-        self._here: contextvars.ContextVar[tuple[tuple[object, bool], ...]]
-        self._here = contextvars.ContextVar("refx_eqx.config", default=())
+        self._here: Blocks[_Setting] = Blocks("refx_eqx.config")
 
     @property
     def check_types(self) -> bool:
@@ -68,8 +76,8 @@ class Config:
         """
         if jaxtyping.config.jaxtyping_disable:
             return False
-        here = self._here.get()
-        return here[-1][1] if here else self._everywhere
+        here = self._here.begun() and self._here.running()
+        return here[-1].check_types if here else self._everywhere
 
     @check_types.setter
     def check_types(self, value: bool) -> None:
@@ -78,13 +86,13 @@ class Config:
     @contextlib.contextmanager
     def __call__(self, *, check_types: bool) -> Iterator[None]:
         """Sets `check_types` in this task for the duration of a `with` block."""
-        mine = object(), _checked(check_types)
+        setting = _Setting(_checked(check_types))
         try:
-            self._here.set((*self._here.get(), mine))
+            self._here.begin(setting)
             yield
         finally:
-            # Not the previous value: a generator may end in between.
-            self._here.set(tuple(x for x in self._here.get() if x is not mine))
+            setting.ended = True
+            self._here.running()
 
     def __repr__(self) -> str:
         return f"rx.config(check_types={self.check_types})"

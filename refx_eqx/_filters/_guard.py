@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .._core import _jax, _trace
+from .._core._blocks import Block
 from .._core._errors import describe, ImmutableError
 from .._core._ref import commits, Ref
 from .._trees._changes import containers, copied, is_same_value
@@ -21,11 +22,11 @@ def guarded(allows: Callable[[Ref], bool], where: str) -> Iterator[None]:
     guard = _Guard(allows, where)
     changed = []
     try:
-        _trace.guards.set((*_trace.guards.get(), guard))
+        _trace.guards.begin(guard)
         yield
     finally:
-        # Not the previous guards: a generator may end in between.
-        _trace.guards.set(tuple(g for g in _trace.guards.get() if g is not guard))
+        guard.ended = True
+        _trace.guards.running()
         changed = guard.restored()
     for ref in changed:
         raise ImmutableError(
@@ -42,7 +43,7 @@ def only_answering() -> contextlib.AbstractContextManager[None]:
     )
 
 
-class _Guard:
+class _Guard(Block):
     """What may be written in a context, and the values read there that could be changed in
     place but must not be: such changes are found at the end. `depth` is the number of
     bodies around it."""
@@ -50,6 +51,7 @@ class _Guard:
     __slots__ = ("_home", "_read", "allows", "depth", "where")
 
     def __init__(self, allows: Callable[[Ref], bool], where: str):
+        super().__init__()
         self.allows = allows
         self.where = where
         self.depth = len(_trace.thread.state.bodies)
@@ -59,7 +61,7 @@ class _Guard:
 
     def read(self, ref: Ref, value: Any) -> None:
         # Changes of a body to an inner ref are checked when they are written back.
-        if id(ref) in self._read or ref._trace() is not self._home():
+        if self.ended or id(ref) in self._read or ref._trace() is not self._home():
             return
         if containers(value) and not self.allows(ref):
             self._read[id(ref)] = ref, value, copied(value)
@@ -67,7 +69,9 @@ class _Guard:
     def restored(self) -> list[Ref]:
         """Restores the values of refs that were changed in place."""
         changed = []
-        for ref, value, before in self._read.values():
+        # Taken: where the block began, the guard is kept until someone looks.
+        read, self._read = self._read, {}
+        for ref, value, before in read.values():
             if ref._value is value and not is_same_value(value, before):
                 changed.append(ref)
                 with commits.lock:

@@ -19,8 +19,8 @@ def mutable(filter: FilterLike, tree: PyTree = None) -> Iterator[None]:
 
     The limit applies to this thread and this `asyncio` task. It may be nested; then all of
     the filters must allow a write. A generator that yields inside the block limits its
-    caller until it resumes, as a context manager made from a generator is meant to. Writes
-    by lifted transforms are checked too.
+    caller, as a context manager made from a generator is meant to, until the block ends, in
+    whichever thread or task. Writes by lifted transforms are checked too.
 
     !!! Example
 
