@@ -252,7 +252,7 @@ def test_an_update_out_of_range_changes_nothing(typed):
     n = Small(jnp.array(1, jnp.int8)).n if typed else rx.Ref(jnp.array(1, jnp.int8))
     first = rx.Ref(jnp.array(1.0))
     kind = rx.RefTypeError if typed else rx.StructureError
-    with raises(kind, match="cannot hold (weak_i32|300)"):
+    with raises(kind, match=r"cannot hold 300|holds i8\[\], and the source has 300"):
         rx.update_refs([first, n], [2.0, 300])
     assert first.value == 1.0 and n.value == 1
     if typed:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from jaxtyping import Float
 from raising import raises
 from saved_models import Linear, make, make_tied
 
@@ -415,6 +416,42 @@ def test_the_remedy_for_another_precision_runs():
     state["layers.1.weight"] = jnp.asarray(state["layers.1.weight"], "float32")
     rx.load_state_dict(model, state)
     assert model.layers[1].weight.value[0] == np.float32(0.1)
+
+
+# Other dtypes
+
+
+@pytest.mark.parametrize(
+    "value", [np.array(["a", "b"]), np.ones(2, complex), jnp.full(2, 1j)]
+)
+def test_no_remedy_fails_or_drops_an_imaginary_part(value):
+    class Line(rx.Module):
+        at: rx.Param[Float[jax.Array, "n"]]
+
+    for tree in ({"at": rx.Ref(jnp.zeros(2))}, Line(jnp.zeros(2))):
+        with raises(rx.RefError, match="Cannot load the state") as error:
+            rx.load_state_dict(tree, {"at": value})
+        message = error.value.args[0]
+        assert "jnp.asarray" not in message and "astype" not in message
+
+
+def test_data_of_another_key_implementation_is_refused_by_name():
+    rngs = rx.Rngs(jr.key(0, impl="rbg"))
+    refuses(
+        rngs,
+        rx.state_dict(rx.Rngs(0)),
+        rx.MismatchError,
+        "`RngStream.key` (collection 'rng') at `streams.default.key` holds key<rbg>[], "
+        "and the state has u32[2]",
+    )
+    rx.load_state_dict(rngs, rx.state_dict(rx.Rngs(jr.key(1, impl="rbg"))))
+
+
+def test_data_becomes_keys_of_any_implementation_for_a_shape():
+    keys = jr.split(jr.key(0, impl="unsafe_rbg"), 3)
+    ref = rx.Ref(jax.ShapeDtypeStruct(keys.shape, keys.dtype))
+    rx.load_state_dict({"k": ref}, rx.state_dict({"k": rx.Ref(keys)}))
+    assert jnp.array_equal(ref.value, keys)
 
 
 @pytest.mark.parametrize(

@@ -269,6 +269,21 @@ def is_traced_in_ref(leaf: Any) -> bool:
     return eqx.is_array_like(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
 
 
+def is_number_dtype(dtype: Any) -> bool:
+    """Whether JAX has arrays of this dtype, apart from keys. (To NumPy, text and bytes are
+    dtypes too.)"""
+    return bool(jnp.issubdtype(dtype, jnp.bool_) or jnp.issubdtype(dtype, jnp.number))
+
+
+def is_convertible(new: Any, old: Any) -> bool:
+    """Whether a message may advise to convert one dtype to another: that runs, and drops
+    no imaginary part."""
+    drops = jnp.issubdtype(new, jnp.complexfloating) and not jnp.issubdtype(
+        old, jnp.complexfloating
+    )
+    return is_number_dtype(new) and is_number_dtype(old) and not drops
+
+
 def is_inexact(x: Any) -> bool:
     """Whether `x` is array-like, and floating-point or complex."""
     return is_traced_in_ref(x) and bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact))

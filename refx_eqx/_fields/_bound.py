@@ -21,6 +21,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._core._errors import describe_named, RefTypeError
+from .._core._nodes import is_convertible, is_number_dtype
 from .._trees._equality import is_same_tree
 from ._axis_names import AxisNames, name_scope
 from ._config import config
@@ -215,9 +216,9 @@ class BoundType:
         if axes:
             stack = f" It is a stack: the sizes {_sizes(old, axes)[0]} come on top of the type."
         remedy = "Write a value of the declared type, or declare a wider one."
-        if isinstance(value, (np.ndarray, np.generic)):
+        if isinstance(value, (np.ndarray, np.generic)) and is_number_dtype(value.dtype):
             remedy = "Make a JAX array of it: `jnp.asarray(value)`."
-        elif _is_sized(old) and _is_sized(value) and old.shape == value.shape:
+        elif _is_converted(value, old):
             remedy = "Convert it: `value.astype(ref.dtype)`."
         elif _has_more_axes(value, old) and self.extra_axes(value):
             remedy = (
@@ -252,6 +253,16 @@ _KINDS = (np.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
 
 def _is_sized(leaf: Any) -> bool:
     return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
+
+
+def _is_converted(value: Any, old: Any) -> bool:
+    """Whether `astype` makes of `value` what replaces `old`."""
+    both_sized = _is_sized(old) and _is_sized(value)
+    return (
+        both_sized
+        and old.shape == value.shape
+        and is_convertible(value.dtype, old.dtype)
+    )
 
 
 def _without(leaf: Any, axes: tuple[int, ...]) -> jax.ShapeDtypeStruct:

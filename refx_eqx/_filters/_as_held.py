@@ -1,5 +1,6 @@
-"""Converts a leaf of a state to what its ref holds, where that changes no number."""
+"""Converts a new value to what its ref holds, where that changes no number."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -11,7 +12,19 @@ import numpy as np
 
 from .._core import _jax
 from .._core._on_mesh import put
-from ._update import is_key, sharding_of
+
+
+def is_key(leaf: Any) -> bool:
+    is_array = isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
+    return is_array and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def sharding_of(old: Any) -> Any:
+    """The sharding for the replacement of `old`: the one it was given, or `None`."""
+    if isinstance(old, jax.ShapeDtypeStruct):
+        return old.sharding
+    placed = type(old) is _jax.ConcreteArray and old.committed
+    return old.sharding if placed else None
 
 
 def storable(leaf: Any) -> Any:
@@ -19,22 +32,43 @@ def storable(leaf: Any) -> Any:
     return jr.key_data(leaf) if is_key(leaf) else leaf
 
 
-def as_held(old: Any, new: Any) -> Any:
-    """`new`, with its arrays converted to those of `old` where that changes no number."""
-    old_leaves, old_def = jtu.tree_flatten(old)
-    new_leaves, new_def = jtu.tree_flatten(new)
-    if old_def != new_def:
+def number_as_held(old: Any, new: Any) -> Any:
+    """A Python number that replaces an array, as an array like it; anything else, and what
+    does not fit, unchanged.
+
+    As in `x.at[...].set(0.1)`, a Python number has no precision of its own, but a kind
+    (bool, integer, floating-point, complex), and must be in the range of the dtype.
+    """
+    if not is_number(new) or not _has_dtype(old) or is_key(old) or old.shape:
         return new
-    return jtu.tree_unflatten(new_def, map(_leaf_as_held, old_leaves, new_leaves))
+    number = np.asarray(new)
+    if not _is_same_kind(number.dtype, old.dtype):
+        return new
+    with np.errstate(over="ignore"):
+        array = number.astype(old.dtype)
+    if jnp.issubdtype(old.dtype, jnp.inexact):
+        fits = np.isfinite(array) or not np.isfinite(number)
+    else:
+        fits = int(array) == new  # else it wraps around
+    if not fits:
+        return new
+    if isinstance(old, np.ndarray | np.generic):
+        return array[()] if isinstance(old, np.generic) else array
+    new = jnp.array(array, device=sharding_of(old))
+    return _jax.as_weak(new) if getattr(old, "weak_type", False) else new
 
 
-def _leaf_as_held(old: Any, new: Any) -> Any:
+def leaf_as_held(old: Any, new: Any) -> Any:
+    """As `number_as_held`, and for arrays: converted to the precision, the sharding and the
+    class of what they replace."""
+    if is_number(new):
+        return number_as_held(old, new)
     if _jax.is_tracer(new) or not eqx.is_array(new):
         return new
+    if is_number(old):
+        same = new.ndim == 0 and not is_key(new) and type(new.item()) is type(old)
+        return new.item() if same else new
     if not isinstance(old, (jax.Array, jax.ShapeDtypeStruct)):
-        is_numpy = isinstance(new, (np.ndarray, np.generic))
-        if is_numpy and new.ndim == 0 and type(new.item()) is type(old):
-            return new.item()
         return new
     if is_key(old) and not is_key(new):
         new = _as_key(old, new)
@@ -49,15 +83,45 @@ def _leaf_as_held(old: Any, new: Any) -> Any:
     return jnp.array(new, device=sharding)
 
 
+def as_held(old: Any, new: Any, convert: Callable[[Any, Any], Any]) -> Any:
+    """`new`, with its leaves converted, given the leaf of `old` that each replaces."""
+    old_leaves, old_def = jtu.tree_flatten(old)
+    new_leaves, new_def = jtu.tree_flatten(new)
+    if old_def != new_def:
+        return new
+    return jtu.tree_unflatten(new_def, map(convert, old_leaves, new_leaves))
+
+
+def is_number(x: Any) -> bool:
+    """Whether `x` is a Python number. (`np.float64` is a `float` too.)"""
+    is_python = isinstance(x, bool | int | float | complex)
+    return is_python and not isinstance(x, np.generic)
+
+
+def _has_dtype(x: Any) -> bool:
+    return eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
+
+
+def _is_same_kind(a: Any, b: Any) -> bool:
+    kinds = (np.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
+    return any(jnp.issubdtype(a, kind) and jnp.issubdtype(b, kind) for kind in kinds)
+
+
 def _as_key(old: Any, data: Any) -> Any:
-    """The typed keys that `old` stands for, from their data."""
-    if data.dtype != jnp.uint32 or data.shape[: old.ndim] != old.shape:
+    """The typed keys that `old` stands for, from their data; unchanged if it is not the
+    data of such keys."""
+    impls = []
+
+    def data_of(key: Any) -> Any:
+        impls.append(
+            jr.key_impl(key)
+        )  # a shape has no implementation, but a tracer does
+        return jr.key_data(key)
+
+    wanted = jax.eval_shape(data_of, old)
+    if (data.dtype, data.shape) != (wanted.dtype, wanted.shape):
         return data
-    if not isinstance(old, jax.Array):
-        # For a shape, only the name of the dtype gives the implementation: `key<fry>`.
-        names = {str(jr.key(0, impl=i).dtype): i for i in ("threefry2x32", "rbg")}
-        return jr.wrap_key_data(jnp.array(data), impl=names.get(str(old.dtype)))
-    return jr.wrap_key_data(jnp.array(data), impl=jr.key_impl(old))
+    return jr.wrap_key_data(jnp.array(data), impl=impls[0])
 
 
 def _converted(new: Any, dtype: Any) -> Any:
@@ -69,11 +133,7 @@ def _converted(new: Any, dtype: Any) -> Any:
         # NumPy's files have no name for `bfloat16` and the like, and return bytes.
         same_size = array.dtype.itemsize == dtype.itemsize
         return array.view(dtype) if array.dtype.fields is None and same_size else new
-    kinds = (jnp.integer, jnp.floating, jnp.complexfloating)
-    if not any(
-        jnp.issubdtype(array.dtype, kind) and jnp.issubdtype(dtype, kind)
-        for kind in kinds
-    ):
+    if not _is_same_kind(array.dtype, dtype):
         return new
     with np.errstate(over="ignore", invalid="ignore"):
         converted = array.astype(dtype)

@@ -21,7 +21,7 @@ from .._fields._misplaced import check_refs_in_place
 from .._trees._cells import is_lookup
 from .._trees._equality import is_same_tree
 from .._trees._paths import key_text, Path, path_text
-from ._as_held import as_held, is_same_bits, storable
+from ._as_held import as_held, is_same_bits, leaf_as_held, storable
 from ._filters import FilterLike
 from ._select import choose, leaves_with_paths, refuse_derefed
 from ._update import check_fits, write_all
@@ -129,10 +129,11 @@ def load_state_dict(
         place of a ref may be its key, so a state saved before two refs were tied, or with
         their places in another order, can be loaded. If several places of one ref are keys,
         their values must be the same. A ref to a pytree also accepts its whole value under
-        its own path. An array is converted to what the ref holds: a JAX array, with the
-        sharding of the array it replaces, a Python scalar, or a typed key. Another
+        its own path. A value is converted to what the ref holds: a JAX array, with the
+        sharding of the array it replaces, a Python number, or a typed key. Another
         precision is converted if no number changes: an `int64` counter to `int32`,
-        `bfloat16` to `float32`.
+        `bfloat16` to `float32`. A Python number has no precision: it is converted as in
+        [`refx_eqx.update_refs`][].
     - `filter`: any filter. Only the refs it selects are written.
     - `strict`: whether each of these refs must have a value, and each key must be a place
         of one of them. If `False`, refs without a value stay unchanged, and other keys are
@@ -141,8 +142,9 @@ def load_state_dict(
     **Raises:**
 
     - `StructureError`: if refs or keys are left over, if a value has another shape than the
-        one it replaces, or a dtype that changes its numbers, or if two keys give different
-        values for one ref. Also whenever [`refx_eqx.state_dict`][] raises it.
+        one it replaces, or a dtype that changes its numbers, if a Python number is of
+        another kind or out of range, if the data of a key is of another implementation, or
+        if two keys give different values for one ref. Also whenever [`refx_eqx.state_dict`][] raises it.
     - `RefTypeError`: if a value breaks the declared type of its ref.
     - `TraceLevelError`, `ImmutableError`: if a ref cannot be written here.
     - `TypeError`: if `state` is not a mapping.
@@ -172,7 +174,7 @@ def _new_value(ref: Ref, given: dict[int, list[str]], state: Mapping[str, Any]) 
     held, leaves = {}, list(old_leaves)
     for i, keys in given.items():
         old = ref.value if i == -1 else old_leaves[i]
-        held[i] = [(key, as_held(old, state[key])) for key in keys]
+        held[i] = [(key, as_held(old, state[key], leaf_as_held)) for key in keys]
         if i != -1:
             leaves[i] = held[i][0][1]
     first_key = next(iter(held.values()))[0][0]

@@ -7,20 +7,19 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 from jaxtyping import PyTree
 
-from .._core import _jax
 from .._core._access import check_value, check_writable
 from .._core._deref import NOTHING
 from .._core._errors import CollectionError, describe, MismatchError, StructureError
-from .._core._nodes import Index, is_node, Value
+from .._core._nodes import Index, is_convertible, is_node, Value
 from .._core._on_mesh import put
 from .._core._ref import commits, Ref
 from .._fields._misplaced import check_refs_in_place
 from .._trees._closure import by_name
 from .._trees._equality import is_same_tree
 from .._trees._paths import path_text
+from ._as_held import as_held, is_key, is_number, number_as_held
 
 
 def _is_place(x: Any) -> bool:
@@ -54,12 +53,14 @@ def update_refs(target: PyTree, source: PyTree) -> None:
     - `source`: a tree of the same structure. For each ref it has a ref, a `Value`, an
         `Index` (which stands for the `Value` of that index), a bare value, or `None` or
         `NOTHING` to leave the ref unchanged. Arrays must have the shape and dtype of those
-        they replace.
+        they replace. A Python number that replaces an array becomes an array of its dtype,
+        as in `x.at[...].set(0.1)`, if it is of the same kind (bool, integer,
+        floating-point or complex) and in range.
 
     **Raises:**
 
     - `StructureError`: if `target` is derefed, if the structures differ, if a value has
-        another shape or dtype, or if one ref of `target` gets two different values.
+        another shape or dtype, if a number is out of range, or if one ref of `target` gets two different values.
     - `CollectionError`: if a ref or node of `source` has another collection.
     - `RefTypeError`: if a value breaks the declared type of its ref.
     - `TraceLevelError`, `ImmutableError`: if a ref cannot be written here.
@@ -67,11 +68,19 @@ def update_refs(target: PyTree, source: PyTree) -> None:
     new_values: dict[int, tuple[Ref, Any]] = {}
     for ref, value, where in aligned(target, source, "Cannot update refs", "source"):
         check_writable(ref)  # before reading its value, which may be forbidden too
+        value = as_held(ref.value, value, number_as_held)
         # A broken declared type is more informative than a wrong shape.
         stored = check_value(ref, value)
         check_fits(ref, value, "Cannot update refs", where, "the source")
-        new_values[id(ref)] = ref, _as_arrays(ref, stored, where)
+        new_values[id(ref)] = ref, as_held(ref.value, stored, _on_sharding)
     write_all(list(new_values.values()))
+
+
+def _on_sharding(old: Any, new: Any) -> Any:
+    """`new`, on the sharding of the shape it replaces."""
+    if isinstance(old, jax.ShapeDtypeStruct) and old.sharding is not None:
+        return put(new, old.sharding)
+    return new
 
 
 def aligned(
@@ -138,33 +147,6 @@ def check_and_write(updates: list[tuple[Ref, Any]]) -> None:
     write_all([(ref, check_value(ref, value)) for ref, value in updates])
 
 
-def _as_arrays(ref: Ref, value: Any, where: str) -> Any:
-    """`value`, with an array for each Python number that replaces one, and with each array
-    on the sharding of the shape it replaces."""
-
-    def convert(old: Any, new: Any) -> Any:
-        if isinstance(old, jax.ShapeDtypeStruct) and old.sharding is not None:
-            return put(new, old.sharding)
-        if not isinstance(old, jax.Array) or eqx.is_array(new):
-            return new
-        number = np.asarray(new)
-        # It is of the kind of what it replaces.
-        if number.dtype.kind in "iu" and not _is_in_range(number, old.dtype):
-            raise MismatchError(
-                f"Cannot update refs: {describe(ref)} at {where} "
-                f"holds {old.dtype}, which cannot hold {new}. Write an array of a wider "
-                "dtype: `ref.value = jnp.asarray(...)`."
-            )
-        return jnp.asarray(number.astype(old.dtype))
-
-    return jtu.tree_map(convert, ref.value, value)
-
-
-def _is_in_range(number: Any, dtype: Any) -> bool:
-    limits = jnp.iinfo(dtype)
-    return int(limits.min) <= int(number) <= int(limits.max)
-
-
 def _check_collection(
     ref: Ref, new: Ref | Value | Index, path: tuple, failure: str, what: str
 ) -> None:
@@ -181,7 +163,7 @@ def check_fits(ref: Ref, value: Any, failure: str, place: str, source: str) -> N
     old = ref.value
     if not is_same_tree(_same_kind, old, value):
         remedy = "If the change is intended, write it: `ref.value = ...`."
-        if _only_dtypes_differ(old, value):
+        if _only_precisions_differ(old, value):
             remedy += f' Or convert it: `jnp.asarray(value, "{old.dtype}")`.'
         raise MismatchError(
             f"{failure}: {describe(ref)} at {place} holds "
@@ -189,22 +171,14 @@ def check_fits(ref: Ref, value: Any, failure: str, place: str, source: str) -> N
         )
 
 
-def _only_dtypes_differ(old: Any, new: Any) -> bool:
-    both = [x for x in (old, new) if hasattr(x, "dtype") and not is_key(x)]
-    return len(both) == 2 and jnp.shape(old) == jnp.shape(new)
-
-
-def is_key(leaf: Any) -> bool:
-    is_array = isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
-    return is_array and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def sharding_of(old: Any) -> Any:
-    """The sharding for the replacement of `old`: the one it was given, or `None`."""
-    if isinstance(old, jax.ShapeDtypeStruct):
-        return old.sharding
-    placed = type(old) is _jax.ConcreteArray and old.committed
-    return old.sharding if placed else None
+def _only_precisions_differ(old: Any, new: Any) -> bool:
+    """Whether `jnp.asarray` converts `new`, and drops no imaginary part."""
+    both = [x for x in (old, new) if hasattr(x, "dtype")]
+    return (
+        len(both) == 2
+        and jnp.shape(old) == jnp.shape(new)
+        and is_convertible(new.dtype, old.dtype)
+    )
 
 
 def _same_kind(old: Any, new: Any) -> bool:
@@ -215,9 +189,10 @@ def _same_kind(old: Any, new: Any) -> bool:
         return not eqx.is_array_like(new)
     if not eqx.is_array_like(new):
         return False
-    if not eqx.is_array(old) or not eqx.is_array(new):  # a Python scalar: weakly typed
-        return jnp.shape(old) == jnp.shape(new) and _dtype_kind(old) == _dtype_kind(new)
-    return old.shape == new.shape and old.dtype == new.dtype
+    if is_number(old):  # weakly typed
+        return jnp.shape(new) == () and _dtype_kind(old) == _dtype_kind(new)
+    # `number_as_held` has made an array of a number that fits.
+    return eqx.is_array(new) and (old.shape, old.dtype) == (new.shape, new.dtype)
 
 
 def _dtype_kind(x: Any) -> str:
