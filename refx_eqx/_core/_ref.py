@@ -348,7 +348,9 @@ class Ref(Shared, Generic[T]):
             own = getattr(type(self), name, None)
             if isinstance(own, property) and own.fget is not None:
                 return own.fget(self)  # called again if the property itself raised
-            raise missing_attribute(self, name, self._value)
+            # An empty slot, as in a ref that is being made, also arrives here.
+            value = None if name == "_value" else self._value
+            raise missing_attribute(self, name, value)
 
     def __copy__(self) -> Self:
         return like(self, owned(self.value))
