@@ -25,9 +25,8 @@ from ._fields._module import Module
 from ._filters._as_refs import snapshot
 from ._filters._filters import FilterLike
 from ._filters._select import choose, leaves_with_paths
-from ._filters._update import aligned, check_and_write
+from ._filters._update import aligned, aligned_leaves, check_and_write
 from ._trained import as_weak_as, Trained, with_update
-from ._trees._closure import by_name
 from ._trees._paths import path_text
 
 
@@ -394,10 +393,7 @@ def apply_updates(model: PyTree, updates: PyTree) -> None:
     writes: dict[int, tuple[Ref, Any]] = {}
     for ref, update, where in aligned(model, updates, failure, "updates"):
         writes[id(ref)] = ref, with_update(ref, ref.value, update, f"at {where}")
-    leaves, treedef = jtu.tree_flatten_with_path(
-        by_name(model), is_leaf=lambda x: x is None
-    )
-    for (path, leaf), update in zip(leaves, treedef.flatten_up_to(by_name(updates))):
+    for path, leaf, update in aligned_leaves(model, updates, failure, "updates"):
         if not isinstance(leaf, Ref) and jtu.tree_leaves(update):
             raise StructureError(
                 f"{failure}: there is one for {eqx.tree_pformat(leaf)} at "

@@ -3,6 +3,9 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
 import pytest
 from raising import message_of, raises
 
@@ -246,3 +249,86 @@ def test_a_key_is_replaced_by_a_key_alone(new):
     assert "jnp.asarray" not in message_of(e.value)  # which makes no keys
     rx.update_refs({"key": ref}, {"key": jax.random.key(1)})
     assert ref.value == jax.random.key(1)
+
+
+def plain_layers():
+    layers = [eqx.nn.Linear(2, 2, key=jr.key(0)), eqx.nn.MLP(2, 2, 3, 1, key=jr.key(1))]
+    return {"layers": layers, "scale": jnp.ones(2)}
+
+
+def tied_layers():
+    layer = rx.nn.Linear(2, 2, key=jr.key(0))
+    return {"in": layer, "out": layer, "norm": rx.nn.BatchNorm(2)}
+
+
+MODELS = {
+    "as_refs": lambda: rx.as_refs(plain_layers(), "params"),
+    "layers": lambda: rx.nn.MLP(2, 2, 3, 1, key=jr.key(0)),
+    "tied": tied_layers,
+    "module": lambda: make(1.0),
+}
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return MODELS[request.param]()
+
+
+def test_a_snapshot_restores_a_model(model):
+    refs, before = list(rx.aliases(model)), rx.values(model)
+    best = rx.snapshot(model)
+    for ref in refs:
+        ref.value = ref.value + 1
+    rx.update_refs(model, best)
+    assert list(rx.aliases(model)) == refs
+    for old, ref in zip(before, refs):
+        assert ref.dtype == old.dtype
+        assert np.asarray(ref.value).tobytes() == np.asarray(old).tobytes()
+
+
+@pytest.mark.parametrize("name", ["as_refs", "layers", "module"])
+def test_gradients_of_a_snapshot_are_gradients_of_the_model(name):
+    model = MODELS[name]()
+
+    def loss(tree):
+        arrays = eqx.filter(rx.snapshot(tree), eqx.is_inexact_array)
+        return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(arrays))
+
+    grads = rx.filter_grad(loss, wrt="params")(model)
+    of_snapshot = jax.tree.map(
+        lambda x: jnp.cos(x) if eqx.is_inexact_array(x) else None, rx.snapshot(model)
+    )
+
+    def step(other, grads):
+        rx.Optimizer(other, optax.sgd(0.1)).update(other, grads)
+
+    for update in rx.apply_updates, step:
+        one, two = rx.clone(model), rx.clone(model)
+        update(one, of_snapshot)
+        update(two, grads)
+        assert rx.tree_equal(one, two, rtol=1e-6)
+        assert not rx.tree_equal(one, model)
+
+
+def test_tangents_and_cotangents_may_have_the_classes_of_a_snapshot():
+    layer = rx.nn.Linear(2, 2, key=jr.key(0))
+    ones = jax.tree.map(jnp.ones_like, rx.snapshot(layer))
+    total = lambda layer: jnp.sum(layer(jnp.ones(2)))
+    _, tangent = rx.filter_jvp(total, (layer,), (ones,))
+    assert tangent == 6.0
+    _, pullback = rx.filter_vjp(lambda layer: layer, layer)
+    (cotangent,) = pullback(ones)
+    assert cotangent.bias.value.tolist() == [1.0, 1.0]
+
+
+def test_axes_and_shardings_may_have_the_classes_of_a_snapshot():
+    keys = jr.split(jr.key(0), 3)
+    stack = rx.filter_vmap(lambda key: rx.nn.Linear(2, 2, key=key))(keys)
+    axes = jax.tree.map(lambda _: 0, rx.snapshot(stack))
+    call = lambda layer, x: layer(x)
+    out = rx.filter_vmap(call, in_axes=(axes, None))(stack, jnp.ones(2))
+    assert (out == rx.filter_vmap(call, in_axes=(0, None))(stack, jnp.ones(2))).all()
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[1])
+    shardings = jax.tree.map(lambda _: place, rx.snapshot(stack))
+    placed = rx.filter_shard(stack, shardings)
+    assert [x.sharding for x in rx.values(placed)] == [place, place]

@@ -9,6 +9,7 @@ import jax.tree_util as jtu
 
 from .._core._errors import describe, MismatchError, StructureError
 from .._core._ref import Ref
+from .._fields._referenced import in_original_classes
 from .._filters._filters import as_filter, as_option, Filter, Path
 from .._trees._cells import may_carry
 from .._trees._equality import UNSET
@@ -199,7 +200,8 @@ def each_leaf(
             found.extend(resolve(one, subtree))
 
     try:
-        jtu.tree_map(visit, prefix, tree, is_leaf=is_leaf)
+        both = in_original_classes(prefix), in_original_classes(tree)
+        jtu.tree_map(visit, *both, is_leaf=is_leaf)
     except StructureError:
         raise
     except ValueError as e:

@@ -19,6 +19,7 @@ from .._calls._structure import Leaves, map_values, values_of
 from .._core._errors import describe, MismatchError
 from .._core._nodes import Index, is_inexact, is_node, Value
 from .._core._ref import Ref
+from .._fields._referenced import in_original_classes
 from .._trees._closure import Part
 
 
@@ -60,8 +61,10 @@ def read_tangents(
 def _given_leaves(part: Part, tree: Any, what: str) -> list[Any]:
     if tree is None:
         return [None] * part.treedef.num_leaves
+    like = in_original_classes(part.tree(range(part.treedef.num_leaves)))
+    part = part._replace(treedef=jtu.tree_structure(like))
     try:
-        return part.leaves_up_to(tree)
+        return part.leaves_up_to(in_original_classes(tree))
     except (ValueError, TypeError) as e:
         raise MismatchError(
             f"{what} must have the derefed structure, with `None` for anything without a "

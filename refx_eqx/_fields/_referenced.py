@@ -84,6 +84,12 @@ def snapshot_of(tree: Any) -> Any:
     return _lowered_leaf(tree, _value_everywhere)
 
 
+def in_original_classes(tree: Any) -> Any:
+    """The tree, with its leaves, and with its modules in their original classes: for aligning
+    it with another tree, which may have been made before its arrays were refs."""
+    return _lowered_leaf(tree, _same_everywhere)
+
+
 def zone(module: eqx.Module) -> Callable[[Any], bool]:
     """Marks where the fields of a module end: at its submodules. For use as an
     `is_leaf`."""
@@ -104,12 +110,16 @@ def _value_everywhere(x: Any) -> Any:
     return _lowered(x, _value_everywhere) if is_referenced(x) else x
 
 
+def _same_everywhere(x: Any) -> Any:
+    return _lowered(x, _same_everywhere) if is_referenced(x) else x
+
+
 def _lowered_leaf(tree: Any, value: Callable[[Any], Any]) -> Any:
     return jtu.tree_map(value, tree, is_leaf=is_referenced)
 
 
 def _lowered(module: Any, value: Callable[[Any], Any]) -> Any:
-    is_leaf = is_referenced if value is _value_everywhere else is_module
+    is_leaf = is_module if value is _value_in_zone else is_referenced
     static = {
         name
         for name, field in type(module).__dataclass_fields__.items()

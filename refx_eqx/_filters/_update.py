@@ -16,6 +16,7 @@ from .._core._nodes import Index, is_convertible, is_node, Value
 from .._core._on_mesh import put
 from .._core._ref import commits, Ref
 from .._fields._misplaced import check_refs_in_place
+from .._fields._referenced import in_original_classes
 from .._trees._closure import by_name
 from .._trees._equality import is_same_tree
 from .._trees._paths import path_text
@@ -50,12 +51,12 @@ def update_refs(target: PyTree, source: PyTree) -> None:
     **Arguments:**
 
     - `target`: a tree of refs. Its other leaves stay unchanged.
-    - `source`: a tree of the same structure. For each ref it has a ref, a `Value`, an
-        `Index` (which stands for the `Value` of that index), a bare value, or `None` or
-        `NOTHING` to leave the ref unchanged. Arrays must have the shape and dtype of those
-        they replace. A Python number that replaces an array becomes an array of its dtype,
-        as in `x.at[...].set(0.1)`, if it is of the same kind (bool, integer,
-        floating-point or complex) and in range.
+    - `source`: a tree of the same structure, such as a snapshot of the target. For each ref
+        it has a ref, a `Value`, an `Index` (which stands for the `Value` of that index), a
+        bare value, or `None` or `NOTHING` to leave the ref unchanged. Arrays must have the
+        shape and dtype of those they replace. A Python number that replaces an array
+        becomes an array of its dtype, as in `x.at[...].set(0.1)`, if it is of the same kind
+        (bool, integer, floating-point or complex) and in range.
 
     **Raises:**
 
@@ -91,18 +92,10 @@ def aligned(
     Yields a ref once for each place with a value, which is the same at all of them.
     """
     check_refs_in_place(target, failure)
-    leaves, treedef = jtu.tree_flatten_with_path(by_name(target), is_leaf=_is_place)
-    try:
-        sources = treedef.flatten_up_to(by_name(source))
-    except (ValueError, TypeError) as e:
-        raise MismatchError(
-            f"{failure}: target and {what} do not have the same structure. JAX says: {e} "
-            f"The {what} must be a tree aligned with the target, with `rx.NOTHING` or "
-            "`None` where a ref should stay unchanged."
-        ) from None
-    nodes = {new.index: new for new in sources if isinstance(new, Value)}
+    pairs = aligned_leaves(target, source, failure, what)
+    nodes = {new.index: new for *_, new in pairs if isinstance(new, Value)}
     first: dict[int, tuple[Any, str]] = {}
-    for (path, ref), new in zip(leaves, sources):
+    for path, ref, new in pairs:
         if is_node(ref):
             raise StructureError(
                 f"{failure}: the target is derefed: it has a {type(ref).__name__} at "
@@ -132,6 +125,24 @@ def aligned(
                 "`rx.NOTHING` at the other."
             )
         yield ref, value, where
+
+
+def aligned_leaves(
+    target: Any, source: Any, failure: str, what: str
+) -> list[tuple[tuple, Any, Any]]:
+    """Each leaf of `target`, with its key path, and what `source` has there. Modules are
+    aligned by their original classes, and functions by the names of what they carry."""
+    target, source = (in_original_classes(by_name(tree)) for tree in (target, source))
+    leaves, treedef = jtu.tree_flatten_with_path(target, is_leaf=_is_place)
+    try:
+        sources = treedef.flatten_up_to(source)
+    except (ValueError, TypeError) as e:
+        raise MismatchError(
+            f"{failure}: target and {what} do not have the same structure. JAX says: {e} "
+            f"The {what} must be a tree aligned with the target, with `rx.NOTHING` or "
+            "`None` where a ref should stay unchanged."
+        ) from None
+    return [(path, leaf, new) for (path, leaf), new in zip(leaves, sources)]
 
 
 def write_all(checked: list[tuple[Ref, Any]]) -> None:

@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 
 from .._core._errors import describe, MismatchError
 from .._core._nodes import is_node
+from .._fields._referenced import in_original_classes
 from .._trees._paths import path_text
 from ._mesh import check_spec, current_mesh
 from ._rules import axis_rules
@@ -54,7 +55,8 @@ def leaf_shardings(given: Any, tree: Any, derefed: Any, what: str) -> list[Any]:
             found.extend([sharding] * len(jtu.tree_leaves(node)))
 
     try:
-        jtu.tree_map(resolve, given, derefed, is_leaf=_is_one)
+        both = in_original_classes(given), in_original_classes(derefed)
+        jtu.tree_map(resolve, *both, is_leaf=_is_one)
     except MismatchError:  # ours, which is a `ValueError` as JAX's is
         raise
     except ValueError as e:

@@ -17,6 +17,7 @@ from .._core._nodes import is_inexact
 from .._engine._autodiff import arrays_of_result, LinearMap, with_linear_map
 from .._engine._backward import apart_from_channels
 from .._engine._tangents import read_tangents
+from .._fields._referenced import in_original_classes
 from .._filters._filters import FilterLike
 
 
@@ -128,8 +129,9 @@ def _traced_where_differentiated(primal: Any, tangent: Any) -> Any:
     leaves, treedef = jtu.tree_flatten(primal)
     if tangent is None or not any(isinstance(x, float | complex) for x in leaves):
         return primal
+    like = jtu.tree_structure(in_original_classes(primal))
     try:
-        given = treedef.flatten_up_to(tangent)
+        given = like.flatten_up_to(in_original_classes(tangent))
     except (ValueError, TypeError):
         return primal  # `read_tangents` says what is wrong
     return jtu.tree_unflatten(
