@@ -58,8 +58,10 @@ TEXT = (
 
 def repaired(error, module, value):
     """The module, after what the message says to do was done to it."""
-    remedy = re.search(r"Put a ref there: `(.*?)`\.", message_of(error))
-    assert remedy is not None
+    notes = getattr(error, "__notes__", [])
+    text = "\n".join([message_of(error), *notes])
+    remedy = re.search(r"put a ref there: `(.*?)`\.", text, re.IGNORECASE)
+    assert remedy is not None, text
     return eval(remedy[1], {"eqx": eqx, "rx": rx, "module": module, "value": value})
 
 
@@ -279,3 +281,98 @@ def test_snapshots_and_gradients_are_legal():
         rx.filter_grad(lambda m: jnp.sum(m.scale.value))(norm()).scale.value[0] == 1.0
     )
     assert rx.filter_spec(plain, eqx.is_array).mean is True
+
+
+# What a function does with such a field, under a lifted transform.
+
+
+def reads(module, x):
+    return jnp.sum(x * module.scale.value)
+
+
+def reads_either(module, x):
+    return jnp.sum(x * module.scale[...])
+
+
+def writes(module, x):
+    module.mean.value = x
+
+
+def writes_at(module, x):
+    module.mean[...] = x
+
+
+def notes_of(error):
+    """Ours: JAX adds one that its frames are removed."""
+    return [note for note in error.__notes__ if "declared refs" in note]
+
+
+LIFTED = [rx.filter_jit, rx.filter_grad, rx.filter_vmap, rx.filter_checkpoint]
+
+
+@pytest.mark.parametrize("cls", [Norm, Plain])
+@pytest.mark.parametrize("lifted", LIFTED)
+def test_a_read_as_of_a_ref_is_explained(cls, lifted):
+    plain = rx.snapshot(cls(jnp.ones(3), jnp.zeros(3)))
+    with pytest.raises(AttributeError, match="has no attribute '?value") as info:
+        lifted(reads)(plain, jnp.ones(3))
+    (note,) = notes_of(info.value)
+    assert f"a snapshot has: `{cls.__name__}.scale`." in note
+    assert "use `self.scale[...]`, which works for refs and arrays" in note
+    # The remedies.
+    lifted(reads_either)(plain, jnp.ones(3))
+    mended = repaired(info.value, plain, jnp.ones(3))
+    rx.filter_jit(reads)(mended, jnp.ones(3))
+
+
+@pytest.mark.parametrize("lifted", [rx.filter_jit, rx.filter_vmap])
+@pytest.mark.parametrize("write", [writes, writes_at])
+def test_a_write_as_to_a_ref_is_explained(lifted, write):
+    plain = eqx.tree_at(lambda m: m.scale, rx.snapshot(norm()), None)
+    with pytest.raises((AttributeError, TypeError)) as info:
+        lifted(write)(plain, jnp.ones(3))
+    (note,) = notes_of(info.value)
+    assert "declared refs, as a snapshot has: `Norm.mean`." in note
+    # The remedy.
+    mended = repaired(info.value, plain, jnp.zeros(3))
+    rx.filter_jit(write)(mended, jnp.ones(3))
+    assert mended.mean[0] == 1.0
+
+
+def test_it_is_explained_once_and_in_closures():
+    plain = rx.snapshot(norm())
+
+    @rx.filter_grad
+    @rx.filter_jit
+    def loss(x):
+        return reads(plain, x)
+
+    with pytest.raises(AttributeError) as info:
+        loss(jnp.ones(3))
+    assert len(notes_of(info.value)) == 1
+
+
+def test_all_fields_that_may_be_meant_are_named():
+    layers = rx.snapshot(Layers([jnp.ones(1)] * 6))
+
+    def write(layers):
+        layers.weights[5].value = jnp.zeros(1)
+
+    with pytest.raises(AttributeError) as info:
+        rx.filter_jit(write)(layers)
+    assert "`Layers.weights[3]`, 2 more. To read" in notes_of(info.value)[0]
+
+
+@pytest.mark.parametrize(
+    "fails",
+    [
+        lambda m: m.missing,
+        lambda m: jnp.zeros(3).missing,  # type: ignore[attr-defined]
+        lambda m: object().value,  # type: ignore[attr-defined]
+        lambda m: 1 + "1",  # type: ignore[operator]
+    ],
+)
+def test_another_error_is_not_explained(fails):
+    with pytest.raises((AttributeError, TypeError)) as info:
+        rx.filter_jit(fails)(rx.snapshot(norm()))
+    assert not notes_of(info.value)

@@ -17,6 +17,11 @@ from .._trees._changes import Changes, owned, place_of
 from ._structure import flatten, Leaves, Outcome, OutcomeInfo, split, Structure
 
 
+# Called with an error of the user's function and the trees it was given, to add a note. (A
+# room that knows what classes declare adds to it.)
+explanations: list[Callable[[Exception, Any], None]] = []
+
+
 def apply(fn: Any, /, *args: Any, **kwargs: Any) -> Any:
     return fn(*args, **kwargs)
 
@@ -58,7 +63,12 @@ def run_body(
     changes = Changes(trees)
     *args, kwargs, fn = trees
 
-    result = apply(fn, *args, **kwargs)
+    try:
+        result = apply(fn, *args, **kwargs)
+    except (AttributeError, TypeError) as e:
+        for explain in explanations:
+            explain(e, trees)
+        raise
 
     lost = changes.lost(result)
     if lost is not None:

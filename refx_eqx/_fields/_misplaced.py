@@ -5,22 +5,26 @@ they can replace a ref with an array. It is not always a mistake: in a snapshot 
 are arrays.
 """
 
+import collections
+import re
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
 import jax.tree_util as jtu
 import numpy as np
 
+from .._calls._body import explanations
 from .._core import _jax
 from .._core._access import refuse_cycle
 from .._core._deref import path_of
 from .._core._errors import RefTypeError
 from .._core._nodes import is_node
 from .._core._ref import Ref
+from .._trees._cells import is_opaque, reachable
 from ._declared import DeclaredRef
 from ._field import RefField
 from ._instance import plan_of, refs_held
@@ -119,16 +123,62 @@ def check_refs_in_place(tree: Any, failure: str) -> None:
     refuse_cycle(tree)
 
     def visit(x: Any) -> bool:
-        if isinstance(x, eqx.Module):
-            for field in plan_of(type(x)).of_refs:
-                held = refs_held(field, vars(x).get(field.name), type(x))
-                for declared, leaf, where in held:
-                    if not isinstance(leaf, Ref) and eqx.is_array_like(leaf):
-                        place = path_of(tree, lambda other: other is leaf)
-                        raise _not_a_ref(leaf, where, declared, False, failure, place)
+        for declared, leaf, where in _instead_of_refs(x):
+            place = path_of(tree, lambda other: other is leaf)
+            raise _not_a_ref(leaf, where, declared, False, failure, place)
         return is_node(x)
 
     jtu.tree_flatten(tree, is_leaf=visit)
+
+
+def _instead_of_refs(x: Any) -> Iterator[tuple[DeclaredRef, Any, str]]:
+    """What is array-like in the fields of a module that are declared refs."""
+    if isinstance(x, eqx.Module):
+        for field in plan_of(type(x)).of_refs:
+            held = refs_held(field, vars(x).get(field.name), type(x))
+            for declared, leaf, where in held:
+                if not isinstance(leaf, Ref) and eqx.is_array_like(leaf):
+                    yield declared, leaf, where
+
+
+# What Python and JAX say of an array that is used as if it were a ref.
+_USED_AS_A_REF = re.compile(
+    "has no attribute '?(value|collection|name)'?$|^JAX arrays are immutable"
+)
+
+
+def _explain(error: Exception, trees: Any) -> None:
+    """Adds a note if a function used an array in the place of a ref as if it were one.
+    (That there is an array is no error: a function may read a snapshot.)"""
+    if not _USED_AS_A_REF.search(str(error)):
+        return
+    found: list[tuple[DeclaredRef, Any, str]] = []
+
+    def visit(x: Any) -> bool:
+        found.extend(_instead_of_refs(x))
+        return is_opaque(x)
+
+    collections.deque(reachable(trees, visit), maxlen=0)
+    used = getattr(error, "obj", None)  # `None` if it was written to
+    if used is not None:
+        found = [item for item in found if item[1] is used]
+    if not found:
+        return
+    declared, _, where = found[0]
+    names = list(dict.fromkeys(f"`{where}`" for _, _, where in found))
+    more = [f"{len(names) - _NAMED} more"] if len(names) > _NAMED else []
+    note = (
+        "This call has arrays in fields that are declared refs, as a snapshot has: "
+        f"{', '.join(names[:_NAMED] + more)}. To read, use `self.{_field_of(where)}[...]`, "
+        "which works for refs and arrays, not `.value`. To write, put a ref there: "
+        f"`{_remedy(declared, where)}`."
+    )
+    if note not in getattr(error, "__notes__", ()):  # by an inner transform
+        error.add_note(note)
+
+
+_NAMED = 4
+explanations.append(_explain)
 
 
 def _not_a_ref(
@@ -139,15 +189,22 @@ def _not_a_ref(
     failure: str = "",
     place: str = "",
 ) -> RefTypeError:
-    kind, collection = declared.ref_type, declared.collection
-    made = "rx.Ref" if kind is Ref else kind.__name__
-    made += "(value)" if collection is None else f"(value, {collection!r})"
-    field = where.partition(".")[2]
     return RefTypeError(
         (f"{failure}: " if failure else "")
         + f"`{where}`{f' at {place}' if place else ''} is declared a ref, but holds "
         + f"{eqx.tree_pformat(x)} instead"
         + (", and a value written to it was lost" if lost else "")
-        + f". Put a ref there: `eqx.tree_at(lambda m: m.{field}, module, {made})`. In a "
-        f"module whose refs are all arrays, as in a snapshot, only read: `self.{field}[...]`."
+        + f". Put a ref there: `{_remedy(declared, where)}`. If all refs of the module are "
+        f"arrays, as in a snapshot, only read: `self.{_field_of(where)}[...]`."
     )
+
+
+def _remedy(declared: DeclaredRef, where: str) -> str:
+    kind, collection = declared.ref_type, declared.collection
+    made = "rx.Ref" if kind is Ref else kind.__name__
+    made += "(value)" if collection is None else f"(value, {collection!r})"
+    return f"eqx.tree_at(lambda m: m.{_field_of(where)}, module, {made})"
+
+
+def _field_of(where: str) -> str:
+    return where.partition(".")[2]

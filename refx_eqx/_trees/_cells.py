@@ -82,24 +82,29 @@ def inside(obj: Any) -> Iterator[Any]:
         yield (obj.func, obj.args, obj.keywords)
 
 
+def is_opaque(x: Any) -> bool:
+    # A consumed state cannot be flattened, and holds no refs.
+    return isinstance(x, eqx.nn.State) or is_lookup(x)
+
+
 def reaches(tree: Any, is_wanted: Callable[[Any], bool] = is_shared) -> bool:
     """Whether there is such a leaf in a tree, or in a function in the tree."""
     return any(map(is_wanted, reachable(tree)))
 
 
-def reachable(tree: Any) -> Iterator[Any]:
+def reachable(tree: Any, is_leaf: Callable[[Any], bool] = is_opaque) -> Iterator[Any]:
     """The leaves of a tree, and of the contents of functions in it."""
     seen: set[int] = set()
     todo = [tree]
     while todo:
-        for leaf in _leaves(todo.pop()):
+        for leaf in _leaves(todo.pop(), is_leaf):
             yield leaf
             if may_carry(leaf) and id(leaf) not in seen:
                 seen.add(id(leaf))
                 todo.extend(inside(leaf))
 
 
-def _leaves(tree: Any) -> list[Any]:
+def _leaves(tree: Any, is_leaf: Callable[[Any], bool]) -> list[Any]:
     """The leaves of the contents of a function; empty if JAX cannot flatten them.
 
     The content of a cell need not be a pytree: a dict with keys of two types is not one,
@@ -109,7 +114,7 @@ def _leaves(tree: Any) -> list[Any]:
     if holds_itself(tree):
         return []
     try:
-        return jtu.tree_leaves(tree, is_leaf=_is_opaque)
+        return jtu.tree_leaves(tree, is_leaf=is_leaf)
     except (ValueError, TypeError):
         return []
 
@@ -156,11 +161,6 @@ def _items(x: Any) -> Any:
 
 
 _MAY_HOLD_ITSELF = frozenset((list, dict, tuple))
-
-
-def _is_opaque(x: Any) -> bool:
-    # A consumed state cannot be flattened, and holds no refs.
-    return isinstance(x, eqx.nn.State) or is_lookup(x)
 
 
 def reachable_functions(fn: types.FunctionType) -> list[types.FunctionType]:
