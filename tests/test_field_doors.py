@@ -41,9 +41,46 @@ class Checked(rx.Module):
 class Outer(rx.Module):
     inner: Any
 
-    def __init__(self, ref):
-        self.inner = Pair(ref, jnp.ones(3))
+    def __init__(self, ref, inner=Pair):
+        self.inner = inner(ref, jnp.ones(3))
         raise ValueError("never")
+
+
+def never(*_):
+    raise ValueError("never")
+
+
+class Bare(eqx.Module):
+    a: rx.Param[Float[Array, ""]] = rx.field()
+
+
+class BareChecked(Bare):
+    b: rx.Param[Array] = rx.field(default=2.0, converter=jnp.asarray)
+    __check_init__ = never
+
+
+class BareBaseChecked(BareChecked):
+    c: rx.Param[Array] = rx.field(default=2.0, converter=jnp.asarray)
+
+
+class BareSubclassChecked(Bare):
+    __check_init__ = never
+
+
+class BareConverted(Bare):
+    later: Any = eqx.field(converter=never, default=None)
+
+
+class BareRefConverted(Bare):
+    later: rx.Param[Array] = rx.field(converter=never, default=None)
+
+
+class BareWithoutLater(eqx.Module):
+    a: rx.Param[Float[Array, ""]] = rx.field()
+    later: Any = eqx.field(init=False)
+
+    def __init__(self, ref):
+        self.a = ref
 
 
 def state(ref):
@@ -60,13 +97,19 @@ def state(ref):
         lambda ref: BarePair(ref, jnp.ones(2)),
         Checked,
         Outer,
+        functools.partial(Outer, inner=BarePair),
+        BareChecked,
+        BareBaseChecked,
+        BareSubclassChecked,
+        BareConverted,
+        BareRefConverted,
+        BareWithoutLater,
     ],
-    ids=["type", "bare", "check_init", "outer"],
 )
 def test_a_module_whose_construction_fails_leaves_the_refs_it_was_given(make):
     ref = rx.Ref(1.0)
     before = state(ref)
-    with pytest.raises((rx.RefTypeError, ValueError)):
+    with pytest.raises((rx.RefTypeError, ValueError, TypeError), match="never|3|later"):
         make(ref)
     assert state(ref) == before and type(ref.value) is float
     # And afterwards it serves another module as ever.
@@ -75,6 +118,31 @@ def test_a_module_whose_construction_fails_leaves_the_refs_it_was_given(make):
     assert isinstance(ref.value, jax.Array)
     bare = BarePair(rx.Ref(2.0), jnp.ones(3))
     assert bare.a.name == "BarePair.a" and isinstance(bare.a.value, jax.Array)
+
+
+@pytest.mark.parametrize("base", [rx.Module, eqx.Module])
+def test_a_ref_has_what_its_field_declares_in_the_checks_of_its_class(base):
+    class Holder(base):
+        a: rx.Param[Float[Array, ""]] = rx.field()
+
+        def __check_init__(self):
+            assert self.a.collection == "params" and str(self.a.name).endswith(".a")
+            seen.append(self)
+
+    class Derived(Holder):
+        b: rx.Param[Float[Array, ""]] = rx.field()
+
+        def __check_init__(self):
+            super().__check_init__()
+
+    seen = []
+    ref = rx.Ref(1.0)
+    made = Derived(ref, rx.Ref(2.0))
+    assert made.a is ref and made.b.collection == "params"
+    assert seen == [made, made]
+    for x in made.a, made.b:
+        with raises(rx.RefTypeError, match=r"is declared `Float\[Array, \"\"\]`"):
+            x.value = jnp.ones(2)
 
 
 def test_a_failure_does_not_undo_the_module_before_it():

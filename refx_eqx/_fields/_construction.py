@@ -2,12 +2,19 @@
 
 A field that is given a ref sets its name, collection and declared type. The previous state
 is kept here while the module is being made, and restored if an exception ends it.
+
+An `rx.Module` is made inside a call of its metaclass, which surrounds everything. Of a bare
+`equinox.Module` we only have converters, one a field, and the `__check_init__` of the class
+of the field: see `finish_fields`.
 """
 
 import contextlib
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+
+import equinox as eqx
 
 from .._core import _jax, _trace
 from .._core._ref import commits, Ref, set_content
@@ -27,8 +34,6 @@ class _Here(threading.local):
     def __init__(self):
         # One per module that is being made, outermost first.
         self.logs: list[_Log] = []
-        # The fields of a bare `equinox.Module` that are already converted.
-        self.converted: list[_State] = []
 
 
 _here = _Here()
@@ -44,7 +49,7 @@ def keep_state(ref: Ref) -> None:
 @contextlib.contextmanager
 def making_a_module() -> Iterator[None]:
     """The context in which a module is made. If that fails, its refs are restored."""
-    with _logging([]) as log:
+    with _logging() as log:
         yield
         if len(_here.logs) > 1:
             # The enclosing module may still fail. (A ref of an inner trace, such as
@@ -54,26 +59,44 @@ def making_a_module() -> Iterator[None]:
             outer.states.extend(mine)
 
 
-@contextlib.contextmanager
-def one_of_several(is_first: bool, is_last: bool) -> Iterator[None]:
-    """The context in which a field of a bare `equinox.Module` is converted: no hook
-    surrounds all of them. If it fails, the fields before it are undone too."""
-    if is_first:
-        _here.converted = []
-    log = _here.converted
-    try:
-        with _logging(log):
-            yield
-    except BaseException:
-        is_last = True
-        raise
-    finally:
-        if is_last:
-            _here.converted = []
+class ModuleMeta(type(eqx.Module)):
+    """The class of `rx.Module`."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        with making_a_module():
+            return super().__call__(*args, **kwargs)
+
+
+def finish_fields(cls: type, finish: Callable[[Any], None]) -> None:
+    """Calls `finish` with each new instance of `cls`, a bare `equinox.Module`, when all its
+    fields are converted. Only then may the refs that it was given change.
+
+    Equinox calls the converters, and then the `__check_init__` of each class in the MRO. Of
+    these, this is the last one that is ours. If one that follows fails, of a base without
+    ref fields, nothing tells us.
+    """
+    check = cls.__dict__.get("__check_init__")
+    if hasattr(check, "_finishes_fields"):
+        return  # by another field of the class
+
+    def check_init(self: Any) -> None:
+        with making_a_module():
+            hooks = (vars(base).get("__check_init__") for base in type(self).__mro__)
+            *_, last = (hook for hook in hooks if hasattr(hook, "_finishes_fields"))
+            if last is check_init:
+                finish(self)
+            if check is not None:
+                check(self)
+
+    if check is not None:
+        functools.update_wrapper(check_init, check)
+    check_init._finishes_fields = True  # pyright: ignore[reportFunctionMemberAccess]
+    cls.__check_init__ = check_init  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @contextlib.contextmanager
-def _logging(log: list[_State]) -> Iterator[list[_State]]:
+def _logging() -> Iterator[list[_State]]:
+    log: list[_State] = []
     mine = _Log(log, _jax.current_trace_ref())
     try:
         _here.logs.append(mine)

@@ -97,13 +97,19 @@ class DeclaredRef:
         """The type, with its names bound as in the running scope."""
         return BoundType(self, self.names(instance))
 
+    def wrapped(self, value: Any, where: str) -> Ref:
+        """A new ref for `value`; or `value` itself if it is a ref."""
+        if isinstance(value, Ref):
+            return value
+        ref = self.ref_type(value, self.collection)
+        ref._name = where
+        return ref
+
     def ref_of(self, value: Any, where: str) -> Ref:
-        """A new ref for `value`; or `value` itself if it is a ref, which takes the name and
-        the collection of the field unless it already has them."""
+        """As `wrapped`; a ref takes the name and the collection of the field unless it
+        already has them."""
         if not isinstance(value, Ref):
-            ref = self.ref_type(value, self.collection)
-            ref._name = where
-            return ref
+            return self.wrapped(value, where)
         keep_state(value)
         if value._collection is None:
             value._collection = self.collection

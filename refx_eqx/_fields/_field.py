@@ -25,9 +25,9 @@ from .._trees._equality import UNSET
 from ._axis_names import name_scope
 from ._batched import BatchedHint
 from ._config import config
-from ._construction import keep_state, one_of_several
+from ._construction import finish_fields, keep_state, ModuleMeta
 from ._declaration import Annotation
-from ._declared import Declared, DeclaredRef
+from ._declared import Declared, DeclaredRef, Visit
 
 
 # Two threads may make the first two instances.
@@ -45,8 +45,8 @@ class RefField(dataclasses.Field):
     _declared: Declared | None = None
     _is_read = False
     _owner_name = ""
-    # An `rx.Module` checks all its fields together, so that they share axis names.
-    of_module = False
+    # Whether it is a field of an `rx.Module`, not of a bare `equinox.Module`.
+    of_module: bool
 
     def __init__(
         self,
@@ -69,16 +69,8 @@ class RefField(dataclasses.Field):
         self._collection = collection
         self._sharding = sharding
         self._converter: Callable[[Any], Any] | None = converter
-        # The fields of one bare `equinox.Module`, in order.
-        self._siblings: list[RefField] = [self]
 
     def __set_name__(self, owner: type, name: str) -> None:
-        for other in owner.__dict__.values():
-            if isinstance(other, RefField) and other is not self:
-                if other._siblings[0]._owner_name:  # the fields before this one
-                    self._siblings = other._siblings
-                    self._siblings.append(self)
-                    break
         if not issubclass(owner, eqx.Module):
             raise TypeError(
                 f"`rx.field` of `{owner.__name__}.{name}` makes no ref: `{owner.__name__}` "
@@ -86,11 +78,14 @@ class RefField(dataclasses.Field):
             )
         annotation = inspect.get_annotations(owner).get(name, Any)
         self.bind(Annotation(owner, name, annotation))
+        if not self.of_module:
+            finish_fields(owner, _finish)
 
     def bind(self, annotation: Annotation) -> None:
         """Takes the annotation of the field, once its class is known."""
         self._annotation = annotation
         self._owner_name = annotation.owner.__name__
+        self.of_module = isinstance(annotation.owner, ModuleMeta)
         with contextlib.suppress(NameError):  # of what is defined later
             self._read(is_last=False)
 
@@ -144,14 +139,7 @@ class RefField(dataclasses.Field):
             is_default = value is self.default
             done = not is_default and self._is_converted(value)
             return value if done else self.convert(value)
-        # A bare `equinox.Module` has no other hook: each field is checked separately, so
-        # axis names are only shared within one annotation.
-        siblings = self._siblings
-        with one_of_several(self is siblings[0], self is siblings[-1]):
-            value = self.convert(value)
-            if self.declared is not None and config.check_types:
-                self._check(value)
-        return value
+        return self.convert(value, visit=DeclaredRef.wrapped)
 
     def _is_converted(self, value: Any) -> bool:
         if self.declared is None:
@@ -163,15 +151,26 @@ class RefField(dataclasses.Field):
         except RefTypeError:
             return False
 
-    def _check(self, value: Any) -> None:
-        for declared, ref, where in self.refs_in(value):
-            with name_scope():
-                declared.check(ref, where)
-                bound = declared.bound()
-            keep_state(ref)
-            declare(ref, bound)
+    def finish(self, value: Any) -> None:
+        """Gives the refs of a new bare `equinox.Module` what the field declares.
 
-    def convert(self, value: Any, owner_name: str | None = None) -> Any:
+        Each is checked by itself, so axis names are only shared within one annotation.
+        """
+        for declared, ref, where in self.refs_in(value):
+            declared.ref_of(ref, where)
+            if config.check_types:
+                with name_scope():
+                    declared.check(ref, where)
+                    bound = declared.bound()
+                keep_state(ref)
+                declare(ref, bound)
+
+    def convert(
+        self,
+        value: Any,
+        owner_name: str | None = None,
+        visit: Visit = DeclaredRef.ref_of,
+    ) -> Any:
         """Converts a value for the field: each value that is declared a ref is wrapped in
         one."""
         if self.declared is None:
@@ -180,7 +179,7 @@ class RefField(dataclasses.Field):
             if value is not None or not self.declared.optional:
                 value = self._converter(value)
         name = f"{owner_name or self._owner_name}.{self.name}"
-        return self.declared.map(DeclaredRef.ref_of, value, name)
+        return self.declared.map(visit, value, name)
 
     def refs_in(
         self, value: Any, owner_name: str | None = None
@@ -197,6 +196,12 @@ class RefField(dataclasses.Field):
             name = f"{owner_name or self._owner_name}.{self.name}"
             self.declared.map(visit, value, name)
         return found
+
+
+def _finish(instance: Any) -> None:
+    for field in dataclasses.fields(instance):
+        if isinstance(field, RefField) and not field.of_module:
+            field.finish(getattr(instance, field.name))
 
 
 def field(
@@ -310,7 +315,6 @@ def declare_ref_fields(cls: type) -> None:
     for name, annotation in inspect.get_annotations(cls).items():
         default = cls.__dict__.get(name, dataclasses.MISSING)
         if isinstance(default, RefField):
-            default.of_module = True
             continue
         annotation = Annotation(cls, name, annotation)
         if annotation.is_plain():
@@ -323,6 +327,5 @@ def declare_ref_fields(cls: type) -> None:
         else:
             plain = eqx.field(default=default)
         made = RefField(plain, UNSET, plain.metadata.get("converter"))
-        made.of_module = True
         made.bind(annotation)
         setattr(cls, name, made)

@@ -8,7 +8,7 @@ import equinox as eqx
 
 from ._axis_names import bind_in_methods
 from ._config import config
-from ._construction import making_a_module
+from ._construction import ModuleMeta
 from ._field import declare_ref_fields, field, RefField
 from ._instance import check_instance, names_of_instance
 from ._misplaced import check_field, MAY_HOLD_ARRAYS
@@ -23,11 +23,7 @@ if TYPE_CHECKING:
     class _ModuleMeta(_EquinoxMeta): ...
 
 else:
-
-    class _ModuleMeta(type(eqx.Module)):
-        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-            with making_a_module():
-                return super().__call__(*args, **kwargs)
+    _ModuleMeta = ModuleMeta
 
 
 class Module(eqx.Module, metaclass=_ModuleMeta):
