@@ -3,9 +3,8 @@
 A field that is given a ref sets its name, collection and declared type. The previous state
 is kept here while the module is being made, and restored if an exception ends it.
 
-An `rx.Module` is made inside a call of its metaclass, which surrounds everything. Of a bare
-`equinox.Module` we only have converters, one a field, and the `__check_init__` of the class
-of the field: see `finish_fields`.
+The metaclass of `rx.Module` surrounds all of that. A bare `equinox.Module` only calls us in
+a converter for each field, and in `__check_init__`: see `finish_fields`.
 """
 
 import contextlib
