@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 from .._core import _jax, _trace
-from .._core._access import check_readable, check_unleaked, Withheld
+from .._core._access import check_carried, check_readable, Withheld
 from .._core._deref import deref_leaves
 from .._core._errors import name_of, RefTypeError
 from .._core._identity import Asked, asked_of
@@ -97,7 +97,7 @@ class Call:
             self.refs.append(ref)
             self.values.append(ref._value)
             if type(ref._value) is not _jax.ConcreteArray:
-                check_unleaked(ref, ref._value)
+                check_carried(ref, ref._value)
             return content(ref)
 
         # All at one moment: `commit` compares.

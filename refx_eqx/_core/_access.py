@@ -4,10 +4,8 @@ flattens a tree.
 
 from typing import Any
 
-import jax.tree_util as jtu
-
 from .._trees._cells import holds_itself, is_lookup, shared_in
-from .._trees._changes import copied, is_writeable
+from .._trees._changes import copied, is_writeable, unconsumed_leaves
 from .._trees._equality import Shared
 from . import _jax, _trace
 from ._errors import (
@@ -58,12 +56,13 @@ def check_readable(ref: Any) -> None:
         )
 
 
-def check_unleaked(ref: Any, value: Any) -> None:
+def check_unleaked(ref: Any, value: Any) -> list[Any] | None:
     """Notices an in-place change of a list or dict in the value, made where the ref may be
-    read but not written."""
+    read but not written. Returns `unconsumed_leaves(value)`."""
     if isinstance(value, _jax.Tracer):
-        return
-    for leaf in jtu.tree_leaves(value):
+        return [value]
+    leaves = unconsumed_leaves(value)
+    for leaf in leaves or ():
         reason = _trace.why_not_alive(leaf)
         if reason is not None:
             raise TraceLevelError(
@@ -71,6 +70,22 @@ def check_unleaked(ref: Any, value: Any) -> None:
                 "dict in its value was changed in place, where it may only be read: "
                 f"{reason} Then write a new value: `ref.value = ...`."
             )
+    return leaves
+
+
+def check_carried(ref: Any, value: Any) -> None:
+    """The checks before the value of a ref is carried somewhere else: a consumed state may
+    be read, to be replaced, but it cannot be flattened."""
+    if check_unleaked(ref, value) is None:
+        raise _consumed(f"Cannot carry {describe(ref)}: its value holds")
+
+
+def _consumed(what: str) -> StructureError:
+    return StructureError(
+        f"{what} an `eqx.nn.State` that was consumed by a layer, and so has no arrays "
+        "anymore. Write the new one, which the layer returns: "
+        "`out, ref.value = layer(x, ref.value)`."
+    )
 
 
 def check_writable(ref: Any) -> None:
@@ -112,7 +127,9 @@ def check_value(ref: Any, value: Any) -> Any:
         check_not_deleted(ref, value)
     else:
         refuse_cycle(value)
-        leaves = jtu.tree_leaves(value, is_leaf=is_lookup)
+        leaves = unconsumed_leaves(value, is_lookup)
+        if leaves is None:
+            raise _consumed(f"Cannot write {describe(ref)}: the new value holds")
         if any(map(is_writeable, leaves)):
             value = copied(value)
         for leaf in leaves:

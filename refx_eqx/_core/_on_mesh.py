@@ -7,6 +7,7 @@ import jax
 import jax.tree_util as jtu
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 
+from .._trees._changes import unconsumed_leaves
 from . import _jax
 
 
@@ -40,7 +41,9 @@ def has_moved(old: Any, new: Any) -> bool:
         if before is after or type(before) is type(after) is SingleDeviceSharding:
             return False
         return before != after
-    return on_mesh(jtu.tree_leaves(old)) != on_mesh(jtu.tree_leaves(new))
+    before = unconsumed_leaves(old)
+    # Where the arrays of a consumed state were is not known anymore.
+    return before is None or on_mesh(before) != on_mesh(jtu.tree_leaves(new))
 
 
 def put(x: Any, sharding: Any) -> Any:

@@ -22,6 +22,7 @@ import numpy as np
 
 from .._core._errors import describe_named, RefTypeError
 from .._core._nodes import is_convertible, is_number_dtype
+from .._trees._changes import unconsumed_leaves
 from .._trees._equality import is_same_tree
 from ._axis_names import AxisNames, name_scope
 from ._config import config
@@ -160,7 +161,7 @@ class BoundType:
                 )
                 raise self.error(ref._name, ref._collection, value, reason, old)
         elif _is_data(value) and self.extra_axes(value) is not None:
-            return value  # replaces a `None` in a partitioned tree
+            return value  # replaces a `None` in a partitioned tree, or a consumed state
         reason = self.why_not(value, axes)
         if reason is not None:
             new = self.as_array(value, old)
@@ -295,7 +296,7 @@ def _candidates(value: Any) -> Iterator[tuple[int, ...]]:
 
 def _is_data(value: Any) -> bool:
     """Whether this is a value, not a placeholder from a transform or a filter."""
-    leaves = jtu.tree_leaves(value, is_leaf=lambda x: x is None)
+    leaves = unconsumed_leaves(value, lambda x: x is None)
     return bool(leaves) and all(map(_is_sized, leaves))
 
 

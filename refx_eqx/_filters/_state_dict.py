@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._core import _trace
-from .._core._access import check_value, check_writable
+from .._core._access import check_carried, check_value, check_writable
 from .._core._errors import describe, MismatchError, RefTypeError, StructureError
 from .._core._ref import is_ref, Ref
 from .._fields._misplaced import check_refs_in_place
@@ -257,6 +257,7 @@ def _slots(places: dict[str, Ref], failure: str) -> Slots:
 
 def _named_leaves(ref: Ref) -> list[tuple[str, int]]:
     # The structure is no secret even where the value may not be read.
+    check_carried(ref, ref._value)
     leaves, _ = jtu.tree_flatten_with_path(ref._value)
     return [
         (".".join(map(key_text, path)), i)

@@ -16,6 +16,7 @@ import copy
 import functools
 import types
 from collections import defaultdict, OrderedDict
+from collections.abc import Callable
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -74,8 +75,28 @@ def _copied_one(x: Any) -> Any:
     return x.copy() if is_writeable(x) else x
 
 
+def unconsumed_leaves(
+    value: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> list[Any] | None:
+    """The leaves of a value; `None` if it holds an `eqx.nn.State` that a layer has consumed.
+    Such a state has no arrays anymore, and raises when it is flattened."""
+    try:
+        return jtu.tree_leaves(value, is_leaf)
+    except ValueError:
+        states = jtu.tree_leaves(value, is_leaf=_is_state)
+        if any(_is_state(x) and type(x._state) is not dict for x in states):
+            return None
+        raise
+
+
+def _is_state(x: Any) -> bool:
+    return isinstance(x, eqx.nn.State)
+
+
 def is_same_value(a: Any, b: Any) -> bool:
     """Whether nothing was changed in place since `b` was copied from `a`."""
+    if unconsumed_leaves(a) is None:
+        return False
 
     def is_same(a: Any, b: Any) -> bool:
         both = type(a) is type(b) is np.ndarray
@@ -131,8 +152,7 @@ class Changes:
         return found[0] if found else None
 
 
-# An `equinox.nn.State` is consumed by the function it is given to, and cannot be flattened
-# after that.
+# A state is consumed by the layer it is given to: see `unconsumed_leaves`.
 _OPAQUE = (Shared, ByValue, eqx.nn.State)
 
 
