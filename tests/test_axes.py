@@ -10,6 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import jax.tree_util as jtu
 import numpy as np
 import pytest
 from jaxtyping import Array, Float
@@ -436,6 +437,111 @@ def test_a_function_from_leaf_to_axis_may_tell_refs():
         ref = rx.Ref({"a": jnp.zeros(3), "name": "a"})
         out = rx.filter_vmap(lambda ref: ref.value["a"], in_axes=by)(ref)
         assert out.shape == (3,)
+
+
+class Frozen(rx.Ref):
+    """For functions that look at the type of a ref."""
+
+
+def by_collection(leaf):
+    if rx.is_ref(leaf):
+        return None if leaf.collection == "params" else 0
+    return 0 if eqx.is_array(leaf) else None
+
+
+def arrays_first(leaf):
+    if eqx.is_array(leaf) or (rx.is_ref(leaf) and leaf.collection == "counts"):
+        return 0
+    return None
+
+
+@functools.singledispatch
+def by_type(leaf):
+    return 0 if eqx.is_array(leaf) else None
+
+
+@by_type.register
+def _(leaf: rx.Ref):
+    return 0 if leaf.collection == "counts" else None
+
+
+FROZEN = Frozen(jnp.array([1.0, 2.0, 3.0]), "params")
+
+# Of these only "params" is in the tree below: nothing answers other than `None` for a ref.
+LOOK_AT_REFS = {
+    "collection": by_collection,
+    "arrays first": arrays_first,
+    "no ref": lambda x: None if rx.is_ref(x) else 0 if eqx.is_array(x) else None,
+    "ref type": lambda x: None if isinstance(x, Frozen) else eqx.if_array(0)(x),
+    "dispatch": by_type,
+    "class": lambda x: None if x.__class__ is Frozen else eqx.if_array(0)(x),
+    "attribute": lambda x: {"params": None}.get(
+        getattr(x, "collection", ""), eqx.if_array(0)(x)
+    ),
+    "filter": lambda x: None if rx.collection("params")(x) else eqx.if_array(0)(x),
+    "set": lambda x: None if rx.is_ref(x) and x in {FROZEN} else eqx.if_array(0)(x),
+    "equality": lambda x: None if rx.is_ref(x) and x == FROZEN else eqx.if_array(0)(x),
+}
+
+
+@pytest.mark.parametrize("axis", LOOK_AT_REFS.values(), ids=LOOK_AT_REFS)
+def test_none_about_a_ref_is_obeyed_if_the_function_looks_at_refs(axis):
+    xs = jnp.arange(3.0)
+    total = lambda m, x: m["p"].value.sum() + x
+    for tree in [{"p": FROZEN}, {"p": FROZEN, "n": rx.Ref(jnp.zeros(3), "counts")}]:
+        for given in (axis, rx.axes(default=axis)):
+            out = rx.filter_vmap(total, in_axes=(given, 0))(tree, xs)
+            assert out.tolist() == [6.0, 7.0, 8.0]
+            given = (given, 0)
+            step = lambda c, x: (c, total(*x))
+            _, out = rx.scan(step, None, (tree, xs), in_axes=given)
+            assert out.tolist() == [6.0, 7.0, 8.0]
+            out = rx.map(lambda x: total(*x), (tree, xs), in_axes=given)
+            assert out.tolist() == [6.0, 7.0, 8.0]
+    new = rx.filter_vmap(lambda x: Frozen(jnp.ones(3), "params"), out_axes=axis)(xs)
+    assert new.shape == (3,)
+
+
+@pytest.mark.parametrize(
+    "axis",
+    [
+        eqx.if_array(0),
+        lambda x: 0 if eqx.is_array(x) else None,
+        lambda x: 0 if isinstance(x, jax.Array | np.ndarray) else None,
+        lambda x: 0 if eqx.is_inexact_array(x) else None,
+        lambda x: 0 if eqx.is_inexact_array_like(x) else None,
+        lambda x: 0 if hasattr(x, "shape") and len(x.shape) == 1 else None,
+        lambda x: 0 if x.ndim == 1 else None,
+        lambda x: 0,
+    ],
+)
+def test_a_function_that_knows_only_arrays_is_called_with_those_in_a_ref(axis):
+    for value in [jnp.arange(3.0), [jnp.arange(3.0)]]:
+        ref = rx.Ref(value, "params")
+        for given in (axis, rx.axes(default=axis)):
+            f = lambda ref: jnp.shape(jtu.tree_leaves(ref.value)[0])
+            assert rx.filter_vmap(f, in_axes=given, out_axes=None)(ref) == ()
+
+
+def test_the_error_of_a_function_that_looks_at_refs_is_its_own():
+    axis = lambda leaf: {"params": None}[leaf.collection]
+    with pytest.raises(KeyError, match="counts"):
+        rx.filter_vmap(lambda ref: 0, in_axes=axis)(rx.Ref(jnp.ones(3), "counts"))
+
+
+def test_a_function_from_leaf_to_axis_is_asked_about_the_refs_of_a_closure():
+    weight, count = rx.Ref(jnp.ones(3), "params"), rx.Ref(jnp.zeros(3), "counts")
+    xs = jnp.arange(3.0)
+
+    def add(x):
+        count.value += x
+        return weight.value.sum()
+
+    for axis in (by_collection, rx.axes(default=by_collection)):
+        count.value = jnp.zeros(3)
+        out = rx.filter_vmap(lambda f, x: f(x), in_axes=(axis, 0))(add, xs)
+        assert out.tolist() == [3.0, 3.0, 3.0]
+        assert count.value.tolist() == [0.0, 1.0, 2.0]
 
 
 # --- State along the mapped axis. ---

@@ -1,5 +1,6 @@
 """The `in_axes` and `out_axes` given by users, for `filter_vmap`, `scan` and `map`."""
 
+import functools
 import inspect
 import operator
 from collections.abc import Callable, Mapping
@@ -12,7 +13,8 @@ from .._core._ref import Ref
 from .._filters._filters import FilterLike
 from .._trees._cells import may_carry
 from .._trees._equality import UNSET
-from ._by_filter import ByFilter, each_leaf, NotGiven
+from ._answers import answer_about_ref
+from ._by_filter import ByFilter, each_leaf, NotGiven, Within
 
 
 class axes(ByFilter):
@@ -48,8 +50,9 @@ class axes(ByFilter):
         the tree that these axes are given for. The first match decides. A key that matches
         nothing has no effect, so the same axes work for a model with batch statistics and
         one without.
-    - `default`: the axis of all other leaves: an `int`, `None`, or a function of a leaf. If
-        omitted, a leaf that is not named is an error, which catches misspelled keys.
+    - `default`: the axis of all other leaves: an `int`, `None`, or a function of a leaf (a
+        ref is a leaf: see the `in_axes` of [`refx_eqx.filter_vmap`][]). If omitted, a leaf
+        that is not named is an error, which catches misspelled keys.
     - `**collections`: the axis of each collection.
 
     **Raises:**
@@ -81,6 +84,9 @@ class axes(ByFilter):
     def ask(self, function: Any, leaf: Any) -> Any:
         return _ask(function, leaf)
 
+    def ask_within(self, function: Any, leaf: Any) -> Any:
+        return _ask_within(function, leaf)
+
 
 def _as_axis(axis: Any, what: str) -> int | None:
     if axis is None:
@@ -103,7 +109,8 @@ def leaf_axes(spec: Any, tree: Any, what: str) -> list[Any]:
         if axis is None or hasattr(axis, "__index__"):
             return [_as_axis(axis, what)] * len(leaves)
         if callable(axis):
-            return [_ask(axis, leaf) for leaf in leaves]
+            within = Within(functools.partial(_ask_within, axis))
+            return [within if may_carry(x) else _ask(axis, x) for x in leaves]
         raise NotGiven(
             f"`{what}` must consist of None, ints, functions of a leaf and `rx.axes`, but "
             f"has {axis!r}."
@@ -113,33 +120,22 @@ def leaf_axes(spec: Any, tree: Any, what: str) -> list[Any]:
     return each_leaf(spec, tree, what, resolve, lambda x: x is None)
 
 
-_NO_ANSWER = object()
+def _ask(function: Any, leaf: Any) -> Any:
+    """The axis of a leaf; the function itself if it is to be called for each array in the
+    leaf."""
+    if isinstance(leaf, Ref):
+        return answer_about_ref(_answer_of, function, leaf)
+    return _answer_of(function, leaf)
 
 
-def _ask(axis: Any, leaf: Any) -> Any:
-    """The answer of a function from leaf to axis; the function itself if it is to be called
-    for each array in the leaf.
-
-    A ref is a leaf, so the function may decide by its collection. Most only know arrays
-    (`eqx.if_array(0)`): they answer for a ref as for any non-array.
-    """
-    if may_carry(leaf):
-        return axis
-    if not isinstance(leaf, Ref):
-        return _answer_of(axis, leaf)
-    of_ref, of_anything = _try(axis, leaf), _try(axis, _NO_ANSWER)
-    return axis if of_ref is _NO_ANSWER or of_ref == of_anything else of_ref
+def _ask_within(function: Any, leaf: Any) -> Any:
+    """Likewise for a leaf inside a function, whose arrays outside refs the axis does not
+    concern: a function is not an array."""
+    return _ask(function, leaf) if isinstance(leaf, Ref) else function
 
 
-def _try(axis: Any, leaf: Any) -> Any:
-    try:
-        return _answer_of(axis, leaf)
-    except Exception:
-        return _NO_ANSWER
-
-
-def _answer_of(axis: Any, leaf: Any) -> int | None:
-    return _as_axis(axis(leaf), "a function from leaf to axis")
+def _answer_of(function: Any, leaf: Any) -> int | None:
+    return _as_axis(function(leaf), "a function from leaf to axis")
 
 
 def array_axis(axis: Any, array: Any) -> int | None:

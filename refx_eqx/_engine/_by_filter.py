@@ -1,5 +1,6 @@
 """The base of `rx.axes` and `rx.specs`: an option for each leaf, by collection."""
 
+import functools
 from collections.abc import Callable, Hashable, Mapping
 from keyword import iskeyword
 from typing import Any, NamedTuple
@@ -102,6 +103,10 @@ class ByFilter:
         """The answer of the default for a leaf, if it is a function."""
         return self.checked(function(leaf), f"{self.called}(default=...)")
 
+    def ask_within(self, function: Callable[[Any], Any], leaf: Any) -> Any:
+        """Likewise for a leaf inside a function."""
+        return self.ask(function, leaf)
+
     def named(self, path: Path, leaf: Any) -> Any:
         """The option of a leaf that is named, or `UNSET`."""
         for given, one in self.by_collection.items():
@@ -132,6 +137,14 @@ class ByFilter:
             f"give a default: `{self.called}(..., default={default!r})`."
         )
 
+    def within(self, path: Path, leaf: Any) -> Any:
+        """The option of one leaf inside a function, which is itself at `path`."""
+        one = self.named(path, leaf)
+        if one is not UNSET:
+            return one
+        default = None if self.default is UNSET else self.default
+        return self.ask_within(default, leaf) if callable(default) else default
+
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"`{self.called}` cannot be changed: make another one.")
 
@@ -155,16 +168,10 @@ class ByFilter:
 
 
 class Within(NamedTuple):
-    """A `ByFilter` given for a function: it applies to the contents of the function."""
+    """The option of a function, which applies to its contents: `of` maps each leaf inside
+    it to an option."""
 
-    by_filter: ByFilter
-    path: Path
-
-    def of(self, leaf: Any) -> Any:
-        one = self.by_filter.named(self.path, leaf)
-        if one is UNSET:
-            one = self.by_filter.default
-        return None if one is UNSET else one
+    of: Callable[[Any], Any]
 
 
 def each_leaf(
@@ -194,8 +201,8 @@ def each_leaf(
         if isinstance(one, ByFilter):
             for keys, leaf in jtu.tree_flatten_with_path(subtree)[0]:
                 path = tuple(map(key_text, keys))
-                inside = Within(one, path) if may_carry(leaf) else None
-                found.append(inside or one.of(path, leaf))
+                within = Within(functools.partial(one.within, path))
+                found.append(within if may_carry(leaf) else one.of(path, leaf))
         else:
             found.extend(resolve(one, subtree))
 

@@ -324,10 +324,12 @@ def filter_vmap(
     - `fun`: the function to vectorize. Takes positional arguments only.
     - `in_axes`: a prefix of the tuple of arguments, or a dict by argument name. Each leaf
         is an `int`, `None` for broadcast, a function of a leaf, or [`refx_eqx.axes`][]. A
-        function of a leaf is called with each ref and each array; if it gives a ref the
-        same answer as any non-array, it is called with the arrays in the ref. The axis of a
-        function applies to the values it closes over. By default all arrays are mapped on
-        axis 0, inside and outside refs, except those that functions close over.
+        function of a leaf is called with each ref and each array. What it answers for a ref
+        holds, also if it is `None`, if the function looks at the ref: if it tells it from
+        any other object, as `rx.is_ref(leaf)` and `leaf.collection` do. A function that
+        knows only arrays, as `eqx.if_array(0)`, is called with the arrays in the ref. The
+        axis of a function applies to the values it closes over. By default all arrays are
+        mapped on axis 0, inside and outside refs, except those that functions close over.
     - `out_axes`: likewise, a prefix of the result.
     - `axis_name`: a name for the mapped axis, for collectives such as `jax.lax.pmean`.
     - `axis_size`: the size of the mapped axis. Needed only if nothing is mapped.
