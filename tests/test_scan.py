@@ -554,7 +554,7 @@ def test_one_ref_both_sliced_and_carried_is_refused():
 
 
 def test_the_number_of_steps_must_be_known_and_agree():
-    with raises(ValueError, match="Give `length`"):
+    with raises(ValueError, match="or give `length`"):
         rx.scan(lambda c, x: (c, None), 0.0)
     with raises(ValueError, match=r"length=4.*size 3.*Leave out `length`"):
         rx.scan(lambda c, x: (c, None), 0.0, jnp.zeros(3), length=4)
