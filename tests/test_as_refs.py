@@ -273,6 +273,25 @@ def test_a_module_that_was_written_for_refs_is_left_as_it_is():
     both(ones(3))
 
 
+def test_a_module_that_declares_refs_has_them_again_after_a_snapshot():
+    class Seen(rx.Module):
+        last: rx.Ref[jax.Array]
+
+        def __call__(self, x):
+            before, self.last.value = self.last.value, x
+            return before
+
+    class Plain(eqx.Module):
+        last: rx.Ref[jax.Array] = rx.field()
+
+        __call__ = Seen.__call__
+
+    for cls in (Seen, Plain):
+        again = rx.as_refs(rx.snapshot(cls(jnp.ones(3))))
+        assert type(again) is cls
+        assert again(jnp.zeros(3))[0] == 1.0 and again.last[0] == 0.0
+
+
 def test_what_equinox_does_with_a_module_it_does_with_this_one():
     layer = rx.as_refs(nn.MLP(3, 2, 4, 1, key=KEY), "params")
     again = rx.as_refs(

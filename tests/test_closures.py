@@ -552,7 +552,7 @@ def test_a_third_party_transform_is_given_a_snapshot_or_a_dag():
     def third_party(log_density, *args):
         return jax.jit(jax.grad(log_density))(*args)
 
-    text = r"make `rx.snapshot\(model\)` outside it, to read, or pass `rx.Dag\(model\)`"
+    text = r"make `rx.snapshot\(model\)` outside it, to read with `\[\.\.\.\]`, or pass"
     with raises(rx.TraceLevelError, match=text):
         third_party(lambda x: model.factor[...] * x, ONE)
     plain = rx.snapshot(model)

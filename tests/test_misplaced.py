@@ -59,7 +59,7 @@ TEXT = (
 def repaired(error, module, value):
     """The module, after what the message says to do was done to it."""
     notes = getattr(error, "__notes__", [])
-    text = "\n".join([message_of(error), *notes])
+    text = " ".join([message_of(error), *" ".join(notes).split()])
     remedy = re.search(r"put a ref there: `(.*?)`\.", text, re.IGNORECASE)
     assert remedy is not None, text
     return eval(remedy[1], {"eqx": eqx, "rx": rx, "module": module, "value": value})
@@ -304,7 +304,8 @@ def writes_at(module, x):
 
 def notes_of(error):
     """Ours: JAX adds one that its frames are removed."""
-    return [note for note in error.__notes__ if "declared refs" in note]
+    notes = [" ".join(note.split()) for note in error.__notes__]
+    return [note for note in notes if "declared refs" in note]
 
 
 LIFTED = [rx.filter_jit, rx.filter_grad, rx.filter_vmap, rx.filter_checkpoint]

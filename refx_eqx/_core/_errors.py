@@ -43,7 +43,7 @@ class RefError(Exception):
         error = type(self)
         printed_before = len(f"{error.__module__}.{error.__qualname__}: ")
         first, *others = super().__str__().split("\n")
-        return "\n".join([_wrapped(first, printed_before), *map(_wrapped, others)])
+        return "\n".join([wrapped(first, printed_before), *map(wrapped, others)])
 
 
 class TraceLevelError(RefError, ValueError):
@@ -277,7 +277,7 @@ for _error in (
     _error.__module__ = "refx_eqx"
 
 
-def _wrapped(line: str, start: int = 0) -> str:
+def wrapped(line: str, start: int = 0) -> str:
     """A line of a message, if it starts at this column.
 
     Code in it stays whole, to be copied. An indented line belongs to a tree, as
@@ -285,7 +285,7 @@ def _wrapped(line: str, start: int = 0) -> str:
     """
     if line.startswith(" "):
         return line
-    wrapped = textwrap.fill(
+    text = textwrap.fill(
         _CODE.sub(lambda code: code[0].replace(" ", "\0"), line),
         _WIDTH,
         initial_indent=" " * start,
@@ -293,7 +293,7 @@ def _wrapped(line: str, start: int = 0) -> str:
         break_long_words=False,
         break_on_hyphens=False,
     )
-    return wrapped[start:].replace("\0", " ")
+    return text[start:].replace("\0", " ")
 
 
 def describe(ref: Any) -> str:

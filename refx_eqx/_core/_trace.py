@@ -218,7 +218,7 @@ def why_not_readable(ref: Any, owner: TraceRef) -> str | None:
                     "lifted transform of `refx_eqx` (`rx.filter_jit`, `rx.filter_grad`, "
                     "`rx.scan`, ...) and pass the ref, or the module that holds it, as an "
                     "argument. For a third-party function, make `rx.snapshot(model)` outside it, "
-                    "to read, or pass `rx.Dag(model)`, to carry."
+                    "to read with `[...]`, or pass `rx.Dag(model)`, to carry."
                 )
         elif not body.transparent:
             return (

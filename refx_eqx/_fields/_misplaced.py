@@ -21,7 +21,7 @@ from .._calls._body import explanations
 from .._core import _jax
 from .._core._access import refuse_cycle
 from .._core._deref import path_of
-from .._core._errors import RefTypeError
+from .._core._errors import RefTypeError, wrapped
 from .._core._nodes import is_node
 from .._core._ref import Ref
 from .._trees._cells import is_opaque, reachable
@@ -167,7 +167,7 @@ def _explain(error: Exception, trees: Any) -> None:
     declared, _, where = found[0]
     names = list(dict.fromkeys(f"`{where}`" for _, _, where in found))
     more = [f"{len(names) - _NAMED} more"] if len(names) > _NAMED else []
-    note = (
+    note = wrapped(
         "This call has arrays in fields that are declared refs, as a snapshot has: "
         f"{', '.join(names[:_NAMED] + more)}. To read, use `self.{_field_of(where)}[...]`, "
         "which works for refs and arrays, not `.value`. To write, put a ref there: "

@@ -13,6 +13,7 @@ from .._core._deref import refuse_lookups
 from .._core._errors import check_hashable, CollectionError, StructureError
 from .._core._nodes import is_module
 from .._core._ref import Ref
+from .._fields._instance import plan_of
 from .._fields._referenced import (
     as_referenced,
     is_referenced,
@@ -61,8 +62,8 @@ def as_refs(
 
     **Arguments:**
 
-    - `tree`: any pytree. Existing refs are kept, and so are modules that hold some: their
-        methods are written for refs.
+    - `tree`: any pytree. Existing refs are kept, and so are modules that hold some, or whose
+        fields are declared refs, as in a snapshot: their methods are written for refs.
     - `collection`: the collection of the new refs; or, for several, a dict from collection
         to filter. A leaf goes to the first one whose filter selects it.
     - `where`: a function of a leaf, which says whether to turn it into a ref.
@@ -108,8 +109,9 @@ class _Conversion:
                 "layer with a ref for its state: an `rx.Module` with a field of "
                 "`rx.BatchStat[...]`."
             )
-        knew_refs = (
-            isinstance(tree, eqx.Module) and next(refs_in_zone(tree), None) is not None
+        knew_refs = isinstance(tree, eqx.Module) and (
+            next(refs_in_zone(tree), None) is not None
+            or bool(plan_of(type(tree)).of_refs)
         )
         is_leaf = zone(tree) if isinstance(tree, eqx.Module) else is_module
         leaves, treedef = jtu.tree_flatten_with_path(tree, is_leaf=is_leaf)
@@ -170,7 +172,10 @@ def snapshot(tree: PyTree) -> PyTree:
 
     **Returns:**
 
-    The tree without refs. A shared ref becomes the same array object at each place.
+    The tree without refs. A shared ref becomes the same array object at each place. A module
+    has arrays in its fields, so a method that is to run on the snapshot too reads
+    `self.weight[...]`, which works for refs and arrays alike; `.value` and writes are for
+    refs.
 
     **Raises:**
 
