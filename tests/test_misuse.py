@@ -116,10 +116,40 @@ def test_jax_and_equinox_may_compare_a_ref_with_a_number():
     assert eqx.filter_eval_shape(lambda: ref) is ref
     assert not eqx.tree_equal([ref], [1.0]) and not eqx.tree_equal([1.0], [ref])
 
+    tagged = jax.jit(lambda x, tag: x, static_argnums=1)
+    assert tagged(1.0, 0) == tagged(1.0, ref) == 1.0
+    assert {ref: 1, 0: 2}[ref] == 1 and ref in {ref, 0}
+
     zeros = lambda model: jax.tree.map(lambda leaf: leaf == 0, model)
     for compare in (lambda: ref == 0, lambda: ref in [0], lambda: zeros([ref])):
         with raises(rx.RefTypeError, match="`==` was called on"):
             compare()
+
+
+@pytest.mark.parametrize("value", [0, 0.0, jnp.array(0), jnp.array(0.0), False])
+def test_a_ref_is_no_predicate(value):
+    ref = rx.Ref(value)
+
+    def choose(ref):
+        return jax.lax.cond(ref, lambda: 1, lambda: 2)
+
+    for call in (choose, rx.filter_jit(choose)):
+        with raises((rx.RefTypeError, rx.TraceLevelError), match=r"read it: `ref"):
+            call(ref)
+    assert rx.filter_jit(lambda ref: choose(ref[...]))(ref) == 2  # the remedy
+
+
+def test_numpy_does_not_compare_a_ref():
+    ref = make()
+    for compare in (np.array_equal, np.array_equiv, np.equal, np.allclose):
+        for both in ((ref, ref[...]), (np.ones(2), ref)):
+            with raises(rx.TraceLevelError, match="Cannot use ref as an array"):
+                compare(*both)
+    assert np.array_equal(ref[...], ref[...])  # the remedy
+    assert (np.shape(ref), np.ndim(ref), np.size(ref)) == ((2, 2), 2, 4)
+    assert np.result_type(ref) == ref.dtype
+    with raises(rx.RefTypeError, match="`!=` was called on `Linear.weight`"):
+        _ = ref != 0
 
 
 def test_equality_is_by_value_when_it_is_asked_for():

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from ._errors import describe, RefTypeError, TraceLevelError
 
 
@@ -67,14 +69,11 @@ def misuse_of_node(node: Any, what: str, name: str = "") -> RefTypeError:
     )
 
 
-def is_compared_by_a_library() -> bool:
-    """Whether JAX or Equinox evaluates `ref == x`, when called from `Ref.__eq__`.
-
-    They compare arbitrary leaves: in trees that are cache keys, and in `eqx.tree_equal`.
-    Code that runs in C has the frame of its caller.
-    """
+def is_compared_by(*libraries: str) -> bool:
+    """Whether one of these evaluates the comparison, when called from `Ref.__eq__` and the
+    like. Code that runs in C has the frame of its caller."""
     caller = sys._getframe(2).f_globals.get("__name__", "")
-    return caller.partition(".")[0] in ("jax", "equinox")
+    return caller.partition(".")[0] in libraries
 
 
 def missing_attribute(
@@ -85,6 +84,17 @@ def missing_attribute(
     if not name.startswith("_") and hasattr(type(value), name):
         text += f". The value of {describe(ref)} has it: read it, `{read}.{name}`."
     return AttributeError(text, name=name, obj=ref)
+
+
+def numpy_function(ref: Any, fn: Any, args: tuple, kwargs: dict) -> Any:
+    """What `fn` of NumPy does when it is given a ref: `Ref.__array_function__`.
+
+    Most read `ref.shape` and the like, or end in `not_an_array`. These two take any error for
+    the answer "not equal".
+    """
+    if fn in (np.array_equal, np.array_equiv):
+        not_an_array(ref)
+    return fn.__wrapped__(*args, **kwargs)
 
 
 def not_an_array(ref: Any) -> Any:

@@ -31,10 +31,11 @@ from ._access import (
 from ._errors import check_hashable, describe, RefTypeError, StructureError
 from ._identity import is_same, outermost
 from ._misuse import (
-    is_compared_by_a_library,
+    is_compared_by,
     missing_attribute,
     misuse,
     not_an_array,
+    numpy_function,
     refuse_to_be_a_value,
 )
 from ._on_mesh import has_moved
@@ -331,8 +332,18 @@ class Ref(Shared, Generic[T]):
             return True
         if isinstance(other, Ref):
             return is_same(self, other)
-        if eqx.is_array_like(other) and not is_compared_by_a_library():
+        # JAX and Equinox compare arbitrary leaves: in trees that are cache keys.
+        if eqx.is_array_like(other) and not is_compared_by("jax", "equinox"):
             raise misuse(self, "`==`")
+        return NotImplemented
+
+    def __ne__(self, other: object) -> bool:
+        if isinstance(other, Ref):
+            return not self == other
+        # No look-up comes here. But `jax.lax.cond(ref, ...)` does, with `pred != 0`; and
+        # `eqx.tree_equal`.
+        if eqx.is_array_like(other) and not is_compared_by("equinox"):
+            raise misuse(self, "`!=`")
         return NotImplemented
 
     def __hash__(self) -> int:
@@ -366,6 +377,9 @@ class Ref(Shared, Generic[T]):
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         # Without it NumPy makes an array of the `Ref` object itself.
         not_an_array(self)
+
+    def __array_function__(self, fn: Any, types: Any, args: tuple, kwargs: dict) -> Any:
+        return numpy_function(self, fn, args, kwargs)
 
     def __jax_array__(self) -> Any:
         # Without it `eqx.tree_serialise_leaves` silently omits a ref. JAX refuses the
