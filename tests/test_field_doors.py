@@ -5,9 +5,10 @@
 
 import dataclasses
 import functools
+import re
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, Final, Optional
+from typing import Annotated, Any, ClassVar, Final, Optional
 
 import equinox as eqx
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxtyping import _decorator, Array, Float, Int8
-from raising import raises
+from raising import message_of, raises
 
 import refx_eqx as rx
 from refx_eqx._fields._axis_names import bind_in_methods
@@ -24,6 +25,10 @@ from refx_eqx._fields._axis_names import bind_in_methods
 class Pair(rx.Module):
     a: rx.Param[Float[Array, ""]]
     b: rx.Param[Float[Array, "3"]]
+
+
+class Bias(rx.Module):
+    bias: rx.Param[Array]
 
 
 class BarePair(eqx.Module):
@@ -213,6 +218,128 @@ def test_a_default_that_is_a_ref_is_refused():
         ref: rx.Param[float] = rx.field(default_factory=lambda: ref)
 
     assert Own().ref is not Own().ref and Shared().ref is Shared().ref is ref
+
+
+@pytest.mark.parametrize("contain", [lambda m: m, lambda m: (m,), lambda m: lambda: m])
+def test_a_default_that_holds_a_ref_is_refused(contain):
+    made = Bias(jnp.ones(2))
+    default = contain(made)
+    text = "default of a field holds `Bias.bias`.*, which all instances would share"
+    with raises(TypeError, match=text):
+
+        class Holder(rx.Module):
+            sub: Any = default
+
+    with raises(TypeError, match=text):
+
+        class WithField(rx.Module):
+            sub: Any = eqx.field(default=default)
+
+    with raises(TypeError, match=text):
+        rx.field(default=default)
+
+    # The remedies.
+    class Own(rx.Module):
+        sub: Bias = rx.field(default_factory=lambda: Bias(jnp.ones(2)))
+
+    class Shared(rx.Module):
+        sub: Any = rx.field(default_factory=lambda: default)
+        of_class: ClassVar[Any] = default
+
+    assert Own().sub.bias is not Own().sub.bias
+    assert Shared().sub is Shared().sub is Shared.of_class is default
+
+
+STATIC = (
+    "`Holder.a` is annotated as a ref, but is static: a static field cannot hold a ref"
+)
+
+
+@pytest.mark.parametrize("base", [rx.Module, eqx.Module])
+@pytest.mark.parametrize(
+    "annotation", [rx.Param[Array], tuple[rx.Ref[Array], ...] | None]
+)
+def test_a_static_field_annotated_as_a_ref_is_refused(base, annotation):
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+
+        class Holder(base):
+            a: annotation = rx.field(static=True)  # pyright: ignore[reportInvalidTypeForm]
+
+    assert isinstance(_cause(caught), ValueError) and STATIC in str(_cause(caught))
+
+
+def test_an_equinox_field_that_is_static_cannot_be_annotated_as_a_ref():
+    with raises(ValueError, match=STATIC):
+
+        class Holder(rx.Module):
+            a: rx.Param[Array] = eqx.field(static=True)
+
+    # The remedies.
+    class NotStatic(rx.Module):
+        a: rx.Param[Array] = eqx.field()
+
+    class OfValue(rx.Module):
+        a: float = eqx.field(static=True)
+
+    assert NotStatic(jnp.ones(1)).a.collection == "params" and OfValue(1.0).a == 1.0
+
+
+@pytest.mark.parametrize(
+    "annotation, text",
+    [
+        (
+            Annotated[rx.Param[Array], rx.Collection("lora")],
+            "annotated with collections 'params' and 'lora'. Give only one.",
+        ),
+        (
+            list[Annotated[rx.Ref[Array], rx.Collection("a"), rx.Collection("b")]],
+            "annotated with collections 'a' and 'b'. Give only one.",
+        ),
+        (
+            rx.Param[Array] | rx.BatchStat[Array],
+            "annotated with a union of refs, .* Give only one; its value may be of several "
+            r"types: `rx\.Param\[A | B\]`",
+        ),
+        (rx.Ref[Array] | tuple[rx.Ref[Array], ...] | None, "union of refs"),
+        (
+            Annotated[Array, rx.Collection("a")],
+            r"annotated with `rx\.Collection\('a'\)`, but `Array` is not a ref, so it has no "
+            r"collection\. Annotate a ref: `Annotated\[rx\.Ref\[...\], rx\.Collection\('a'\)\]`",
+        ),
+        (Annotated[rx.Ref[Array] | None, rx.Collection("a")], "is not a ref"),
+        (Annotated[tuple[rx.Ref[Array], ...], rx.Collection("a")], "is not a ref"),
+        (Annotated[Pair, rx.Collection("a")], "`Pair` is not a ref"),
+    ],
+)
+@pytest.mark.parametrize("base", [rx.Module, eqx.Module])
+def test_an_annotation_that_gives_not_one_collection_to_one_ref(annotation, text, base):
+    with pytest.raises((rx.CollectionError, RuntimeError)) as caught:
+
+        class Holder(base):
+            a: annotation = rx.field()  # pyright: ignore[reportInvalidTypeForm]
+
+    error = _cause(caught)
+    assert isinstance(error, rx.CollectionError)
+    assert re.search(f"The field `Holder.a` is .*{text}", message_of(error))
+
+
+@pytest.mark.parametrize(
+    "annotation, value, collection",
+    [
+        (Annotated[rx.Ref[Array], rx.Collection("a")], 1.0, "a"),
+        (Annotated["rx.Ref[Array]", rx.Collection("a")], 1.0, "a"),
+        (Annotated[rx.Param[Array], rx.Collection("params")], 1.0, "params"),
+        (rx.Param[Array | float], 1.0, "params"),
+        (Annotated["OnlyForTheTypeChecker", rx.Collection("a")], 1.0, None),  # pyright: ignore[reportUndefinedVariable]
+        (Annotated[float, "a comment"], 1.0, None),
+    ],
+)
+def test_an_annotation_that_gives_one_collection_or_none(annotation, value, collection):
+    class Holder(rx.Module):
+        a: annotation  # pyright: ignore[reportInvalidTypeForm]
+
+    a: Any = Holder(value).a
+    assert a == 1.0 if collection is None else a.collection == collection
 
 
 def test_slots_are_refused():

@@ -32,6 +32,11 @@ class _Unknown:
     __ror__ = __or__
 
 
+def is_unknown(hint: Any) -> bool:
+    """Whether the name of a type exists only for the type checker."""
+    return isinstance(hint, _Unknown)
+
+
 class Names(dict):
     """The names that the annotations of a class may use. A name that was found is kept: it
     may be local to a function that has returned when it is needed again.

@@ -4,14 +4,15 @@ import dataclasses
 import inspect
 import itertools
 import types
-from collections.abc import Iterator, Mapping, Sequence, Set
-from typing import Any, ClassVar, Final, get_args, get_origin, Union
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from typing import Annotated, Any, ClassVar, Final, get_args, get_origin, Union
 
+from .._core._errors import CollectionError
 from .._core._ref import Ref
-from ._annotation import Names
+from ._annotation import is_unknown, Names
 from ._collection import Collection
 from ._declared import Declared, DeclaredContainer, DeclaredRef
-from ._hints import alias_of, split_hint, value_of_alias, without_aliases
+from ._hints import alias_of, hint_text, split_hint, value_of_alias, without_aliases
 from ._ref_type import OpenRefHint, RefHint
 
 
@@ -27,6 +28,7 @@ class Annotation:
         self.field = field
         self._annotation = annotation
         self._names = Names(owner)
+        self.place = f"{owner.__name__}.{field}"
 
     def declared(self, is_last: bool) -> Declared | None:
         """What it declares about refs; `None` if it contains none.
@@ -36,6 +38,8 @@ class Annotation:
         - `NameError`: if it uses a name that is not defined. At last: only if a type alias
             does, because then it is not known whether the alias stands for a ref.
         - `TypeError`: if it puts refs into something that is not a pytree.
+        - `CollectionError`: if it gives a ref two collections, or a collection to what is not
+            a ref; or if it is a union of refs.
         """
         self._names.is_last = is_last
         try:
@@ -45,7 +49,7 @@ class Annotation:
                 raise
             name = self.owner.__name__
             raise NameError(
-                f"`{name}.{self.field}` is annotated with a type alias that uses an "
+                f"`{self.place}` is annotated with a type alias that uses an "
                 f"undefined name: {e}. So it is not known whether the field holds a ref. "
                 f"Define that name before the first `{name}` is made (an import under `if "
                 "TYPE_CHECKING` does not), or write what the alias stands for, in quotes, "
@@ -58,11 +62,14 @@ class Annotation:
         try:
             return self.declared(is_last=False) is None
         except NameError:
-            # Not yet known for a field; but it may be for a class variable, say.
-            self._names.is_last = True
-            hint = self._names.evaluate(self._annotation)
-            is_of_class = hint is ClassVar or get_origin(hint) is ClassVar
-            return is_of_class or isinstance(hint, dataclasses.InitVar)
+            return not self.is_of_instance()  # for a field, it is not yet known
+
+    def is_of_instance(self) -> bool:
+        """Whether it is of a field, not of a class variable, say."""
+        self._names.is_last = True
+        hint = self._names.evaluate(self._annotation)
+        is_of_class = hint is ClassVar or get_origin(hint) is ClassVar
+        return not is_of_class and not isinstance(hint, dataclasses.InitVar)
 
     def hint(self) -> Any:
         """The type, as far as its names are defined."""
@@ -80,23 +87,51 @@ class Annotation:
         - `numbers`: numbers for the refs in it.
         - `inside`: the enclosing aliases. A recursive one declares nothing more.
         """
-        hint, metadata = split_hint(self._names.evaluate(annotation))
+        hint, metadata = self._opened(annotation)
         while (alias := alias_of(hint)) is not None:
             if alias in inside:
                 return None
             inside = (*inside, alias)
-            hint, more = split_hint(self._names.evaluate(value_of_alias(hint)))
+            hint, more = self._opened(value_of_alias(hint))
             metadata = (*more, *metadata)  # as in a nested `Annotated`
+        collections = dict.fromkeys(x for x in metadata if isinstance(x, Collection))
+        if isinstance(hint, RefHint | OpenRefHint):
+            ref_type, hint = hint.ref_type, self._type_of_value(hint.value_hint)
+        elif isinstance(hint, type) and issubclass(hint, Ref):
+            ref_type, hint = hint, Any
+        else:
+            self._refuse_without_a_ref(hint, collections)
+            return self._read_around(hint, numbers, inside)
+        if len(collections) > 1:
+            names = " and ".join(repr(x.name) for x in collections)
+            raise CollectionError(
+                f"The field `{self.place}` is annotated with collections {names}. Give "
+                "only one."
+            )
+        collection = next((x.name for x in collections), None)
+        number = next(numbers)
+        return DeclaredRef(self.owner, self.field, number, hint, ref_type, collection)
+
+    def _read_around(
+        self, hint: Any, numbers: Iterator[int], inside: tuple
+    ) -> Declared | None:
+        """As `_read`, for what may contain refs, but is none."""
         origin: Any = get_origin(hint)
         arguments = get_args(hint)
         if origin is Final and arguments:
             return self._read(arguments[0], numbers, inside)
         if origin in (Union, types.UnionType):
             found = [self._read(x, numbers, inside) for x in arguments]
-            first = next((x for x in found if x is not None), None)
-            if first is not None and type(None) in arguments:
-                first.optional = True
-            return first
+            found = [x for x in found if x is not None]
+            if len(found) > 1:
+                raise CollectionError(
+                    f"The field `{self.place}` is annotated with a union of refs, of which "
+                    "each may have its own collection and type. Give only one; its value "
+                    "may be of several types: `rx.Param[A | B]`."
+                )
+            if found and type(None) in arguments:
+                found[0].optional = True
+            return found[0] if found else None
         if inspect.isclass(origin) and issubclass(origin, Sequence | Mapping | Set):  # pyright: ignore[reportArgumentType] (`Final`)
             is_same_for_all = True
             if issubclass(origin, Mapping):
@@ -113,15 +148,27 @@ class Annotation:
                     "pytree. Use a tuple, a list or a dict."
                 )
             return DeclaredContainer(origin, items, is_same_for_all)
-        if isinstance(hint, RefHint | OpenRefHint):
-            ref_type, hint = hint.ref_type, self._type_of_value(hint.value_hint)
-        elif isinstance(hint, type) and issubclass(hint, Ref):
-            ref_type, hint = hint, Any
-        else:
-            return None
-        collection = next((m.name for m in metadata if isinstance(m, Collection)), None)
-        number = next(numbers)
-        return DeclaredRef(self.owner, self.field, number, hint, ref_type, collection)
+        return None
+
+    def _opened(self, annotation: Any) -> tuple[Any, tuple]:
+        """An annotation as `(hint, metadata)`, where the hint is not `Annotated`."""
+        hint, metadata = self._names.evaluate(annotation), ()
+        while get_origin(hint) is Annotated:
+            hint, more = split_hint(hint)
+            hint = self._names.evaluate(hint)  # in quotes
+            metadata = (*more, *metadata)
+        return hint, metadata
+
+    def _refuse_without_a_ref(
+        self, hint: Any, collections: Iterable[Collection]
+    ) -> None:
+        for collection in () if is_unknown(hint) else collections:
+            text = f"rx.Collection({collection.name!r})"
+            raise CollectionError(
+                f"The field `{self.place}` is annotated with `{text}`, but "
+                f"`{hint_text(hint)}` is not a ref, so it has no collection. Annotate a "
+                f"ref: `Annotated[rx.Ref[...], {text}]`."
+            )
 
     def _type_of_value(self, hint: Any) -> Any:
         if self._names.is_last:

@@ -19,8 +19,9 @@ import equinox as eqx
 import jaxtyping
 from jax.sharding import PartitionSpec
 
-from .._core._errors import check_hashable, CollectionError, RefTypeError
-from .._core._ref import declare, Ref
+from .._core._errors import check_hashable, CollectionError, describe, RefTypeError
+from .._core._ref import declare, is_ref, Ref
+from .._trees._cells import reachable
 from .._trees._equality import UNSET
 from ._axis_names import name_scope
 from ._batched import BatchedHint
@@ -55,12 +56,7 @@ class RefField(dataclasses.Field):
         converter: Any,
         sharding: PartitionSpec | None = None,
     ):
-        if isinstance(plain.default, Ref):
-            raise TypeError(
-                "The default of a field is a ref, which all instances would share. Give "
-                "the value, and each instance makes its own ref; or use "
-                "`rx.field(default_factory=lambda: ref)` to share it."
-            )
+        _refuse_shared(plain.default)
         # `Field` gains parameters from one Python to the next (3.14 adds `doc`).
         names = inspect.signature(dataclasses.Field).parameters
         super().__init__(**{name: getattr(plain, name) for name in names})
@@ -118,6 +114,12 @@ class RefField(dataclasses.Field):
                 f"`rx.field(sharding=...)` of `{owner.__name__}.{name}`: the field holds "
                 "no ref. Annotate it as one, `rx.Param[...]` or `rx.Ref[...]`; arrays "
                 "outside refs are placed by `rx.axis_rules({rx.path(...): P(...)})`."
+            )
+        if declared is not None and self.metadata.get("static"):
+            raise ValueError(
+                f"`{owner.__name__}.{name}` is annotated as a ref, but is static: a static "
+                "field cannot hold a ref, because it is not part of the pytree. Leave out "
+                "`static=True`, or annotate the field with the type of the value."
             )
         for ref in () if declared is None else declared.refs():
             ref.sharding = self._sharding
@@ -198,6 +200,22 @@ class RefField(dataclasses.Field):
         return found
 
 
+def _refuse_shared(default: Any) -> None:
+    """Refuses a default that is a ref, or holds one."""
+    if isinstance(default, Ref):
+        raise TypeError(
+            "The default of a field is a ref, which all instances would share. Give "
+            "the value, and each instance makes its own ref; or use "
+            "`rx.field(default_factory=lambda: ref)` to share it."
+        )
+    for ref in filter(is_ref, reachable(default)):
+        raise TypeError(
+            f"The default of a field holds {describe(ref)}, which all instances would "
+            "share. Use `rx.field(default_factory=lambda: Linear(...))`, and each instance "
+            "makes its own; or `rx.field(default_factory=lambda: linear)` to share it."
+        )
+
+
 def _finish(instance: Any) -> None:
     for field in dataclasses.fields(instance):
         if isinstance(field, RefField) and not field.of_module:
@@ -249,10 +267,11 @@ def field(
 
     **Raises:**
 
-    - `ValueError`: if `static=True` is combined with `collection` or `sharding`.
-    - `TypeError`: if `collection` is not hashable, if the default is a ref, if the class is
-        not an `equinox.Module`, or if `sharding` is not a `PartitionSpec` or is given for a
-        field without refs.
+    - `ValueError`: if `static=True` is combined with `collection` or `sharding`, or with an
+        annotation as a ref.
+    - `TypeError`: if `collection` is not hashable, if the default is a ref or holds one, if
+        the class is not an `equinox.Module`, or if `sharding` is not a `PartitionSpec` or is
+        given for a field without refs.
     """
     if sharding is not None and not isinstance(sharding, PartitionSpec):
         raise TypeError(
@@ -270,10 +289,9 @@ def field(
                 f"`rx.field({name}=..., static=True)`: a static field cannot hold a "
                 "ref, because it is not part of the pytree. Leave out one of the two."
             )
-        return eqx.field(converter=converter, static=True, **kwargs)
     if collection is not UNSET:
         check_hashable("rx.field", collection=collection)
-    return RefField(eqx.field(**kwargs), collection, converter, sharding)
+    return RefField(eqx.field(static=static, **kwargs), collection, converter, sharding)
 
 
 _plain_hints: weakref.WeakKeyDictionary[type, dict[str, Any]] = (
@@ -317,6 +335,9 @@ def declare_ref_fields(cls: type) -> None:
         if isinstance(default, RefField):
             continue
         annotation = Annotation(cls, name, annotation)
+        if annotation.is_of_instance():
+            is_field = isinstance(default, dataclasses.Field)
+            _refuse_shared(default.default if is_field else default)
         if annotation.is_plain():
             hints[name] = annotation.hint()
             continue

@@ -71,10 +71,15 @@ class Module(eqx.Module, metaclass=_ModuleMeta):
 
     - `RefTypeError`: if a field is given a value of another type than declared.
     - `CollectionError`: if a field is given a ref of another collection.
-    - `TypeError`: if an annotation puts refs into something that is not a pytree, such as a
-        set.
     - `NameError`: if an annotation is a type alias that uses a name which is still not
         defined, so it is not known whether it stands for a ref.
+
+    When its class is made, or the first instance:
+
+    - `CollectionError`: if an annotation does not give exactly one collection to one ref.
+    - `ValueError`: if a static field is annotated as a ref.
+    - `TypeError`: if an annotation puts refs into something that is not a pytree, such as a
+        set; or if the default of a field is a ref, or holds one.
 
     And `dataclasses.FrozenInstanceError`: if a field is assigned after `__init__`.
     """
