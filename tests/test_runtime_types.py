@@ -996,3 +996,28 @@ def test_methods_bind_no_names_where_checks_are_off():
         scale(jnp.ones(3))
     with rx.config(check_types=False):
         assert scale(jnp.ones(3)).shape == (3,)
+
+
+@pytest.mark.parametrize(
+    "unchecked, value",
+    [
+        (jnp.ones(7), jnp.ones(7)),
+        (jnp.ones(7), jnp.ones(7, int)),
+        (jnp.ones(2, int), jnp.ones(2, int)),
+    ],
+)
+def test_after_a_write_without_checks_no_remedy_goes_by_what_was_written(
+    unchecked, value
+):
+    class Bias(rx.Module):
+        bias: rx.Param[Float[Array, "n"]]
+
+    made = Bias(jnp.ones(2))
+    with rx.config(check_types=False):
+        made.bias.value = unchecked
+    with raises(rx.RefTypeError, match=r"for other sizes, make a new module\.$"):
+        made.bias.value = value
+    made.bias.value = jnp.zeros(2)
+    with raises(rx.RefTypeError, match=r"Convert it: `value\.astype\(ref\.dtype\)`"):
+        made.bias.value = jnp.ones(2, int)
+    made.bias.value = jnp.ones(2, int).astype(made.bias.dtype)

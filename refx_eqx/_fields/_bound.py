@@ -219,7 +219,7 @@ class BoundType:
         remedy = "Write a value of the declared type, or declare a wider one."
         if isinstance(value, (np.ndarray, np.generic)) and is_number_dtype(value.dtype):
             remedy = "Make a JAX array of it: `jnp.asarray(value)`."
-        elif _is_converted(value, old):
+        elif self._is_converted(value, old, axes):
             remedy = "Convert it: `value.astype(ref.dtype)`."
         elif _has_more_axes(value, old) and self.extra_axes(value):
             remedy = (
@@ -236,6 +236,17 @@ class BoundType:
             f"{describe_named(name, collection)} is declared {self!r}, and cannot hold "
             f"{got}{why}.{stack} {remedy}"
         )
+
+    def _is_converted(self, value: Any, old: Any, axes: tuple[int, ...] | None) -> bool:
+        """Whether `astype` makes of `value` what may replace `old`."""
+        if not _is_sized(old) or not _is_sized(value) or old.shape != value.shape:
+            return False
+        if not is_convertible(value.dtype, old.dtype):
+            return False
+        # `old` itself is wrong if it was written while checks were off. (A part of a value,
+        # which has no axes here, only has to be like `old`.)
+        like_old = jax.ShapeDtypeStruct(value.shape, old.dtype)
+        return axes is None or self.why_not(like_old, axes) is None
 
 
 class _Unchecked:
@@ -254,16 +265,6 @@ _KINDS = (np.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
 
 def _is_sized(leaf: Any) -> bool:
     return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
-
-
-def _is_converted(value: Any, old: Any) -> bool:
-    """Whether `astype` makes of `value` what replaces `old`."""
-    both_sized = _is_sized(old) and _is_sized(value)
-    return (
-        both_sized
-        and old.shape == value.shape
-        and is_convertible(value.dtype, old.dtype)
-    )
 
 
 def _without(leaf: Any, axes: tuple[int, ...]) -> jax.ShapeDtypeStruct:
