@@ -49,6 +49,7 @@ from ._filters._filters import (
     Filter as Filter,
     FilterLike as FilterLike,
     path as path,
+    refs_in as refs_in,
 )
 from ._filters._mutable import mutable as mutable
 from ._filters._partition import (

@@ -8,7 +8,9 @@ import re
 import sys
 import textwrap
 from collections.abc import Hashable
-from typing import Any
+from typing import Annotated, Any, get_origin
+
+from .._trees._equality import Shared
 
 
 # The line length of the code of most readers; a terminal is rarely narrower.
@@ -323,13 +325,33 @@ def hide_frames(package: str) -> None:
             vars(module)["__tracebackhide__"] = True
 
 
-def check_hashable(what: str, **given: Any) -> None:
-    """Checks that a name, or a place, can be part of a key.
+def is_annotation(x: Any) -> bool:
+    """Whether `x` annotates a field, and is not a class: `rx.Param`, say."""
+    # `typing` has the class of type aliases from 3.12 on, `typing_extensions` before.
+    return get_origin(x) is Annotated or type(x).__name__ == "TypeAliasType"
+
+
+def check_name(what: str, **given: Any) -> None:
+    """Checks that the name of a collection can be part of a key, and is not something that
+    has a collection.
 
     **Raises:**
 
-    - `TypeError`: if it is not hashable.
+    - `TypeError`: if not.
     """
+    for name, value in given.items():
+        if type(value) is str:
+            continue
+        if isinstance(value, Shared):
+            raise TypeError(
+                f"`{what}` was given {name}={describe(value)}, a ref, instead of a name. Use "
+                f"its collection: `{name}=ref.collection`."
+            )
+        if is_annotation(value):
+            raise TypeError(
+                f"`{what}` was given {name}={value!r}, an annotation, instead of a name. Use "
+                f"the name: `{name}='params'`, for `rx.Param`."
+            )
     try:
         hash(tuple(given.values()))
     except TypeError:

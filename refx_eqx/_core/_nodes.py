@@ -17,7 +17,7 @@ import numpy as np
 
 from .._trees._equality import Ignored
 from . import _jax
-from ._errors import check_hashable, describe
+from ._errors import check_name, describe
 from ._misuse import missing_attribute, misuse_of_node, refuse_to_be_a_value
 from ._ref import Channeled, Ref
 
@@ -56,7 +56,7 @@ class Node:
 
     def __init__(self, index: int, collection: Hashable, ref_type: type[Ref]):
         which = f"rx.{type(self).__name__}"
-        check_hashable(which, index=index, collection=collection)
+        check_name(which, index=index, collection=collection)
         self.index = index
         self.collection = collection
         self.ref_type = ref_type

@@ -28,7 +28,7 @@ from ._access import (
     check_writable,
     Withheld,
 )
-from ._errors import check_hashable, describe, RefTypeError, StructureError
+from ._errors import check_name, describe, RefTypeError, StructureError
 from ._identity import is_same, outermost
 from ._misuse import (
     is_compared_by,
@@ -222,7 +222,7 @@ class Ref(Shared, Generic[T]):
     _written: "bool | str"
 
     def __init__(self, value: T, collection: Hashable = None):
-        check_hashable("rx.Ref", collection=collection)
+        check_name("rx.Ref", collection=collection)
         self._collection = collection
         self._name = None
         self._declared = None

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Hashable
 from typing import Annotated, Any, TypeVar
 
-from .._core._errors import check_hashable
+from .._core._errors import check_name
 from .._core._ref import Ref
 from . import _ref_type as _ref_type  # `Ref[T]` means something from here on
 
@@ -42,7 +42,7 @@ class Collection:
     name: Hashable
 
     def __post_init__(self) -> None:
-        check_hashable("rx.Collection", name=self.name)
+        check_name("rx.Collection", name=self.name)
 
 
 Param = Annotated[Ref[T], Collection("params")]

@@ -19,7 +19,7 @@ import equinox as eqx
 import jaxtyping
 from jax.sharding import PartitionSpec
 
-from .._core._errors import check_hashable, CollectionError, describe, RefTypeError
+from .._core._errors import check_name, CollectionError, describe, RefTypeError
 from .._core._ref import declare, is_ref, Ref
 from .._trees._cells import reachable
 from .._trees._equality import UNSET
@@ -290,7 +290,7 @@ def field(
                 "ref, because it is not part of the pytree. Leave out one of the two."
             )
     if collection is not UNSET:
-        check_hashable("rx.field", collection=collection)
+        check_name("rx.field", collection=collection)
     return RefField(eqx.field(static=static, **kwargs), collection, converter, sharding)
 
 

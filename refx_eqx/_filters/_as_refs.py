@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 
 from .._core._access import refuse_cycle
 from .._core._deref import refuse_lookups
-from .._core._errors import check_hashable, CollectionError, StructureError
+from .._core._errors import check_name, CollectionError, StructureError
 from .._core._nodes import is_module
 from .._core._ref import Ref
 from .._fields._instance import plan_of
@@ -86,8 +86,10 @@ def as_refs(
         )
     refuse_cycle(tree)
     if not isinstance(collection, Mapping):
-        check_hashable("rx.as_refs", collection=collection)
+        check_name("rx.as_refs", collection=collection)
         collection = {collection: True}
+    for name in collection:
+        check_name("rx.as_refs", collection=name)
     filters = {name: as_filter(f) for name, f in collection.items()}
     return _Conversion(filters, where).tree(tree, ())
 

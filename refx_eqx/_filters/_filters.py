@@ -3,7 +3,7 @@
 A filter is
 
 - a collection name: `"params"`, or any other hashable;
-- a subclass of `Ref`;
+- a subclass of `Ref`, or an annotation such as `rx.Param`: its collection;
 - `True` (everything) or `False` (nothing);
 - `rx.collection("params", "lora")` or `rx.path("encoder.**.weight")`;
 - a ref, or a tree or set of refs, such as part of the model: exactly these refs;
@@ -17,17 +17,21 @@ must give the same answer at every place of a ref, so that a tie cannot be torn.
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import equinox as eqx
 from jaxtyping import PyTree
 
-from .._core._errors import describe
+from .._core._errors import describe, is_annotation
 from .._core._ref import Ref
+from .._fields._collection import Collection
+from .._fields._hints import split_hint
+from .._fields._ref_type import OpenRefHint
 from .._trees._cells import is_lookup, reachable
 from .._trees._equality import Identity
 from .._trees._paths import Path, Pattern
 from ._guard import only_answering
+from ._not_a_filter import refuse_what_is_no_filter
 
 
 class Filter:
@@ -90,8 +94,8 @@ class Filter:
 
 FilterLike: TypeAlias = Filter | Hashable | Callable[[Any], bool] | PyTree
 """Anything accepted as a filter: a [`refx_eqx.Filter`][], the name of a collection, a
-subclass of [`refx_eqx.Ref`][], a function of a leaf, `True`, `False`, a ref, or a tree or
-set of refs."""
+subclass of [`refx_eqx.Ref`][], an annotation such as [`refx_eqx.Param`][], a function of a
+leaf, `True`, `False`, a ref, or a tree or set of refs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,9 +205,9 @@ def _these(tree: Any) -> _Refs | None:
     refs = list({id(ref): ref for ref in _refs_in(tree)}.values())
     if not refs:
         return None
-    names = [describe(ref) for ref in refs[:3]]
+    names = [ref._name or "an unnamed ref" for ref in refs[:3]]
     more = [f"{len(refs) - 3} more"] if len(refs) > 3 else []
-    return _Refs(tuple(map(Identity, refs)), f"these refs: {', '.join(names + more)}")
+    return _Refs(tuple(map(Identity, refs)), f"rx.refs_in({', '.join(names + more)})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,6 +297,12 @@ def collection(*names: Hashable) -> Filter:
     - `TypeError`: if a name is not hashable, or is a ref (which is itself a filter).
     """
     for name in names:
+        if is_annotation(name):
+            raise TypeError(
+                "`rx.collection` takes the names of collections, but was given an "
+                f"annotation, {name!r}. Use its name, such as 'params'; or combine filters "
+                "with `|`: an annotation such as `rx.Param` is one."
+            )
         if isinstance(name, Ref):
             raise TypeError(
                 "`rx.collection` takes the names of collections, but was given a ref, "
@@ -308,6 +318,46 @@ def collection(*names: Hashable) -> Filter:
                 "'lora')`, or `rx.collection(*names)`."
             ) from None
     return _Collections(names)
+
+
+def refs_in(*trees: PyTree) -> Filter:
+    """Selects exactly the refs that are in these trees, such as parts of a model.
+
+    A tree of refs is itself a filter; this is for combining two of them, and for `~`.
+
+    !!! Example
+
+        ```python
+        import refx_eqx as rx
+
+        model = {"encoder": [rx.Ref(1.0, "params")], "decoder": [rx.Ref(2.0, "params")]}
+        spec = rx.filter_spec(model, rx.collection("params") & ~rx.refs_in(model["decoder"]))
+        assert spec == {"encoder": [True], "decoder": [False]}
+        ```
+
+    **Arguments:**
+
+    - `*trees`: refs, and trees or sets of refs. They are not kept alive.
+
+    **Returns:**
+
+    A filter.
+
+    **Raises:**
+
+    - `TypeError`: if there is no ref in one of them.
+    """
+    found = []
+    for tree in trees:
+        these = _these(tree)
+        if these is None:
+            raise TypeError(
+                f"`rx.refs_in` was given a `{type(tree).__name__}` without a ref. (A "
+                "snapshot has none, nor does a derefed tree.) Pass the tree of refs, or a part "
+                "of it; for a name, use `rx.collection` or `rx.path`."
+            )
+        found.append(these)
+    return found[0] if len(found) == 1 else _Joined(any, tuple(found))
 
 
 def path(*patterns: str | tuple[str, ...]) -> Filter:
@@ -358,26 +408,47 @@ def as_filter(filter: Any) -> Filter:
         return _Constant(filter)
     if isinstance(filter, type) and issubclass(filter, Ref):
         return _OfType(filter)
-    if isinstance(filter, type):
-        raise TypeError(
-            f"The class `{filter.__name__}` is not a filter: only subclasses of `rx.Ref` "
-            "are. To select the refs of a module, pass the module itself, or `rx.path(...)`."
-        )
-    if _is_tree(filter):
-        these = _these(filter)
-        if these is not None:
-            return these
-    if callable(filter):
-        return _Where(filter)
-    try:
-        hash(filter)
-    except TypeError:
-        raise TypeError(
-            f"{filter!r} is not a filter. A filter is a collection name, a subclass of "
-            "`rx.Ref`, `rx.collection(...)`, `rx.path(...)`, a ref or a tree of refs, a "
-            "function of a leaf, or a combination of these with `&`, `|` and `~`."
-        ) from None
-    return _Collections((filter,))
+    of_annotation = _of_annotation(filter)
+    if of_annotation is not None:
+        return of_annotation
+    these = _these(filter) if _is_tree(filter) else None
+    if these is not None:
+        return _each_of(filter) if type(filter) in _LISTS else these
+    refuse_what_is_no_filter(filter)
+    return _Where(filter) if callable(filter) else _Collections((filter,))
+
+
+def _of_annotation(hint: Any) -> Filter | None:
+    """The filter for the refs that an annotation declares without their type: `rx.Param`."""
+    inner, metadata = split_hint(hint)
+    names = [m.name for m in metadata if isinstance(m, Collection)]
+    if isinstance(inner, OpenRefHint) and isinstance(inner.value_hint, TypeVar):
+        inner = inner.ref_type
+    if not names or not (isinstance(inner, type) and issubclass(inner, Ref)):
+        return None
+    of_collection = _Collections((names[0],))
+    return of_collection if inner is Ref else of_collection & _OfType(inner)
+
+
+_LISTS = (list, tuple, set, frozenset)
+
+
+def _each_of(trees: Iterable[Any]) -> Filter:
+    """The filter for the refs of several trees, each of which must select something.
+
+    **Raises:**
+
+    - `TypeError`: if there is a filter of another form among them.
+    """
+    for x in trees:
+        if isinstance(x, str | type | Filter) or _of_annotation(x) is not None:
+            raise TypeError(
+                f"Refs in a list are a filter that selects these refs alone, but this one "
+                f"has {x!r} in it. Combine two filters with `|`: `rx.refs_in(model.decoder) "
+                "| 'lora'`. If it is a leaf of a tree, say so: `rx.refs_in(tree)`."
+            )
+    found = [these for these in map(_these, trees) if these is not None]
+    return found[0] if len(found) == 1 else _Joined(any, tuple(found))
 
 
 def asks_identity(filter: Filter) -> bool:
@@ -400,4 +471,4 @@ def _is_tree(filter: Any) -> bool:
 def as_option(filter: Any) -> Any:
     """A filter as a stored option: a tree of refs is not kept alive, only recognized."""
     found = as_filter(filter)
-    return found if isinstance(found, _Refs) else filter
+    return found if asks_identity(found) or is_annotation(filter) else filter
