@@ -1,8 +1,10 @@
 """A ref is a leaf: a mutable cell that is held, compared and copied by identity."""
 
 import copy
+import functools
 import gc
 import pickle
+import types
 import weakref
 
 import equinox as eqx
@@ -192,6 +194,53 @@ def test_a_value_that_holds_a_ref_is_refused():
     with raises(rx.StructureError, match="cannot hold a ref"):
         outer.value = inner  # type: ignore[assignment]
     assert outer.value == 0
+
+
+def _value_of(ref):
+    return ref.value
+
+
+class _Plain:
+    def __init__(self, ref):
+        self.ref = ref
+
+    def read(self):
+        return self.ref.value
+
+
+FUNCTIONS = {
+    "partial": lambda ref: functools.partial(_value_of, ref),
+    "closure": lambda ref: lambda: ref.value,
+    "default": lambda ref: lambda ref=ref: ref.value,
+    "keyword default": lambda ref: lambda *, ref=ref: ref.value,
+    "method": lambda ref: types.MethodType(_value_of, ref),
+    "nested": lambda ref: {"f": [functools.partial(lambda f: f(), lambda: ref.value)]},
+    "set": lambda ref: functools.partial(len, {ref}),
+    "lifted": lambda ref: rx.filter_jit(lambda: ref.value),
+}
+
+
+@pytest.mark.parametrize("make", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_a_function_that_holds_a_ref_is_no_value(make):
+    inner, outer = rx.Ref(1, "params"), rx.Ref(0)
+    match = (
+        r"cannot hold a ref: .* holds an unnamed ref \(collection 'params'\), in a "
+        "function. Call the function with that ref"
+    )
+    for write in (rx.Ref, lambda value: setattr(outer, "value", value)):
+        with raises(rx.StructureError, match=match):
+            write(make(inner))
+    assert outer.value == 0
+    with raises(rx.StructureError, match="Cannot reref: the value of a ref"):
+        rx.reref(rx.Value(make(inner), 0))
+    read = rx.Ref(_value_of).value  # the remedy
+    assert read(inner) == 1
+
+
+def test_a_function_without_refs_is_a_value():
+    x = jnp.ones(2)
+    for value in (functools.partial(jnp.add, x), lambda: x, _Plain(rx.Ref(0)).read):
+        assert rx.Ref(value).value is value
 
 
 def test_any_pytree_without_refs_is_a_value():

@@ -4,9 +4,8 @@ flattens a tree.
 
 from typing import Any
 
-from .._trees._cells import holds_itself, is_lookup, shared_in
+from .._trees._cells import held_by, holds_itself, is_lookup, may_carry
 from .._trees._changes import copied, is_writeable, unconsumed_leaves
-from .._trees._equality import Shared
 from . import _jax, _trace
 from ._errors import (
     CarryError,
@@ -133,14 +132,9 @@ def check_value(ref: Any, value: Any) -> Any:
         if any(map(is_writeable, leaves)):
             value = copied(value)
         for leaf in leaves:
-            inside: Any = leaf if isinstance(leaf, Shared) else shared_in(leaf)
+            inside = held_by(leaf)
             if inside is not None:
-                raise StructureError(
-                    "The value of a ref cannot hold a ref: "
-                    f"{describe(ref)} was given one that holds "
-                    f"{describe(inside)}. Put the two refs side "
-                    "by side in a tuple or a module."
-                )
+                raise _nested(ref, inside, may_carry(leaf))
             reason = _trace.why_not_alive(leaf)
             if reason is not None:
                 raise TraceLevelError(
@@ -151,6 +145,17 @@ def check_value(ref: Any, value: Any) -> Any:
     for bound in ref._declared or ():
         value = bound.checked(ref, value)
     return value
+
+
+def _nested(ref: Any, inside: Any, is_in_function: bool) -> StructureError:
+    where, remedy = "", "Put the two refs side by side in a tuple or a module."
+    if is_in_function:
+        where = ", in a function"
+        remedy = "Call the function with that ref, or with a module that has it, as an argument."
+    return StructureError(
+        f"The value of a ref cannot hold a ref: {describe(ref)} was given one that holds "
+        f"{describe(inside)}{where}. {remedy}"
+    )
 
 
 def refuse_cycle(tree: Any) -> None:

@@ -15,7 +15,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, PyTree
 
 from .._trees import _closure
-from .._trees._cells import is_lookup, shared_in
+from .._trees._cells import held_by, is_lookup, shared_in
 from .._trees._changes import owned
 from .._trees._closure import opened
 from .._trees._equality import Unlike
@@ -266,7 +266,7 @@ def _check_node(tree: Any, node: Value) -> None:
             "is not a subclass of `rx.Ref`. Leave `ref_type` as `rx.deref` sets it."
         )
     for leaf in jtu.tree_leaves(node.value, is_leaf=is_node):
-        if isinstance(leaf, Ref) or is_node(leaf):
+        if is_node(leaf) or held_by(leaf) is not None:
             raise StructureError(
                 "Cannot reref: the value of a ref cannot hold a ref, and that of "
                 f"{describe(node)} at {path_of(tree, lambda x: x is node)} holds {leaf!r}. Put "

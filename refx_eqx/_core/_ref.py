@@ -175,7 +175,7 @@ class Ref(Shared, Generic[T]):
 
     **Raises:**
 
-    - `StructureError`: if `value` holds a ref.
+    - `StructureError`: if `value`, or a function in it, holds a ref.
 
     When it is read or written:
 

@@ -104,6 +104,17 @@ def reachable(tree: Any, is_leaf: Callable[[Any], bool] = is_opaque) -> Iterator
                 todo.extend(inside(leaf))
 
 
+def held_by(leaf: Any) -> Any:
+    """A shared leaf that this leaf is, or holds: in a set, as a key, in a function. Or
+    `None`."""
+    if isinstance(leaf, Shared):
+        return leaf
+    if not may_carry(leaf):
+        return shared_in(leaf)
+    found = (x if is_shared(x) else shared_in(x) for x in reachable(leaf))
+    return next((x for x in found if x is not None), None)
+
+
 def _leaves(tree: Any, is_leaf: Callable[[Any], bool]) -> list[Any]:
     """The leaves of the contents of a function; empty if JAX cannot flatten them.
 
