@@ -15,8 +15,8 @@ from .._core._ref import Ref
 from ._axis_names import words_of
 from ._batched import BatchedHint
 from ._bound import BoundType
-from ._field import plain_hints
 from ._following import DeclaredAxes, Following
+from ._module_fields import plain_hints
 
 
 Stack = tuple[str, ...]

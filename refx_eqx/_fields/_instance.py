@@ -18,8 +18,9 @@ from ._bound import BoundType
 from ._config import config
 from ._construction import keep_state
 from ._declared import DeclaredRef
-from ._field import plain_hints, RefField
+from ._field import RefField
 from ._hints import hint_text, why_not_of_type
+from ._module_fields import plain_hints
 
 
 class _Plan(NamedTuple):

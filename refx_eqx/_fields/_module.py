@@ -9,9 +9,10 @@ import equinox as eqx
 from ._axis_names import bind_in_methods
 from ._config import config
 from ._construction import ModuleMeta
-from ._field import declare_ref_fields, field, RefField
+from ._field import field, RefField
 from ._instance import check_instance, names_of_instance
 from ._misplaced import check_field, MAY_HOLD_ARRAYS
+from ._module_fields import declare_ref_fields
 
 
 if TYPE_CHECKING:
