@@ -656,7 +656,11 @@ def test_a_size_that_does_not_divide_is_told_by_the_ref():
 
 def test_one_ref_with_two_specs_is_refused():
     ref = rx.Ref(jnp.arange(8.0), "params")
-    with raises(rx.MismatchError, match=r"two specs: P\('data',?\) in argument 0"):
+    message = (
+        r"two specs: P\('data'\) in argument 0, P\(\) in argument 1.*"
+        r"give argument 1 the same `in_specs`, `P\('data'\)`"
+    )
+    with raises(rx.MismatchError, match=message):
         run(lambda a, b: None, ref, ref, in_specs=(P("data"), P()))
 
 

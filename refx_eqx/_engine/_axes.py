@@ -66,6 +66,8 @@ class axes(ByFilter):
 
     called = "rx.axes"
     what = "axis"
+    several = "axes"
+    option = "in_axes"
     example = "0"
     nothing = "None"
 

@@ -47,6 +47,12 @@ class ByFilter:
     what = ""
     """The name of the option that each leaf has."""
 
+    several = ""
+    """Its plural."""
+
+    option = ""
+    """The argument of a transform that takes it."""
+
     example = ""
     """An example of an option, for messages."""
 

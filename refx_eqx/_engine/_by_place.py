@@ -144,33 +144,6 @@ def of_new_value(
     return jtu.tree_map(lambda _: one, new)
 
 
-def agreed(
-    ref: Ref,
-    places: list[Place],
-    is_same: Callable[[Any, Any], bool],
-    name: str,
-    what: str,
-    remedy: str,
-) -> Any:
-    """The option that all arguments with this ref agree on.
-
-    **Raises:**
-
-    - `MismatchError`: if they disagree.
-    """
-    if not places:
-        return None
-    first, *others = places
-    for other in others:
-        if not is_same(first.what, other.what):
-            raise MismatchError(
-                f"`{name}` met {describe(ref)} with two {what}: "
-                f"{first.what!r} in {first.where}, {other.what!r} in {other.where}. One "
-                f"ref is one parameter: {remedy}"
-            )
-    return first.what
-
-
 def given_of_result(
     derefed: Call,
     outcome: Outcome,

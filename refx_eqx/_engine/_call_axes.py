@@ -17,9 +17,10 @@ from .._core._access import Withheld
 from .._core._errors import CarryError, describe, MismatchError
 from .._core._ref import Ref
 from .._trees._paths import path_text
+from ._agreed import agreed
 from ._axes import array_axis, axes, leaf_axes
 from ._by_filter import RNG, SAME
-from ._by_place import agreed, each_array, of_new_value, Place, read_places
+from ._by_place import each_array, of_new_value, Place, read_places
 
 
 @dataclasses.dataclass(eq=False)
@@ -114,7 +115,7 @@ def call_axes(
     split, kept = [], []
     for i, value in values_of(derefed.arrays).items():
         ref = derefed.refs[i]
-        axis = _agreed_axis(ref, value, said.get(i, []), name)
+        axis = _agreed_axis(derefed, ref, value, said.get(i, []), name)
         if i not in said:
             of_functions = [place.what for place in reached[i]]
             axis = SAME if SAME in of_functions else None
@@ -142,12 +143,18 @@ def _of_function(whole: Any, leaf: Any) -> Any:
     return SAME if axis is SAME else None
 
 
-def _agreed_axis(ref: Ref, value: Any, places: list[Place], name: str) -> Any:
+def _agreed_axis(
+    derefed: Call, ref: Ref, value: Any, places: list[Place], name: str
+) -> Any:
     """The axis that all arguments with this ref give it."""
     arrays = jtu.tree_leaves(value)
-    remedy = f"give it one axis, for example by its collection, as in `{axes.text_for(ref, '0')}`."
+
+    def code(axis: Any) -> str | None:
+        found = {repr(array_axis(axis, x)) for x in arrays or [jnp.zeros(())]}
+        return found.pop() if len(found) == 1 else None
+
     is_same = lambda a, b: _is_same_axis(a, b, arrays)
-    return agreed(ref, places, is_same, name, "axes", remedy)
+    return agreed(derefed, ref, places, axes, name, is_same, code)
 
 
 def _is_same_axis(a: Any, b: Any, arrays: list[Any]) -> bool:

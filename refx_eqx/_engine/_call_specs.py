@@ -19,8 +19,9 @@ from .._calls._structure import Leaves, map_values, values_of
 from .._core._errors import CarryError, describe, MismatchError
 from .._core._ref import Channeled, Ref
 from .._sharding._mesh import check_spec, mesh_axes
+from ._agreed import agreed
 from ._by_filter import RNG, SAME
-from ._by_place import agreed, each_array, of_new_value, Place, read_places
+from ._by_place import each_array, of_new_value, Place, read_places
 from ._rng_split import is_key
 from ._specs import (
     AS_TYPED,
@@ -119,7 +120,7 @@ def call_specs(
     for i, value in values_of(derefed.arrays).items():
         ref = derefed.refs[i]
         if i in said:
-            given = _agreed_spec(ref, value, said[i], name)
+            given = _agreed_spec(derefed, ref, value, said[i], name)
         else:
             given = _reached(reached.get(i, ()), unsaid)
         own = _specs_of_value(ref, given, value, manual, name)
@@ -139,7 +140,9 @@ def _reached(places: Iterable[Place], unsaid: Any) -> Any:
     return SAME if SAME in given else (given[0] if given else unsaid)
 
 
-def _agreed_spec(ref: Ref, value: Any, places: list[Place], name: str) -> Any:
+def _agreed_spec(
+    derefed: Call, ref: Ref, value: Any, places: list[Place], name: str
+) -> Any:
     """The spec that all arguments with this ref give it."""
 
     def in_full(given: Any) -> Any:
@@ -148,12 +151,14 @@ def _agreed_spec(ref: Ref, value: Any, places: list[Place], name: str) -> Any:
         )
         return given is SAME, [_by_dimension(spec) for spec in jtu.tree_leaves(own)]
 
-    remedy = (
-        "give it one spec, for example by its collection, as in "
-        f"`{specs.text_for(ref, 'P(...)')}`."
-    )
+    def code(given: Any) -> str | None:
+        if given is SAME:
+            return "P()"
+        is_one = isinstance(given, PartitionSpec)
+        return f"P({', '.join(map(repr, given))})" if is_one else None
+
     is_same = lambda a, b: a is b or in_full(a) == in_full(b)
-    return agreed(ref, places, is_same, name, "specs", remedy)
+    return agreed(derefed, ref, places, specs, name, is_same, code)
 
 
 def _specs_of_value(

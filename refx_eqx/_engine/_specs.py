@@ -69,6 +69,8 @@ class specs(ByFilter):
 
     called = "rx.specs"
     what = "spec"
+    several = "specs"
+    option = "in_specs"
     example = "P('data')"
     nothing = "P()"
 

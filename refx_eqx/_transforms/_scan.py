@@ -14,6 +14,7 @@ from .._calls._call import Call, call
 from .._calls._structure import Leaves, Outcome, values_of
 from .._core import _jax
 from .._core._errors import CarryError, describe, MismatchError, name_of
+from .._engine._agreed import CARRY
 from .._engine._by_place import each_array
 from .._engine._call_axes import Axes, call_axes, placed_update, update_axes
 from .._engine._carry import (
@@ -358,7 +359,7 @@ def scan(
             (None, in_axes),
             "scan",
             whole=in_axes,
-            names=("the carry", "`xs`"),
+            names=(CARRY, "`xs`"),
         )
         n = n_steps(derefed.arrays, axes, length, "scan")
 
