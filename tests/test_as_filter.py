@@ -209,3 +209,19 @@ def test_a_collection_is_a_name(wrong, text):
     ):
         with raises(TypeError, match=f"given .*{text}"):
             use()
+
+
+def test_a_model_without_refs_is_told_how_to_get_them():
+    model = plain()
+    for use in (
+        lambda: rx.Optimizer(model, optax.sgd(1.0)),
+        lambda: rx.filter_grad(lambda model: 0.0, wrt=rx.Param)(model),
+        lambda: rx.partition(model, "params"),
+    ):
+        with raises(
+            rx.StructureError, match=r"has no refs \(`rx.as_refs\(model, 'params'\)"
+        ):
+            use()
+    assert selected(rx.as_refs(model, "params"), "params") == ["weight", "bias"]
+    with raises(rx.StructureError, match="which has no refs, and leaves at `weight`"):
+        rx.partition(model, rx.path("wieght"))

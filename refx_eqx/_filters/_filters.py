@@ -413,7 +413,8 @@ def as_filter(filter: Any) -> Filter:
         return of_annotation
     these = _these(filter) if _is_tree(filter) else None
     if these is not None:
-        return _each_of(filter) if type(filter) in _LISTS else these
+        is_list = isinstance(filter, list | tuple | set | frozenset)
+        return _each_of(filter) if is_list else these
     refuse_what_is_no_filter(filter)
     return _Where(filter) if callable(filter) else _Collections((filter,))
 
@@ -428,9 +429,6 @@ def _of_annotation(hint: Any) -> Filter | None:
         return None
     of_collection = _Collections((names[0],))
     return of_collection if inner is Ref else of_collection & _OfType(inner)
-
-
-_LISTS = (list, tuple, set, frozenset)
 
 
 def _each_of(trees: Iterable[Any]) -> Filter:

@@ -133,12 +133,17 @@ def _selects_nothing(
     places = [f"{path_text(path)}" for path in paths]
     if len(places) > 8:
         places = [*places[:8], f"{len(places) - 8} more"]
+    no_refs = "no refs"
+    if filter._asks_refs:
+        no_refs += (
+            " (`rx.as_refs(model, 'params')` makes refs of the arrays of a model)"
+        )
     return StructureError(
         f"{filter!r} selects nothing in this tree, which has "
         + (
             f"refs of the collections {', '.join(map(repr, collections))}"
             if refs
-            else "no refs"
+            else no_refs
         )
         + f", and leaves at {', '.join(places)}. Correct the name"
         + filter._hint
