@@ -500,6 +500,18 @@ def test_a_ref_that_is_returned_is_right():
     assert f(ONE).value == 2.0
 
 
+@pytest.mark.parametrize("name", ["filter_jit", "filter_vmap", "filter_checkpoint"])
+def test_a_ref_that_a_plain_transform_returned_needs_the_lifted_one(name):
+    xs = jnp.ones(3)
+    with jax.check_tracer_leaks(False):
+        scale = getattr(eqx, name)(Scale)(xs)
+        with raises(
+            rx.TraceLevelError, match="lifted transform.*do not carry refs out"
+        ):
+            scale.factor.value  # noqa: B018
+    assert (getattr(rx, name)(Scale)(xs).factor.value == xs).all()
+
+
 def test_a_global_is_refused_in_a_lifted_jit():
     @rx.filter_jit
     def f(x):

@@ -186,19 +186,21 @@ def _where_it_runs(trace: Any) -> str:
     return kind_of_trace(trace) if body is None else f"the body of `{body.name}`"
 
 
+_RETURN_IT = (
+    "return the ref from the transformed function instead of keeping it elsewhere; and use "
+    "the lifted transform (`rx.filter_vmap`, `rx.filter_jit`, ...): the transforms of JAX "
+    "and Equinox do not carry refs out."
+)
 _ENDED = (
-    "it was created inside a transform that has since ended, so its value is gone. Return "
-    "the ref from the transformed function instead of keeping it elsewhere; and use the "
-    "lifted transform (`rx.filter_vmap`, `rx.filter_jit`, ...): the transforms of JAX and "
-    "Equinox do not carry refs out."
+    "it was created inside a transform that has since ended, so its value is gone: "
+    f"{_RETURN_IT}"
 )
 # JAX does not mark a staged trace as ended, so a leaked ref gets this message too; and the
 # trace of a `custom_vjp` that is being staged out does not know its parent.
 _UNRELATED = (
-    "it belongs to a trace that is not active here. If that trace has ended, return "
-    "the ref from the transformed function instead of keeping it elsewhere; if it is still "
-    "running, pass the ref as an argument to the function that uses it; and give a callback "
-    "the value: `jax.debug.callback(fn, ref.value)`."
+    f"it belongs to a trace that is not active here. If that trace has ended, {_RETURN_IT} If "
+    "it is still running, pass the ref as an argument to the function that uses it; and "
+    "give a callback the value: `jax.debug.callback(fn, ref.value)`."
 )
 
 
