@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from ._core import _jax
+from ._core._access import peek
 from ._core._deref import deref, reref
 from ._core._errors import describe, MismatchError, StructureError
 from ._core._nodes import is_inexact, is_node, is_traced_in_ref, split_value, Value
@@ -79,7 +80,7 @@ class Trained:
         stacks, found = stacks_in(self.model), {}
         for name, ref in self.refs.items():
             declared = declared_axes(ref, stacks.get(id(ref), ()))
-            leaves, _ = jtu.tree_flatten_with_path(ref._value)
+            leaves, _ = jtu.tree_flatten_with_path(peek(ref))
             path = tuple(name.split("."))
             for (keys, x), axes in zip(leaves, declared):
                 following = Following(path, ref._collection, tuple(axes))

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax.tree_util as jtu
 
 from .._core import _jax, _trace
-from .._core._access import check_value, Withheld
+from .._core._access import check_value, peek, refuse_cycle, Withheld
 from .._core._deref import deref_leaves, make_ref_of, refuse_lookups
 from .._core._errors import CarryError, describe, TraceLevelError
 from .._core._nodes import is_traced_in_ref, split_value
@@ -70,15 +70,8 @@ def run_body(
             explain(e, trees)
         raise
 
-    lost = changes.lost(result)
-    if lost is not None:
-        raise CarryError(
-            f"`{name}` cannot carry back a change of structure: the function changed "
-            f"{place_of(lost, trees)} in place (a list appended to, an entry of a dict "
-            "replaced, a closure variable rebound, ...). Put changing state into a "
-            "`rx.Ref`, or change a copy, such as `list(...)` or `dict(...)`, and return "
-            "that."
-        )
+    if changes.any():
+        _check_changes(changes, trees, result, name)
     updates, written, in_place = {}, {}, set()
     for i, ref in inner.items():
         collection, earlier = before[i]
@@ -91,11 +84,27 @@ def run_body(
         # Always called, as it also checks the types of values changed in place.
         differs = earlier.differs(ref)
         if ref._written or differs:
+            peek(ref)  # a list may have changed after it was assigned
             updates[i], written[i] = split_value(content(ref))
         if earlier.changed_in_place() or ref._written == IN_PLACE:
             in_place.add(i)
     out, result_structure = _deref_result(result, numbers, name)
     return Outcome(out, updates, OutcomeInfo(result_structure, written, in_place))
+
+
+def _check_changes(changes: Changes, trees: list[Any], result: Any, name: str) -> None:
+    """Refuses in-place changes to the trees of a call that would be lost, and those that
+    made a tree hold itself."""
+    refuse_cycle((*trees, result))
+    lost = changes.lost(result)
+    if lost is not None:
+        raise CarryError(
+            f"`{name}` cannot carry back a change of structure: the function changed "
+            f"{place_of(lost, trees)} in place (a list appended to, an entry of a dict "
+            "replaced, a closure variable rebound, ...). Put changing state into a "
+            "`rx.Ref`, or change a copy, such as `list(...)` or `dict(...)`, and return "
+            "that."
+        )
 
 
 def _withhold(
@@ -172,7 +181,7 @@ def _deref_result(
                 "created outside the function and was not passed in. Pass the ref, or "
                 "the module that holds it, as an argument."
             )
-        return ref._value
+        return peek(ref)
 
     # A `jax.ShapeDtypeStruct` stands for an array in the arguments of a function, but not
     # in its result.

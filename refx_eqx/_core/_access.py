@@ -5,7 +5,7 @@ flattens a tree.
 from typing import Any
 
 from .._trees._cells import held_by, holds_itself, is_lookup, may_carry
-from .._trees._changes import copied, is_writeable, unconsumed_leaves
+from .._trees._changes import copied, is_writeable, try_leaves
 from . import _jax, _trace
 from ._errors import (
     CarryError,
@@ -57,10 +57,13 @@ def check_readable(ref: Any) -> None:
 
 def check_unleaked(ref: Any, value: Any) -> list[Any] | None:
     """Notices an in-place change of a list or dict in the value, made where the ref may be
-    read but not written. Returns `unconsumed_leaves(value)`."""
+    read but not written; and a list or dict that holds itself. Returns
+    `try_leaves(value)`."""
     if isinstance(value, _jax.Tracer):
         return [value]
-    leaves = unconsumed_leaves(value)
+    leaves = try_leaves(value)
+    if leaves is None:
+        refuse_cycle(value, ref)
     for leaf in leaves or ():
         reason = _trace.why_not_alive(leaf)
         if reason is not None:
@@ -125,9 +128,9 @@ def check_value(ref: Any, value: Any) -> Any:
     if type(value) is _jax.ConcreteArray:
         check_not_deleted(ref, value)
     else:
-        refuse_cycle(value)
-        leaves = unconsumed_leaves(value, is_lookup)
+        leaves = try_leaves(value, is_lookup)
         if leaves is None:
+            refuse_cycle(value, ref)
             raise _consumed(f"Cannot write {describe(ref)}: the new value holds")
         if any(map(is_writeable, leaves)):
             value = copied(value)
@@ -158,18 +161,31 @@ def _nested(ref: Any, inside: Any, is_in_function: bool) -> StructureError:
     )
 
 
-def refuse_cycle(tree: Any) -> None:
-    """Refuses a tree that contains itself, which JAX could not flatten.
+def refuse_cycle(tree: Any, ref: Any = None) -> None:
+    """Refuses a tree that contains itself, which JAX could not flatten. If it is the value
+    of a ref, the message names that.
 
     **Raises:**
 
-    - `StructureError`: if a list or a dict in it holds itself.
+    - `StructureError`: if a list, a dict or another node in it holds itself.
     """
     if holds_itself(tree):
+        where = "" if ref is None else f" in {describe(ref)}"
         raise CarryError(
-            f"A {type(tree).__name__} holds itself, or something in it does, so it is not "
-            "a pytree. Remove the cycle."
+            f"A {type(tree).__name__}{where} holds itself, or something in it does, so it "
+            "is not a pytree. Remove the cycle."
         )
+
+
+def peek(ref: Any) -> Any:
+    """The value of a ref without the trace rule, to look at its structure or types.
+
+    **Raises:**
+
+    - `StructureError`: if it contains itself.
+    """
+    refuse_cycle(ref._value, ref)
+    return ref._value
 
 
 def check_not_deleted(ref: Any, leaf: Any) -> None:

@@ -17,7 +17,7 @@ from jax._src.interpreters.ad import JVPTracer
 from jax._src.interpreters.batching import BatchTrace as BatchTrace, BatchTracer
 from jax._src.lax.lax import _convert_element_type
 from jax._src.traceback_util import api_boundary as api_boundary, register_exclusion
-from jax._src.tree_util import default_registry, none_leaf_registry
+from jax._src.tree_util import none_leaf_registry
 
 
 # JAX omits the frames of these files from tracebacks. It matches by prefix, so the package
@@ -235,9 +235,8 @@ def refuse_as_array(cls: type, refuse: Callable[[Any], Any]) -> None:
     dtypes.canonicalize_value_handlers[cls] = refuse
 
 
-# As `jax.tree.flatten`, with `None` as a leaf; and for one node only.
+# As `jax.tree.flatten`, with `None` as a leaf.
 flatten_with_none: Any = none_leaf_registry.flatten
-flatten_one_level: Any = default_registry.flatten_one_level
 
 # Public in JAX 0.12 too, though type checkers do not see it exported.
 ClosedJaxpr = jax.extend.core.ClosedJaxpr  # pyright: ignore[reportPrivateImportUsage]

@@ -7,7 +7,7 @@ import jax
 import jax.tree_util as jtu
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 
-from .._trees._changes import unconsumed_leaves
+from .._trees._changes import try_leaves
 from . import _jax
 
 
@@ -41,8 +41,8 @@ def has_moved(old: Any, new: Any) -> bool:
         if before is after or type(before) is type(after) is SingleDeviceSharding:
             return False
         return before != after
-    before = unconsumed_leaves(old)
-    # Where the arrays of a consumed state were is not known anymore.
+    before = try_leaves(old)
+    # Where the arrays of a value that cannot be flattened were is not known anymore.
     return before is None or on_mesh(before) != on_mesh(jtu.tree_leaves(new))
 
 

@@ -29,9 +29,8 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._core import _jax
-from .._core._jax import flatten_one_level
 from .._core._ref import Ref
-from .._trees._cells import holds_itself, is_lookup
+from .._trees._cells import flatten_one_level, holds_itself, is_lookup
 from .._trees._keys import static_key
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from .._core import _jax
 from .._core._nodes import split_value
+from .._trees._cells import holds_itself
 from .._trees._keys import static_key, static_keys
 
 
@@ -145,6 +146,8 @@ class Contents:
         for value, treedef, keys in zip(trees, self._treedefs, self._static_keys):
             if value is _NOTHING:
                 continue
+            if holds_itself(value):
+                return False
             arrays, statics = split_value(value)
             if jtu.tree_structure(arrays) != treedef or static_keys(statics) != keys:
                 return False

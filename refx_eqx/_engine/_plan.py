@@ -15,6 +15,7 @@ from .._core import _trace
 from .._core._nodes import is_traced, split_value
 from .._core._on_mesh import on_mesh
 from .._core._ref import commits, is_ref, one_step, Ref, set_value
+from .._trees._cells import holds_itself
 from ._call_key import GivenArray, mark, Read
 from ._contents import Contents, is_one_array, picker
 from ._flat import flat_of, forget_values
@@ -234,6 +235,8 @@ class Plan:
                 is_one_array(value) and is_one_array(ref._value)
             ):
                 return False
+        if any(map(holds_itself, values)):
+            return False
         arrays = [split_value(value)[0] for value in values]
         if on_mesh(jtu.tree_leaves(arrays)) != flat_of(self.derefed).shardings:
             return False

@@ -16,6 +16,7 @@ import jax.tree_util as jtu
 
 from .._calls._places import leaf_place
 from .._calls._structure import Leaves, map_values, values_of
+from .._core._access import refuse_cycle
 from .._core._errors import describe, MismatchError
 from .._core._nodes import Index, is_inexact, is_node, Value
 from .._core._ref import Ref
@@ -61,6 +62,7 @@ def read_tangents(
 def _given_leaves(part: Part, tree: Any, what: str) -> list[Any]:
     if tree is None:
         return [None] * part.treedef.num_leaves
+    refuse_cycle(tree)
     like = in_original_classes(part.tree(range(part.treedef.num_leaves)))
     part = part._replace(treedef=jtu.tree_structure(like))
     try:

@@ -32,9 +32,8 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._core._access import refuse_cycle
-from .._core._jax import flatten_one_level
 from .._core._ref import Ref
-from .._trees._cells import inside, is_lookup, may_carry, reaches
+from .._trees._cells import flatten_one_level, inside, is_lookup, may_carry, reaches
 from .._trees._keys import same_content, watched_cells
 from ._wrapper import Lifted
 

@@ -11,6 +11,7 @@ from typing import Any, get_args, get_origin, Union
 import equinox as eqx
 import jax.tree_util as jtu
 
+from .._core._access import peek
 from .._core._ref import Ref
 from ._axis_names import words_of
 from ._batched import BatchedHint
@@ -26,14 +27,15 @@ Stack = tuple[str, ...]
 def declared_axes(ref: Ref, stack: Stack = ()) -> list[list[DeclaredAxes]]:
     """For each leaf of the value of a ref, the axes according to each declared type that
     fixes their number."""
-    leaves, treedef = jtu.tree_flatten(ref._value)
+    value = peek(ref)
+    leaves, treedef = jtu.tree_flatten(value)
     found: list[list[DeclaredAxes]] = [[] for _ in leaves]
     for bound in ref._declared or ():
         if type(bound) is Following:
             for x, axes in zip(leaves, found):
                 axes += [of_weight.with_rank(_rank(x)) for of_weight in bound.axes]
             continue
-        told = treedef.flatten_up_to(_of_type(bound, ref._value, stack))
+        told = treedef.flatten_up_to(_of_type(bound, value, stack))
         for of_array, axes in zip(told, found):
             axes += [] if of_array is None else [of_array]
     return found

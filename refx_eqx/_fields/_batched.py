@@ -9,6 +9,7 @@ import jax.tree_util as jtu
 import jaxtyping
 import numpy as np
 
+from .._core._access import peek
 from .._core._ref import Ref
 from ._bound import BoundType
 from ._hints import conforms, hint_text
@@ -68,7 +69,7 @@ def _count(n: int) -> str:
 def _sizes_of(leaf: Any, n: int) -> tuple[int, ...] | None:
     """The sizes of the first `n` axes of a stacked leaf. `()` for a leaf that cannot be
     stacked, or is shared by the whole stack; `None` for any other leaf."""
-    value = leaf._value if isinstance(leaf, Ref) else leaf
+    value = peek(leaf) if isinstance(leaf, Ref) else leaf
     types = leaf._declared or () if isinstance(leaf, Ref) else ()
     found: tuple[int, ...] = ()
     for array in jtu.tree_leaves(value):

@@ -22,7 +22,7 @@ import numpy as np
 
 from .._core._errors import describe_named, RefTypeError
 from .._core._nodes import is_convertible, is_number_dtype
-from .._trees._changes import unconsumed_leaves
+from .._trees._changes import try_leaves
 from .._trees._equality import is_same_tree
 from ._axis_names import AxisNames, name_scope
 from ._config import config
@@ -297,7 +297,7 @@ def _candidates(value: Any) -> Iterator[tuple[int, ...]]:
 
 def _is_data(value: Any) -> bool:
     """Whether this is a value, not a placeholder from a transform or a filter."""
-    leaves = unconsumed_leaves(value, lambda x: x is None)
+    leaves = try_leaves(value, lambda x: x is None)
     return bool(leaves) and all(map(_is_sized, leaves))
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.tree_util as jtu
 import jaxtyping
 
-from .._core._access import Withheld
+from .._core._access import peek, Withheld
 from .._core._errors import CollectionError, describe, RefTypeError
 from .._core._ref import commits, Ref
 from ._axis_names import AxisNames, names_bound
@@ -138,7 +138,7 @@ class DeclaredRef:
                 f"{eqx.tree_pformat(ref)}. Put `rx.Ref(value)` there, or assign the whole "
                 "field, which wraps each value in a ref."
             )
-        value = ref._value
+        value = peek(ref)
         if type(value) is Withheld:
             return  # a module rebuilt where its refs must not be touched
         if has_placeholder(value):

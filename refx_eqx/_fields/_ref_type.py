@@ -9,6 +9,7 @@ import dataclasses
 import functools
 from typing import Any, TypeVar, Union
 
+from .._core._access import peek
 from .._core._ref import Ref
 from ._hints import conforms, has_placeholder
 
@@ -28,7 +29,7 @@ class RefHint(type):
         if not isinstance(obj, cls.ref_type):
             return False
         # Not `obj.value`: the type may be checked where the value may not be read.
-        value = obj._value
+        value = peek(obj)
         return conforms(value, cls.value_hint) or has_placeholder(value)
 
     def __subclasscheck__(cls, other: type) -> bool:

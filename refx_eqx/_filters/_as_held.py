@@ -12,7 +12,7 @@ import numpy as np
 
 from .._core import _jax
 from .._core._on_mesh import put
-from .._trees._changes import unconsumed_leaves
+from .._trees._changes import try_leaves
 
 
 def is_key(leaf: Any) -> bool:
@@ -86,7 +86,7 @@ def leaf_as_held(old: Any, new: Any) -> Any:
 
 def as_held(old: Any, new: Any, convert: Callable[[Any, Any], Any]) -> Any:
     """`new`, with its leaves converted, given the leaf of `old` that each replaces."""
-    if unconsumed_leaves(old) is None:
+    if try_leaves(old) is None:
         return new
     old_leaves, old_def = jtu.tree_flatten(old)
     new_leaves, new_def = jtu.tree_flatten(new)

@@ -17,7 +17,7 @@ from .._core._on_mesh import put
 from .._core._ref import commits, Ref
 from .._fields._misplaced import check_refs_in_place
 from .._fields._referenced import in_original_classes
-from .._trees._changes import unconsumed_leaves
+from .._trees._changes import try_leaves
 from .._trees._closure import by_name
 from .._trees._equality import is_same_tree
 from .._trees._paths import path_text
@@ -174,7 +174,7 @@ def check_fits(ref: Ref, value: Any, failure: str, place: str, source: str) -> N
     """Checks for the structure, shapes and dtypes of the current value of `ref`. A consumed
     state does not have them anymore."""
     old = ref.value
-    if unconsumed_leaves(old) is not None and not is_same_tree(_same_kind, old, value):
+    if try_leaves(old) is not None and not is_same_tree(_same_kind, old, value):
         remedy = "If the change is intended, write it: `ref.value = ...`."
         if _only_precisions_differ(old, value):
             remedy += f' Or convert it: `jnp.asarray(value, "{old.dtype}")`.'

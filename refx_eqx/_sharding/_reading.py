@@ -7,6 +7,7 @@ from typing import Any
 import jax.tree_util as jtu
 from jax.sharding import PartitionSpec
 
+from .._core._access import peek
 from .._core._deref import deref
 from .._core._errors import describe, MismatchError, StructureError
 from .._core._nodes import (
@@ -84,7 +85,7 @@ class Reading:
         declared = declared_axes(ref, self.stacks.get(id(ref), ()))
         return [
             self._of_array(path, ref, x, axes) if is_traced_in_ref(x) else None
-            for x, axes in zip(jtu.tree_leaves(ref._value), declared)
+            for x, axes in zip(jtu.tree_leaves(peek(ref)), declared)
         ]
 
     def _refuse_identity(self) -> None:

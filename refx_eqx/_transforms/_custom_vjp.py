@@ -22,6 +22,7 @@ from .._calls._structure import (
     tree_of,
     values_of,
 )
+from .._core._access import refuse_cycle
 from .._core._errors import CarryError, describe, MismatchError, name_of
 from .._core._nodes import is_inexact
 from .._core._ref import Channeled, Ref
@@ -387,6 +388,7 @@ def _has_zeros(tree: Any) -> bool:
 
 
 def _refuse_refs(frame: CallWithRules, residuals: Any) -> None:
+    refuse_cycle(residuals)
     for path, leaf in jtu.tree_flatten_with_path(residuals)[0]:
         if isinstance(leaf, Ref):
             raise CarryError(

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from .._calls._call import Call
 from .._calls._structure import Leaves, Structure
 from .._core import _jax, _trace
+from .._core._access import refuse_cycle
 from .._core._errors import CarryError, describe, MismatchError
 from .._core._nodes import is_traced
 from .._core._ref import Ref
@@ -92,6 +93,7 @@ def filter_pure_callback(
     derefed = Call(callback, args, kwargs)
     # The callback lives as long as the program, and must not keep the tracers of the call.
     structure = derefed.structure
+    refuse_cycle(result_shape_dtypes)
     types, statics = eqx.partition(result_shape_dtypes, is_traced)
     # An array stands for its shape: a program keeps no array alive, and no tracer.
     types = jtu.tree_map(_as_shape, types)
@@ -99,6 +101,7 @@ def filter_pure_callback(
     def run(arrays: list[Leaves]) -> Any:
         try:
             out = _run_callback(structure, arrays)
+            refuse_cycle(out)
             out_arrays, out_statics = eqx.partition(out, eqx.is_array)
             if not (
                 eqx.tree_equal(out_statics, statics)

@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 from .._calls._call import Call, call
 from .._calls._structure import Leaves, Outcome
 from .._core import _jax
+from .._core._access import refuse_cycle
 from .._core._errors import CarryError, describe
 from .._core._ref import Ref
 from .._engine._axes import array_axis, axes, leaf_axes, named_in_axes
@@ -165,6 +166,7 @@ def _size(arrays: list[Leaves], axes: Axes, axis_size: int | None, name: str) ->
 def _with_axes(result: Any, out_axes: Any) -> Any:
     """The result, with numbers that are given an axis converted to arrays. As in
     Equinox."""
+    refuse_cycle(result)
     leaves, treedef = jtu.tree_flatten(result)
     if not any(map(_is_number, leaves)):
         return result

@@ -7,13 +7,14 @@ import dis
 import functools
 import types
 import weakref
+from collections import defaultdict, OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
 import jax.tree_util as jtu
 
-from ._equality import Shared
+from ._equality import ByValue, Shared
 
 
 def is_shared(leaf: Any) -> bool:
@@ -131,47 +132,68 @@ def _leaves(tree: Any, is_leaf: Callable[[Any], bool]) -> list[Any]:
 
 
 def holds_itself(tree: Any) -> bool:
-    """Whether a list or a dict contains itself, through lists, dicts, tuples and modules
-    only.
+    """Whether a pytree node contains itself, through nodes that JAX would flatten.
 
     Call this before JAX: its `RecursionError` (jaxlib 0.10 to 0.12) corrupts the recursion
     count of the interpreter, and everything after it fails until exit.
     """
-    if not _is_container(tree):
+    children = _children(tree)
+    if children is None:
         return False
-    # A container is finished when it is met on the stack for the second time.
-    todo, entered, left = [tree], set(), set()
-    while todo:
-        obj = todo[-1]
-        if id(obj) in entered:
-            todo.pop()
-            entered.discard(id(obj))
-            left.add(id(obj))
-            continue
-        entered.add(id(obj))
-        for x in _items(obj):
-            if _is_container(x) and id(x) not in left:
-                if id(x) in entered:
-                    return True
-                todo.append(x)
+    # The nodes from the top to here, each with its children that are still to be visited.
+    # The finished ones stay alive, so that no other object gets the id of one.
+    path, entered, finished = [(tree, iter(children))], {id(tree)}, {}
+    leaf_types: set[type] = set()
+    while path:
+        node, rest = path[-1]
+        for x in rest:
+            if type(x) in leaf_types or id(x) in finished:
+                continue
+            if id(x) in entered:
+                return True
+            children = _children(x)
+            if children is None:
+                leaf_types.add(type(x))
+                continue
+            path.append((x, iter(children)))
+            entered.add(id(x))
+            break
+        else:
+            path.pop()
+            entered.discard(id(node))
+            finished[id(node)] = node
+        if len(path) > _DEEPEST:  # a node that makes another such node when flattened
+            return True
     return False
 
 
-def _is_container(x: Any) -> bool:
+def _children(x: Any) -> Any:
+    """The children of a pytree node; `None` for a leaf."""
     kind = type(x)
-    # The second test is for speed: `issubclass` alone goes through Python's `abc`.
-    return kind in _MAY_HOLD_ITSELF or (
-        hasattr(kind, "__dataclass_fields__") and issubclass(kind, eqx.Module)
-    )
-
-
-def _items(x: Any) -> Any:
-    if type(x) is dict:
+    if kind in _SEQUENCES:
+        return x
+    if kind in DICTS:  # JAX sorts the keys, which may be impossible
         return x.values()
-    return x if type(x) in _MAY_HOLD_ITSELF else vars(x).values()
+    # The first test is for speed: `issubclass` alone goes through Python's `abc`.
+    if hasattr(kind, "__dataclass_fields__") and issubclass(kind, eqx.Module):
+        return vars(x).values()
+    if isinstance(x, ByValue):  # it checks its own tree
+        return ()
+    try:
+        parts = flatten_one_level(x)
+    except Exception:  # from user code
+        return ()
+    return parts and parts[0]
 
 
-_MAY_HOLD_ITSELF = frozenset((list, dict, tuple))
+# `(children, aux)` of one node, or `None` for a leaf.
+flatten_one_level: Any = jtu.default_registry.flatten_one_level
+
+_SEQUENCES = frozenset((list, tuple))
+DICTS = frozenset((dict, OrderedDict, defaultdict))
+
+# JAX flattens far fewer levels.
+_DEEPEST = 20_000
 
 
 def reachable_functions(fn: types.FunctionType) -> list[types.FunctionType]:

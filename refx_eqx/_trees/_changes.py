@@ -15,7 +15,6 @@ Only objects that could have changed are examined again.
 import copy
 import functools
 import types
-from collections import defaultdict, OrderedDict
 from collections.abc import Callable
 from operator import is_
 from typing import Any, NamedTuple
@@ -24,12 +23,19 @@ import equinox as eqx
 import jax.tree_util as jtu
 import numpy as np
 
-from ._cells import carried_cells, may_carry, reachable
+from ._cells import (
+    carried_cells,
+    DICTS,
+    flatten_one_level,
+    holds_itself,
+    may_carry,
+    reachable,
+)
 from ._equality import ByValue, is_same_tree, Shared
 from ._paths import path_text
 
 
-_CHANGEABLE = frozenset((list, dict, OrderedDict, defaultdict))
+_CHANGEABLE = DICTS | {list}
 
 
 def _may_change(x: Any) -> bool:
@@ -75,11 +81,14 @@ def _copied_one(x: Any) -> Any:
     return x.copy() if is_writeable(x) else x
 
 
-def unconsumed_leaves(
+def try_leaves(
     value: Any, is_leaf: Callable[[Any], bool] | None = None
 ) -> list[Any] | None:
-    """The leaves of a value; `None` if it holds an `eqx.nn.State` that a layer has consumed.
-    Such a state has no arrays anymore, and raises when it is flattened."""
+    """The leaves of a value; `None` if it cannot be flattened: it holds itself, or an
+    `eqx.nn.State` that a layer has consumed. Such a state has no arrays anymore, and raises.
+    """
+    if holds_itself(value):
+        return None
     try:
         return jtu.tree_leaves(value, is_leaf)
     except ValueError:
@@ -95,7 +104,7 @@ def _is_state(x: Any) -> bool:
 
 def is_same_value(a: Any, b: Any) -> bool:
     """Whether nothing was changed in place since `b` was copied from `a`."""
-    if unconsumed_leaves(a) is None:
+    if try_leaves(a) is None:
         return False
 
     def is_same(a: Any, b: Any) -> bool:
@@ -152,7 +161,7 @@ class Changes:
         return found[0] if found else None
 
 
-# A state is consumed by the layer it is given to: see `unconsumed_leaves`.
+# A state is consumed by the layer it is given to: see `try_leaves`.
 _OPAQUE = (Shared, ByValue, eqx.nn.State)
 
 
@@ -163,10 +172,12 @@ def _open(obj: Any) -> tuple[list[Any], Any] | None:
         return None
     if may_carry(obj):
         return _open_callable(obj)
-    children, rest = jtu.tree_flatten(obj, is_leaf=lambda x: x is not obj)
-    if len(children) == 1 and children[0] is obj:
+    # By one level: a body may have made it hold itself.
+    parts = flatten_one_level(obj)
+    if parts is None:
         return None
-    return children, rest
+    children, rest = parts
+    return list(children), rest  # those of a list are the list itself
 
 
 def _differs(node: _Node) -> bool:
