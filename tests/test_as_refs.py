@@ -292,6 +292,21 @@ def test_a_module_that_declares_refs_has_them_again_after_a_snapshot():
         assert again(jnp.zeros(3))[0] == 1.0 and again.last[0] == 0.0
 
 
+def test_without_a_collection_a_ref_has_that_of_its_field():
+    class Norm(rx.Module):
+        scale: rx.Param[jax.Array]
+        means: list[rx.BatchStat[jax.Array]]
+
+    norm = Norm(ones(3), [rx.Ref(ones(3)), rx.Ref(ones(3))])
+    plain = rx.snapshot([norm.means[1], norm])
+    first, again = rx.as_refs(plain)
+    assert first is again.means[1]
+    assert first.collection == again.means[0].collection == "batch_stats"
+    assert again.scale.collection == "params"
+    # A given one counts.
+    assert rx.as_refs(plain, "all")[1].scale.collection == "all"
+
+
 def test_what_equinox_does_with_a_module_it_does_with_this_one():
     layer = rx.as_refs(nn.MLP(3, 2, 4, 1, key=KEY), "params")
     again = rx.as_refs(

@@ -123,7 +123,7 @@ def check_refs_in_place(tree: Any, failure: str) -> None:
     refuse_cycle(tree)
 
     def visit(x: Any) -> bool:
-        for declared, leaf, where in _instead_of_refs(x):
+        for declared, leaf, where in instead_of_refs(x):
             place = path_of(tree, lambda other: other is leaf)
             raise _not_a_ref(leaf, where, declared, False, failure, place)
         return is_node(x)
@@ -131,7 +131,7 @@ def check_refs_in_place(tree: Any, failure: str) -> None:
     jtu.tree_flatten(tree, is_leaf=visit)
 
 
-def _instead_of_refs(x: Any) -> Iterator[tuple[DeclaredRef, Any, str]]:
+def instead_of_refs(x: Any) -> Iterator[tuple[DeclaredRef, Any, str]]:
     """What is array-like in the fields of a module that are declared refs."""
     if isinstance(x, eqx.Module):
         for field in plan_of(type(x)).of_refs:
@@ -155,7 +155,7 @@ def _explain(error: Exception, trees: Any) -> None:
     found: list[tuple[DeclaredRef, Any, str]] = []
 
     def visit(x: Any) -> bool:
-        found.extend(_instead_of_refs(x))
+        found.extend(instead_of_refs(x))
         return is_opaque(x)
 
     collections.deque(reachable(trees, visit), maxlen=0)

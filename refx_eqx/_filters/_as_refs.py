@@ -14,6 +14,7 @@ from .._core._errors import check_name, CollectionError, StructureError
 from .._core._nodes import is_module
 from .._core._ref import Ref
 from .._fields._instance import plan_of
+from .._fields._misplaced import instead_of_refs
 from .._fields._referenced import (
     as_referenced,
     is_referenced,
@@ -21,7 +22,7 @@ from .._fields._referenced import (
     snapshot_of,
     zone,
 )
-from .._trees._cells import is_lookup
+from .._trees._cells import is_lookup, is_opaque
 from .._trees._closure import opened
 from .._trees._paths import key_text, path_text
 from ._filters import as_filter, Filter, FilterLike
@@ -65,7 +66,8 @@ def as_refs(
     - `tree`: any pytree. Existing refs are kept, and so are modules that hold some, or whose
         fields are declared refs, as in a snapshot: their methods are written for refs.
     - `collection`: the collection of the new refs; or, for several, a dict from collection
-        to filter. A leaf goes to the first one whose filter selects it.
+        to filter. A leaf goes to the first one whose filter selects it. `None` is the
+        collection that a field declares, if it is declared a ref.
     - `where`: a function of a leaf, which says whether to turn it into a ref.
 
     **Returns:**
@@ -91,13 +93,28 @@ def as_refs(
     for name in collection:
         check_name("rx.as_refs", collection=name)
     filters = {name: as_filter(f) for name, f in collection.items()}
-    return _Conversion(filters, where).tree(tree, ())
+    return _Conversion(filters, where, _declared_collections(tree)).tree(tree, ())
+
+
+def _declared_collections(tree: Any) -> dict[int, Hashable]:
+    """By the ids of arrays in fields that are declared refs, the collections of these."""
+    found: dict[int, Hashable] = {}
+
+    def visit(x: Any) -> bool:
+        for declared, leaf, _ in instead_of_refs(x):
+            if eqx.is_array(leaf):
+                found.setdefault(id(leaf), declared.collection)
+        return is_opaque(x)
+
+    jtu.tree_leaves(tree, is_leaf=visit)
+    return found
 
 
 @dataclasses.dataclass
 class _Conversion:
     filters: dict[Hashable, Filter]
     where: Callable[[Any], bool]
+    declared: dict[int, Hashable]
     made: dict[int, Ref] = dataclasses.field(default_factory=dict)
 
     def tree(self, tree: Any, path: tuple) -> Any:
@@ -135,6 +152,8 @@ class _Conversion:
         names = tuple(map(key_text, path))
         for collection, selects in self.filters.items():
             if selects.matches(names, leaf):
+                if collection is None:
+                    collection = self.declared.get(id(leaf))
                 return self.ref(leaf, collection, path)
         return leaf
 
