@@ -1,5 +1,8 @@
 """`update_refs` writes all of the values of its source, or none of them."""
 
+import functools
+import operator
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -130,7 +133,7 @@ def test_two_different_values_for_one_ref_are_refused():
     with raises(
         rx.StructureError,
         match=(
-            r"\(collection 'params'\) is one ref at `0` and `1` of the target, but the source has a different value at each. Give one of them, and `rx.NOTHING` at "
+            r"\(collection 'params'\) is one ref at `0` and `1` of the target, but the source has a different value at each. Give one of them at one place, and `rx.NOTHING` at "
             "the other."
         ),
     ):
@@ -261,10 +264,21 @@ def tied_layers():
     return {"in": layer, "out": layer, "norm": rx.nn.BatchNorm(2)}
 
 
+def functions():
+    layer = rx.nn.Linear(2, 2, key=jr.key(0))
+    shift, scale = rx.Ref(jnp.ones(2), "params"), jnp.ones(2)
+    double = functools.partial(lambda layer, x: 2 * layer(x), layer)
+    nested = lambda x, base=rx.Ref(jnp.zeros(2), "params"): (
+        base[...] + double(x) * scale
+    )
+    return {"method": layer.__call__, "nested": nested, "f": lambda x: shift[...] + x}
+
+
 MODELS = {
     "as_refs": lambda: rx.as_refs(plain_layers(), "params"),
     "layers": lambda: rx.nn.MLP(2, 2, 3, 1, key=jr.key(0)),
     "tied": tied_layers,
+    "functions": functions,
     "module": lambda: make(1.0),
 }
 
@@ -332,3 +346,27 @@ def test_axes_and_shardings_may_have_the_classes_of_a_snapshot():
     shardings = jax.tree.map(lambda _: place, rx.snapshot(stack))
     placed = rx.filter_shard(stack, shardings)
     assert [x.sharding for x in rx.values(placed)] == [place, place]
+
+
+def test_different_gradients_at_the_places_of_one_ref_are_to_be_added():
+    model = tied_layers()
+    grads = jax.tree.map(jnp.ones_like, rx.snapshot(model))
+    with raises(
+        rx.MismatchError, match="has a different value .* Give their sum at one"
+    ):
+        rx.apply_updates(model, grads)
+    total = jax.tree.map(jnp.add, grads["in"], grads["out"])
+    before = model["in"].bias.value
+    nothing = jax.tree.map(lambda _: rx.NOTHING, grads)
+    rx.apply_updates(model, {**nothing, "in": total})  # the remedy
+    assert (model["out"].bias.value == before + 2).all()
+
+
+def test_a_function_without_gradient_stays_unchanged():
+    model = functions()
+    before = rx.values(model)
+    rx.apply_updates(model, {"method": None, "nested": None, "f": rx.NOTHING})
+    assert all(map(operator.is_, rx.values(model), before))
+    wrong = {**model, "f": lambda x: x}
+    with raises(rx.MismatchError, match=r"function at `f` carries \['shift'\], and is"):
+        rx.update_refs(model, wrong)

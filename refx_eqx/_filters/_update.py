@@ -18,8 +18,9 @@ from .._core._ref import commits, Ref
 from .._fields._misplaced import check_refs_in_place
 from .._fields._referenced import in_original_classes
 from .._trees._changes import try_leaves
-from .._trees._closure import by_name
+from .._trees._closure import contents_by_name, is_closure, opened
 from .._trees._equality import is_same_tree
+from .._trees._functions import names_in
 from .._trees._paths import path_text
 from ._as_held import as_held, is_key, is_number, number_as_held
 
@@ -93,7 +94,7 @@ def aligned(
     Yields a ref once for each place with a value, which is the same at all of them.
     """
     check_refs_in_place(target, failure)
-    pairs = aligned_leaves(target, source, failure, what)
+    pairs = list(aligned_leaves(target, source, failure, what))
     nodes = {new.index: new for *_, new in pairs if isinstance(new, Value)}
     first: dict[int, tuple[Any, str]] = {}
     for path, ref, new in pairs:
@@ -120,30 +121,61 @@ def aligned(
         where = path_text(path)
         earlier, at = first.setdefault(id(ref), (value, where))
         if earlier is not value:
+            one = "one of them" if what == "source" else "their sum"
             raise MismatchError(
                 f"{failure}: {describe(ref)} is one ref at {at} and {where} of the target, "
-                f"but the {what} has a different value at each. Give one of them, and "
-                "`rx.NOTHING` at the other."
+                f"but the {what} has a different value at each. Give {one} at one "
+                "place, and `rx.NOTHING` at the other."
             )
         yield ref, value, where
 
 
 def aligned_leaves(
-    target: Any, source: Any, failure: str, what: str
-) -> list[tuple[tuple, Any, Any]]:
+    target: Any, source: Any, failure: str, what: str, path: tuple = ()
+) -> Iterator[tuple[tuple, Any, Any]]:
     """Each leaf of `target`, with its key path, and what `source` has there. Modules are
-    aligned by their original classes, and functions by the names of what they carry."""
-    target, source = (in_original_classes(by_name(tree)) for tree in (target, source))
-    leaves, treedef = jtu.tree_flatten_with_path(target, is_leaf=_is_place)
+    aligned by their original classes, and functions by the names of what they carry.
+
+    **Arguments:**
+
+    - `path`: the place of both in larger trees.
+
+    **Raises:**
+
+    - `MismatchError`: if the structure differs.
+    """
+    target, source = (in_original_classes(opened(tree)) for tree in (target, source))
+    leaves, treedef = jtu.tree_flatten_with_path(
+        target, is_leaf=lambda x: is_closure(x) or _is_place(x)
+    )
     try:
         sources = treedef.flatten_up_to(source)
     except (ValueError, TypeError) as e:
-        raise MismatchError(
-            f"{failure}: target and {what} do not have the same structure. JAX says: {e} "
-            f"The {what} must be a tree aligned with the target, with `rx.NOTHING` or "
-            "`None` where a ref should stay unchanged."
-        ) from None
-    return [(path, leaf, new) for (path, leaf), new in zip(leaves, sources)]
+        raise _not_aligned(failure, what, f"JAX says: {e}") from None
+    for (keys, leaf), new in zip(leaves, sources):
+        place = (*path, *keys)
+        if not is_closure(leaf):
+            yield place, leaf, new
+        elif new is not None and new is not NOTHING:
+            names = list(names_in(leaf.head))
+            carried = contents_by_name(new, names)
+            if list(carried) != names:
+                reason = (
+                    f"The function at {path_text(place)} carries {names}, and is aligned "
+                    f"with {eqx.tree_pformat(new)}, which carries {list(carried)}."
+                )
+                raise _not_aligned(failure, what, reason)
+            for name, mine in zip(names, leaf.contents):
+                keyed = (*place, jtu.GetAttrKey(name))
+                yield from aligned_leaves(mine, carried[name], failure, what, keyed)
+
+
+def _not_aligned(failure: str, what: str, reason: str) -> MismatchError:
+    return MismatchError(
+        f"{failure}: target and {what} do not have the same structure. {reason} The {what} "
+        "must be a tree aligned with the target, with `rx.NOTHING` or `None` where a ref "
+        "should stay unchanged."
+    )
 
 
 def write_all(checked: list[tuple[Ref, Any]]) -> None:

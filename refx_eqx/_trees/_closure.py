@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax.tree_util as jtu
 
-from ._cells import is_lookup, is_shared, may_carry, reaches
+from ._cells import is_filled, is_lookup, is_shared, may_carry, reaches
 from ._functions import head_of, LaterPlace, names_in, rebuilt
 
 
@@ -35,7 +35,7 @@ class Closure:
         self.contents = contents
 
     def __repr__(self) -> str:
-        pairs = zip(_names_in(self.head), self.contents)
+        pairs = zip(names_in(self.head), self.contents)
         return f"Closure({', '.join(f'{name}={x!r}' for name, x in pairs)})"
 
     def __eq__(self, other: object) -> bool:
@@ -45,7 +45,7 @@ class Closure:
 
 
 def _with_keys(closure: Closure) -> tuple[Iterable, Any]:
-    keys = map(jtu.GetAttrKey, _names_in(closure.head))
+    keys = map(jtu.GetAttrKey, names_in(closure.head))
     return tuple(zip(keys, closure.contents)), closure.head
 
 
@@ -125,26 +125,23 @@ def _closed_leaf(leaf: Any, made: dict[int, Any]) -> Any:
     return rebuilt(leaf.head, lambda: _closed(leaf.contents, made), made)
 
 
-class _Names(tuple):
-    """Replaces the head of a function: only the names of the trees it carries."""
-
-    __slots__ = ()
-
-
-def by_name(tree: Any) -> Any:
-    """`opened`, for aligning with another tree: two functions have the same structure if
-    they carry trees of the same names. `closed` does not accept it."""
-    return jtu.tree_map(_by_name, opened(tree), is_leaf=is_closure)
-
-
-def _by_name(x: Any) -> Any:
-    if not is_closure(x):
-        return x
-    return Closure(_Names(_names_in(x.head)), [by_name(y) for y in x.contents])
-
-
-def _names_in(head: Any) -> Iterable[str]:
-    return head if type(head) is _Names else names_in(head)
+def contents_by_name(x: Any, names: list[str]) -> dict[str, Any]:
+    """The trees that an opened function carries, by name. A function that is not opened, as
+    it holds no refs, has those of these names. Empty if `x` is no function."""
+    if is_closure(x):
+        return dict(zip(names_in(x.head), x.contents))
+    if not may_carry(x):
+        return {}
+    cells = getattr(x, "__closure__", None) or ()
+    names_of_cells = x.__code__.co_freevars if cells else ()
+    filled = {
+        name: cell for name, cell in zip(names_of_cells, cells) if is_filled(cell)
+    }
+    return {
+        name: filled[name].cell_contents if name in filled else getattr(x, name)
+        for name in names
+        if name in filled or hasattr(x, name)
+    }
 
 
 # JAX compares nodes of treedefs by `==` of their heads, but hashes a treedef only by its
