@@ -820,7 +820,7 @@ def test_equal_declarations_share_a_compiled_program(trace_counter):
 
 
 def test_what_an_annotation_says_is_worked_out_once(trace_counter, monkeypatch):
-    from refx_eqx._fields._declaration import Annotation
+    from refx_eqx._fields._annotation import Annotation
 
     read = trace_counter(Annotation.declared)
     monkeypatch.setattr(Annotation, "declared", read)

@@ -1,101 +1,183 @@
-"""String annotations, whose names are looked up from the class body.
+"""Reads from the annotation of a field what its class declares about refs."""
 
-A class may be made before everything its annotations name. So a name that is not found is
-looked up again when the first instance is made: see `_declaration.py`.
-"""
-
-import builtins
-import functools
-import sys
+import dataclasses
+import inspect
+import itertools
 import types
-from collections.abc import Iterator
-from typing import Any, ForwardRef, Union
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from typing import Annotated, Any, ClassVar, Final, get_args, get_origin, Union
+
+from .._core._errors import CollectionError
+from .._core._ref import Ref
+from ._collection import Collection
+from ._declared import Declared, DeclaredContainer, DeclaredRef
+from ._hints import alias_of, hint_text, split_hint, value_of_alias, without_aliases
+from ._names_of_class import is_unknown, Names
+from ._ref_type import OpenRefHint, RefHint
 
 
-class _Unknown:
-    """Stands for a name in an annotation that exists only for the type checker."""
+class Annotation:
+    """The annotation of a field: a type, or a string with one.
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
-
-    def __getitem__(self, item: Any) -> Any:
-        return self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self
-
-    def __or__(self, other: Any) -> Any:
-        return Union[Any, other]
-
-    __ror__ = __or__
-
-
-def is_unknown(hint: Any) -> bool:
-    """Whether the name of a type exists only for the type checker."""
-    return isinstance(hint, _Unknown)
-
-
-class Names(dict):
-    """The names that the annotations of a class may use. A name that was found is kept: it
-    may be local to a function that has returned when it is needed again.
-
-    - `is_last`: whether a name that is not found exists only for the type checker.
+    It may name what is defined later in its module. So it can be read twice: when the class
+    is made, and again when the first instance is, which is the last time.
     """
 
-    def __init__(self, owner: type):
-        super().__init__()
+    def __init__(self, owner: type, field: str, annotation: Any):
         self.owner = owner
-        self.is_last = False
+        self.field = field
+        self._annotation = annotation
+        self._names = Names(owner)
+        self.place = f"{owner.__name__}.{field}"
 
-    def evaluate(self, annotation: Any) -> Any:
-        """Evaluates an annotation that is a string because of `from __future__ import
-        annotations` or quotes (`Optional["Param[Array]"]`).
+    def declared(self, is_last: bool) -> Declared | None:
+        """What it declares about refs; `None` if it contains none.
 
         **Raises:**
 
-        - `NameError`: if a name in it is not found, and may be defined later.
+        - `NameError`: if it uses a name that is not defined. At last: only if a type alias
+            does, because then it is not known whether the alias stands for a ref.
+        - `TypeError`: if it puts refs into something that is not a pytree.
+        - `CollectionError`: if it gives a ref two collections, or a collection to what is not
+            a ref; or if it is a union of refs.
         """
-        for _ in range(2):  # A quoted annotation is then a string in a string.
-            if isinstance(annotation, ForwardRef):
-                annotation = annotation.__forward_arg__
-            if isinstance(annotation, str):
-                annotation = eval(annotation, {}, self)
-        return annotation
+        self._names.is_last = is_last
+        try:
+            return self._read(self._annotation, itertools.count())
+        except NameError as e:
+            if not is_last:
+                raise
+            name = self.owner.__name__
+            raise NameError(
+                f"`{self.place}` is annotated with a type alias that uses an "
+                f"undefined name: {e}. So it is not known whether the field holds a ref. "
+                f"Define that name before the first `{name}` is made (an import under `if "
+                "TYPE_CHECKING` does not), or write what the alias stands for, in quotes, "
+                "instead of the alias.",
+                name=e.name,
+            ) from None
 
-    def __missing__(self, name: str) -> Any:
-        for scope in self._scopes():
-            if name in scope:
-                return self.setdefault(name, scope[name])
-        if self.is_last:
-            return _Unknown()
-        raise NameError(f"name {name!r} is not defined", name=name)
+    def is_plain(self) -> bool:
+        """Whether it declares no ref, as far as is known when the class is made."""
+        try:
+            return self.declared(is_last=False) is None
+        except NameError:
+            return not self.is_of_instance()  # for a field, it is not yet known
 
-    def _scopes(self) -> Iterator[Any]:
-        yield vars(self.owner)
-        yield from _enclosing_locals(self._globals)
-        yield self._globals
-        yield vars(builtins)
+    def is_of_instance(self) -> bool:
+        """Whether it is of a field, not of a class variable, say."""
+        self._names.is_last = True
+        hint = self._names.evaluate(self._annotation)
+        is_of_class = hint is ClassVar or get_origin(hint) is ClassVar
+        return not is_of_class and not isinstance(hint, dataclasses.InitVar)
 
-    @functools.cached_property
-    def _globals(self) -> dict:
-        """Those of the module of the class; for a class made by `exec`, those given to
-        it."""
-        for frame in _frames():
-            if frame.f_globals.get("__name__", "builtins") == self.owner.__module__:
-                return frame.f_globals
-        return vars(sys.modules[self.owner.__module__])
+    def hint(self) -> Any:
+        """The type, as far as its names are defined."""
+        self._names.is_last = True
+        return _as_far_as_defined(self._names.evaluate(self._annotation))
+
+    def _read(
+        self, annotation: Any, numbers: Iterator[int], inside: tuple = ()
+    ) -> Declared | None:
+        """As `declared`.
+
+        **Arguments:**
+
+        - `annotation`: all of the annotation, or a part.
+        - `numbers`: numbers for the refs in it.
+        - `inside`: the enclosing aliases. A recursive one declares nothing more.
+        """
+        hint, metadata = self._opened(annotation)
+        while (alias := alias_of(hint)) is not None:
+            if alias in inside:
+                return None
+            inside = (*inside, alias)
+            hint, more = self._opened(value_of_alias(hint))
+            metadata = (*more, *metadata)  # as in a nested `Annotated`
+        collections = dict.fromkeys(x for x in metadata if isinstance(x, Collection))
+        if isinstance(hint, RefHint | OpenRefHint):
+            ref_type, hint = hint.ref_type, self._type_of_value(hint.value_hint)
+        elif isinstance(hint, type) and issubclass(hint, Ref):
+            ref_type, hint = hint, Any
+        else:
+            self._refuse_without_a_ref(hint, collections)
+            return self._read_around(hint, numbers, inside)
+        if len(collections) > 1:
+            names = " and ".join(repr(x.name) for x in collections)
+            raise CollectionError(
+                f"The field `{self.place}` is annotated with collections {names}. Give "
+                "only one."
+            )
+        collection = next((x.name for x in collections), None)
+        number = next(numbers)
+        return DeclaredRef(self.owner, self.field, number, hint, ref_type, collection)
+
+    def _read_around(
+        self, hint: Any, numbers: Iterator[int], inside: tuple
+    ) -> Declared | None:
+        """As `_read`, for what may contain refs, but is none."""
+        origin: Any = get_origin(hint)
+        arguments = get_args(hint)
+        if origin is Final and arguments:
+            return self._read(arguments[0], numbers, inside)
+        if origin in (Union, types.UnionType):
+            found = [self._read(x, numbers, inside) for x in arguments]
+            found = [x for x in found if x is not None]
+            if len(found) > 1:
+                raise CollectionError(
+                    f"The field `{self.place}` is annotated with a union of refs, of which "
+                    "each may have its own collection and type. Give only one; its value "
+                    "may be of several types: `rx.Param[A | B]`."
+                )
+            if found and type(None) in arguments:
+                found[0].optional = True
+            return found[0] if found else None
+        if inspect.isclass(origin) and issubclass(origin, Sequence | Mapping | Set):  # pyright: ignore[reportArgumentType] (`Final`)
+            is_same_for_all = True
+            if issubclass(origin, Mapping):
+                arguments = arguments[1:]
+            elif issubclass(origin, tuple):
+                is_same_for_all = arguments[1:] == (Ellipsis,)
+                arguments = arguments[:1] if is_same_for_all else arguments
+            items = tuple(self._read(x, numbers, inside) for x in arguments)
+            if all(item is None for item in items):
+                return None
+            if issubclass(origin, Set):
+                raise TypeError(
+                    f"A field is annotated as a {origin.__name__} of refs, which is not a "
+                    "pytree. Use a tuple, a list or a dict."
+                )
+            return DeclaredContainer(origin, items, is_same_for_all)
+        return None
+
+    def _opened(self, annotation: Any) -> tuple[Any, tuple]:
+        """An annotation as `(hint, metadata)`, where the hint is not `Annotated`."""
+        hint, metadata = self._names.evaluate(annotation), ()
+        while get_origin(hint) is Annotated:
+            hint, more = split_hint(hint)
+            hint = self._names.evaluate(hint)  # in quotes
+            metadata = (*more, *metadata)
+        return hint, metadata
+
+    def _refuse_without_a_ref(
+        self, hint: Any, collections: Iterable[Collection]
+    ) -> None:
+        for collection in () if is_unknown(hint) else collections:
+            text = f"rx.Collection({collection.name!r})"
+            raise CollectionError(
+                f"The field `{self.place}` is annotated with `{text}`, but "
+                f"`{hint_text(hint)}` is not a ref, so it has no collection. Annotate a "
+                f"ref: `Annotated[rx.Ref[...], {text}]`."
+            )
+
+    def _type_of_value(self, hint: Any) -> Any:
+        if self._names.is_last:
+            return _as_far_as_defined(hint)
+        return without_aliases(hint)
 
 
-def _enclosing_locals(module: dict) -> list[dict]:
-    """The locals of the functions around a class body while it is being executed."""
-    return [frame.f_locals for frame in _frames() if frame.f_globals is module]
-
-
-def _frames() -> Iterator[types.FrameType]:
-    """The running frames, from the inside out."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
+def _as_far_as_defined(hint: Any) -> Any:
+    try:
+        return without_aliases(hint)
+    except NameError:  # a name that exists only for the type checker
+        return Any

@@ -1,7 +1,7 @@
 """What a class declares about the refs in a field.
 
 `weight: rx.Param[Float[Array, "out in"]]` declares one ref; `tuple[rx.Param[Array], ...]`
-declares a container of refs. `_declaration.py` reads this from the annotation. An
+declares a container of refs. `_annotation.py` reads this from the annotation. An
 instance binds the names: see `_bound.py`.
 """
 

@@ -21,10 +21,10 @@ from .._core._errors import check_name, CollectionError, describe, RefTypeError
 from .._core._ref import declare, is_ref, Ref
 from .._trees._cells import reachable
 from .._trees._equality import UNSET
+from ._annotation import Annotation
 from ._axis_names import name_scope
 from ._config import config
 from ._construction import finish_fields, keep_state, ModuleMeta
-from ._declaration import Annotation
 from ._declared import Declared, DeclaredRef, Visit
 
 

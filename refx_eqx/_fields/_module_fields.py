@@ -9,8 +9,8 @@ import equinox as eqx
 import jaxtyping
 
 from .._trees._equality import UNSET
+from ._annotation import Annotation
 from ._batched import BatchedHint
-from ._declaration import Annotation
 from ._field import RefField, refuse_shared
 
 
