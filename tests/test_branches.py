@@ -147,6 +147,17 @@ def test_what_a_branch_writes_weakly_takes_the_type_of_the_other():
     assert ref.value.dtype == jnp.bfloat16 and ref.value == 0
 
 
+@pytest.mark.parametrize("index", [0.0, jnp.array(0.0), True])
+def test_an_index_that_is_not_an_integer_is_refused(index):
+    message = r"the index must be an integer, but is (0\.0|.*f32\[\]|True), of dtype.*`rx.cond`"
+    branches = [lambda: 1, lambda: 2]
+    with raises(TypeError, match=message):
+        rx.switch(index, branches)
+    assert rx.switch(jnp.astype(jnp.asarray(index), int), branches) in (1, 2)
+    with raises(TypeError, match=message):
+        rx.filter_jit(lambda: rx.switch(index, branches))()
+
+
 def test_no_second_trace_for_an_equal_structure(trace_counter: Any):
     @trace_counter
     def add(a, b):

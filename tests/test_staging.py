@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.extend.core
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 import pytest
 from raising import raises
@@ -217,6 +218,22 @@ def test_pure_callback_names_a_result_of_another_shape_dtype_or_structure(
     with raises(rx.MismatchError, match=text):
         f(w, False)
     assert jnp.array_equal(f(w, True), jnp.ones(2))
+
+
+def test_what_is_closure_converted_says_what_it_takes():
+    x, ref = jnp.ones(3), rx.Ref(jnp.array(2.0), "params")
+    plain = lambda x, *, scale, act: act(x["x"]) * scale
+    given = dict(scale=np.ones(3), act=jnp.sin)
+    equinox = eqx.filter_closure_convert(plain, {"x": x, "n": 2}, **given).in_struct
+    ours = rx.filter_closure_convert(plain, {"x": x, "n": 2}, **given).in_struct
+    assert ours == equinox
+    two = lambda a, b, f: a.value + b.value + f()
+    converted = rx.filter_closure_convert(two, ref, ref, lambda: ref.value)
+    (first, second, _), kwargs = converted.in_struct
+    assert first.value == jax.ShapeDtypeStruct((), jnp.float32)
+    assert first.collection == "params" and second.index == first.index and not kwargs
+    assert jtu.tree_map(lambda x: x, converted).in_struct == converted.in_struct
+    assert hash(jtu.tree_structure(converted)) == hash(jtu.tree_structure(converted))
 
 
 def test_what_is_closure_converted_says_what_it_returns():

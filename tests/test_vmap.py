@@ -255,6 +255,43 @@ def test_sizes_that_differ_are_refused():
         rx.filter_vmap(lambda ref: ref.value, in_axes=1)(ref)
 
 
+@pytest.mark.parametrize("lib", [eqx, rx])
+def test_a_function_just_runs_if_nothing_is_mapped(lib):
+    same = lib.filter_vmap(lambda x: x)
+    assert same(1) == 1 and same(None) is None
+    assert lib.filter_vmap(lambda: "text")() == "text"
+    plain = lib.filter_vmap(lambda x: 2 * x, in_axes=None, out_axes=None)
+    assert plain(jnp.ones(3)).tolist() == [2.0, 2.0, 2.0]
+    assert jax.vmap(plain)(jnp.ones(3)).tolist() == [2.0, 2.0, 2.0]
+    with pytest.raises(ValueError, match="`axis_size`"):
+        lib.filter_vmap(lambda: jnp.ones(3))()
+
+
+def test_a_ref_is_written_if_nothing_is_mapped():
+    ref = rx.Ref(jnp.array(1.0), "state")
+
+    def add(ref, x):
+        ref.value += x
+
+    plain = rx.filter_vmap(add, in_axes=None)
+    plain(ref, jnp.array(2.0))
+    assert ref.value == 3.0
+    # It differs along the axis of the outer transform, which maps it.
+    refs, xs = rx.Ref(jnp.zeros(3), "state"), jnp.arange(3.0)
+    rx.filter_vmap(plain)(refs, xs)
+    assert refs.value.tolist() == [0.0, 1.0, 2.0]
+    with raises(
+        ValueError, match="nothing is mapped.*Pass an array that `in_axes` maps"
+    ):
+        rx.filter_vmap(lambda ref: ref.value, in_axes=None)(ref)
+    assert rx.filter_vmap(lambda ref, x: ref.value, in_axes=(None, 0))(
+        ref, xs
+    ).shape == (3,)
+    with raises(ValueError, match="nothing is mapped"):
+        rx.filter_vmap(lambda ref: plain(ref, 1.0) or ref.value, in_axes=None)(ref)
+    assert ref.value == 3.0
+
+
 def test_one_ref_with_two_axes_is_refused():
     ref = rx.Ref(jnp.ones((3, 3)), "state")
     message = r"'state'.*two axes: 0 in argument 0, 1 in argument 1.*same `in_axes`"
@@ -275,7 +312,7 @@ def test_nothing_mapped_needs_a_size():
     key = rx.Ref(jr.key(0), "rng")
     draw = lambda: jr.normal(key.value)
     assert rx.filter_vmap(draw, axis_size=3)().shape == (3,)
-    with raises(ValueError, match="Give `axis_size`"):
+    with raises(ValueError, match="or give `axis_size`"):
         rx.filter_vmap(draw)()
 
 

@@ -285,8 +285,10 @@ def cond(
     - `pred`: a boolean scalar.
     - `true_fun`, `false_fun`: functions of the operands. Their results must have the same
         structure, shapes and dtypes, the same static leaves, and the same refs at the same
-        places, or new refs of one kind. Python numbers become arrays, as in JAX; those in a
-        module are static, as in Equinox.
+        places, or new refs of one kind. What is weakly typed takes the dtype of the other
+        branch, so that one may write `ref.value = 0.0` to a ref of `bfloat16` that the
+        other leaves unchanged; `jax.lax.cond` refuses this. Python numbers become weakly
+        typed arrays, as in JAX; those in a module are static, as in Equinox.
     - `*operands`: any pytrees.
 
     **Returns:**
@@ -343,7 +345,8 @@ def switch(
 
     **Raises:**
 
-    As [`refx_eqx.cond`][]; and `ValueError` if there are no branches.
+    As [`refx_eqx.cond`][]; `ValueError` if there are no branches; and `TypeError` if the
+    index is not an integer.
     """
     if not branches:
         raise ValueError("`switch` needs at least one branch.")
@@ -354,7 +357,13 @@ def switch(
         lambda index: min(max(int(index), 0), n - 1),
         lambda index, branches: jax.lax.switch(index, branches),
     )
-    index = _as_scalar(index, "switch", "index")
+    given, index = index, _as_scalar(index, "switch", "index")
+    if not jnp.issubdtype(index.dtype, jnp.integer):
+        raise TypeError(
+            f"`switch`: the index must be an integer, but is {eqx.tree_pformat(given)}, of "
+            f"dtype {index.dtype}. Convert it, `jnp.astype(index, int)`; for a bool, there is "
+            "`rx.cond`."
+        )
     return _call_choice(choice, index, branches, operands)
 
 

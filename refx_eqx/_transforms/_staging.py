@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 from .._calls._call import Call, call
 from .._calls._structure import arrays_of, Key, Leaves, Outcome, OutcomeInfo, tree_of
 from .._core import _jax
+from .._core._deref import deref
 from .._core._errors import MismatchError, name_of
 from .._core._jax import ClosedJaxpr
 from .._core._nodes import is_node
@@ -113,10 +114,18 @@ class ClosureConverted(eqx.Module, Generic[P, T]):
     key: Key = eqx.field(static=True)
     types: tuple[jax.ShapeDtypeStruct, ...] = eqx.field(static=True)
     info: OutcomeInfo = eqx.field(static=True)
+    in_leaves: tuple[Any, ...] = eqx.field(static=True)
+    in_treedef: Any = eqx.field(static=True)
     out_treedef: Any = eqx.field(static=True)
     out_part: Part = eqx.field(static=True)
     out_leaves: tuple[Any, ...] = eqx.field(static=True)
     name: str = eqx.field(static=True)
+
+    @property
+    def in_struct(self) -> Any:
+        """The derefed arguments of the example, `(args, kwargs)`, with a
+        `jax.ShapeDtypeStruct` for each array."""
+        return jtu.tree_unflatten(self.in_treedef, self.in_leaves)
 
     @property
     def out_struct(self) -> Any:
@@ -166,10 +175,12 @@ class _Jaxpr:
 
 
 def _types_of_call(derefed: Call) -> tuple[jax.ShapeDtypeStruct, ...]:
-    shapes = jax.eval_shape(lambda x: x, derefed.arrays)
-    return tuple(
-        jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jtu.tree_leaves(shapes)
-    )
+    return tuple(jtu.tree_leaves(_types_of(derefed.arrays)))
+
+
+def _types_of(arrays: Any) -> Any:
+    types = jax.eval_shape(lambda x: x, arrays)
+    return jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), types)
 
 
 def filter_closure_convert(
@@ -214,8 +225,9 @@ def filter_closure_convert(
     **Returns:**
 
     A function with the arguments of `fn`, which must have the structure, shapes and dtypes
-    of the example. It is a pytree, and has an `out_struct`: the derefed result, with
-    `jax.ShapeDtypeStruct`s instead of arrays.
+    of the example. It is a pytree, and has an `in_struct`, the derefed `(args, kwargs)` of
+    the example, and an `out_struct`, the derefed result, both with `jax.ShapeDtypeStruct`s
+    instead of arrays.
 
     **Raises:**
 
@@ -233,6 +245,8 @@ def filter_closure_convert(
     outcome = Outcome(out, updates, info)
     arrays = jax.eval_shape(lambda x: x, derefed.arrays)
     part, leaves = derefed_result(derefed.structure, outcome, arrays)
+    given, statics = eqx.partition(deref((args, kwargs)), eqx.is_array)
+    in_leaves, in_treedef = jtu.tree_flatten(eqx.combine(_types_of(given), statics))
     both = zip(derefed.leaves[-1], derefed.structure.statics[-1])
     held = [x for x, static in both if static is None or is_node(static)]
     return ClosureConverted(
@@ -242,6 +256,8 @@ def filter_closure_convert(
         Call(held, args, kwargs).structure.key,
         _types_of_call(derefed),
         info,
+        tuple(in_leaves),
+        in_treedef,
         jtu.tree_structure((out, updates)),
         part,
         tuple(leaves),

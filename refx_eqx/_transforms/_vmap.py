@@ -78,6 +78,8 @@ def vmapped(
     """
     if places is None and axes.split:
         places = _place_numbers(arrays, axes, _size(arrays, axes, axis_size, name))
+    # As in Equinox, the function just runs if nothing is mapped, and nothing is to be.
+    is_vmap = bool(jtu.tree_leaves((axes.trees, places))) or axis_size is not None
     # The axes of the outcome; filled while the body runs.
     traced: dict[str, Any] = {}
 
@@ -87,9 +89,10 @@ def vmapped(
     def body(arrays: list[Leaves], place: Any) -> tuple[Outcome, Outcome]:
         mine = split_keys(axes.split, arrays, place)
         outcome = derefed.run(name, mine, transparent, apply, axes.withheld)
+        differs = _jax.is_batched if is_vmap else lambda x: False
         given = Outcome(
             _result_axes(derefed, outcome, out_axes, name),
-            _update_axes(derefed, outcome, axes, name),
+            _update_axes(derefed, outcome, axes, differs, name),
             outcome.info,
         )
         treedef = jtu.tree_structure(outcome)
@@ -97,12 +100,18 @@ def vmapped(
         is_mapped = treedef.unflatten([axis is not None for axis in traced["axes"]])
         mapped, unmapped = eqx.partition(outcome, is_mapped)
         for x in jtu.tree_leaves(unmapped):
-            if _jax.is_batched(x):
+            if differs(x):
                 raise ValueError(
                     f"`{name}(..., out_axes=...)`: the result has a batched array where "
                     "`out_axes` is None. Give it an axis."
                 )
         return mapped, unmapped
+
+    if not is_vmap:
+        mapped, unmapped = body(arrays, places)
+        if jtu.tree_leaves(mapped):
+            raise ValueError(_nothing_mapped(name))
+        return unmapped
 
     # JAX needs `out_axes` before tracing, but the writes are known only afterwards. So the body
     # returns mapped and unmapped arrays separately, mapped on axis 0, and the axes are moved
@@ -156,11 +165,15 @@ def _size(arrays: list[Leaves], axes: Axes, axis_size: int | None, name: str) ->
     for x in jtu.tree_leaves(axes.slices(arrays)):
         return len(x)
     if axis_size is None:
-        raise ValueError(
-            f"`{name}`: nothing is mapped, so the size of the mapped axis is unknown. Give "
-            "`axis_size`."
-        )
+        raise ValueError(_nothing_mapped(name))
     return axis_size
+
+
+def _nothing_mapped(name: str) -> str:
+    return (
+        f"`{name}`: nothing is mapped, so the size of the mapped axis is unknown. Pass an "
+        "array that `in_axes` maps, or give `axis_size`."
+    )
 
 
 def _with_axes(result: Any, out_axes: Any) -> Any:
@@ -203,14 +216,23 @@ FIRST = object()
 
 
 def _update_axes(
-    derefed: Call, outcome: Outcome, axes: Axes, name: str
+    derefed: Call,
+    outcome: Outcome,
+    axes: Axes,
+    differs: Callable[[Any], bool],
+    name: str,
 ) -> dict[int, Any]:
     """A mapped value goes out on the axis it came in on; a broadcast one must still be one
-    value."""
+    value.
+
+    **Arguments:**
+
+    - `differs`: whether an array differs along the mapped axis.
+    """
 
     def of_array(i: int, x: Any, axis: int | None) -> Any:
         check_axis(derefed.refs[i], axis, jnp.ndim(x) + 1, name)
-        if axis is not None or not _jax.is_batched(x):
+        if axis is not None or not differs(x):
             return axis
         if i in axes.split and is_key(x):
             return FIRST
@@ -334,7 +356,8 @@ def filter_vmap(
         mapped on axis 0, inside and outside refs, except those that functions close over.
     - `out_axes`: likewise, a prefix of the result.
     - `axis_name`: a name for the mapped axis, for collectives such as `jax.lax.pmean`.
-    - `axis_size`: the size of the mapped axis. Needed only if nothing is mapped.
+    - `axis_size`: the size of the mapped axis. Needed only if nothing is mapped, but a
+        result has an axis.
     - `**vmapkwargs`: passed on to `jax.vmap`, such as `spmd_axis_name`.
 
     **Returns:**
