@@ -397,3 +397,50 @@ def test_who_waits_for_a_function_waits_for_its_refs():
     ref = rx.Ref(Computed())
     rx.block_until_ready(lambda x: ref.value)
     assert len(waited) == 1
+
+
+STAND_FOR_REFS = {
+    "Value": (
+        lambda ref: rx.deref(ref),
+        lambda opened: opened.value,
+    ),
+    "Index": (
+        lambda ref: rx.deref((ref, ref))[1],
+        None,
+    ),
+    "Dag": (
+        lambda ref: rx.Dag([ref]),
+        lambda dag: rx.snapshot(dag.value),
+    ),
+    "gradients": (
+        lambda ref: rx.filter_grad(lambda tree: tree["w"][0].value.sum())({"w": [ref]}),
+        lambda grads: rx.snapshot(rx.reref(grads)),
+    ),
+}
+
+
+class Untyped(rx.Module):
+    held: rx.Ref
+
+
+@pytest.mark.parametrize("make, values", STAND_FOR_REFS.values(), ids=STAND_FOR_REFS)
+def test_what_stands_for_a_ref_is_no_value_of_a_ref(make, values):
+    other = rx.Ref(jnp.ones(2), "params")
+    given = make(other)
+    ref = rx.Ref(0.0, "log")
+    for write in (
+        lambda: rx.Ref(given),
+        lambda: setattr(ref, "value", given),
+        lambda: setattr(ref, "value", {"a": [given]}),
+        lambda: Untyped(given),
+    ):
+        with raises(
+            rx.StructureError,
+            match=r"cannot hold an `rx.(Value|Index|Dag)`, which stands for refs: .* was given "
+            r"one\. Give it the value",
+        ):
+            write()
+    assert ref.value == 0.0
+    if values is not None:  # the remedy
+        ref.value = values(given)
+        assert float(sum(map(jnp.sum, jax.tree.leaves(ref.value)))) == 2.0

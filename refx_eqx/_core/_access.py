@@ -6,6 +6,7 @@ from typing import Any
 
 from .._trees._cells import held_by, holds_itself, is_lookup, may_carry
 from .._trees._changes import copied, is_writeable, try_leaves
+from .._trees._equality import ByValue, StandsForShared
 from . import _jax, _trace
 from ._errors import (
     CarryError,
@@ -120,21 +121,23 @@ def why_immutable(ref: Any) -> str | None:
 
 
 def check_value(ref: Any, value: Any) -> Any:
-    """Checks that a value may go into `ref`: it has no ref inside, is alive here, and has
-    its type.
+    """Checks that a value may go into `ref`: it has no ref inside and nothing that stands
+    for one, is alive here, and has its type.
 
     Returns the value to store: a Python scalar becomes an array if an array is declared.
     """
     if type(value) is _jax.ConcreteArray:
         check_not_deleted(ref, value)
     else:
-        leaves = try_leaves(value, is_lookup)
+        leaves = try_leaves(value, _is_whole)
         if leaves is None:
             refuse_cycle(value, ref)
             raise _consumed(f"Cannot write {describe(ref)}: the new value holds")
         if any(map(is_writeable, leaves)):
             value = copied(value)
         for leaf in leaves:
+            if isinstance(leaf, StandsForShared):
+                raise _derefed(ref, leaf)
             inside = held_by(leaf)
             if inside is not None:
                 raise _nested(ref, inside, may_carry(leaf))
@@ -148,6 +151,23 @@ def check_value(ref: Any, value: Any) -> Any:
     for bound in ref._declared or ():
         value = bound.checked(ref, value)
     return value
+
+
+def _is_whole(x: Any) -> bool:
+    return isinstance(x, StandsForShared) or is_lookup(x)
+
+
+def _derefed(ref: Any, node: StandsForShared) -> StructureError:
+    remedy = (
+        "the value, such as `grads.weight.value`; of a whole derefed tree, "
+        "`rx.snapshot(rx.reref(tree))`."
+    )
+    if isinstance(node, ByValue):
+        remedy = "the values: `rx.snapshot(dag.value)`."
+    return StructureError(
+        f"The value of a ref cannot hold an `rx.{type(node).__name__}`, which stands for refs: "
+        f"{describe(ref)} was given one. Give it {remedy}"
+    )
 
 
 def _nested(ref: Any, inside: Any, is_in_function: bool) -> StructureError:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from .._trees._equality import Ignored
+from .._trees._equality import Ignored, StandsForShared
 from . import _jax
 from ._errors import check_name, describe
 from ._misuse import missing_attribute, misuse_of_node, refuse_to_be_a_value
@@ -49,7 +49,7 @@ def label_of(ref: Ref) -> Label:
     return Label((ref._name, ref._declared))
 
 
-class Node:
+class Node(StandsForShared):
     """The base of `Value` and `Index`: everything about a ref except its value."""
 
     __slots__ = ("collection", "index", "label", "ref_type")

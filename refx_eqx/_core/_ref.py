@@ -175,7 +175,8 @@ class Ref(Shared, Generic[T]):
 
     **Raises:**
 
-    - `StructureError`: if `value`, or a function in it, holds a ref.
+    - `StructureError`: if `value`, or a function in it, holds a ref, or a `Value`, `Index` or
+        `Dag`, which stand for refs.
 
     When it is read or written:
 

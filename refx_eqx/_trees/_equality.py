@@ -15,7 +15,13 @@ class Shared:
     __slots__ = ()
 
 
-class ByValue:
+class StandsForShared:
+    """A tree node that stands for shared leaves: a `Value`, an `Index` or a `Dag`."""
+
+    __slots__ = ()
+
+
+class ByValue(StandsForShared):
     """A tree node that is passed by value: changes to it are not carried back."""
 
     __slots__ = ()
