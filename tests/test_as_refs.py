@@ -374,3 +374,18 @@ def test_a_program_serves_every_layer_of_a_structure(trace_counter):
         for _ in range(3):
             step(layer, ones(3))
     assert counted.counter.count == 1
+
+
+@pytest.mark.parametrize("frozen", [rx.path("layers.0.**", "laters.1.**"), "frozen"])
+def test_a_name_that_is_not_in_the_tree_is_an_error(frozen):
+    mlp = eqx.nn.MLP(2, 2, 2, 1, key=jr.key(0))
+    filters = {"frozen": frozen, "params": True}
+    with raises(
+        rx.StructureError, match=r"selects nothing.* leaves at `layers.0.weight`"
+    ):
+        rx.as_refs(mlp, filters)
+    filters["frozen"] = rx.path("layers.0.**") | (rx.path("laters.1.**") | False)
+    model = rx.as_refs(mlp, filters)  # the remedy
+    assert [ref.collection for ref in rx.aliases(model)] == ["frozen"] * 2 + [
+        "params"
+    ] * 2

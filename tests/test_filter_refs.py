@@ -123,10 +123,17 @@ def test_what_a_filter_keeps_of_refs_is_weak():
     [
         ("parms", r"rx.collection\('parms'\) selects nothing in this tree, which has refs of "
          r"the collections 'params', 'counts', and leaves at `encoder.weight`, "
-         r"`encoder.calls`, `decoder.weight`, `decoder.calls`. Correct the name. If it may select nothing, say so: `rx.collection\('lora'\) \| False`"),
+         r"`encoder.calls`, `decoder.weight`, `decoder.calls`. Correct the name. If it may be missing, write `\(rx.collection\('parms'\) \| False\)` in its place"),
         (rx.path("encodr.**"), r"rx.path\('encodr.\*\*'\) selects nothing"),
-        (rx.collection("parms", "lora"), r"rx.collection\('parms', 'lora'\) selects nothing"),
-        (rx.collection("params") & rx.path("head.**"), "selects nothing"),
+        (rx.collection("params", "lora"),
+         r"rx.collection\('lora'\), in rx.collection\('params', 'lora'\), selects nothing"),
+        (rx.path("**.weight", "**.biass"), r"rx.path\('\*\*.biass'\), in .*, selects nothing"),
+        (rx.collection("params") | rx.collection("parms"), r"rx.collection\('parms'\), in"),
+        (rx.collection("params") & ~rx.path("**.biass"), r"rx.path\('\*\*.biass'\), in"),
+        (~rx.collection("parms"), r"rx.collection\('parms'\), in ~.*, selects nothing"),
+        (rx.collection("params") & rx.path("*.calls"), "selects nothing"),
+        (~(rx.collection("params") & rx.path("*.calls")), "selects nothing"),
+        (rx.path("*.calls") | rx.Ref(1.0), r"rx.refs_in\(an unnamed ref\), in .*, selects nothing"),
         (("params", "counts"), r"for several collections, write "
          r"`rx.collection\('params', 'counts'\)`"),
         (rx.Ref(1.0), r"rx.refs_in\(an unnamed ref\) selects nothing .*a copy has other refs"),
@@ -152,6 +159,10 @@ def test_what_may_select_nothing():
     for filter in (
         False,
         rx.collection("lora") | False,
+        rx.path("layers.**", "head") | rx.collection("lora") | False,
+        rx.collection("params") & (rx.path("head.**") | False),
+        ~(rx.collection("params") | (~rx.path("head.**") | False)),
+        rx.refs_in(rx.Ref(1.0)) | False,
         rx.collection(),
         ~rx.collection("params", "counts"),
         lambda leaf: False,

@@ -24,8 +24,9 @@ from .._fields._referenced import (
 )
 from .._trees._cells import is_lookup, is_opaque
 from .._trees._closure import opened
-from .._trees._paths import key_text, path_text
+from .._trees._paths import key_text, Path, path_text
 from ._filters import as_filter, Filter, FilterLike
+from ._select import check_names
 
 
 T = TypeVar("T")
@@ -77,7 +78,8 @@ def as_refs(
 
     **Raises:**
 
-    - `StructureError`: if a module in the tree uses `equinox.nn.State`.
+    - `StructureError`: if a module in the tree uses `equinox.nn.State`, or if a filter names
+        something that is not in the tree.
     - `CollectionError`: if one array would be in two collections.
     - `TypeError`: if `where` is not a function.
     """
@@ -93,7 +95,10 @@ def as_refs(
     for name in collection:
         check_name("rx.as_refs", collection=name)
     filters = {name: as_filter(f) for name, f in collection.items()}
-    return _Conversion(filters, where, _declared_collections(tree)).tree(tree, ())
+    conversion = _Conversion(filters, where, _declared_collections(tree))
+    converted = conversion.tree(tree, ())
+    check_names(list(filters.values()), *conversion.met)
+    return converted
 
 
 def _declared_collections(tree: Any) -> dict[int, Hashable]:
@@ -116,6 +121,10 @@ class _Conversion:
     where: Callable[[Any], bool]
     declared: dict[int, Hashable]
     made: dict[int, Ref] = dataclasses.field(default_factory=dict)
+    # The paths of all leaves, and the leaves.
+    met: tuple[list[Path], list[Any]] = dataclasses.field(
+        default_factory=lambda: ([], [])
+    )
 
     def tree(self, tree: Any, path: tuple) -> Any:
         """The tree, with its leaves converted, and the modules in it."""
@@ -147,9 +156,11 @@ class _Conversion:
         return as_referenced(converted) if sees_values else converted
 
     def leaf(self, leaf: Any, path: tuple) -> Any:
+        names = tuple(map(key_text, path))
+        self.met[0].append(names)
+        self.met[1].append(leaf)
         if isinstance(leaf, Ref) or not self.where(leaf):
             return leaf
-        names = tuple(map(key_text, path))
         for collection, selects in self.filters.items():
             if selects.matches(names, leaf):
                 if collection is None:

@@ -12,11 +12,14 @@ A filter is
 
 A filter decides per ref, not per place. It sees refs even if the tree is derefed, and it
 must give the same answer at every place of a ref, so that a tie cannot be torn.
+
+Each name in a filter, also in a part of one, must be in the tree: otherwise `~rx.path("bais")`
+would silently select everything. `f | False` says that the names in `f` may be missing.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, TypeAlias, TypeVar
 
 import equinox as eqx
@@ -47,10 +50,13 @@ class Filter:
         import refx_eqx as rx
 
         model = {"w": rx.Ref(1.0, "params"), "n": rx.Ref(0, "counts")}
-        chosen = rx.collection("params") & ~rx.path("**.bias")
+        chosen = rx.collection("params") & ~(rx.path("**.bias") | False)
         assert rx.filter_spec(model, chosen) == {"w": True, "n": False}
         assert eqx.filter(model, rx.collection("counts"))["w"] is None
         ```
+
+    Each collection and each path that a filter names must be in the tree it is used on.
+    `f | False` says that those of `f` may be missing, such as a bias here.
     """
 
     # Whether it depends on what a ref is: its collection, its class.
@@ -64,6 +70,16 @@ class Filter:
     def matches(self, path: Path | None, leaf: Any) -> bool:
         """Whether the filter selects a leaf. `path` is `None` if it is unknown."""
         raise NotImplementedError(f"{type(self).__name__} must define `matches`.")
+
+    def _each_by_name(self) -> "Iterator[Filter]":
+        """The parts that consist only of names, so that each must select something, from
+        single names to the whole."""
+        if self._is_by_name:
+            yield self
+
+    def _code(self) -> str:
+        """How a message writes it in code."""
+        return repr(self)
 
     def __call__(self, leaf: Any) -> bool:
         with only_answering():
@@ -115,6 +131,9 @@ class _Collections(Filter):
             return f" (for several collections, write `rx.collection{self.names[0]!r}`)"
         return ""
 
+    def _each_by_name(self) -> Iterator[Filter]:
+        return (_Collections((name,)) for name in self.names)
+
     def matches(self, path: Path | None, leaf: Any) -> bool:
         return isinstance(leaf, Ref) and leaf.collection in self.names
 
@@ -134,6 +153,9 @@ class _Paths(Filter):
     @property
     def _is_by_name(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return bool(self.patterns)
+
+    def _each_by_name(self) -> Iterator[Filter]:
+        return (_Paths((pattern,)) for pattern in self.patterns)
 
     def matches(self, path: Path | None, leaf: Any) -> bool:
         if path is None:
@@ -184,6 +206,9 @@ class _Refs(Filter):
         # Refs of one body are distinguished without asking which refs they stand for.
         alive = [ref for ref in (x.recall() for x in self.refs) if ref is not None]
         return any(ref._body is not leaf._body and ref == leaf for ref in alive)
+
+    def _code(self) -> str:
+        return "rx.refs_in(...)"
 
     @functools.cached_property
     def _set(self) -> frozenset[Identity]:
@@ -247,6 +272,13 @@ class _Joined(Filter):
     def _is_by_name(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return all(f._is_by_name for f in self.filters)
 
+    def _each_by_name(self) -> Iterator[Filter]:
+        if self.quantifier is any and _Constant(False) in self.filters:
+            return  # `f | False`: what `f` names may be missing
+        for f in self.filters:
+            yield from f._each_by_name()
+        yield from super()._each_by_name()  # an `  # those of `&` need not meet` of names that exist may be empty
+
     def matches(self, path: Path | None, leaf: Any) -> bool:
         return self.quantifier(f.matches(path, leaf) for f in self.filters)
 
@@ -262,6 +294,9 @@ class _Not(Filter):
     @property
     def _asks_refs(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.filter._asks_refs
+
+    def _each_by_name(self) -> Iterator[Filter]:
+        return self.filter._each_by_name()
 
     def matches(self, path: Path | None, leaf: Any) -> bool:
         return not self.filter.matches(path, leaf)

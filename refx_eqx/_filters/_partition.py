@@ -64,7 +64,8 @@ def partition(tree: T, *filters: FilterLike) -> tuple[T, ...]:
 
     **Raises:**
 
-    - `StructureError`: if a filter selects a ref at one of its places and not at another.
+    - `StructureError`: if a filter selects a ref at one of its places and not at another,
+        or if a name in it is not in the tree.
     - `RefTypeError`: if a filter selects by collection or class, and a field that is declared
         a ref holds an array.
     """
@@ -242,7 +243,7 @@ def tree_partition(
     **Raises:**
 
     - `StructureError`: if a filter selects a ref at one of its places and not at another,
-        or if two leaves have the same path.
+        if a name in it is not in the tree, or if two leaves have the same path.
     - `RefTypeError`: if a filter selects by collection or class, and a field that is declared
         a ref holds an array.
     """
@@ -281,7 +282,8 @@ def get_partition(tree: PyTree, filter: FilterLike) -> FlatPartition:
 
     **Raises:**
 
-    - `StructureError`: if the filter selects a ref at one of its places and not at another.
+    - `StructureError`: if the filter selects a ref at one of its places and not at another,
+        or if a name in it is not in the tree.
     - `RefTypeError`: if a filter selects by collection or class, and a field that is declared
         a ref holds an array.
     """

@@ -83,8 +83,8 @@ def choose(pairs: list[tuple[Path, Any]], *filters: Any) -> list[int]:
 
     **Raises:**
 
-    - `StructureError`: if the answer differs between two places of one ref, or if a filter
-        by name selects nothing.
+    - `StructureError`: if the answer differs between two places of one ref, or if a name
+        in a filter selects nothing.
     """
     resolved = [as_filter(f) for f in filters]
     paths, leaves = [path for path, _ in pairs], as_closed([leaf for _, leaf in pairs])
@@ -92,13 +92,22 @@ def choose(pairs: list[tuple[Path, Any]], *filters: Any) -> list[int]:
         answers = [
             _first_match(resolved, path, leaf) for path, leaf in zip(paths, leaves)
         ]
-    for i, f in enumerate(resolved):
-        if leaves and i not in answers and f._is_by_name:
-            # The filters before it may have taken everything.
-            if not any(map(f.matches, paths, leaves)):
-                raise _selects_nothing(f, paths, leaves)
+    check_names(resolved, paths, leaves)
     _check_ties(resolved, paths, leaves, answers)
     return answers
+
+
+def check_names(filters: list[Filter], paths: list[Path], leaves: list[Any]) -> None:
+    """Checks that each name in these filters selects something in a tree, if it has leaves.
+
+    **Raises:**
+
+    - `StructureError`: if not.
+    """
+    for f in filters:
+        for part in f._each_by_name():
+            if leaves and not any(map(part.matches, paths, leaves)):
+                raise _selects_nothing(part, f, paths, leaves)
 
 
 def _first_match(filters: list[Filter], path: Path, leaf: Any) -> int:
@@ -126,7 +135,7 @@ def _check_ties(
 
 
 def _selects_nothing(
-    filter: Filter, paths: list[Path], leaves: list[Any]
+    part: Filter, filter: Filter, paths: list[Path], leaves: list[Any]
 ) -> StructureError:
     refs = [leaf for leaf in leaves if isinstance(leaf, Ref)]
     collections = list(dict.fromkeys(ref._collection for ref in refs))
@@ -134,20 +143,21 @@ def _selects_nothing(
     if len(places) > 8:
         places = [*places[:8], f"{len(places) - 8} more"]
     no_refs = "no refs"
-    if filter._asks_refs:
+    if part._asks_refs:
         no_refs += (
             " (`rx.as_refs(model, 'params')` makes refs of the arrays of a model)"
         )
     return StructureError(
-        f"{filter!r} selects nothing in this tree, which has "
+        f"{part!r}{'' if part == filter else f', in {filter!r},'} selects nothing in this "
+        "tree, which has "
         + (
             f"refs of the collections {', '.join(map(repr, collections))}"
             if refs
             else no_refs
         )
         + f", and leaves at {', '.join(places)}. Correct the name"
-        + filter._hint
-        + ". If it may select nothing, say so: `rx.collection('lora') | False`."
+        + part._hint
+        + f". If it may be missing, write `({part._code()} | False)` in its place."
     )
 
 
@@ -189,7 +199,7 @@ def values(tree: PyTree, filter: FilterLike = True) -> list[Any]:
     **Raises:**
 
     - `StructureError`: if the filter selects a ref at one of its places and not at another,
-        or if a filter by name selects nothing.
+        or if a name in it is not in the tree.
     - `TraceLevelError`: if a ref cannot be read here.
     """
     return [ref.value for ref in selected_refs(tree, filter)]
@@ -224,7 +234,8 @@ def filter_spec(tree: PyTree, filter: FilterLike) -> PyTree[bool]:
 
     **Raises:**
 
-    - `StructureError`: if the filter selects a ref at one of its places and not at another.
+    - `StructureError`: if the filter selects a ref at one of its places and not at another,
+        or if a name in it is not in the tree.
     - `RefTypeError`: if a filter selects by collection or class, and a field that is declared
         a ref holds an array.
     """
