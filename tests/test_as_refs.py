@@ -379,7 +379,7 @@ def test_a_program_serves_every_layer_of_a_structure(trace_counter):
 @pytest.mark.parametrize("frozen", [rx.path("layers.0.**", "laters.1.**"), "frozen"])
 def test_a_name_that_is_not_in_the_tree_is_an_error(frozen):
     mlp = eqx.nn.MLP(2, 2, 2, 1, key=jr.key(0))
-    filters = {"frozen": frozen, "params": True}
+    filters: dict[Any, Any] = {"frozen": frozen, "params": True}
     with raises(
         rx.StructureError, match=r"selects nothing.* leaves at `layers.0.weight`"
     ):
