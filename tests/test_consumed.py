@@ -1,5 +1,8 @@
 """An `eqx.nn.State` in a ref, which a layer consumes: `out, ref.value = layer(x, ref.value)`."""
 
+import copy
+import pickle
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -122,7 +125,17 @@ def test_a_consumed_state_cannot_be_carried():
     match = (
         "Cannot carry an unnamed ref .*batch_stats.*consumed by a layer.* returns: `out"
     )
-    for door in (double, lambda ref: rx.state_dict({"ref": ref})):
+    by_name = lambda ref: rx.state_dict({"ref": ref})
+    doors = (
+        double,
+        by_name,
+        rx.deref,
+        rx.clone,
+        rx.snapshot,
+        copy.deepcopy,
+        pickle.dumps,
+    )
+    for door in doors:
         with raises(rx.StructureError, match=match):
             door(ref)
     with raises(rx.StructureError, match="Cannot write .*: the new value holds"):

@@ -1,6 +1,7 @@
 """`filter_jit(donate=...)`: old buffers are reused, and nothing that is needed is lost."""
 
 import copy
+import pickle
 import sys
 import threading
 import warnings
@@ -430,6 +431,49 @@ def test_a_value_that_was_donated_elsewhere_is_a_clear_error(donate):
     a.value = jnp.ones(4)
     _donating(jnp.array(a.value, copy=True))
     step(a, make_ref(), jnp.ones(4))
+
+
+def _total(tree):
+    return sum(jnp.sum(x**2) for x in jax.tree.leaves(tree["w"].value))
+
+
+DOORS = {
+    "jit": rx.filter_jit(_total),
+    "grad": rx.filter_grad(_total),
+    "jvp": lambda tree: rx.filter_jvp(
+        lambda tree, x: x * _total(tree), (tree, 1.0), (None, 1.0)
+    ),
+    "vmap": lambda tree: rx.filter_vmap(lambda x: x * _total(tree))(jnp.ones(2)),
+    "scan": lambda tree: rx.scan(lambda c, _: (c, _total(tree)), 0, length=2),
+    "checkpoint": rx.filter_checkpoint(_total),
+    "deref": rx.deref,
+    "clone": rx.clone,
+    "snapshot": rx.snapshot,
+    "state_dict": rx.state_dict,
+    "tree_equal": lambda tree: rx.tree_equal(tree, tree),
+    "Dag": lambda tree: jax.jit(lambda dag: _total(dag.value))(rx.Dag(tree)),
+    "copy": lambda tree: copy.copy(tree["w"]),
+    "deepcopy": copy.deepcopy,
+    "pickle": pickle.dumps,
+}
+
+
+@pytest.mark.parametrize("is_tree", [False, True])
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+def test_every_door_names_the_ref_whose_buffer_is_gone(door, is_tree):
+    value = (jnp.ones(3), jnp.zeros(2)) if is_tree else jnp.ones(3)
+    tree = {"w": rx.Ref(value, "params")}
+    door(tree)
+    _donating(value[0] if is_tree else value)
+    with raises(
+        rx.DonatedError, match=r"The buffer of .*'params'\) is gone: its array"
+    ):
+        door(tree)
+    # Its shape is still known, and a new value may be written.
+    shape = rx.filter_eval_shape(lambda tree: tree["w"].value, tree)
+    assert jax.tree.leaves(shape)[0].shape == (3,)
+    rx.update_refs(tree, {"w": (jnp.ones(3), jnp.zeros(2)) if is_tree else jnp.ones(3)})
+    door(tree)
 
 
 def test_of_several_threads_the_error_speaks_of_them():

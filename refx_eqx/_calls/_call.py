@@ -26,7 +26,7 @@ from .._core._nodes import is_traced
 from .._core._ref import commits, content, IN_PLACE, Ref
 from .._trees._closure import Part
 from ._body import apply, run_body
-from ._commit import commit, Disturbed, next_try, rescue, updates_of
+from ._commit import commit, Disturbed, explain_donated, next_try, rescue, updates_of
 from ._structure import flatten, Leaves, Outcome, split, Structure, tree_of
 
 
@@ -200,6 +200,14 @@ def close_result(outcome: Outcome, refs: list[Ref]) -> Any:
     return result
 
 
+def _run(transform: Callable[[Call], Outcome], derefed: Call) -> Outcome:
+    try:
+        return transform(derefed)
+    except (ValueError, RuntimeError) as e:
+        explain_donated(e, derefed.refs, derefed.values)
+        raise
+
+
 # JAX removes its own frames and those of this library from a traceback that passes here.
 @_jax.api_boundary
 @_trace.tidying
@@ -221,7 +229,7 @@ def call(
         derefed = None
         try:
             derefed = Call(fn, args, kwargs, is_dynamic)
-            return derefed.finish(transform(derefed))
+            return derefed.finish(_run(transform, derefed))
         except Disturbed as e:
             tries = next_try(fn, e, tries)
         except BaseException:

@@ -4,10 +4,8 @@ import threading
 from collections.abc import Set
 from typing import Any
 
-import jax.tree_util as jtu
-
 from .._core import _jax, _trace
-from .._core._access import check_writable
+from .._core._access import check_writable, donated, is_gone
 from .._core._errors import ConcurrencyError, describe, name_of, StructureError
 from .._core._ref import commits, Ref
 from .._trees._changes import containers
@@ -76,6 +74,35 @@ def next_try(fn: Any, disturbed: Disturbed, tries: int) -> int:
     ) from None
 
 
+def explain_donated(error: Exception, refs: list[Ref], values: list[Any]) -> None:
+    """Raises a better error than JAX's if a call failed because a buffer is gone.
+
+    **Raises:**
+
+    - `Disturbed`: if another thread donated a value after it was read, and has written a
+        new one: the call must run again.
+    - `DonatedError`: if there is no new one; `ConcurrencyError` if another thread may have
+        donated it.
+    """
+    # "Array has been deleted", "buffer that was donated", and on a GPU "Donation requested
+    # for invalid buffer".
+    text = str(error).lower()
+    if "deleted" not in text and "donat" not in text:
+        return
+    for ref, value in zip(refs, values):
+        if is_gone(value):
+            if ref._value is not value:
+                raise Disturbed(refs, values) from None
+            if threading.active_count() > 1:
+                raise ConcurrencyError(
+                    f"The buffer of {describe(ref)} is gone: it was donated by a call that "
+                    "is still running on another thread, or that failed. Guard donating "
+                    "calls with a lock; with a single thread, the array was also used "
+                    "elsewhere, and donated or deleted there: donate a copy."
+                ) from error
+            raise donated(ref) from error
+
+
 def commit(
     refs: list[Ref], values: list[Any], started: int, updates: list[tuple[Ref, Any]]
 ) -> None:
@@ -116,7 +143,7 @@ def rescue(refs: list[Ref], values: list[Any], returned: list[Any]) -> bool:
     - `returned`: a function that makes the outcome, then the result of the program, if it
         returned.
     """
-    if len(returned) < 2 or not any(map(_jax.is_deleted, jtu.tree_leaves(values))):
+    if len(returned) < 2 or not is_gone(values):
         return False
     outcome = returned[0](returned[-1])
     with commits.lock:

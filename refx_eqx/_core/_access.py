@@ -83,6 +83,30 @@ def check_carried(ref: Any, value: Any) -> None:
         raise _consumed(f"Cannot carry {describe(ref)}: its value holds")
 
 
+def check_taken(ref: Any, value: Any) -> None:
+    """The checks before the value of a ref is given to other code: its buffers are not
+    gone. A plain read allows that: the shapes are still there, for a new value."""
+    if type(value) is not _jax.ConcreteArray:
+        check_carried(ref, value)
+    if is_gone(value):
+        raise donated(ref)
+
+
+def is_gone(value: Any) -> bool:
+    """Whether the buffer of an array in a value was donated, or deleted."""
+    if type(value) is _jax.ConcreteArray:
+        return value.is_deleted()
+    return any(map(_jax.is_deleted, try_leaves(value) or ()))
+
+
+def donated(ref: Any) -> DonatedError:
+    return DonatedError(
+        f"The buffer of {describe(ref)} is gone: its array was also used elsewhere, and "
+        "donated or deleted there (`jax.jit(..., donate_argnums=...)`, `.delete()`), or a "
+        "call that donated it failed. Donate a copy: `jnp.array(ref.value, copy=True)`."
+    )
+
+
 def _consumed(what: str) -> StructureError:
     return StructureError(
         f"{what} an `eqx.nn.State` that was consumed by a layer, and so has no arrays "

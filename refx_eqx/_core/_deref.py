@@ -25,7 +25,7 @@ from . import _trace
 from ._access import check_not_deleted, refuse_cycle
 from ._errors import describe, StructureError, TraceLevelError
 from ._nodes import Index, index_node, is_node, label_of, Value, value_node
-from ._ref import check_no_attributes, is_ref, make_ref, Ref
+from ._ref import check_no_attributes, is_ref, make_ref, Ref, taken
 
 
 T = TypeVar("T")
@@ -105,6 +105,7 @@ def deref(tree: T) -> T:
     - `StructureError`: if `tree` already holds a `Value` or an `Index`, if it contains
         itself, or if it holds refs in a set or as the keys of a dict.
     - `TraceLevelError`: if a ref cannot be read here.
+    - `DonatedError`: if the buffer of a value is gone.
     """
     refuse_cycle(tree)
     leaves, treedef = jtu.tree_flatten(opened(tree), is_leaf=_is_whole)
@@ -116,7 +117,7 @@ def deref(tree: T) -> T:
                 f"at {path_of(tree, is_node)}. Call `rx.reref` on it first, or do not call "
                 "`rx.deref` twice."
             )
-    return jtu.tree_unflatten(treedef, deref_leaves(leaves, {}, lambda ref: ref.value))
+    return jtu.tree_unflatten(treedef, deref_leaves(leaves, {}, taken))
 
 
 def _is_whole(x: Any) -> bool:
@@ -343,6 +344,7 @@ def clone(tree: T) -> T:
 
     - `StructureError`: if `tree` contains itself, or holds refs in a set or as dict keys.
     - `TraceLevelError`: if a ref cannot be read here.
+    - `DonatedError`: if the buffer of a value is gone.
     """
     return reref(deref(tree))
 
@@ -383,6 +385,7 @@ def tree_equal(
 
     - `StructureError`: if a tree contains itself, or holds refs in a set or as dict keys.
     - `TraceLevelError`: if a ref cannot be read here.
+    - `DonatedError`: if the buffer of a value is gone.
     """
     derefed = [_derefed(tree) for tree in trees]
     return eqx.tree_equal(*derefed, typematch=typematch, rtol=rtol, atol=atol)
@@ -421,6 +424,7 @@ def block_until_ready(tree: T) -> T:
 
     - `StructureError`: if `tree` contains itself, or holds refs in a set or as dict keys.
     - `TraceLevelError`: if a ref cannot be read here.
+    - `DonatedError`: if the buffer of a value is gone.
     """
     jax.block_until_ready(_derefed(tree))
     return tree

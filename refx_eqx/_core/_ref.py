@@ -23,6 +23,7 @@ from .._trees._keys import gone
 from . import _jax, _trace
 from ._access import (
     check_readable,
+    check_taken,
     check_unleaked,
     check_value,
     check_writable,
@@ -365,14 +366,14 @@ class Ref(Shared, Generic[T]):
             raise missing_attribute(self, name, value)
 
     def __copy__(self) -> Self:
-        return like(self, owned(self.value))
+        return like(self, owned(taken(self)))
 
     def __deepcopy__(self, memo: dict) -> Self:
-        return like(self, copy.deepcopy(self.value, memo))
+        return like(self, copy.deepcopy(taken(self), memo))
 
     def __reduce__(self):
         check_no_attributes(self)
-        state = type(self), self.value, self._collection, self._name, self._declared
+        state = type(self), taken(self), self._collection, self._name, self._declared
         return _unpickle, state
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
@@ -443,6 +444,13 @@ def set_content(ref: Ref, x: Any) -> None:
         _set_channel(ref, x.channel)
     else:
         set_value(ref, x)
+
+
+def taken(ref: Ref) -> Any:
+    """The value of a ref, for other code, to which a donated buffer has no name."""
+    value = ref.value
+    check_taken(ref, value)
+    return value
 
 
 def _array_like(ref: Ref) -> Any:

@@ -3,17 +3,13 @@
 import itertools
 import logging
 import re
-import threading
 from collections.abc import Iterable
 from typing import Any
 
 import equinox as eqx
 from equinox import _jit as equinox_jit
-from jax.tree_util import tree_leaves as leaves
 
-from .._calls._commit import Disturbed
-from .._core import _jax
-from .._core._errors import ConcurrencyError, describe, DonatedError
+from .._calls._commit import explain_donated
 from .._core._ref import Ref
 
 
@@ -41,10 +37,7 @@ def explain(error: Exception, refs: list[Ref], values: list[Any]) -> None:
     **Raises:**
 
     - `equinox.EquinoxRuntimeError`: if a run-time check failed.
-    - `Disturbed`: if another thread donated a value after it was read, and has written a
-        new one: the call must run again.
-    - `DonatedError`: if a value was donated, and there is no new one; `ConcurrencyError` if
-        another thread may have done so.
+    - What `explain_donated` raises.
     """
     text = str(error)
     callback = _CALLBACK_FAILED.search(text)
@@ -52,27 +45,7 @@ def explain(error: Exception, refs: list[Ref], values: list[Any]) -> None:
         raise _callback_errors.pop(int(callback[1])) from None
     if _CHECK_FAILED in text:
         raise _runtime_error(text) from None
-    # "Array has been deleted", "buffer that was donated", and on a GPU "Donation requested
-    # for invalid buffer".
-    if "deleted" not in text and "donat" not in text.lower():
-        return
-    for ref, value in zip(refs, values):
-        if any(map(_jax.is_deleted, leaves(value))):
-            if ref._value is not value:
-                raise Disturbed(refs, values) from None
-            gone = f"The buffer of {describe(ref)} is gone: "
-            if threading.active_count() > 1:
-                raise ConcurrencyError(
-                    f"{gone}it was donated by a call that is still running on another "
-                    "thread, or that failed. Guard donating calls with a lock; with a "
-                    "single thread, the array was also used elsewhere, and donated or "
-                    "deleted there: donate a copy."
-                ) from error
-            raise DonatedError(
-                f"{gone}its array was also used elsewhere, and donated or deleted there "
-                "(`jax.jit(..., donate_argnums=...)`, `.delete()`), or a call that "
-                "donated it failed. Donate a copy: `jnp.array(ref.value, copy=True)`."
-            ) from error
+    explain_donated(error, refs, values)
 
 
 # Equinox looks for this variable in each frame of the stack of a check.

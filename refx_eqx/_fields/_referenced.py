@@ -23,7 +23,7 @@ import jax.tree_util as jtu
 
 from .._core._deref import closed
 from .._core._nodes import is_module
-from .._core._ref import Ref
+from .._core._ref import Ref, taken
 from .._trees._cells import may_carry, reaches
 from .._trees._changes import owned
 from .._trees._closure import opened
@@ -104,7 +104,7 @@ def _value_in_zone(x: Any) -> Any:
 
 def _value_everywhere(x: Any) -> Any:
     if isinstance(x, Ref):
-        return owned(x.value)
+        return owned(taken(x))
     if may_carry(x):
         return closed(_lowered_leaf(opened(x), _value_everywhere)) if reaches(x) else x
     return _lowered(x, _value_everywhere) if is_referenced(x) else x

@@ -213,6 +213,7 @@ def snapshot(tree: PyTree) -> PyTree:
 
     - `StructureError`: if `tree` contains itself, or holds refs in a set or as dict keys.
     - `TraceLevelError`: if a ref cannot be read here.
+    - `DonatedError`: if the buffer of a value is gone.
     """
     refuse_cycle(tree)
     leaves = jtu.tree_leaves(opened(tree), is_leaf=is_lookup)

@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 from .._core import _trace
 from .._core._access import check_carried, check_value, check_writable
 from .._core._errors import describe, MismatchError, RefTypeError, StructureError
-from .._core._ref import is_ref, Ref
+from .._core._ref import is_ref, Ref, taken
 from .._fields._misplaced import check_refs_in_place
 from .._trees._cells import is_lookup
 from .._trees._equality import is_same_tree
@@ -73,6 +73,7 @@ def state_dict(tree: PyTree, filter: FilterLike = True) -> dict[str, Any]:
         and not at another, or if two refs have the same path.
     - `RefTypeError`: if a field that is declared a ref holds an array.
     - `TraceLevelError`: if a ref cannot be read here.
+    - `DonatedError`: if the buffer of a value is gone.
     """
     places = places_of(tree, filter, "Cannot make a state dict")
     if "allow_pickle" in places:
@@ -83,7 +84,7 @@ def state_dict(tree: PyTree, filter: FilterLike = True) -> dict[str, Any]:
         )
     slots = _slots(places, "Cannot make a state dict")
     first = first_places(places)
-    leaves = {path: jtu.tree_leaves(ref.value) for path, ref in first.items()}
+    leaves = {path: jtu.tree_leaves(taken(ref)) for path, ref in first.items()}
     return {
         key: storable(leaves[path][i])
         for key, (_, i, path) in slots.items()
