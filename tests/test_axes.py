@@ -474,6 +474,25 @@ def test_out_axes_of_functions():
     assert closure().shape == (2, 3)
 
 
+def test_an_out_axis_that_the_result_does_not_have_is_refused_by_name():
+    xs = jnp.ones((3, 2))
+    make = lambda x: {"new": rx.Ref(x.sum(), "new"), "x": x}
+    message = (
+        r"(\(collection 'new'\)), in the result at `new`, the axis 1, but .* is \(\)"
+    )
+    with raises(rx.MismatchError, match=message + ".*from -1 to 0"):
+        rx.filter_vmap(make, out_axes=1)(xs)
+    out = rx.filter_vmap(make, out_axes=rx.axes(new=0, default=1))(xs)
+    assert out["new"].shape == (3,) and out["x"].shape == (2, 3)
+    assert rx.filter_vmap(make, out_axes=-1)(xs)["x"].shape == (2, 3)
+    with raises(
+        rx.MismatchError, match="gives an array, in the result at `x`, the axis -3"
+    ):
+        rx.filter_vmap(make, out_axes={"new": 0, "x": -3})(xs)
+    with raises(rx.MismatchError, match="gives an array, in the result at its root"):
+        rx.filter_vmap(lambda x: x.sum(), out_axes=1)(xs)
+
+
 def test_two_out_axes_for_one_new_ref_are_refused():
     xs = jnp.arange(6.0).reshape(3, 2)
 

@@ -12,10 +12,12 @@ from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
 from .._calls._call import Call, call
+from .._calls._places import leaf_place
 from .._calls._structure import Leaves, Outcome
 from .._core import _jax
 from .._core._access import refuse_cycle
-from .._core._errors import CarryError, describe
+from .._core._errors import CarryError, describe, MismatchError
+from .._core._nodes import is_node
 from .._core._ref import Ref
 from .._engine._axes import array_axis, axes, leaf_axes, named_in_axes
 from .._engine._by_place import given_of_result
@@ -207,7 +209,27 @@ def _result_axes(derefed: Call, outcome: Outcome, out_axes: Any, name: str) -> L
         return jtu.tree_map(lambda x: array_axis(axis, x), value)
 
     of_leaves = lambda result: leaf_axes(out_axes, result, "out_axes")
-    return given_of_result(derefed, outcome, of_leaves, of_value, name, "out_axes")
+    found = given_of_result(derefed, outcome, of_leaves, of_value, name, "out_axes")
+    (part,) = outcome.info.result.parts
+    for k, (leaf, own) in enumerate(zip(outcome.out, found)):
+        arrays, treedef = jtu.tree_flatten(leaf)
+        for x, axis in zip(arrays, treedef.flatten_up_to(own)):
+            if axis is not None and not -jnp.ndim(x) - 1 <= axis <= jnp.ndim(x):
+                what = describe(leaf) if is_node(leaf) else "an array"
+                where = leaf_place(part, k)
+                raise MismatchError(_no_out_axis(what, where, axis, jnp.shape(x), name))
+    return found
+
+
+def _no_out_axis(
+    what: str, where: str, axis: int, shape: tuple[int, ...], name: str
+) -> str:
+    return (
+        f"`{name}(..., out_axes=...)` gives {what}, in the result at {where}, the axis {axis}, "
+        f"but its shape in the function is {shape}, so the stack has no such axis. Give it "
+        f"one from {-len(shape) - 1} to {len(shape)}; if other arrays need another, "
+        "`rx.axes(...)` gives each collection its own."
+    )
 
 
 # The axis of a key that was broadcast, split along the mapped axis, and written: the first
@@ -369,7 +391,8 @@ def filter_vmap(
     When called:
 
     - `StructureError`: if a broadcast ref is written with a value that differs along the
-        mapped axis, if one ref has two axes, or if sizes differ.
+        mapped axis, if one ref has two axes, if sizes differ, or if a result does not have
+        the axis that `out_axes` gives it.
     - `TraceLevelError`: if the function touches the whole of a ref that it has a slice of.
     """
     return _Vmap.of(
