@@ -184,6 +184,25 @@ def test_a_list_of_refs_has_no_other_filters(kind, other):
     assert selected(net, rx.refs_in(tree)) == ["decoder.weight"]
 
 
+def test_each_item_of_a_list_selects_something():
+    net, other = make(), make()
+    chosen = [net.decoder.weight, net.encoder]
+    assert len(selected(net, chosen)) == 3
+    for use in (rx.filter_spec, rx.partition, rx.state_dict):
+        with raises(
+            rx.StructureError, match=r"rx.refs_in\(Scale.weight\), in .*nothing"
+        ):
+            use(net, [net.decoder.weight, other.decoder.weight])
+    may_be_missing = rx.refs_in(other) | False
+    assert selected(net, rx.refs_in(net.decoder.weight) | may_be_missing) == [
+        "decoder.weight"
+    ]
+    assert rx.state_dict(net, rx.refs_in()) == {}
+    # A set is looked up in: it may have more.
+    mixed = {net.decoder.weight, other.decoder.weight}
+    assert selected(net, mixed) == ["decoder.weight"]
+
+
 def test_a_list_in_an_option_is_not_kept_alive():
     net = make()
     gone = jax.tree.leaves(net)

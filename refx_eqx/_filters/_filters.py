@@ -6,7 +6,8 @@ A filter is
 - a subclass of `Ref`, or an annotation such as `rx.Param`: its collection;
 - `True` (everything) or `False` (nothing);
 - `rx.collection("params", "lora")` or `rx.path("encoder.**.weight")`;
-- a ref, or a tree or set of refs, such as part of the model: exactly these refs;
+- a ref, or a tree or set of refs, such as part of the model: exactly these refs. Of a list,
+    each item must select something;
 - a predicate: a function of a leaf that returns a bool;
 - a combination of these with `&`, `|` and `~`.
 
@@ -19,7 +20,7 @@ would silently select everything. `f | False` says that the names in `f` may be 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import equinox as eqx
@@ -186,12 +187,16 @@ class _OfType(Filter):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Refs(Filter):
+class Refs(Filter):
     """Exactly these refs. Held weakly, as options of a transform, and thus cache keys,
-    contain it."""
+    contain it.
+
+    - `parts`: the refs of each item of a list, which must select something.
+    """
 
     refs: tuple[Identity, ...]
     text: str = dataclasses.field(compare=False)
+    parts: "tuple[Refs, ...]" = dataclasses.field(default=(), compare=False)
 
     _is_by_name = True
     _hint = (
@@ -206,6 +211,9 @@ class _Refs(Filter):
         # Refs of one body are distinguished without asking which refs they stand for.
         alive = [ref for ref in (x.recall() for x in self.refs) if ref is not None]
         return any(ref._body is not leaf._body and ref == leaf for ref in alive)
+
+    def _each_by_name(self) -> Iterator[Filter]:
+        return iter(self.parts or (self,))
 
     def _code(self) -> str:
         return "rx.refs_in(...)"
@@ -225,14 +233,25 @@ def _refs_in(tree: Any) -> list[Ref]:
     return [x for x in reachable(tree) if isinstance(x, Ref)]
 
 
-def _these(tree: Any) -> _Refs | None:
+def _these(tree: Any) -> Refs | None:
     """The filter for the refs of a tree; `None` if it is not a tree of refs."""
     refs = list({id(ref): ref for ref in _refs_in(tree)}.values())
     if not refs:
         return None
     names = [ref._name or "an unnamed ref" for ref in refs[:3]]
     more = [f"{len(refs) - 3} more"] if len(refs) > 3 else []
-    return _Refs(tuple(map(Identity, refs)), f"rx.refs_in({', '.join(names + more)})")
+    return Refs(tuple(map(Identity, refs)), f"rx.refs_in({', '.join(names + more)})")
+
+
+def _each_of(trees: Sequence[Any]) -> Filter:
+    """The filter for the refs of several trees, each of which must select something if it
+    has any."""
+    parts = tuple(these for these in map(_these, trees) if these is not None)
+    # One filter, not one for each item: it looks up a leaf in a set.
+    whole = _these(trees)
+    return (
+        _Constant(False) if whole is None else dataclasses.replace(whole, parts=parts)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,7 +296,8 @@ class _Joined(Filter):
             return  # `f | False`: what `f` names may be missing
         for f in self.filters:
             yield from f._each_by_name()
-        yield from super()._each_by_name()  # an `  # those of `&` need not meet` of names that exist may be empty
+        # Names that are all there may have nothing in common (`&`).
+        yield from super()._each_by_name()
 
     def matches(self, path: Path | None, leaf: Any) -> bool:
         return self.quantifier(f.matches(path, leaf) for f in self.filters)
@@ -382,17 +402,14 @@ def refs_in(*trees: PyTree) -> Filter:
 
     - `TypeError`: if there is no ref in one of them.
     """
-    found = []
     for tree in trees:
-        these = _these(tree)
-        if these is None:
+        if _these(tree) is None:
             raise TypeError(
                 f"`rx.refs_in` was given a `{type(tree).__name__}` without a ref. (A "
                 "snapshot has none, nor does a derefed tree.) Pass the tree of refs, or a part "
                 "of it; for a name, use `rx.collection` or `rx.path`."
             )
-        found.append(these)
-    return found[0] if len(found) == 1 else _Joined(any, tuple(found))
+    return _each_of(trees)
 
 
 def path(*patterns: str | tuple[str, ...]) -> Filter:
@@ -448,8 +465,9 @@ def as_filter(filter: Any) -> Filter:
         return of_annotation
     these = _these(filter) if _is_tree(filter) else None
     if these is not None:
-        is_list = isinstance(filter, list | tuple | set | frozenset)
-        return _each_of(filter) if is_list else these
+        if isinstance(filter, list | tuple | set | frozenset):
+            _refuse_other_filters(filter)
+        return _each_of(filter) if isinstance(filter, list | tuple) else these
     refuse_what_is_no_filter(filter)
     return _Where(filter) if callable(filter) else _Collections((filter,))
 
@@ -466,22 +484,20 @@ def _of_annotation(hint: Any) -> Filter | None:
     return of_collection if inner is Ref else of_collection & _OfType(inner)
 
 
-def _each_of(trees: Iterable[Any]) -> Filter:
-    """The filter for the refs of several trees, each of which must select something.
+def _refuse_other_filters(items: Iterable[Any]) -> None:
+    """Refuses a filter of another form in a list of refs.
 
     **Raises:**
 
-    - `TypeError`: if there is a filter of another form among them.
+    - `TypeError`: if there is one.
     """
-    for x in trees:
+    for x in items:
         if isinstance(x, str | type | Filter) or _of_annotation(x) is not None:
             raise TypeError(
                 f"Refs in a list are a filter that selects these refs alone, but this one "
                 f"has {x!r} in it. Combine two filters with `|`: `rx.refs_in(model.decoder) "
                 "| 'lora'`. If it is a leaf of a tree, say so: `rx.refs_in(tree)`."
             )
-    found = [these for these in map(_these, trees) if these is not None]
-    return found[0] if len(found) == 1 else _Joined(any, tuple(found))
 
 
 def asks_identity(filter: Filter) -> bool:
@@ -490,7 +506,7 @@ def asks_identity(filter: Filter) -> bool:
         return any(map(asks_identity, filter.filters))
     if isinstance(filter, _Not):
         return asks_identity(filter.filter)
-    return isinstance(filter, _Refs)
+    return isinstance(filter, Refs)
 
 
 def _is_tree(filter: Any) -> bool:

@@ -13,8 +13,9 @@ from .._core._ref import Ref
 from .._fields._misplaced import check_refs_in_place
 from .._trees._cells import is_lookup
 from .._trees._closure import opened
+from .._trees._equality import Identity
 from .._trees._paths import key_text, n_common, Path, path_text, pattern_of
-from ._filters import as_filter, Filter, FilterLike
+from ._filters import as_filter, Filter, FilterLike, Refs
 from ._guard import only_answering
 
 
@@ -104,9 +105,14 @@ def check_names(filters: list[Filter], paths: list[Path], leaves: list[Any]) -> 
 
     - `StructureError`: if not.
     """
+    if not leaves:
+        return
+    refs = {Identity(leaf) for leaf in leaves if isinstance(leaf, Ref)}
     for f in filters:
         for part in f._each_by_name():
-            if leaves and not any(map(part.matches, paths, leaves)):
+            # First by one look-up: there may be as many parts as leaves.
+            is_met = isinstance(part, Refs) and not refs.isdisjoint(part.refs)
+            if not is_met and not any(map(part.matches, paths, leaves)):
                 raise _selects_nothing(part, f, paths, leaves)
 
 
