@@ -532,6 +532,18 @@ def test_what_cannot_be_seen_is_named_with_the_remedy(call):
         call()
 
 
+def test_a_ref_in_a_container_that_is_no_pytree_is_not_carried():
+    ref = rx.Ref(ONE)
+    cyclic, mixed = [ref], {1: ref, "a": 2}
+    cyclic.append(cyclic)  # type: ignore[arg-type]
+    text = "pass its contents; nor is a list that holds itself, or a dict whose keys cannot"
+    for read in (lambda: cyclic[0].value, lambda: mixed[1].value):  # type: ignore
+        with raises(rx.TraceLevelError, match=text):
+            rx.filter_jit(read)()
+    (held,) = cyclic[:1]  # the remedy
+    assert rx.filter_jit(lambda: held.value)() == 1.0
+
+
 def test_the_remedies_for_a_plain_object_run():
     plain = Plain()
     assert rx.filter_jit(lambda model, x: model(x))(plain.model, ONE) == 2.0

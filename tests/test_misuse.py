@@ -49,11 +49,18 @@ def test_operators(name, other):
     "fn",
     [operator.neg, operator.pos, operator.abs, operator.invert, len, int, float, complex]
     + [round, math.floor, math.ceil, math.trunc, lambda ref: divmod(ref, 2)]
-    + [iter, list, np.stack, lambda ref: 1.0 in ref, lambda ref: [*ref]],
+    + [iter, list, np.stack, lambda ref: 1.0 in ref, lambda ref: [*ref]]
+    + [lambda ref: f"{ref:.2f}", "{:>8}".format],
 )  # fmt: skip
 def test_functions(fn):
     with raises(rx.RefTypeError, match=MESSAGE):
         fn(make())
+
+
+def test_a_ref_is_shown_where_no_format_is_asked_for():
+    ref = make()
+    assert f"{ref}" == f"{ref!s}" == str(ref) == "{}".format(ref)  # noqa: UP032
+    assert f"{ref[0, 0]:.2f}" == "1.00"  # the remedy
 
 
 def test_in_place():

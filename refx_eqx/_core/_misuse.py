@@ -37,6 +37,13 @@ def refuse_to_be_a_value(cls: type, misuse: Callable[..., RefTypeError]) -> None
     for name in binary:
         setattr(cls, f"__r{name}__", _refusing(name, misuse))
 
+    def format_or_refuse(self: Any, spec: str) -> str:
+        if spec:  # `f"{ref:.2f}"`, but not `f"{ref}"`
+            raise misuse(self, "`format()`", "format")
+        return str(self)
+
+    setattr(cls, "__format__", format_or_refuse)  # noqa: B010
+
 
 def _refusing(name: str, misuse: Callable[..., RefTypeError]) -> Callable[..., Any]:
     what = f"`{_SYMBOLS[name]}`" if name in _SYMBOLS else f"`{name}()`"

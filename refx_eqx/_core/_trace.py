@@ -228,7 +228,8 @@ def why_not_readable(ref: Any, owner: TraceRef) -> str | None:
                 "reached through a global name, a class, a static field, an attribute of "
                 "a function or a plain Python object (`self`) are not carried. Pass the "
                 "ref, or the module that holds it, as an argument. A plain object is not "
-                "a pytree: make it an `rx.Module`, or pass its contents."
+                "a pytree: make it an `rx.Module`, or pass its contents; nor is a list that "
+                "holds itself, or a dict whose keys cannot be sorted."
             )
     return _UNRELATED
 

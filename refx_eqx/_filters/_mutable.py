@@ -20,7 +20,9 @@ def mutable(filter: FilterLike, tree: PyTree = None) -> Iterator[None]:
     The limit applies to this thread and this `asyncio` task. It may be nested; then all of
     the filters must allow a write. A generator that yields inside the block limits its
     caller, as a context manager made from a generator is meant to, until the block ends, in
-    whichever thread or task. Writes by lifted transforms are checked too.
+    whichever thread or task. Writes by lifted transforms are checked too. So is a list, dict
+    or NumPy array in a value that is read inside the block; one that was read before can
+    still be changed in place, unnoticed.
 
     !!! Example
 
