@@ -200,7 +200,7 @@ def close_result(outcome: Outcome, refs: list[Ref]) -> Any:
     return result
 
 
-def _run(transform: Callable[[Call], Outcome], derefed: Call) -> Outcome:
+def _transformed(transform: Callable[[Call], Outcome], derefed: Call) -> Outcome:
     try:
         return transform(derefed)
     except (ValueError, RuntimeError) as e:
@@ -229,7 +229,7 @@ def call(
         derefed = None
         try:
             derefed = Call(fn, args, kwargs, is_dynamic)
-            return derefed.finish(_run(transform, derefed))
+            return derefed.finish(_transformed(transform, derefed))
         except Disturbed as e:
             tries = next_try(fn, e, tries)
         except BaseException:

@@ -153,7 +153,7 @@ def check_value(ref: Any, value: Any) -> Any:
     if type(value) is _jax.ConcreteArray:
         check_not_deleted(ref, value)
     else:
-        leaves = try_leaves(value, _is_whole)
+        leaves = try_leaves(value, _is_stand_in_or_lookup)
         if leaves is None:
             refuse_cycle(value, ref)
             raise _consumed(f"Cannot write {describe(ref)}: the new value holds")
@@ -161,7 +161,7 @@ def check_value(ref: Any, value: Any) -> Any:
             value = copied(value)
         for leaf in leaves:
             if isinstance(leaf, StandsForShared):
-                raise _derefed(ref, leaf)
+                raise _stand_in(ref, leaf)
             inside = held_by(leaf)
             if inside is not None:
                 raise _nested(ref, inside, may_carry(leaf))
@@ -177,11 +177,11 @@ def check_value(ref: Any, value: Any) -> Any:
     return value
 
 
-def _is_whole(x: Any) -> bool:
+def _is_stand_in_or_lookup(x: Any) -> bool:
     return isinstance(x, StandsForShared) or is_lookup(x)
 
 
-def _derefed(ref: Any, node: StandsForShared) -> StructureError:
+def _stand_in(ref: Any, node: StandsForShared) -> StructureError:
     remedy = (
         "the value, such as `grads.weight.value`; of a whole derefed tree, "
         "`rx.snapshot(rx.reref(tree))`."
