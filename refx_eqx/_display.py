@@ -18,6 +18,7 @@ from ._core._nodes import is_node
 from ._core._ref import Ref
 from ._filters._filters import FilterLike
 from ._filters._select import (
+    check_all_in_tree,
     check_can_select,
     choose,
     leaves_with_paths,
@@ -193,6 +194,7 @@ def _size_on_each(array: jax.ShapeDtypeStruct) -> int:
 def _rows(tree: Any, filter: Any) -> Iterator[_Row]:
     pairs, _ = leaves_with_paths(tree)
     refuse_derefed(pairs, "Cannot look at the tree")
+    check_all_in_tree(pairs, "Cannot look at the tree")
     check_can_select(tree, filter)
     chosen = choose(pairs, filter)
     first: dict[int, str] = {}

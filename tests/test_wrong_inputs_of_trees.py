@@ -6,6 +6,8 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -311,6 +313,26 @@ def test_no_checkpoint_leaves_out_what_is_in_a_set_alone(lookup, tmp_path):
         lambda tree: (tree["w"] in lookup, rx.state_dict(tree, "params"))
     )
     assert found(tree)[0]
+
+
+@pytest.mark.parametrize("lookup", LOOKUPS.values(), ids=LOOKUPS)
+def test_no_door_overlooks_a_ref_that_is_in_a_set_alone(lookup):
+    doors: list[Callable[[Any], Any]] = [
+        rx.aliases,
+        rx.values,
+        rx.count,
+        rx.check,
+        rx.as_refs,
+        lambda tree: rx.filter_spec(tree, True),
+        lambda tree: rx.partition(tree, True),
+        lambda tree: rx.tree_partition(tree, True),
+        lambda tree: rx.update_refs(tree, tree),
+        lambda tree: rx.apply_updates(tree, dict.fromkeys(tree)),
+    ]
+    for door in doors:
+        with raises(rx.StructureError, match=r"'params'\) is in a .* at `a`.*too"):
+            door({"a": lookup})
+        door({"a": lookup, "w": REF})  # the remedy
 
 
 def test_a_collection_of_new_refs_is_a_name():

@@ -27,8 +27,13 @@ from .._core._errors import CheckpointError, RefError, StructureError
 from .._core._ref import Ref
 from .._fields._misplaced import check_refs_in_place
 from .._filters._filters import as_filter, FilterLike
-from .._filters._select import aliases, leaves_with_paths, selected_refs
-from .._filters._state_dict import check_all_in_tree, load_state_dict, state_dict
+from .._filters._select import (
+    aliases,
+    check_all_in_tree,
+    leaves_with_paths,
+    selected_refs,
+)
+from .._filters._state_dict import load_state_dict, state_dict
 from .._trees._paths import key_text, path_text
 from . import _file
 from ._file import Stored, TensorFile

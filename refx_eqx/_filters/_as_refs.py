@@ -26,7 +26,7 @@ from .._trees._cells import is_lookup, is_opaque
 from .._trees._closure import opened
 from .._trees._paths import key_text, Path, path_text
 from ._filters import as_filter, Filter, FilterLike
-from ._select import check_names
+from ._select import check_all_in_tree, check_names, leaves_with_paths
 
 
 T = TypeVar("T")
@@ -97,6 +97,7 @@ def as_refs(
     filters = {name: as_filter(f) for name, f in collection.items()}
     conversion = _Conversion(filters, where, _declared_collections(tree))
     converted = conversion.tree(tree, ())
+    check_all_in_tree(leaves_with_paths(tree)[0], "Cannot make refs")
     check_names(list(filters.values()), *conversion.met)
     return converted
 

@@ -11,7 +11,7 @@ from .._core._errors import StructureError
 from .._fields._misplaced import check_refs_in_place
 from .._trees._paths import path_text
 from ._filters import FilterLike
-from ._select import choose, leaves_with_paths
+from ._select import check_all_in_tree, choose, leaves_with_paths
 
 
 _MOST = 8
@@ -56,11 +56,13 @@ def check(tree: PyTree, constants: FilterLike = False) -> None:
 
     **Raises:**
 
-    - `StructureError`: if there are arrays outside refs. It names them.
+    - `StructureError`: if there are arrays outside refs, or a ref is only in a set, or among
+        the keys of a dict. It names them.
     - `RefTypeError`: if a field that is declared a ref holds an array.
     """
     check_refs_in_place(tree, "`rx.check`")
     pairs, _ = leaves_with_paths(tree)
+    check_all_in_tree(pairs, "`rx.check`")
     found = [
         f"{path_text(path)}, {leaf.dtype}{list(leaf.shape)}"
         for (path, leaf), answer in zip(pairs, choose(pairs, constants))

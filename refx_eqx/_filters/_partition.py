@@ -17,7 +17,7 @@ from .._core._nodes import is_node
 from .._core._ref import Ref
 from .._trees._paths import path_text
 from ._filters import FilterLike, Path
-from ._select import check_can_select, choose, leaves_with_paths
+from ._select import check_all_in_tree, check_can_select, choose, leaves_with_paths
 
 
 T = TypeVar("T")
@@ -28,6 +28,7 @@ def _split(tree: Any, filters: tuple) -> tuple[list[Path], list[list[Any]], Any]
     the other leaves; and the treedef."""
     check_can_select(tree, *filters)
     pairs, treedef = leaves_with_paths(tree)
+    check_all_in_tree(pairs, "Cannot partition")
     chosen = choose(pairs, *filters)
     parts = [
         [leaf if which == i else NOTHING for (_, leaf), which in zip(pairs, chosen)]

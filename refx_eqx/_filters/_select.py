@@ -5,11 +5,12 @@ from typing import Any
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from .._core import _trace
 from .._core._access import refuse_cycle
 from .._core._deref import make_ref_of
 from .._core._errors import describe, StructureError
 from .._core._nodes import is_node, Value
-from .._core._ref import Ref
+from .._core._ref import is_ref, Ref
 from .._fields._misplaced import check_refs_in_place
 from .._trees._cells import is_lookup
 from .._trees._closure import opened
@@ -63,6 +64,20 @@ def refuse_derefed(pairs: list[tuple[Path, Any]], failure: str) -> None:
                 f"{failure}: the tree is derefed: it has a {type(leaf).__name__} at "
                 f"{path_text(path)}. Pass the tree of refs itself."
             )
+
+
+def check_all_in_tree(pairs: list[tuple[Path, Any]], failure: str) -> None:
+    """Checks that each ref in a set, or among the keys of a dict, is also in the tree."""
+    in_tree = {id(leaf) for _, leaf in pairs if isinstance(leaf, Ref)}
+    for path, leaf in filter(lambda pair: is_lookup(pair[1]), pairs):
+        for ref in filter(is_ref, leaf):
+            # In a transform the set has the outer refs, and the tree the inner ones.
+            if id(ref) not in in_tree and _trace.is_at_home(ref._trace):
+                raise StructureError(
+                    f"{failure}: {describe(ref)} is in a {type(leaf).__name__} at "
+                    f"{path_text(path)}, which is not part of the tree, and nowhere else. "
+                    "Hold it in a list, a tuple or a field too."
+                )
 
 
 def check_can_select(tree: Any, *filters: Any) -> None:
@@ -171,6 +186,7 @@ def selected_refs(tree: Any, filter: Any) -> list[Ref]:
     """The refs of a tree that a filter selects, each once, in order."""
     check_can_select(tree, filter)
     pairs, _ = leaves_with_paths(tree)
+    check_all_in_tree(pairs, "Cannot select refs")
     chosen = [leaf for (_, leaf), c in zip(pairs, choose(pairs, filter)) if c == 0]
     return list({id(leaf): leaf for leaf in chosen if isinstance(leaf, Ref)}.values())
 
@@ -247,6 +263,7 @@ def filter_spec(tree: PyTree, filter: FilterLike) -> PyTree[bool]:
     """
     check_can_select(tree, filter)
     pairs, treedef = leaves_with_paths(tree)
+    check_all_in_tree(pairs, "Cannot select refs")
     return jtu.tree_unflatten(treedef, [c == 0 for c in choose(pairs, filter)])
 
 
@@ -271,9 +288,14 @@ def aliases(tree: PyTree) -> dict[Ref[Any], tuple[str, ...]]:
 
     A dict from each ref to its paths, in the notation of [`refx_eqx.path`][], in order of
     the first places.
+
+    **Raises:**
+
+    - `StructureError`: if a ref is only in a set, or among the keys of a dict.
     """
     places: dict[Ref, tuple[str, ...]] = {}
     pairs, _ = leaves_with_paths(tree)
+    check_all_in_tree(pairs, "Cannot list the refs")
     for path, leaf in pairs:
         if isinstance(leaf, Ref):
             places[leaf] = (*places.get(leaf, ()), ".".join(path))

@@ -13,17 +13,15 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
-from .._core import _trace
 from .._core._access import check_carried, check_value, check_writable
 from .._core._errors import describe, MismatchError, RefTypeError, StructureError
-from .._core._ref import is_ref, Ref, taken
+from .._core._ref import Ref, taken
 from .._fields._misplaced import check_refs_in_place
-from .._trees._cells import is_lookup
 from .._trees._equality import is_same_tree
-from .._trees._paths import key_text, Path, path_text
+from .._trees._paths import key_text
 from ._as_held import as_held, is_same_bits, leaf_as_held, storable
 from ._filters import FilterLike
-from ._select import choose, leaves_with_paths, refuse_derefed
+from ._select import check_all_in_tree, choose, leaves_with_paths, refuse_derefed
 from ._update import check_fits, write_all
 
 
@@ -191,20 +189,6 @@ def _new_value(ref: Ref, given: dict[int, list[str]], state: Mapping[str, Any]) 
                     "or untie the ref: put `rx.clone(ref)` at one of its places."
                 )
     return value
-
-
-def check_all_in_tree(pairs: list[tuple[Path, Any]], failure: str) -> None:
-    """Checks that each ref in a set, or among the keys of a dict, is also in the tree."""
-    in_tree = {id(leaf) for _, leaf in pairs if isinstance(leaf, Ref)}
-    for path, leaf in filter(lambda pair: is_lookup(pair[1]), pairs):
-        for ref in filter(is_ref, leaf):
-            # In a transform the set has the outer refs, and the tree the inner ones.
-            if id(ref) not in in_tree and _trace.is_at_home(ref._trace):
-                raise StructureError(
-                    f"{failure}: {describe(ref)} is in a {type(leaf).__name__} at "
-                    f"{path_text(path)}, which is not part of the tree, and nowhere else. "
-                    "Hold it in a list, a tuple or a field too."
-                )
 
 
 def places_of(tree: Any, filter: Any, failure: str) -> dict[str, Ref]:

@@ -17,12 +17,14 @@ from .._core._on_mesh import put
 from .._core._ref import commits, Ref
 from .._fields._misplaced import check_refs_in_place
 from .._fields._referenced import in_original_classes
+from .._trees._cells import is_lookup
 from .._trees._changes import try_leaves
 from .._trees._closure import contents_by_name, is_closure, opened
 from .._trees._equality import is_same_tree
 from .._trees._functions import names_in
 from .._trees._paths import path_text
 from ._as_held import as_held, is_key, is_number, number_as_held
+from ._select import check_all_in_tree
 
 
 def _is_place(x: Any) -> bool:
@@ -95,6 +97,7 @@ def aligned(
     """
     check_refs_in_place(target, failure)
     pairs = list(aligned_leaves(target, source, failure, what))
+    check_all_in_tree([(path, ref) for path, ref, _ in pairs], failure)
     nodes = {new.index: new for *_, new in pairs if isinstance(new, Value)}
     first: dict[int, tuple[Any, str]] = {}
     for path, ref, new in pairs:
@@ -146,7 +149,7 @@ def aligned_leaves(
     """
     target, source = (in_original_classes(opened(tree)) for tree in (target, source))
     leaves, treedef = jtu.tree_flatten_with_path(
-        target, is_leaf=lambda x: is_closure(x) or _is_place(x)
+        target, is_leaf=lambda x: is_closure(x) or _is_place(x) or is_lookup(x)
     )
     try:
         sources = treedef.flatten_up_to(source)
