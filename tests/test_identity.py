@@ -86,7 +86,7 @@ PREDICATES = {
         rx.collection("params") & (lambda leaf, f=frozenset(refs): leaf not in f)
     ),
     "negated": lambda refs: (
-        ~(rx.collection("none of these") | (lambda leaf, f=frozenset(refs): leaf in f))
+        ~(rx.collection() | (lambda leaf, f=frozenset(refs): leaf in f))
     ),
 }
 
