@@ -361,8 +361,8 @@ def lift(transform: Callable[..., Any]) -> LiftedTransform:
         the arguments and the result of `fn`, such as `jax.jit`, `jax.checkpoint`,
         `jax.vmap`, or one of your own. It sees each argument derefed, with `None` for
         anything that is not an array: `static_argnums` are not needed, and `in_axes` and
-        `in_shardings` are prefixes of the derefed arguments. One `out_axes` applies to the
-        whole result.
+        `in_shardings` are prefixes of the derefed arguments, in which a function of a leaf is
+        called with arrays, never with refs. One `out_axes` applies to the whole result.
 
     **Returns:**
 
