@@ -604,7 +604,7 @@ def test_an_array_that_was_donated_is_not_saved(path):
 
 
 def test_a_derefed_tree_is_refused(path):
-    text = "Cannot make a state dict: the tree is derefed"
+    text = "Cannot save: the tree is derefed"
     saves_nothing(path, rx.deref({"a": rx.Ref(1)}), rx.StructureError, text)
 
 

@@ -340,3 +340,33 @@ def test_a_collection_of_new_refs_is_a_name():
         rx.as_refs(jnp.ones(1), ["a"])  # pyright: ignore[reportArgumentType]
     (ref,) = rx.aliases(rx.as_refs(jnp.ones(1), ("a",)))
     assert ref.collection == ("a",)
+
+
+OF_REFS = {
+    "aliases": rx.aliases,
+    "snapshot": rx.snapshot,
+    "as_refs": lambda tree: rx.as_refs(tree, "params"),
+    "mutable": lambda tree: rx.mutable("params", tree).__enter__(),
+    "EMA": lambda tree: rx.nn.EMA(tree, 0.9),
+    "add_axis": lambda tree: rx.add_axis(tree, 2),
+}
+OF_REFS |= {name: DOORS[name] for name in ("values", "count", "tabulate", "state_dict")}
+MAKE_DEREFED = {
+    "derefed": rx.deref,
+    "gradients": rx.filter_grad(lambda tree: tree["w"].value.sum()),
+    "a Dag": rx.Dag,
+}
+
+
+@pytest.mark.parametrize("derefed", MAKE_DEREFED.values(), ids=MAKE_DEREFED)
+@pytest.mark.parametrize("door", OF_REFS.values(), ids=OF_REFS)
+def test_a_derefed_tree_is_not_taken_for_a_tree_without_refs(door, derefed):
+    tree = derefed({"w": rx.Ref(jnp.ones(2), "params")})
+    with raises(
+        rx.StructureError,
+        match=r": the tree is derefed: it has a Value at `.*w`\. Pass the tree of refs "
+        r"itself, or make one of it: `rx\.reref\(tree\)`",
+    ):
+        door(tree)
+    if not isinstance(tree, rx.Dag):  # the remedy
+        door(rx.reref(tree))

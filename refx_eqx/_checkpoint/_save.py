@@ -31,6 +31,7 @@ from .._filters._select import (
     aliases,
     check_all_in_tree,
     leaves_with_paths,
+    refuse_derefed,
     selected_refs,
 )
 from .._filters._state_dict import load_state_dict, state_dict
@@ -201,6 +202,7 @@ def load(
 def _check_in_refs(tree: Any, filter: Any, failure: str, fate: str) -> None:
     selected = as_filter(filter)
     pairs, _ = leaves_with_paths(tree)
+    refuse_derefed(pairs, failure)
     check_all_in_tree(pairs, failure)
     check_refs_in_place(tree, failure)
     for path, leaf in pairs:

@@ -46,7 +46,7 @@ jtu.register_pytree_node(
 
 def path_of(tree: Any, found: Callable[[Any], bool]) -> str:
     """The path of the first leaf of `tree` that satisfies `found`, for messages."""
-    leaves, _ = jtu.tree_flatten_with_path(tree, is_leaf=_is_whole)
+    leaves, _ = jtu.tree_flatten_with_path(tree, is_leaf=is_whole)
     return next((path_text(path) for path, leaf in leaves if found(leaf)), "unknown")
 
 
@@ -108,7 +108,7 @@ def deref(tree: T) -> T:
     - `DonatedError`: if the buffer of a value is gone.
     """
     refuse_cycle(tree)
-    leaves, treedef = jtu.tree_flatten(opened(tree), is_leaf=_is_whole)
+    leaves, treedef = jtu.tree_flatten(opened(tree), is_leaf=is_whole)
     refuse_lookups(tree, leaves, "deref")
     for leaf in leaves:
         if is_node(leaf):
@@ -120,7 +120,7 @@ def deref(tree: T) -> T:
     return jtu.tree_unflatten(treedef, deref_leaves(leaves, {}, taken))
 
 
-def _is_whole(x: Any) -> bool:
+def is_whole(x: Any) -> bool:
     return is_node(x) or is_lookup(x)
 
 

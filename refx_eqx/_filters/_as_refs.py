@@ -8,7 +8,6 @@ import equinox as eqx
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .._core._access import refuse_cycle
 from .._core._deref import refuse_lookups
 from .._core._errors import check_name, CollectionError, StructureError
 from .._core._nodes import is_module
@@ -22,11 +21,15 @@ from .._fields._referenced import (
     snapshot_of,
     zone,
 )
-from .._trees._cells import is_lookup, is_opaque
-from .._trees._closure import opened
+from .._trees._cells import is_opaque
 from .._trees._paths import key_text, Path, path_text
 from ._filters import as_filter, Filter, FilterLike
-from ._select import check_all_in_tree, check_names, leaves_with_paths
+from ._select import (
+    check_all_in_tree,
+    check_names,
+    leaves_with_paths,
+    refuse_derefed,
+)
 
 
 T = TypeVar("T")
@@ -78,8 +81,8 @@ def as_refs(
 
     **Raises:**
 
-    - `StructureError`: if a module in the tree uses `equinox.nn.State`, or if a filter names
-        something that is not in the tree.
+    - `StructureError`: if `tree` is derefed, if a module in it uses `equinox.nn.State`, or if
+        a filter names something that is not in the tree.
     - `CollectionError`: if one array would be in two collections.
     - `TypeError`: if `where` is not a function.
     """
@@ -88,7 +91,8 @@ def as_refs(
             "`rx.as_refs`: `where` must be a function of a leaf that returns a bool, but "
             f"was given {where!r}. Pass, for example, `where=eqx.is_inexact_array`."
         )
-    refuse_cycle(tree)
+    pairs, _ = leaves_with_paths(tree)
+    refuse_derefed(pairs, "Cannot make refs")
     if not isinstance(collection, Mapping):
         check_name("rx.as_refs", collection=collection)
         collection = {collection: True}
@@ -97,7 +101,7 @@ def as_refs(
     filters = {name: as_filter(f) for name, f in collection.items()}
     conversion = _Conversion(filters, where, _declared_collections(tree))
     converted = conversion.tree(tree, ())
-    check_all_in_tree(leaves_with_paths(tree)[0], "Cannot make refs")
+    check_all_in_tree(pairs, "Cannot make refs")
     check_names(list(filters.values()), *conversion.met)
     return converted
 
@@ -212,11 +216,12 @@ def snapshot(tree: PyTree) -> PyTree:
 
     **Raises:**
 
-    - `StructureError`: if `tree` contains itself, or holds refs in a set or as dict keys.
+    - `StructureError`: if `tree` is derefed, contains itself, or holds refs in a set or as
+        dict keys.
     - `TraceLevelError`: if a ref cannot be read here.
     - `DonatedError`: if the buffer of a value is gone.
     """
-    refuse_cycle(tree)
-    leaves = jtu.tree_leaves(opened(tree), is_leaf=is_lookup)
-    refuse_lookups(tree, leaves, "snapshot")
+    pairs, _ = leaves_with_paths(tree)
+    refuse_derefed(pairs, "Cannot make a snapshot")
+    refuse_lookups(tree, [leaf for _, leaf in pairs], "snapshot")
     return snapshot_of(tree)

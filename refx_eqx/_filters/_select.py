@@ -7,7 +7,7 @@ from jaxtyping import PyTree
 
 from .._core import _trace
 from .._core._access import refuse_cycle
-from .._core._deref import make_ref_of
+from .._core._deref import is_whole, make_ref_of
 from .._core._errors import describe, StructureError
 from .._core._nodes import is_node, Value
 from .._core._ref import is_ref, Ref
@@ -24,9 +24,7 @@ def leaves_with_paths(tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
     """The leaves of a tree (with refs or derefed), each with its path; and the treedef. A
     function that holds refs is a node, so call `closed` on a tree rebuilt from them."""
     refuse_cycle(tree)
-    leaves, treedef = jtu.tree_flatten_with_path(
-        opened(tree), is_leaf=lambda x: is_node(x) or is_lookup(x)
-    )
+    leaves, treedef = jtu.tree_flatten_with_path(opened(tree), is_leaf=is_whole)
     pairs, before, path = [], (), ()
     for keys, leaf in leaves:
         n = n_common(before, keys)
@@ -62,7 +60,8 @@ def refuse_derefed(pairs: list[tuple[Path, Any]], failure: str) -> None:
         if is_node(leaf):
             raise StructureError(
                 f"{failure}: the tree is derefed: it has a {type(leaf).__name__} at "
-                f"{path_text(path)}. Pass the tree of refs itself."
+                f"{path_text(path)}. Pass the tree of refs itself, or make one of it: "
+                "`rx.reref(tree)`."
             )
 
 
@@ -186,6 +185,7 @@ def selected_refs(tree: Any, filter: Any) -> list[Ref]:
     """The refs of a tree that a filter selects, each once, in order."""
     check_can_select(tree, filter)
     pairs, _ = leaves_with_paths(tree)
+    refuse_derefed(pairs, "Cannot select refs")
     check_all_in_tree(pairs, "Cannot select refs")
     chosen = [leaf for (_, leaf), c in zip(pairs, choose(pairs, filter)) if c == 0]
     return list({id(leaf): leaf for leaf in chosen if isinstance(leaf, Ref)}.values())
@@ -220,8 +220,8 @@ def values(tree: PyTree, filter: FilterLike = True) -> list[Any]:
 
     **Raises:**
 
-    - `StructureError`: if the filter selects a ref at one of its places and not at another,
-        or if a name in it is not in the tree.
+    - `StructureError`: if `tree` is derefed, if the filter selects a ref at one of its places
+        and not at another, or if a name in it is not in the tree.
     - `TraceLevelError`: if a ref cannot be read here.
     """
     return [ref.value for ref in selected_refs(tree, filter)]
@@ -291,10 +291,12 @@ def aliases(tree: PyTree) -> dict[Ref[Any], tuple[str, ...]]:
 
     **Raises:**
 
-    - `StructureError`: if a ref is only in a set, or among the keys of a dict.
+    - `StructureError`: if `tree` is derefed, or a ref is only in a set, or among the keys of
+        a dict.
     """
     places: dict[Ref, tuple[str, ...]] = {}
     pairs, _ = leaves_with_paths(tree)
+    refuse_derefed(pairs, "Cannot list the refs")
     check_all_in_tree(pairs, "Cannot list the refs")
     for path, leaf in pairs:
         if isinstance(leaf, Ref):
