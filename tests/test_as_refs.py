@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from jaxtyping import Array, Float
 from raising import raises
 
 import refx_eqx as rx
@@ -389,3 +390,39 @@ def test_a_name_that_is_not_in_the_tree_is_an_error(frozen):
     assert [ref.collection for ref in rx.aliases(model)] == ["frozen"] * 2 + [
         "params"
     ] * 2
+
+
+class Scaled(rx.Module):
+    weight: rx.Param[Float[Array, "n m"]]
+    scale: rx.BatchStat[Float[Array, "n"]]
+
+
+class TwoScaled(rx.Module):
+    layers: list[Scaled]
+    shift: rx.Param[Float[Array, ""]]
+
+
+def test_refs_in_the_fields_of_a_snapshot_have_their_declared_types_again():
+    layers = [Scaled(jnp.ones((2, 3)), jnp.ones(2)) for _ in range(2)]
+    model = TwoScaled(layers, jnp.array(0.0))
+    again = rx.as_refs(rx.snapshot(model))
+    for layer in again.layers:
+        with raises(rx.RefTypeError, match=r"`Float\[Array, \"n m\"\]` with m=3, n=2"):
+            layer.weight.value = jnp.ones((3, 3))
+        layer.weight.value = jnp.ones((2, 3))
+    with raises(rx.RefTypeError, match=r'is declared `Float\[Array, ""\]`'):
+        again.shift.value = jnp.ones(1)
+    # One program for both.
+    assert jax.tree.structure(rx.deref(again)) == jax.tree.structure(rx.deref(model))
+
+
+def test_a_stack_of_a_snapshot_and_a_part_of_one_can_be_made_refs():
+    def make(x):
+        return Scaled(x * jnp.ones((2, 3)), jnp.ones(2))
+
+    stack = rx.filter_vmap(make)(jnp.arange(4.0))
+    again = rx.as_refs(rx.snapshot(stack))
+    assert again.weight.shape == (4, 2, 3) and again.weight.collection == "params"
+    part = rx.as_refs(rx.snapshot(make(1.0)), where=lambda x: x.ndim == 2)
+    held = vars(part)
+    assert rx.is_ref(held["weight"]) and not rx.is_ref(held["scale"])

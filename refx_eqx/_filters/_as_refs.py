@@ -1,5 +1,6 @@
 """`as_refs`: turns the arrays of a plain tree into refs, while its modules keep working."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
@@ -9,10 +10,11 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._core._deref import refuse_lookups
-from .._core._errors import check_name, CollectionError, StructureError
+from .._core._errors import check_name, CollectionError, RefTypeError, StructureError
 from .._core._nodes import is_module
 from .._core._ref import Ref
-from .._fields._instance import plan_of
+from .._fields._config import config
+from .._fields._instance import check_instance, plan_of
 from .._fields._misplaced import instead_of_refs
 from .._fields._referenced import (
     as_referenced,
@@ -155,6 +157,10 @@ class _Conversion:
             for keys, leaf in leaves
         ]
         converted = jtu.tree_unflatten(treedef, new)
+        if knew_refs and config.check_types:
+            # Not of a stack, or with arrays that `where` leaves in the places of refs.
+            with contextlib.suppress(RefTypeError):
+                check_instance(converted)
         if not isinstance(tree, eqx.Module) or knew_refs or is_referenced(tree):
             return converted
         sees_values = any(isinstance(x, Ref) or is_referenced(x) for x in new)
