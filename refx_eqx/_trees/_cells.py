@@ -140,10 +140,12 @@ def holds_itself(tree: Any) -> bool:
     children = _children(tree)
     if children is None:
         return False
+    if jtu.all_leaves(children):  # most values; this is quick
+        return False
     # The nodes from the top to here, each with its children that are still to be visited.
     # The finished ones stay alive, so that no other object gets the id of one.
-    path, entered, finished = [(tree, iter(children))], {id(tree)}, {}
     leaf_types: set[type] = set()
+    path, entered, finished = [(tree, iter(children))], {id(tree)}, {}
     while path:
         node, rest = path[-1]
         for x in rest:
@@ -154,6 +156,9 @@ def holds_itself(tree: Any) -> bool:
             children = _children(x)
             if children is None:
                 leaf_types.add(type(x))
+                continue
+            if jtu.all_leaves(children):
+                finished[id(x)] = x
                 continue
             path.append((x, iter(children)))
             entered.add(id(x))
