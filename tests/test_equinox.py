@@ -299,6 +299,7 @@ def test_a_checkpoint_of_a_tree_that_is_not_derefed_is_refused():
     error: BaseException | None = caught.value
     while error is not None and not isinstance(error, rx.TraceLevelError):
         error = error.__cause__
+    assert error is not None
     assert "`Linear.weight` (collection 'params')" in message_of(error)
     assert "open the tree with `rx.deref` before it" in message_of(error)
 
