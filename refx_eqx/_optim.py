@@ -90,6 +90,7 @@ class Optimizer(Module):
 
     **Raises:**
 
+    - `TypeError`: if `tx` is not an Optax transformation.
     - `StructureError`: if `wrt` selects no ref to train, or an array outside refs.
     """
 
@@ -105,6 +106,11 @@ class Optimizer(Module):
         *,
         wrt: FilterLike = "params",
     ):
+        if not hasattr(tx, "init"):
+            raise TypeError(
+                f"`rx.Optimizer`: `tx` must be an Optax transformation, but was given {tx!r}. "
+                "Pass the result of one of Optax's functions, such as `optax.adam(1e-3)`."
+            )
         trained = Trained(model, wrt)
         self.tx = tx
         self.wrt = wrt

@@ -178,6 +178,20 @@ def test_errors_show_where_they_are_imported_from():
         assert shown == [f"refx_eqx.{name}: text\n"]
 
 
+def test_a_layer_of_equinox_with_refs_for_its_arrays():
+    plain, x = eqx.nn.Linear(2, 2, key=jax.random.key(0)), jnp.ones(2)
+    layer = eqx.tree_at(lambda m: m.weight, plain, rx.Ref(plain.weight, "params"))
+    with raises(
+        rx.RefTypeError,
+        match=r"`@` was called on an unnamed ref \(collection 'params'\).* with "
+        r"`rx.as_refs\(layer, 'params'\)`.* or call `rx.snapshot\(layer\)`",
+    ):
+        layer(x)
+    expected = plain(x)
+    assert jnp.array_equal(rx.as_refs(plain, "params")(x), expected)  # the remedies
+    assert jnp.array_equal(rx.snapshot(layer)(x), expected)
+
+
 # Gradients, and other derefed trees.
 
 

@@ -662,6 +662,16 @@ def test_a_tied_weight_has_one_gradient():
     )
 
 
+@pytest.mark.parametrize("tx", [optax.adam, None, 1e-3])
+def test_what_is_no_transformation_is_refused(tx):
+    model = {"w": rx.Ref(jnp.ones(2), "params")}
+    with raises(
+        TypeError, match=r"`tx` must be an Optax .* such as `optax.adam\(1e-3\)`"
+    ):
+        rx.Optimizer(model, tx)
+    rx.Optimizer(model, optax.adam(1e-3))  # the remedy
+
+
 def test_another_model_is_refused():
     model, other = make(), {"inner": make()}
     optimizer = rx.Optimizer(model, optax.adam(0.1))

@@ -57,7 +57,13 @@ def _refusing(name: str, misuse: Callable[..., RefTypeError]) -> Callable[..., A
 def misuse(ref: Any, what: str, name: str = "") -> RefTypeError:
     """The error for a ref that is used as if it were its value."""
     remedy = "read it: `ref[...]`; and write it: `ref[...] = ...`."
-    if name == "bool":
+    caller = sys._getframe(2).f_globals.get("__name__", "")
+    if caller.startswith("equinox.nn."):
+        remedy = (
+            "make the refs of this layer of Equinox with `rx.as_refs(layer, 'params')`, "
+            "which lets it read them; or call `rx.snapshot(layer)`."
+        )
+    elif name == "bool":
         remedy = (
             "read it: `ref[...]`; or test whether there is a ref: `ref is not None`."
         )
