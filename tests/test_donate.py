@@ -558,7 +558,9 @@ def test_a_copy_outlives_donation(how, n_before):
             if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
             else x
         )
-        for x in jax.tree.leaves(rx.snapshot(tree))
+        for x in jax.tree.leaves(
+            rx.snapshot(rx.reref(tree) if how == "deref" else tree)
+        )
         if eqx.is_array(x)
     ]
     for _ in range(n_before):

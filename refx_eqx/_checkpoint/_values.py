@@ -19,7 +19,7 @@ import jax.random as jr
 import numpy as np
 
 from .._core import _jax
-from .._core._errors import DonatedError, StructureError, TraceLevelError
+from .._core._errors import StructureError, TraceLevelError
 from ._file import has_dtype, METADATA, Stored
 
 
@@ -31,7 +31,7 @@ def encoded(name: str, value: Any) -> tuple[Stored | None, Note]:
 
     **Raises:**
 
-    - `StructureError`, `DonatedError`, `TraceLevelError`: if a file cannot hold it.
+    - `StructureError`, `TraceLevelError`: if a file cannot hold it.
     """
     shown = name or "the root of the tree"
     if name == METADATA:
@@ -59,11 +59,6 @@ def encoded(name: str, value: Any) -> tuple[Stored | None, Note]:
 
 
 def _encoded_jax_array(name: str, value: jax.Array) -> tuple[Stored, Note]:
-    if _jax.is_deleted(value):
-        raise DonatedError(
-            f"Cannot save: the array at `{name}` was donated to a call, and is deleted. "
-            "Save the result of that call."
-        )
     if not value.is_fully_addressable:
         raise StructureError(
             f"Cannot save: the array at `{name}` is spread over several processes, but a "

@@ -145,8 +145,8 @@ def why_immutable(ref: Any) -> str | None:
 
 
 def check_value(ref: Any, value: Any) -> Any:
-    """Checks that a value may go into `ref`: it has no ref inside and nothing that stands
-    for one, is alive here, and has its type.
+    """Checks that a value may go into `ref`: it has no ref inside, does not stand for one,
+    is alive here, and has its type.
 
     Returns the value to store: a Python scalar becomes an array if an array is declared.
     """
@@ -160,7 +160,11 @@ def check_value(ref: Any, value: Any) -> Any:
         if any(map(is_writeable, leaves)):
             value = copied(value)
         for leaf in leaves:
-            if isinstance(leaf, StandsForShared):
+            # A derefed tree as part of a value has its use: the state that Optax makes for
+            # one. But what stands for this one ref is a forgotten `.value`.
+            if isinstance(leaf, ByValue) or (
+                leaf is value and isinstance(leaf, StandsForShared)
+            ):
                 raise _stand_in(ref, leaf)
             inside = held_by(leaf)
             if inside is not None:
@@ -182,10 +186,7 @@ def _is_stand_in_or_lookup(x: Any) -> bool:
 
 
 def _stand_in(ref: Any, node: StandsForShared) -> StructureError:
-    remedy = (
-        "the value, such as `grads.weight.value`; of a whole derefed tree, "
-        "`rx.snapshot(rx.reref(tree))`."
-    )
+    remedy = "the value, such as `grads.weight.value`."
     if isinstance(node, ByValue):
         remedy = "the values: `rx.snapshot(dag.value)`."
     return StructureError(
