@@ -6,6 +6,7 @@ import gc
 import pickle
 import types
 import weakref
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -453,7 +454,7 @@ def test_a_derefed_tree_may_be_part_of_a_value_as_in_the_state_of_an_optimizer()
     model = {"w": rx.Ref(jnp.ones(2), "params"), "n": rx.Ref(jnp.array(0), "counts")}
     params = eqx.filter(rx.deref(model), rx.filter_spec(model, "params"))
     tx = optax.sgd(0.5, momentum=0.5)
-    state = rx.Ref(tx.init(params), "opt_state")
+    state: Any = rx.Ref(tx.init(params), "opt_state")
 
     @rx.filter_jit
     def step(model):

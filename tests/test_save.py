@@ -597,9 +597,7 @@ def test_a_tracer_is_not_saved(path):
 def test_an_array_that_was_donated_is_not_saved(path):
     ref = rx.Ref(jnp.ones(2))
     new = jax.jit(lambda x: x + 1, donate_argnums=0)(ref.value)
-    text = (
-        r"The buffer of an unnamed ref \(no collection\) is gone: .* donated or deleted"
-    )
+    text = "The buffer of an unnamed ref (no collection) is gone"
     saves_nothing(path, {"a": ref}, rx.DonatedError, text)
     ref.value = new  # the remedy
     rx.save(path, {"a": ref})
