@@ -57,8 +57,7 @@ def _refusing(name: str, misuse: Callable[..., RefTypeError]) -> Callable[..., A
 def misuse(ref: Any, what: str, name: str = "") -> RefTypeError:
     """The error for a ref that is used as if it were its value."""
     remedy = "read it: `ref[...]`; and write it: `ref[...] = ...`."
-    caller = sys._getframe(2).f_globals.get("__name__", "")
-    if caller.startswith("equinox.nn."):
+    if _module_of_caller().startswith("equinox.nn."):
         remedy = (
             "make the refs of this layer of Equinox with `rx.as_refs(layer, 'params')`, "
             "which lets it read them; or call `rx.snapshot(layer)`."
@@ -85,8 +84,12 @@ def misuse_of_node(node: Any, what: str, name: str = "") -> RefTypeError:
 def is_compared_by(*libraries: str) -> bool:
     """Whether one of these evaluates the comparison, when called from `Ref.__eq__` and the
     like. Code that runs in C has the frame of its caller."""
-    caller = sys._getframe(2).f_globals.get("__name__", "")
-    return caller.partition(".")[0] in libraries
+    return _module_of_caller().partition(".")[0] in libraries
+
+
+def _module_of_caller() -> str:
+    """The module that uses the operator, when called from what the operator calls."""
+    return sys._getframe(3).f_globals.get("__name__", "")
 
 
 def missing_attribute(

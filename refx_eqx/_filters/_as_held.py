@@ -116,9 +116,8 @@ def _as_key(old: Any, data: Any) -> Any:
     impls = []
 
     def data_of(key: Any) -> Any:
-        impls.append(
-            jr.key_impl(key)
-        )  # a shape has no implementation, but a tracer does
+        # A tracer has an implementation; a shape has not.
+        impls.append(jr.key_impl(key))
         return jr.key_data(key)
 
     wanted = jax.eval_shape(data_of, old)

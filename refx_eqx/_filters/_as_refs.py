@@ -79,7 +79,8 @@ def as_refs(
     **Returns:**
 
     The tree, with a ref for each selected leaf. An array object that occurs twice becomes
-    one ref.
+    one ref. In a field of an `rx.Module`, a ref has the declared type again, if its module
+    fits its types (a stack does not).
 
     **Raises:**
 
