@@ -23,6 +23,7 @@ from ._core._jax import ClosedJaxpr
 from ._core._ref import Ref
 from ._fields._referenced import plain_class, subclass_of
 from ._transforms._lift import lift
+from ._trees._cells import is_lookup
 from ._trees._paths import key_text
 
 
@@ -118,7 +119,7 @@ def _renamed(model: Any, where: Callable[[eqx.Module], bool]) -> Any:
     """The model, with submodules that name their outputs."""
 
     def visit(node: Any, path: tuple[str, ...]) -> Any:
-        if isinstance(node, Ref):
+        if isinstance(node, Ref) or is_lookup(node):
             return node
         children, treedef = jtu.tree_flatten_with_path(
             node, is_leaf=lambda x: x is not node

@@ -27,6 +27,7 @@ from ._filters._filters import FilterLike
 from ._filters._select import choose, leaves_with_paths
 from ._filters._update import aligned, aligned_leaves, check_and_write
 from ._trained import as_weak_as, Trained, with_update
+from ._trees._cells import is_lookup
 from ._trees._paths import path_text
 
 
@@ -400,7 +401,7 @@ def apply_updates(model: PyTree, updates: PyTree) -> None:
     for ref, update, where in aligned(model, updates, failure, "updates"):
         writes[id(ref)] = ref, with_update(ref, ref.value, update, f"at {where}")
     for path, leaf, update in aligned_leaves(model, updates, failure, "updates"):
-        if not isinstance(leaf, Ref) and jtu.tree_leaves(update):
+        if not isinstance(leaf, Ref) and jtu.tree_leaves(update, is_leaf=is_lookup):
             raise StructureError(
                 f"{failure}: there is one for {eqx.tree_pformat(leaf)} at "
                 f"{path_text(path)}, which is not in a ref, so it cannot be updated in "

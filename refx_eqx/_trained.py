@@ -138,8 +138,8 @@ class Trained:
         """Converts `fn`, a function of a model, to a function of `values`. It is called
         with a copy of the model that belongs to the calling trace: Optax may call it in a
         loop."""
-        leaves, treedef = jtu.tree_flatten(opened(self.model))
         nodes = jtu.tree_leaves(deref(self.model), is_leaf=is_node)
+        leaves, treedef = jtu.tree_flatten(opened(self.model))
         names = {id(ref): name for name, ref in self.refs.items()}
 
         def of_values(values: Any, *args: Any, **kwargs: Any) -> Any:

@@ -50,6 +50,13 @@ FILTERS = {
     "ref": lambda net: net.decoder.weight,
     "list": lambda net: [net.decoder.weight],
     "set": lambda net: {net.decoder.weight},
+    "set of modules": lambda net: {net.decoder},
+    "set in a list": lambda net: [{net.decoder.weight}],
+    "pair in a set": lambda net: frozenset([(net.decoder.weight, "frozen")]),
+    "refs_in of a set": lambda net: rx.refs_in({net.decoder.weight}),
+    "not refs_in of keys": lambda net: (
+        rx.collection("params") & ~rx.refs_in({net.encoder.weight: 0.1})
+    ),
     "aliases": lambda net: rx.aliases(net.decoder),
     "and": lambda net: rx.collection("params") & net.decoder,
     "not": lambda net: ~(rx.collection() | net.encoder) & rx.collection("params"),

@@ -451,6 +451,10 @@ def test_copies_are_other_refs():
     assert pickle.loads(pickle.dumps({ref: 1, "other": ref}))
 
 
+class Slot(rx.Module):
+    ref: rx.Ref
+
+
 def in_a_cell():
     frozen = frozenset()
 
@@ -467,6 +471,8 @@ def in_a_cell():
 
 FRESH = {
     "itself": lambda frozen: frozen,
+    "in pairs": lambda frozen: frozenset(("frozen", None, ref) for ref in frozen),
+    "in a set": lambda frozen: frozenset([frozen]),
     "in a tuple": lambda frozen: ("frozen", [frozen]),
     "in a partial": lambda frozen: functools.partial(is_free, frozen),
     "with others": lambda frozen: frozen | {"frozen", 0.5, len},
@@ -507,6 +513,39 @@ def test_the_members_of_a_fresh_frozenset_are_told_apart(trace_counter):
         assert step(refs, frozenset([a, b])) == [1, 1]
         assert step(refs, frozenset()) == [0, 0]
     assert which.counter.count == 4
+
+
+AS_MEMBERS = {
+    "pairs": lambda ref: (ref, "w"),
+    "sets": lambda ref: frozenset([ref]),
+    "modules": Slot,
+}
+
+
+@pytest.mark.parametrize("member", AS_MEMBERS.values(), ids=AS_MEMBERS)
+def test_refs_that_are_inside_the_members_of_a_set_are_told_apart(
+    member, trace_counter
+):
+    frozen = set()
+
+    def f(ref, given):
+        return int(member(ref) in frozen), int(member(ref) in given)
+
+    which = trace_counter(f)
+    step = rx.filter_jit(which)
+    a, b = rx.Ref(jnp.array(1.0)), rx.Ref(jnp.array(2.0))
+    of_a, of_b = member(a), member(b)
+    for _ in range(3):
+        assert step(a, frozenset([of_a])) == (0, 1)
+        assert step(a, frozenset([of_b])) == (0, 0)
+        frozen.add(of_a)
+        assert step(a, frozenset([of_a, of_b])) == (1, 1)
+        frozen.clear()
+    assert which.counter.count == 3
+    gone = weakref.ref(a)
+    del a, b, of_a, of_b
+    gc.collect()
+    assert gone() is None  # no program keeps it
 
 
 def test_the_programs_of_refs_that_are_gone_are_not_kept():

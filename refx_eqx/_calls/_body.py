@@ -12,7 +12,7 @@ from .._core._deref import deref_leaves, make_ref_of, refuse_lookups
 from .._core._errors import CarryError, describe, TraceLevelError
 from .._core._nodes import is_traced_in_ref, split_value
 from .._core._ref import content, IN_PLACE, Ref, set_value
-from .._trees._cells import is_lookup
+from .._trees._cells import is_lookup, looked_up
 from .._trees._changes import Changes, owned, place_of
 from ._structure import flatten, Leaves, Outcome, OutcomeInfo, split, Structure
 
@@ -163,7 +163,7 @@ def _refuse_inner_lookups(result: Any, name: str) -> None:
         return isinstance(x, Ref) and x._trace() is _jax.current_trace()
 
     leaves = jtu.tree_leaves(result, is_leaf=is_lookup)
-    inner = [x for x in leaves if is_lookup(x) and any(map(is_inner, x))]
+    inner = [x for x in leaves if any(map(is_inner, looked_up(x)))]
     refuse_lookups(result, inner, f"return from `{name}`")
 
 

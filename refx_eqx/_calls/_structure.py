@@ -28,7 +28,7 @@ from .._core._identity import NOTHING_ASKED
 from .._core._nodes import Index, is_node, is_traced, join_value, split_value, Value
 from .._core._ref import is_ref, Ref
 from .._trees import _closure
-from .._trees._cells import is_lookup
+from .._trees._cells import reachable
 from .._trees._closure import Part, without_empty
 from .._trees._keys import identities_in, recalled, static_key, static_keys
 from ._places import place
@@ -104,8 +104,8 @@ def flatten(
         return _closure.flatten(tree, is_wanted)
     except ValueError:
         # JAX sorts the keys of a dict, and refs have no order.
-        leaves = jtu.tree_leaves(tree, is_leaf=is_lookup)
-        refuse_lookups(tree, [x for x in leaves if isinstance(x, dict)], "carry")
+        dicts = [x for x in reachable(tree) if isinstance(x, dict)]
+        refuse_lookups(tree, dicts, "carry")
         raise
 
 

@@ -15,7 +15,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, PyTree
 
 from .._trees import _closure
-from .._trees._cells import held_by, is_lookup, shared_in
+from .._trees._cells import held_by, is_lookup, looked_up
 from .._trees._changes import owned
 from .._trees._closure import opened
 from .._trees._equality import Unlike
@@ -46,7 +46,7 @@ jtu.register_pytree_node(
 
 def path_of(tree: Any, found: Callable[[Any], bool]) -> str:
     """The path of the first leaf of `tree` that satisfies `found`, for messages."""
-    leaves, _ = jtu.tree_flatten_with_path(tree, is_leaf=is_whole)
+    leaves, _ = jtu.tree_flatten_with_path(opened(tree), is_leaf=is_whole)
     return next((path_text(path) for path, leaf in leaves if found(leaf)), "unknown")
 
 
@@ -132,11 +132,11 @@ def refuse_lookups(tree: Any, leaves: list[Any], verb: str) -> None:
     - `StructureError`: if a leaf is a set of refs, or a dict with refs as keys.
     """
     for leaf in leaves:
-        looked_up = shared_in(leaf)
-        if looked_up is not None:
+        ref = next(looked_up(leaf), None)
+        if ref is not None:
             raise StructureError(
                 f"Cannot {verb} a {type(leaf).__name__} of refs, such as "
-                f"{describe(looked_up)} at {path_of(tree, lambda x: x is leaf)}: elements "
+                f"{describe(ref)} at {path_of(tree, lambda x: x is leaf)}: elements "
                 "of a set and keys of a dict are not part of a tree, so these refs would "
                 "not be carried. Hold the refs in a list or a tuple, and make the set "
                 "where you use it."
@@ -232,7 +232,7 @@ def reref(tree: T) -> T:
     - `DonatedError`: if the buffer of a value is gone.
     """
     refuse_cycle(tree)
-    leaves, treedef = jtu.tree_flatten(tree, is_leaf=is_node)
+    leaves, treedef = jtu.tree_flatten(tree, is_leaf=is_whole)
     refs: dict[int, Ref] = {}
     for leaf in leaves:
         if isinstance(leaf, Value):
@@ -393,7 +393,7 @@ def tree_equal(
 
 def _derefed(tree: Any) -> Any:
     refuse_cycle(tree)
-    leaves = jtu.tree_leaves(tree, is_leaf=is_node)
+    leaves = jtu.tree_leaves(tree, is_leaf=is_whole)
     return tree if any(map(is_node, leaves)) else deref(tree)
 
 

@@ -16,6 +16,7 @@ from .._core._access import refuse_cycle
 from .._core._errors import describe, MismatchError
 from .._core._nodes import is_module, is_traced
 from .._core._ref import Ref
+from .._trees._cells import is_lookup
 from .._trees._keys import static_keys
 
 
@@ -27,7 +28,9 @@ def numbers_to_arrays(tree: Any) -> Any:
         return isinstance(x, bool | int | float | complex)
 
     refuse_cycle(tree)
-    leaves, treedef = jtu.tree_flatten(tree, is_leaf=is_module)
+    leaves, treedef = jtu.tree_flatten(
+        tree, is_leaf=lambda x: is_module(x) or is_lookup(x)
+    )
     # The very same tree if it has none, so that a function returns the object it was given.
     if not any(map(is_number, leaves)):
         return tree

@@ -13,6 +13,7 @@ import jax.tree_util as jtu
 
 from .._core._access import peek
 from .._core._ref import Ref
+from .._trees._cells import is_lookup
 from ._axis_names import words_of
 from ._batched import BatchedHint
 from ._bound import BoundType
@@ -109,7 +110,7 @@ def stacks_in(tree: Any) -> dict[int, Stack]:
                         # Modules are visited from the outside in, and so are their axes.
                         stack = found.get(id(ref), ())
                         found[id(ref)] = (*stack, *hint.axes.split())
-        return False
+        return is_lookup(module)
 
     jtu.tree_leaves(tree, is_leaf=visit)
     return found

@@ -20,9 +20,8 @@ import numpy as np
 from .._calls._body import explanations
 from .._core import _jax
 from .._core._access import refuse_cycle
-from .._core._deref import path_of
+from .._core._deref import is_whole, path_of
 from .._core._errors import RefTypeError, wrapped
-from .._core._nodes import is_node
 from .._core._ref import Ref
 from .._trees._cells import is_opaque, reachable
 from ._declared import DeclaredRef
@@ -126,7 +125,7 @@ def check_refs_in_place(tree: Any, failure: str) -> None:
         for declared, leaf, where in instead_of_refs(x):
             place = path_of(tree, lambda other: other is leaf)
             raise _not_a_ref(leaf, where, declared, False, failure, place)
-        return is_node(x)
+        return is_whole(x)
 
     jtu.tree_flatten(tree, is_leaf=visit)
 

@@ -24,7 +24,7 @@ import jax.tree_util as jtu
 from .._core._deref import closed
 from .._core._nodes import is_module
 from .._core._ref import Ref, taken
-from .._trees._cells import may_carry, reaches
+from .._trees._cells import is_lookup, may_carry, reaches
 from .._trees._changes import owned
 from .._trees._closure import opened
 
@@ -115,11 +115,15 @@ def _same_everywhere(x: Any) -> Any:
 
 
 def _lowered_leaf(tree: Any, value: Callable[[Any], Any]) -> Any:
-    return jtu.tree_map(value, tree, is_leaf=is_referenced)
+    return jtu.tree_map(value, tree, is_leaf=_is_whole)
+
+
+def _is_whole(x: Any) -> bool:
+    return is_referenced(x) or is_lookup(x)
 
 
 def _lowered(module: Any, value: Callable[[Any], Any]) -> Any:
-    is_leaf = is_module if value is _value_in_zone else is_referenced
+    is_leaf = is_module if value is _value_in_zone else _is_whole
     static = {
         name
         for name, field in type(module).__dataclass_fields__.items()

@@ -23,7 +23,7 @@ from .._fields._referenced import (
     snapshot_of,
     zone,
 )
-from .._trees._cells import is_opaque
+from .._trees._cells import is_lookup, is_opaque
 from .._trees._paths import key_text, Path, path_text
 from ._filters import as_filter, Filter, FilterLike
 from ._select import (
@@ -150,7 +150,9 @@ class _Conversion:
             or bool(plan_of(type(tree)).of_refs)
         )
         is_leaf = zone(tree) if isinstance(tree, eqx.Module) else is_module
-        leaves, treedef = jtu.tree_flatten_with_path(tree, is_leaf=is_leaf)
+        leaves, treedef = jtu.tree_flatten_with_path(
+            tree, is_leaf=lambda x: is_leaf(x) or is_lookup(x)
+        )
         new = [
             self.tree(leaf, (*path, *keys))
             if isinstance(leaf, eqx.Module) and leaf is not tree

@@ -20,6 +20,7 @@ would silently select everything. `f | False` says that the names in `f` may be 
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, TypeVar
 
@@ -31,7 +32,7 @@ from .._core._ref import Ref
 from .._fields._collection import Collection
 from .._fields._hints import split_hint
 from .._fields._ref_type import OpenRefHint
-from .._trees._cells import is_lookup, reachable
+from .._trees._cells import looked_up, reachable
 from .._trees._equality import Identity
 from .._trees._paths import Path, Pattern
 from ._guard import only_answering
@@ -227,10 +228,9 @@ class Refs(Filter):
 
 
 def _refs_in(tree: Any) -> list[Ref]:
-    """The refs in a ref, a tree or a set of refs."""
-    if is_lookup(tree):
-        return [x for x in tree if isinstance(x, Ref)]
-    return [x for x in reachable(tree) if isinstance(x, Ref)]
+    """The refs in a ref or a tree, also those in its sets and among its keys."""
+    found = ((leaf, *looked_up(leaf)) for leaf in reachable(tree))
+    return [x for x in itertools.chain.from_iterable(found) if isinstance(x, Ref)]
 
 
 def _these(tree: Any) -> Refs | None:

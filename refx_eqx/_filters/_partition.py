@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .._core._deref import closed, NOTHING
+from .._core._deref import closed, is_whole, NOTHING
 from .._core._errors import MismatchError, StructureError
 from .._core._nodes import is_node
 from .._core._ref import Ref
@@ -79,7 +79,7 @@ def _is_missing(x: Any) -> bool:
 
 
 def _is_leaf_of_part(x: Any) -> bool:
-    return _is_missing(x) or is_node(x)
+    return _is_missing(x) or is_whole(x)
 
 
 def combine(*parts: T) -> T:

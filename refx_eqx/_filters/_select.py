@@ -10,9 +10,9 @@ from .._core._access import refuse_cycle
 from .._core._deref import is_whole, make_ref_of
 from .._core._errors import describe, StructureError
 from .._core._nodes import is_node, Value
-from .._core._ref import is_ref, Ref
+from .._core._ref import Ref
 from .._fields._misplaced import check_refs_in_place
-from .._trees._cells import is_lookup
+from .._trees._cells import looked_up
 from .._trees._closure import opened
 from .._trees._equality import Identity
 from .._trees._paths import key_text, n_common, Path, path_text, pattern_of
@@ -68,8 +68,8 @@ def refuse_derefed(pairs: list[tuple[Path, Any]], failure: str) -> None:
 def check_all_in_tree(pairs: list[tuple[Path, Any]], failure: str) -> None:
     """Checks that each ref in a set, or among the keys of a dict, is also in the tree."""
     in_tree = {id(leaf) for _, leaf in pairs if isinstance(leaf, Ref)}
-    for path, leaf in filter(lambda pair: is_lookup(pair[1]), pairs):
-        for ref in filter(is_ref, leaf):
+    for path, leaf in pairs:
+        for ref in looked_up(leaf):
             # In a transform the set has the outer refs, and the tree the inner ones.
             if id(ref) not in in_tree and _trace.is_at_home(ref._trace):
                 raise StructureError(

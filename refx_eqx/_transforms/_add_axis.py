@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
+from .._core._deref import is_whole, refuse_lookups
 from .._core._errors import describe, StructureError
 from .._core._nodes import is_traced_in_ref
 from .._core._ref import like, Ref
@@ -77,6 +78,7 @@ def add_axis(tree: T, size: int, filter: FilterLike = True, *, axis: int = 0) ->
             f"`rx.add_axis`: {filter!r} selects no ref of this tree. Name a collection "
             "that it has; `rx.aliases(tree)` lists its refs."
         )
+    refuse_lookups(tree, jtu.tree_leaves(tree, is_leaf=is_whole), "add an axis to")
     new = {id(ref): _with_axis(ref, size, axis) for ref in selected}
     return jtu.tree_map(lambda leaf: new.get(id(leaf), leaf), tree)
 

@@ -21,21 +21,26 @@ def is_shared(leaf: Any) -> bool:
     return isinstance(leaf, Shared)
 
 
-def shared_in(x: Any) -> Any:
-    """A shared leaf in a set, or among the keys of a dict, or `None`. These are not part of
-    the tree that contains the set or dict."""
+def looked_up(x: Any) -> Iterator[Any]:
+    """The shared leaves in a set or in the keys of a dict, also inside a tuple or a module
+    there. These are not part of the tree that contains the set or dict."""
     # By type first: this is called for each dict in a tree. It computes no hashes.
-    if isinstance(x, set | frozenset | dict) and any(
-        issubclass(kind, Shared) for kind in set(map(type, x))
-    ):
-        return next(item for item in x if isinstance(item, Shared))
-    return None
+    if isinstance(x, set | frozenset | dict) and not NAMES.issuperset(map(type, x)):
+        for leaf in reachable([item for item in x if type(item) not in NAMES]):
+            if isinstance(leaf, Shared):
+                yield leaf
+            else:
+                yield from looked_up(leaf)
+
+
+NAMES = frozenset((str, int, float, complex, bool, bytes, type(None)))
+"""The types of the members that hold nothing."""
 
 
 def is_lookup(x: Any) -> bool:
     """Whether `x` is for looking up shared leaves. JAX cannot flatten such a dict, as it
     sorts the keys; so it is a leaf, like a set."""
-    return shared_in(x) is not None
+    return next(looked_up(x), None) is not None
 
 
 def may_carry(leaf: Any) -> bool:
@@ -111,9 +116,9 @@ def held_by(leaf: Any) -> Any:
     if isinstance(leaf, Shared):
         return leaf
     if not may_carry(leaf):
-        return shared_in(leaf)
-    found = (x if is_shared(x) else shared_in(x) for x in reachable(leaf))
-    return next((x for x in found if x is not None), None)
+        return next(looked_up(leaf), None)
+    held = (x if is_shared(x) else next(looked_up(x), None) for x in reachable(leaf))
+    return next((x for x in held if x is not None), None)
 
 
 def _leaves(tree: Any, is_leaf: Callable[[Any], bool]) -> list[Any]:

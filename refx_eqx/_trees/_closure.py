@@ -112,7 +112,9 @@ def closed(tree: Any) -> Any:
 
 
 def _closed(tree: Any, made: dict[int, Any]) -> Any:
-    leaves, treedef = jtu.tree_flatten(tree, is_leaf=is_closure)
+    leaves, treedef = jtu.tree_flatten(
+        tree, is_leaf=lambda x: is_closure(x) or is_lookup(x)
+    )
     if not any(map(is_closure, leaves)):
         return tree
     return treedef.unflatten(_closed_leaf(x, made) for x in leaves)

@@ -7,7 +7,14 @@ from typing import Any
 
 import jax.tree_util as jtu
 
-from ._cells import is_filled, is_lookup, reachable_functions, reaches, rebound_cells
+from ._cells import (
+    is_filled,
+    is_lookup,
+    NAMES,
+    reachable_functions,
+    reaches,
+    rebound_cells,
+)
 from ._equality import Identity, Shared
 
 
@@ -23,7 +30,7 @@ def static_key(leaf: Any) -> Any:
     if isinstance(leaf, float | complex):
         return type(leaf), repr(leaf)
     if isinstance(leaf, set | frozenset) and is_lookup(leaf):
-        return type(leaf), _Items(map(_object_key, leaf))
+        return type(leaf), _Items(map(_member_key, leaf))
     return type(leaf), Identity(leaf) if _is_own(leaf) else leaf
 
 
@@ -67,22 +74,28 @@ def recalled(held: Any) -> Any:
 
 
 class Members:
-    """A frozenset of refs, whose members are held weakly: the set itself may only exist for
-    one call."""
+    """A frozenset of refs, or a tuple in one, whose members are held weakly: the set itself
+    may only exist for one call."""
 
-    __slots__ = ("_kept", "_weak")
+    __slots__ = ("_held", "_kind")
 
-    def __init__(self, items: frozenset):
-        both = [(x, weakly(x)) for x in items]
-        self._kept = [x for x, weak in both if weak is None]
-        self._weak = [weak for _, weak in both if weak is not None]
+    def __init__(self, items: frozenset | tuple):
+        self._kind = type(items)
+        self._held = [x if type(x) in NAMES else _member(x) for x in items]
 
-    def recall(self) -> frozenset | None:
-        """The set, or `None` if a member is gone."""
-        alive: list[Any] = [weak.recall() for weak in self._weak]
-        if any(x is None for x in alive):
-            return None
-        return frozenset([*self._kept, *alive])
+    def recall(self) -> Any:
+        """The set or tuple, or `None` if a member is gone."""
+        items = []
+        for held in self._held:
+            item = recalled(held)
+            if item is None and held is not None:
+                return None
+            items.append(item)
+        return self._kind(items)
+
+
+def _member(x: Any) -> "Identity | Members":
+    return Members(x) if type(x) in (tuple, frozenset) else Identity(x)
 
 
 def _closure_key(fn: types.FunctionType) -> tuple:
@@ -105,10 +118,10 @@ def content_key(cell: types.CellType) -> Any:
     (layers that are frozen, and unfrozen one by one), so that is noticed."""
     content: Any = cell.cell_contents if is_filled(cell) else EMPTY
     if type(content) in (set, frozenset) and is_lookup(content):
-        return _Items(map(_object_key, content))
+        return _Items(map(_member_key, content))
     if type(content) is dict and is_lookup(content):
         items = content.items()
-        return _Items((_object_key(k), _object_key(v)) for k, v in items)
+        return _Items((_member_key(k), _object_key(v)) for k, v in items)
     return _object_key(content)
 
 
@@ -116,6 +129,14 @@ class _Items(frozenset):
     """The key for the items of a set or dict of refs."""
 
     __slots__ = ()
+
+
+def _member_key(obj: Any) -> Any:
+    """Like `_object_key`, but a tuple or a frozenset goes by its items: unlike a ref or a
+    module, it may be made anew for each call."""
+    if type(obj) is tuple:
+        return tuple, *map(_member_key, obj)
+    return _Items(map(_member_key, obj)) if type(obj) is frozenset else _object_key(obj)
 
 
 def _object_key(obj: Any) -> Any:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import ArrayLike, PyTree
 
+from .._core._deref import is_whole, refuse_lookups
 from .._core._errors import StructureError
 from .._core._nodes import is_inexact
 from .._core._ref import make_ref, Ref
@@ -81,6 +82,7 @@ class EMA(Module):
                 "`rx.nn.EMA`: `decay` is the fraction of the average that an update "
                 f"keeps, between 0 and 1, but was {decay!r}."
             )
+        refuse_lookups(model, jtu.tree_leaves(model, is_leaf=is_whole), "average")
         averages = {id(ref): _average_of(ref) for ref in selected}
         self.model = jtu.tree_map(lambda x: averages.get(id(x), x), model)
         self.decay = decay
