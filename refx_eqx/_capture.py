@@ -9,7 +9,7 @@
 
 import functools
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -85,8 +85,15 @@ def capture(
     - `StructureError`: if a submodule is called where its output cannot be returned: in the
         body of a `while_loop`, a branch of a `cond`, a function with a custom derivative
         rule; or if `add` does not match the calls.
-    - `TypeError`: if `fn` is not a module, and there is no positional argument.
+    - `TypeError`: if `fn` is not a module, and there is no positional argument; or if `add`
+        is not a mapping.
     """
+
+    if add is not None and not isinstance(add, Mapping):
+        raise TypeError(
+            f"`rx.capture`: `add` must be a dict like the one that is returned, but is "
+            f"{eqx.tree_pformat(add)}."
+        )
 
     @functools.wraps(fn, updated=())
     def capturing(*args: Any, **kwargs: Any) -> tuple[Any, dict[str, tuple[Any, ...]]]:

@@ -339,7 +339,13 @@ def param_labels(
     - `StructureError`: if no filter selects a trained ref; whenever `rx.Optimizer(model,
         tx, wrt=wrt)` raises it; and if a filter selects a ref at one of its places and not
         at another.
+    - `TypeError`: if `filters` is not a mapping.
     """
+    if not isinstance(filters, Mapping):
+        raise TypeError(
+            f"`rx.param_labels` was given filters={filters!r}: give a mapping from label to "
+            'filter, such as `{"slow": rx.path("encoder.**"), "fast": True}`.'
+        )
     trained = Trained(model, wrt)
     pairs, _ = leaves_with_paths(model)
     chosen = choose(pairs, *filters.values())

@@ -7,12 +7,14 @@ means under `filter_vmap`, `scan` and `map`.
 import zlib
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array
 
 from ._core._ref import Ref
+from ._engine._rng_split import is_key
 from ._fields._field import field
 from ._fields._module import Module
 
@@ -105,7 +107,8 @@ class Rngs(Module):
     **Raises:**
 
     - `AttributeError`: if there is no stream of the requested name, and no default stream.
-    - `TypeError`: if the default stream is given twice.
+    - `TypeError`: if the default stream is given twice, or if a seed is neither an `int`
+        nor a key.
     - `ValueError`: if a stream has the name of a module attribute.
     """
 
@@ -145,14 +148,23 @@ class Rngs(Module):
 
 
 def _key_of(name: str, seed: Any) -> Array:
-    is_key = hasattr(seed, "dtype") and (
-        jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) or seed.ndim > 0
-    )
+    is_int = _is_int(seed)
+    if not is_int and not (hasattr(seed, "dtype") and is_key(seed)):
+        raise TypeError(
+            f"`rx.Rngs`: the seed of the stream {name!r} must be an int or a `jax.random` "
+            f"key, but is {eqx.tree_pformat(seed)}. Pass, for example, `rx.Rngs(0)` or "
+            "`rx.Rngs(jax.random.key(0))`."
+        )
     # A seed gives a raw key, which every file format can store (Equinox 0.13 and NumPy
     # refuse typed ones); a key is unchanged.
-    key = seed if is_key else jr.key_data(jr.key(seed))
+    key = jr.key_data(jr.key(seed)) if is_int else seed
     # So that one seed for several streams does not give the same numbers twice.
     return _fold_in(key, zlib.crc32(name.encode()))
+
+
+def _is_int(x: Any) -> bool:
+    is_scalar = eqx.is_array_like(x) and jnp.shape(x) == ()
+    return is_scalar and jnp.issubdtype(jnp.result_type(x), jnp.integer)
 
 
 def _fold_in(key: Array, data: int) -> Array:

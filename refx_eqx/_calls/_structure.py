@@ -12,6 +12,7 @@ A result is derefed in the same way, with the numbering of its call: a ref of th
 `Index`, whose `Value` is in the call, and a new ref gets the next number.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from operator import itemgetter
 from typing import Any
@@ -241,6 +242,11 @@ def _why_not_hashable(leaf: Any) -> str:
     remedy = "Make it hashable, or put the arrays in it into a pytree."
     if isinstance(leaf, set):
         remedy = "Make it a `frozenset`, or a tuple if there are arrays in it."
+    elif dataclasses.is_dataclass(leaf):
+        remedy = (
+            "If there are arrays or refs in it, make it an `equinox.Module`; otherwise make "
+            "it hashable: `@dataclasses.dataclass(frozen=True)`."
+        )
     return f"a {type(leaf).__name__} is not hashable. {remedy}"
 
 

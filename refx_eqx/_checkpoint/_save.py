@@ -13,6 +13,7 @@ JSON:
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 from collections.abc import Callable, Container, Iterator, Mapping
@@ -182,6 +183,7 @@ def load(
         declared a ref holds an array.
     - `TraceLevelError`, `ImmutableError`: if a ref cannot be written here.
     - `OSError`: if the file cannot be read.
+    - `TypeError`: if `rename` is neither a mapping nor a function, or returns no name.
     """
     _check_in_refs(tree, filter, "Cannot load", "would not be loaded")
     with _file.opened(path) as file:
@@ -312,11 +314,26 @@ def _sources(
     return sources
 
 
+def _name_from(rename: Callable[[str], str | None], name: str) -> str | None:
+    key = rename(name)
+    if key is not None and not isinstance(key, str):
+        raise TypeError(
+            f"`rx.load`: `rename` must return a name or `None`, but for {name!r} it returned "
+            f"{key!r}."
+        )
+    return key
+
+
 def _renaming(content: _Content, rename: Rename | None) -> Callable[[str], str | None]:
     if rename is None:
         return lambda name: name
     if not isinstance(rename, Mapping):
-        return rename
+        if not callable(rename):
+            raise TypeError(
+                f"`rx.load`: `rename` must be a mapping from name to name, or a function, "
+                f"but is {rename!r}."
+            )
+        return functools.partial(_name_from, rename)
     known = {n for name in content.names for n in content.names_of(name)}
     for name in rename:
         if name not in known:

@@ -93,13 +93,12 @@ class axes(ByFilter):
 def _as_axis(axis: Any, what: str) -> int | None:
     if axis is None:
         return None
-    try:
-        return operator.index(axis)
-    except TypeError:
+    if isinstance(axis, bool) or not hasattr(axis, "__index__"):
         raise TypeError(
             f"`{what}`: an axis must be an int, or `None` to broadcast, but this is "
             f"{axis!r}."
-        ) from None
+        )
+    return operator.index(axis)
 
 
 def leaf_axes(spec: Any, tree: Any, what: str) -> list[Any]:

@@ -230,4 +230,4 @@ class NotGiven(MismatchError):
 
 # What a user sees of it, and may catch.
 NotGiven.__module__ = MismatchError.__module__
-NotGiven.__qualname__ = MismatchError.__qualname__
+NotGiven.__name__ = NotGiven.__qualname__ = MismatchError.__qualname__

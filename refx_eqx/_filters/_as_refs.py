@@ -26,6 +26,7 @@ from .._fields._referenced import (
 from .._trees._cells import is_lookup, is_opaque
 from .._trees._paths import key_text, Path, path_text
 from ._filters import as_filter, Filter, FilterLike
+from ._guard import only_answering
 from ._select import (
     check_all_in_tree,
     check_names,
@@ -103,7 +104,8 @@ def as_refs(
         check_name("rx.as_refs", collection=name)
     filters = {name: as_filter(f) for name, f in collection.items()}
     conversion = _Conversion(filters, where, _declared_collections(tree))
-    converted = conversion.tree(tree, ())
+    with only_answering():
+        converted = conversion.tree(tree, ())
     check_all_in_tree(pairs, "Cannot make refs")
     check_names(list(filters.values()), *conversion.met)
     return converted

@@ -146,12 +146,16 @@ def load_state_dict(
         if two keys give different values for one ref. Also whenever [`refx_eqx.state_dict`][] raises it.
     - `RefTypeError`: if a value breaks the declared type of its ref.
     - `TraceLevelError`, `ImmutableError`: if a ref cannot be written here.
-    - `TypeError`: if `state` is not a mapping.
+    - `TypeError`: if `state` is not a mapping, or `strict` is not a `bool`.
     """
     if not isinstance(state, Mapping):
         raise TypeError(
             "`rx.load_state_dict` takes a mapping from path to value, but was given a "
             f"`{type(state).__name__}`. For a tree of values, use `rx.update_refs`."
+        )
+    if not isinstance(strict, bool):
+        raise TypeError(
+            f"`rx.load_state_dict`: `strict` must be `True` or `False`, but is {strict!r}."
         )
     places = places_of(tree, filter, "Cannot load the state")
     slots = _slots(places, "Cannot load the state")

@@ -1,6 +1,5 @@
 """`add_axis`: gives refs an axis to map over."""
 
-import operator
 from typing import Any, TypeVar
 
 import jax
@@ -12,6 +11,7 @@ from .._core._errors import describe, StructureError
 from .._core._nodes import is_traced_in_ref
 from .._core._ref import like, Ref
 from .._engine._by_filter import RNG
+from .._engine._carry import whole_number
 from .._engine._rng_split import fold_in, is_key
 from .._filters._filters import FilterLike
 from .._filters._select import selected_refs
@@ -70,8 +70,11 @@ def add_axis(tree: T, size: int, filter: FilterLike = True, *, axis: int = 0) ->
     **Raises:**
 
     - `StructureError`: if no ref is selected, or if a value cannot have such an axis.
+    - `TypeError`, `ValueError`: if `size` or `axis` is not an integer, or `size` is
+        negative.
     """
-    size = operator.index(size)
+    size = whole_number(size, "rx.add_axis", "`size`", 0)
+    axis = whole_number(axis, "rx.add_axis", "`axis`")
     selected = selected_refs(tree, filter)
     if not selected:
         raise StructureError(

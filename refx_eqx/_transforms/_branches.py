@@ -346,8 +346,13 @@ def switch(
     **Raises:**
 
     As [`refx_eqx.cond`][]; `ValueError` if there are no branches; and `TypeError` if the
-    index is not an integer.
+    index is not an integer, or `branches` not a sequence.
     """
+    if not isinstance(branches, Sequence):
+        raise TypeError(
+            f"`switch`: `branches` must be a list or tuple of functions, but is "
+            f"{eqx.tree_pformat(branches)}."
+        )
     if not branches:
         raise ValueError("`switch` needs at least one branch.")
     n = len(branches)
@@ -380,10 +385,9 @@ def _call_choice(
 
 
 def _as_scalar(x: Any, name: str, what: str) -> jax.Array:
-    x = jnp.asarray(x)
-    if x.shape != ():
+    if not eqx.is_array_like(x) or jnp.shape(x) != ():
         raise TypeError(
             f"`{name}`: the {what} must be a scalar, but is {eqx.tree_pformat(x)}. To "
             "choose for each element, use `jnp.where`, or `rx.filter_vmap`."
         )
-    return x
+    return jnp.asarray(x)

@@ -42,12 +42,16 @@ T = TypeVar("T")
 
 def _while_test(_: None, cond_fun: Any, body_fun: Any, val: Any) -> Any:
     test = cond_fun(val)
-    if not eqx.is_array_like(test) or jnp.shape(test) != ():
+    if not eqx.is_array_like(test) or jnp.shape(test) != () or not _is_bool(test):
         raise TypeError(
             f"`while_loop`: `{name_of(cond_fun)}` must return a boolean scalar, but it "
-            f"returned {eqx.tree_pformat(test)}."
+            f"returned {eqx.tree_pformat(test)}. Compare, such as `x > 0`."
         )
     return jnp.asarray(test, bool)
+
+
+def _is_bool(x: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jnp.bool_)
 
 
 def _while_step(_: None, cond_fun: Any, body_fun: Any, val: Any) -> Any:

@@ -63,6 +63,7 @@ class EMA(Module):
     - `StructureError`: if `wrt` selects no ref, or if `update` or `swap` is given a model
         of another structure.
     - `ValueError`: if `decay` is a number that is not between 0 and 1.
+    - `TypeError`: if it is no number.
     """
 
     model: Any
@@ -76,6 +77,10 @@ class EMA(Module):
             raise StructureError(
                 f"`rx.nn.EMA`: {wrt!r} selects no ref of this model, so there is nothing to "
                 "average. Name a collection that it has; `rx.aliases(model)` lists its refs."
+            )
+        if not eqx.is_array_like(decay):
+            raise TypeError(
+                f"`rx.nn.EMA`: `decay` must be a number or an array, but was {decay!r}."
             )
         if isinstance(decay, int | float) and not 0 <= decay <= 1:
             raise ValueError(
