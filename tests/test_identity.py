@@ -8,7 +8,7 @@ import re
 import threading
 import types
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -455,6 +455,11 @@ class Slot(rx.Module):
     ref: rx.Ref
 
 
+class Named(NamedTuple):
+    ref: Any
+    name: str | None = None
+
+
 def in_a_cell():
     frozen = frozenset()
 
@@ -472,6 +477,7 @@ def in_a_cell():
 FRESH = {
     "itself": lambda frozen: frozen,
     "in pairs": lambda frozen: frozenset(("frozen", None, ref) for ref in frozen),
+    "in named pairs": lambda frozen: frozenset(map(Named, frozen)),
     "in a set": lambda frozen: frozenset([frozen]),
     "in a tuple": lambda frozen: ("frozen", [frozen]),
     "in a partial": lambda frozen: functools.partial(is_free, frozen),
@@ -517,6 +523,7 @@ def test_the_members_of_a_fresh_frozenset_are_told_apart(trace_counter):
 
 AS_MEMBERS = {
     "pairs": lambda ref: (ref, "w"),
+    "named pairs": lambda ref: Named(ref, "w"),
     "sets": lambda ref: frozenset([ref]),
     "modules": Slot,
 }

@@ -93,12 +93,16 @@ class axes(ByFilter):
 def _as_axis(axis: Any, what: str) -> int | None:
     if axis is None:
         return None
-    if isinstance(axis, bool) or not hasattr(axis, "__index__"):
+    try:
+        number = operator.index(axis)
+    except TypeError:
+        number = None
+    if number is None or isinstance(axis, bool):
         raise TypeError(
             f"`{what}`: an axis must be an int, or `None` to broadcast, but this is "
             f"{axis!r}."
         )
-    return operator.index(axis)
+    return number
 
 
 def leaf_axes(spec: Any, tree: Any, what: str) -> list[Any]:

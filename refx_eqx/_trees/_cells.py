@@ -5,6 +5,7 @@ JAX treats a function as an opaque leaf, and in Python it can hold anything, pyt
 
 import dis
 import functools
+import itertools
 import types
 import weakref
 from collections import defaultdict, OrderedDict
@@ -24,17 +25,32 @@ def is_shared(leaf: Any) -> bool:
 def looked_up(x: Any) -> Iterator[Any]:
     """The shared leaves in a set or in the keys of a dict, also inside a tuple or a module
     there. These are not part of the tree that contains the set or dict."""
+    members = x if isinstance(x, set | frozenset | dict) else ()
     # By type first: this is called for each dict in a tree. It computes no hashes.
-    if isinstance(x, set | frozenset | dict) and not NAMES.issuperset(map(type, x)):
-        for leaf in reachable([item for item in x if type(item) not in NAMES]):
-            if isinstance(leaf, Shared):
-                yield leaf
-            else:
-                yield from looked_up(leaf)
+    while not NAMES.issuperset(map(type, members)):
+        one_of = {type(member): member for member in members}
+        may_hold = {kind for kind, one in one_of.items() if _may_hold(one)}
+        for member in members if may_hold else ():
+            if type(member) in may_hold:
+                for leaf in reachable(member):
+                    yield from (leaf,) if is_shared(leaf) else looked_up(leaf)
+        groups = (member for member in members if type(member) in _GROUPS)
+        members = list(itertools.chain.from_iterable(groups))
 
 
 NAMES = frozenset((str, int, float, complex, bool, bytes, type(None)))
-"""The types of the members that hold nothing."""
+"""The types of most members: they hold nothing."""
+
+# Members that are looked into one by one, as there may be many.
+_GROUPS = frozenset((tuple, frozenset))
+
+
+def _may_hold(member: Any) -> bool:
+    """Whether members of this type may hold shared leaves, except the groups."""
+    kind = type(member)
+    if kind in NAMES or kind in _GROUPS:
+        return False
+    return is_shared(member) or kind in _CALLABLES or not jtu.all_leaves([member])
 
 
 def is_lookup(x: Any) -> bool:

@@ -91,11 +91,14 @@ class Members:
             if item is None and held is not None:
                 return None
             items.append(item)
-        return self._kind(items)
+        base = tuple if issubclass(self._kind, tuple) else frozenset
+        return base.__new__(
+            self._kind, items
+        )  # a named tuple takes its items one by one
 
 
 def _member(x: Any) -> "Identity | Members":
-    return Members(x) if type(x) in (tuple, frozenset) else Identity(x)
+    return Members(x) if isinstance(x, tuple | frozenset) else Identity(x)
 
 
 def _closure_key(fn: types.FunctionType) -> tuple:
@@ -134,9 +137,11 @@ class _Items(frozenset):
 def _member_key(obj: Any) -> Any:
     """Like `_object_key`, but a tuple or a frozenset goes by its items: unlike a ref or a
     module, it may be made anew for each call."""
-    if type(obj) is tuple:
-        return tuple, *map(_member_key, obj)
-    return _Items(map(_member_key, obj)) if type(obj) is frozenset else _object_key(obj)
+    if isinstance(obj, tuple):
+        return type(obj), *map(_member_key, obj)
+    if isinstance(obj, frozenset):
+        return type(obj), _Items(map(_member_key, obj))
+    return _object_key(obj)
 
 
 def _object_key(obj: Any) -> Any:
