@@ -103,7 +103,7 @@ def flatten(
     refuse_cycle(tree)
     try:
         return _closure.flatten(tree, is_wanted)
-    except ValueError:
+    except (ValueError, TypeError):
         # JAX sorts the keys of a dict, and refs have no order.
         dicts = [x for x in reachable(tree) if isinstance(x, dict)]
         refuse_lookups(tree, dicts, "carry")

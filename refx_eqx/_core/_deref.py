@@ -44,10 +44,13 @@ jtu.register_pytree_node(
 )
 
 
+_INSIDE = "a place inside a function"
+
+
 def path_of(tree: Any, found: Callable[[Any], bool]) -> str:
     """The path of the first leaf of `tree` that satisfies `found`, for messages."""
     leaves, _ = jtu.tree_flatten_with_path(opened(tree), is_leaf=is_whole)
-    return next((path_text(path) for path, leaf in leaves if found(leaf)), "unknown")
+    return next((path_text(path) for path, leaf in leaves if found(leaf)), _INSIDE)
 
 
 def closed(tree: Any) -> Any:

@@ -75,6 +75,8 @@ class Watch:
             elif kind is dict:
                 self._dicts.append((x, tuple(x), tuple(x.values())))
                 return is_lookup(x)
+            elif is_lookup(x):
+                return True
             elif not _is_immutable(kind):
                 parts = flatten_one_level(x)
                 if parts is not None:
@@ -111,6 +113,9 @@ class Watch:
         if isinstance(leaf, set):
             self._seen.add(id(leaf))
             self._sets.append((leaf, frozenset(leaf)))
+        elif isinstance(leaf, dict) and type(leaf) is not dict:
+            self._seen.add(id(leaf))
+            self._dicts.append((leaf, tuple(leaf), tuple(leaf.values())))
         # An unhashable object is in the cell of a closure, where it goes by identity.
         has_own_hash = type(leaf).__hash__ not in (object.__hash__, None)
         if has_own_hash and not isinstance(leaf, _OF_ONE_HASH):

@@ -21,7 +21,7 @@ from ._cells import (
     rebound_cells,
 )
 from ._equality import Identity, Ignored
-from ._keys import content_key, gone
+from ._keys import content_key, gone, lookups_key
 
 
 class _OwnCell:
@@ -41,6 +41,22 @@ class _OwnCell:
 
     def __hash__(self) -> int:
         return hash((id(self.cell), self.key))
+
+
+class _OwnDefaults(Identity):
+    """The default arguments that the rebuilt function keeps; equal if they are the same
+    objects, with the same refs in the sets among them."""
+
+    __slots__ = ("key",)
+
+    def __init__(self, defaults: Any, fn: types.FunctionType):
+        super().__init__(defaults, weak=False)
+        self.key = lookups_key(fn)
+
+    def __eq__(self, other: Any) -> bool:
+        return super().__eq__(other) and self.key == getattr(other, "key", None)
+
+    __hash__ = Identity.__hash__
 
 
 class FirstPlaceGone(LookupError):
@@ -109,7 +125,7 @@ def head_of(
     extras: list[Any] = [Ignored((name, getattr(leaf, name)) for name in _LOOKS)]
     for defaults in (leaf.__defaults__, leaf.__kwdefaults__):
         is_carried = bool(defaults) and reaches(defaults, is_wanted)
-        extras.append(None if is_carried else _itself(defaults))
+        extras.append(None if is_carried else _OwnDefaults(defaults, leaf))
         if is_carried:
             contents.append(defaults)
     # `functools.wraps` puts the wrapped function here: it is also in a cell, where its

@@ -26,10 +26,10 @@ def static_key(leaf: Any) -> Any:
     values of a function are part of its key: rebinding a cell makes it another function.
     """
     if isinstance(leaf, types.FunctionType):
-        return Identity(leaf), _closure_key(leaf) if leaf.__closure__ else None
+        return Identity(leaf), _closure_key(leaf)
     if isinstance(leaf, float | complex):
         return type(leaf), repr(leaf)
-    if isinstance(leaf, set | frozenset) and is_lookup(leaf):
+    if _is_set_of_refs(leaf):
         return type(leaf), _Items(map(_member_key, leaf))
     return type(leaf), Identity(leaf) if _is_own(leaf) else leaf
 
@@ -52,12 +52,17 @@ def identities_in(key: Any) -> Iterator[Identity]:
 def weakly(leaf: Any) -> "Identity | Members | None":
     """What a cache stores for a static leaf, so as not to keep functions and refs alive;
     `None` if it stores the leaf itself."""
-    if type(leaf) is frozenset and is_lookup(leaf):
+    if type(leaf) is frozenset and _is_set_of_refs(leaf):
         return Members(leaf)
-    if _is_own(leaf) or (isinstance(leaf, set | frozenset) and is_lookup(leaf)):
+    if _is_own(leaf) or _is_set_of_refs(leaf):
         identity = Identity(leaf)
         return identity if identity.mortal() else None
     return None
+
+
+def _is_set_of_refs(x: Any) -> bool:
+    """Also an empty set: one that refs are added to and removed from may be empty."""
+    return isinstance(x, set | frozenset) and (not x or is_lookup(x))
 
 
 def _is_own(leaf: Any) -> bool:
@@ -101,15 +106,19 @@ def _member(x: Any) -> "Identity | Members":
     return Members(x) if isinstance(x, tuple | frozenset) else Identity(x)
 
 
-def _closure_key(fn: types.FunctionType) -> tuple:
+def _closure_key(fn: types.FunctionType) -> Any:
+    if not (fn.__closure__ or fn.__defaults__ or fn.__kwdefaults__):
+        return None
     functions = reachable_functions(fn)
     rebound = rebound_cells(functions)
-    return tuple(
+    cells = [
         content_key(cell)
         for function in functions
         for cell in function.__closure__ or ()
         if id(cell) not in rebound
-    )
+    ]
+    defaults = [lookups_key(function) for function in functions]
+    return *cells, *filter(None, defaults)
 
 
 EMPTY = object()
@@ -120,12 +129,24 @@ def content_key(cell: types.CellType) -> Any:
     we do not notice an append to a list. But refs are added to and removed from sets
     (layers that are frozen, and unfrozen one by one), so that is noticed."""
     content: Any = cell.cell_contents if is_filled(cell) else EMPTY
-    if type(content) in (set, frozenset) and is_lookup(content):
-        return _Items(map(_member_key, content))
-    if type(content) is dict and is_lookup(content):
-        items = content.items()
-        return _Items((_member_key(k), _object_key(v)) for k, v in items)
-    return _object_key(content)
+    key = _lookup_key(content)
+    return _object_key(content) if key is None else key
+
+
+def lookups_key(fn: types.FunctionType) -> tuple:
+    """The keys for the sets of refs among the default arguments of a function. Its other
+    defaults cannot change."""
+    defaults = (*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values())
+    return tuple(key for key in map(_lookup_key, defaults) if key is not None)
+
+
+def _lookup_key(x: Any) -> "_Items | None":
+    """The key for the items of a set or dict of refs; `None` for anything else."""
+    if _is_set_of_refs(x):
+        return _Items(map(_member_key, x))
+    if isinstance(x, dict) and is_lookup(x):
+        return _Items((_member_key(k), _object_key(v)) for k, v in x.items())
+    return None
 
 
 class _Items(frozenset):
