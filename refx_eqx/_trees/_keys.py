@@ -96,7 +96,7 @@ class Members:
             if item is None and held is not None:
                 return None
             items.append(item)
-        base = tuple if issubclass(self._kind, tuple) else frozenset
+        base: Any = tuple if issubclass(self._kind, tuple) else frozenset
         return base.__new__(
             self._kind, items
         )  # a named tuple takes its items one by one
