@@ -156,8 +156,8 @@ class _Items(frozenset):
 
 
 def _member_key(obj: Any) -> Any:
-    """Like `_object_key`, but a tuple or a frozenset goes by its items: unlike a ref or a
-    module, it may be made anew for each call."""
+    """Like `_object_key`, but a tuple or a frozenset goes by its items, as each call may
+    make a new one."""
     if isinstance(obj, tuple):
         return type(obj), *map(_member_key, obj)
     if isinstance(obj, frozenset):
