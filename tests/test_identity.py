@@ -478,6 +478,7 @@ def in_a_cell():
 FRESH = {
     "itself": lambda frozen: frozen,
     "in pairs": lambda frozen: frozenset(("frozen", None, ref) for ref in frozen),
+    "in nested pairs": lambda frozen: frozenset((("w", ref), 1) for ref in frozen),
     "in named pairs": lambda frozen: frozenset(map(Named, frozen)),
     "in a set": lambda frozen: frozenset([frozen]),
     "in a tuple": lambda frozen: ("frozen", [frozen]),
@@ -573,6 +574,9 @@ HOLDERS = {
     "as a default": lambda ask, frozen, _: rx.filter_jit(
         lambda ref, frozen=frozen: ask(ref, frozen)
     ),
+    "as a default of a closure": lambda ask, frozen, refs: rx.filter_jit(
+        lambda ref, *, frozen=frozen: ask(ref, frozen) + 0 * int(refs[1].ndim)
+    ),
     "as an argument": lambda ask, frozen, _: functools.partial(
         lambda step, ref: step(ref, {"frozen": frozen}),
         rx.filter_jit(lambda ref, tree: ask(ref, tree["frozen"])),
@@ -594,7 +598,8 @@ HOLDERS = {
 AS_LEAVES = [
     (lookup, holder)
     for lookup in ("set", "ordered dict")
-    for holder in ("as a default", "as an argument", "in a field")
+    for holder in HOLDERS
+    if holder not in ("in a cell", "of a gradient")
 ]
 IN_CELLS = [
     (lookup, holder) for lookup in LOOKUPS for holder in ("in a cell", "of a gradient")

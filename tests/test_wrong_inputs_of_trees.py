@@ -288,6 +288,10 @@ class Scale(rx.Module):
         return x * self.w[...]
 
 
+class Frozen(eqx.Module):
+    refs: frozenset
+
+
 REF, OTHER = rx.Ref(jnp.ones(2), "params"), rx.Ref(jnp.ones(2), "params")
 LOOKUPS = {
     "set": {REF},
@@ -298,6 +302,7 @@ LOOKUPS = {
     "module in a set": set(map(Scale, [REF])),
     "module as a key": dict.fromkeys([Scale(REF)], 1),
     "set in a set": {frozenset({REF})},
+    "set in a module in a set": set(map(Frozen, [frozenset({REF})])),
     "function in a set": {lambda ref=REF: ref},
     "bound method as a key": {Scale(REF).__call__: 1},
 }
