@@ -4,6 +4,7 @@ import functools
 import gc
 import weakref
 from typing import Annotated, Any, TypeVar
+from typing_extensions import TypeAliasType
 
 import equinox as eqx
 import jax
@@ -76,6 +77,26 @@ def test_an_annotation_asks_for_its_class_of_refs():
     tree = [Tag(1.0, "params"), rx.Ref(1.0, "params"), Tag(1.0)]
     assert rx.filter_spec(tree, tagged) == [True, False, False]
     assert rx.filter_spec(tree, rx.Param) == [True, True, False]
+
+
+def test_a_type_alias_is_what_it_stands_for():
+    tree = [rx.Ref(1.0, "lora"), rx.Ref(1.0, "params")]
+    make_alias: Any = TypeAliasType  # a static checker wants it at the top of a module
+    alias = make_alias("alias", Lora)
+    of_types = make_alias("of_types", Lora, type_params=(T,))
+    for wrt in (alias, of_types):
+        assert rx.filter_spec(tree, wrt) == [True, False]
+    with raises(TypeError, match="is not a filter: a filter does not ask for the type"):
+        rx.filter_spec(tree, of_types[jax.Array])
+
+
+def test_what_annotates_a_field_is_not_taken_for_a_name():
+    with raises(
+        TypeError,
+        match=r"`rx.Collection\('lora'\)` is not a filter: it annotates a field. Write it "
+        r"with a small letter: `rx.collection\('lora'\)`",
+    ):
+        rx.filter_spec(make(), rx.Collection("lora"))
 
 
 @pytest.mark.parametrize("wrong", [rx.Param[jax.Array], hint, Annotated[int, "x"]])

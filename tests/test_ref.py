@@ -73,6 +73,35 @@ def test_writing_a_part_of_a_numpy_array_does_not_change_it_in_place():
     assert ref.value.tolist() == [1.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize(
+    ("old", "index", "part", "new"),
+    [
+        (np.array([2**40, 1]), 1, 3, [2**40, 3]),
+        (np.array([2**40, 1]), jnp.array(1), jnp.array(3), [2**40, 3]),
+        (np.array([1.0 + 1e-12, 1.0]), slice(1, None), 2.0, [1.0 + 1e-12, 2.0]),
+        (np.array(["a", "b"]), 0, "c", ["c", "b"]),
+        (np.zeros((2, 2), np.int8), (0, jnp.array([0, 1])), [1, 2], [[1, 2], [0, 0]]),
+    ],
+)
+def test_writing_a_part_of_a_numpy_array_keeps_the_other_elements(
+    old, index, part, new
+):
+    ref = rx.Ref(old)
+    ref[index] = part
+    assert type(ref.value) is np.ndarray and ref.value.dtype == old.dtype
+    assert ref.value.tolist() == new
+    assert old.tolist() != new
+
+
+def test_writing_a_traced_part_of_a_numpy_array_makes_it_a_jax_array():
+    def loss(x):
+        ref = rx.Ref(np.zeros(2, np.float32))
+        ref[0] = x
+        return ref.value.sum() * 3.0
+
+    assert jax.grad(loss)(1.0) == 3.0
+
+
 def test_a_part_of_a_value_that_is_no_array_can_be_read():
     ref = rx.Ref({"a": 1, "b": 2})
     assert ref["b"] == 2

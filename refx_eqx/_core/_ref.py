@@ -281,7 +281,8 @@ class Ref(Shared, Generic[T]):
         self, index: "ArrayLike | slice | tuple[Any, ...] | None", value: Any
     ) -> None: ...
     def __setitem__(self, index: Any, value: Any) -> None:
-        """`ref[...] = x` sets the value, and `ref[i] = x` is `value.at[i].set(x)`."""
+        """`ref[...] = x` sets the value, and `ref[i] = x` is `value.at[i].set(x)`. The value
+        is a new array: NumPy's, if it was."""
         if index is not Ellipsis:
             old: Any = self.value
             if not eqx.is_array_like(old):
@@ -290,8 +291,7 @@ class Ref(Shared, Generic[T]):
                     f"{type(old).__name__}. Change it in place, `ref.value[i] = x`, or "
                     "write a new one, `ref.value = ...`."
                 )
-            old = jnp.asarray(old)
-            value = old.at[index].set(value, out_sharding=_jax.typed_sharding(old))
+            value = _with_part(old, index, value)
         self.value = value
 
     @property
@@ -451,6 +451,19 @@ def taken(ref: Ref) -> Any:
     value = ref.value
     check_taken(ref, value)
     return value
+
+
+def _with_part(old: Any, index: Any, part: Any) -> Any:
+    """The array, with another part. A NumPy array stays one if it can: JAX may not have its
+    dtype, and would change its other elements."""
+    if isinstance(old, np.ndarray) and not any(
+        map(_jax.is_tracer, jax.tree.leaves((index, part)))
+    ):
+        new = old.copy()
+        new[index] = part
+        return new
+    old = jnp.asarray(old)
+    return old.at[index].set(part, out_sharding=_jax.typed_sharding(old))
 
 
 def _array_like(ref: Ref) -> Any:

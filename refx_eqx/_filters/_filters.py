@@ -30,7 +30,7 @@ from jaxtyping import PyTree
 from .._core._errors import describe, is_annotation
 from .._core._ref import Ref
 from .._fields._collection import Collection
-from .._fields._hints import split_hint
+from .._fields._hints import alias_of, split_hint, value_of_alias
 from .._fields._ref_type import OpenRefHint
 from .._trees._cells import looked_up, reachable
 from .._trees._equality import Identity
@@ -456,6 +456,8 @@ def as_filter(filter: Any) -> Filter:
     """Converts any form of a filter (see the top of this file) to a `Filter`."""
     if isinstance(filter, Filter):
         return filter
+    if alias_of(filter) is not None:
+        filter = value_of_alias(filter)
     if isinstance(filter, bool):
         return _Constant(filter)
     if isinstance(filter, type) and issubclass(filter, Ref):

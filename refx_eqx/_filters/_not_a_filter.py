@@ -11,6 +11,7 @@ import numpy as np
 from .._core._errors import is_annotation
 from .._core._nodes import is_module, is_node
 from .._core._ref import Ref
+from .._fields._collection import Collection
 from .._fields._instance import plan_of
 from .._fields._ref_type import OpenRefHint
 from .._fields._referenced import is_referenced
@@ -38,6 +39,12 @@ def refuse_what_is_no_filter(x: Any) -> None:
         reason = (
             "only subclasses of `rx.Ref` are. To select the refs of a module, pass the "
             "module itself, or `rx.path(...)`"
+        )
+    elif isinstance(x, Collection):
+        which = f"`rx.Collection({x.name!r})`"
+        reason = (
+            "it annotates a field. Write it with a small letter: "
+            f"`rx.collection({x.name!r})`"
         )
     elif is_annotation(x) or isinstance(x, OpenRefHint):
         which = f"The annotation `{x}`"
