@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import pytest
 from raising import raises
 
 import refx_eqx as rx
@@ -100,8 +101,36 @@ def test_without_randomness_it_says_what_is_missing():
 
 
 def test_p_is_a_fraction():
-    with raises(ValueError, match="between 0 and 1, but was 50"):
-        rx.nn.Dropout(50)
+    for p in 50, -0.1, np.float32(2.0), float("nan"):
+        with raises(ValueError, match="between 0 and 1, but was"):
+            rx.nn.Dropout(p)
+    for p in "0.5", True, None:
+        with raises(TypeError, match=f"between 0 and 1, but was {p!r}"):
+            rx.nn.Dropout(p)
+
+
+@pytest.mark.parametrize("rngs", [0, jr.key(0)], ids=["seed", "key"])
+def test_a_seed_is_not_a_source_of_keys(rngs):
+    with raises(
+        TypeError, match="`rngs` must be an `rx.Rngs` or .*`rngs=rx.Rngs\\(0\\)`"
+    ):
+        rx.nn.Dropout(0.5, rngs=rngs)
+
+
+@pytest.mark.parametrize(
+    "dtype", [int, bool, "uint8", "bfloat16", "float32", "complex64"]
+)
+@pytest.mark.parametrize("p", [0.5, 1.0, np.float32(0.25), jnp.array(0.25)])
+def test_it_is_that_of_equinox_for_each_dtype(dtype, p):
+    x, key = jnp.ones(50, dtype), jr.key(0)
+    with jax.numpy_dtype_promotion("standard"):
+        theirs = eqx.nn.Dropout(p)(x, key=key)
+    ours = rx.nn.Dropout(p)(x, key=key)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        assert ours.dtype == theirs.dtype == jnp.float32
+    else:
+        assert ours.dtype == x.dtype
+    np.testing.assert_array_equal(ours, theirs.astype(ours.dtype))
 
 
 def test_a_plain_vmap_does_not_write_the_stream():

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from .._fields._module import Module
@@ -49,6 +51,7 @@ class Dropout(Module):
     **Raises:**
 
     - `ValueError`: if `p` is not between 0 and 1.
+    - `TypeError`: if `p` is neither a number nor an array, or `rngs` is not a source of keys.
     - `RuntimeError`: if it is called in training mode with neither a `key` nor `rngs`.
     """
 
@@ -64,11 +67,7 @@ class Dropout(Module):
         *,
         rngs: Rngs | RngStream | None = None,
     ):
-        if isinstance(p, int | float) and not 0 <= p <= 1:
-            raise ValueError(
-                "`rx.nn.Dropout`: `p` is the fraction of entries to set to zero, between "
-                f"0 and 1, but was {p!r}."
-            )
+        _check(p, rngs)
         self.p = p
         self.inference = inference
         self.stream = rngs.dropout if isinstance(rngs, Rngs) else rngs
@@ -88,7 +87,8 @@ class Dropout(Module):
 
         **Returns:**
 
-        An array of the same shape, with entries set to zero or divided by `1 - p`.
+        An array of the same shape, with entries set to zero or divided by `1 - p`. It has
+        the dtype of `x`, or, for integers and `bool`s, a floating-point one.
         """
         if not self.is_active(inference):
             return x
@@ -111,10 +111,30 @@ class Dropout(Module):
         return self.stream()
 
 
+def _check(p: Any, rngs: Any) -> None:
+    fraction = (
+        "`rx.nn.Dropout`: `p` is the fraction of entries to set to zero, between 0 and 1, "
+        f"but was {p!r}."
+    )
+    if isinstance(p, bool) or not eqx.is_array_like(p):
+        raise TypeError(fraction)
+    if isinstance(p, int | float | np.floating) and not 0 <= p <= 1:
+        raise ValueError(fraction)
+    if not isinstance(rngs, Rngs | RngStream | None):
+        raise TypeError(
+            "`rx.nn.Dropout`: `rngs` must be an `rx.Rngs` or one of its streams, but was "
+            f"{eqx.tree_pformat(rngs)}. Pass, for example, `rngs=rx.Rngs(0)`."
+        )
+
+
 def drop(x: Array, p: Any, key: Any) -> Array:
     """`x` with a fraction `p` of its entries set to zero, and the others scaled."""
     keep = 1 - jax.lax.stop_gradient(p)
     mask = jr.bernoulli(key, keep, x.shape)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        # As any division of integers, with a floating-point result.
+        with jax.numpy_dtype_promotion("standard"):
+            x = x.astype(jnp.result_type(x, keep))
     # With `p = 1` nothing is kept, and the division is by one instead of zero.
     scale = jnp.where(keep > 0, keep, 1).astype(x.dtype)
     return jnp.where(mask, x / scale, 0)
