@@ -3,6 +3,7 @@
 # A static checker objects to what is wrong on purpose here.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 
+import functools
 import json
 import os
 import pickle
@@ -129,6 +130,27 @@ def test_numbers_and_texts_of_python_stay_what_they_are(path, value, other):
     ref.value = other
     rx.load(path, ref)
     assert type(ref.value) is type(value) and repr(ref.value) == repr(value)
+
+
+def test_numbers_and_texts_inside_a_value_are_loaded_too(path):
+    saved = {"k": jnp.ones(2), "mode": "eval", "rate": 0.5}
+    first, ref = (
+        rx.Ref(saved),
+        rx.Ref({"k": jnp.zeros(2), "mode": "train", "rate": 0.0}),
+    )
+    rx.save(path, {"state": first, "again": first})
+    rx.load(path, {"state": ref})
+    assert rx.tree_equal(ref.value, saved)
+    assert rx.state_dict({"s": ref})["s.mode"] == "eval"
+
+
+def test_code_inside_a_value_stays_that_of_the_tree(path):
+    plain = lambda seed, fn: eqx.nn.MLP(2, 2, 2, 1, fn, key=jr.key(seed))
+    saved, ref = rx.Ref(plain(0, jax.nn.relu)), rx.Ref(plain(1, jax.nn.tanh))
+    rx.save(path, saved)
+    rx.load(path, ref)
+    assert ref.value.activation is jax.nn.tanh
+    assert jnp.array_equal(ref.value.layers[0].weight, saved.value.layers[0].weight)
 
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
@@ -562,6 +584,8 @@ def test_an_array_outside_refs_is_not_lost_in_silence(path):
             "`a` holds <built-in function len>, but a file can only hold arrays, numbers and",
         ),
         (b"no", "`a` holds b'no'"),
+        ({"x": jnp.ones(2), "mode": b"no"}, "`a.mode` holds b'no'"),
+        ([functools.partial(jnp.add, jnp.ones(2))], "`a.0` holds partial("),
         (
             np.array([None]),
             "the array at `a` has dtype object, which a file cannot hold",
@@ -573,6 +597,15 @@ def test_what_no_file_can_hold_is_refused(path, value, text):
     tree = {"a": rx.Ref(value), "b": rx.Ref(1, "params")}
     saves_nothing(path, tree, rx.StructureError, f"Cannot save: {text}")
     rx.save(path, tree, "params")  # the remedy
+
+
+@pytest.mark.parametrize("value", [jnp.ones(2), 1.0, "text"])
+def test_a_name_that_cannot_be_encoded_is_refused(path, value):
+    text = "'\\ud800' cannot be a name in a file: it has half of a character"
+    saves_nothing(path, {"\ud800": rx.Ref(value)}, rx.StructureError, text)
+    tied = rx.Ref(value)  # another name of it can be encoded
+    rx.save(path, {"a": tied, "\ud800": tied})
+    rx.load(path, {"\ud800": tied})
 
 
 def test_the_one_name_that_no_file_can_hold_is_refused(path):

@@ -35,7 +35,11 @@ WRONG: dict[str, tuple[Any, str]] = {
     ),
     "rename to a number": (
         lambda net, path: rx.load(path, net, rename=lambda name: 3),
-        "`rx.load`: `rename` must return a name or `None`, but for 'weight' it returned 3",
+        "`rx.load`: `rename` must give a name or `None`, but for 'weight' it gives 3",
+    ),
+    "rename by a mapping to a number": (
+        lambda net, path: rx.load(path, net, rename={"weight": 3}),
+        "`rx.load`: `rename` must give a name or `None`, but for 'weight' it gives 3",
     ),
     "param_labels": (
         lambda net, _: rx.param_labels(net, ["slow"]),

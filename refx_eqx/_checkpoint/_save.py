@@ -19,6 +19,7 @@ import os
 from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.tree_util as jtu
 import numpy as np
@@ -36,6 +37,7 @@ from .._filters._select import (
     selected_refs,
 )
 from .._filters._state_dict import load_state_dict, state_dict
+from .._trees._cells import reaches
 from .._trees._paths import key_text, path_text
 from . import _file
 from ._file import Stored, TensorFile
@@ -78,8 +80,9 @@ def save(path: str | os.PathLike, tree: PyTree, filter: FilterLike = True) -> No
 
     The names are those of [`refx_eqx.state_dict`][]. A shared ref is in the file once, and
     can be loaded by any of its names. Everything is preserved: `jax.random` keys with their
-    implementation, weak types, every dtype of JAX and NumPy except objects, and Python
-    numbers.
+    implementation, weak types, every dtype of JAX and NumPy except objects, Python numbers
+    and strings. Code has no name in a file: a function inside a value, such as the
+    activation of a module in a ref, stays that of the tree that is loaded into.
 
     It needs the package `safetensors`: `pip install 'refx_eqx[checkpoint]'`.
 
@@ -93,7 +96,8 @@ def save(path: str | os.PathLike, tree: PyTree, filter: FilterLike = True) -> No
     **Raises:**
 
     - `StructureError`: if the filter selects an array outside refs, or a value that a file
-        cannot hold, such as a function. Also whenever [`refx_eqx.state_dict`][] raises it.
+        cannot hold: a function, or a value with an object that is neither code, an array, a
+        number nor a string. Also whenever [`refx_eqx.state_dict`][] raises it.
         Then nothing is written.
     - `RefTypeError`: if a field that is declared a ref holds an array.
     - `DonatedError`: if an array was donated to a call, or deleted.
@@ -105,10 +109,12 @@ def save(path: str | os.PathLike, tree: PyTree, filter: FilterLike = True) -> No
     arrays: dict[str, Stored] = {}
     notes: dict[str, Note] = {}
     places = _places_by_ref(tree, filter)
-    held = _leaves_by_name(places)
-    for name, value in state_dict(tree, filter).items():
-        # The value itself for a `jax.random` key, of which a state dict only has the data.
-        array, note = encoded(name, held.get(name, value))
+    state = state_dict(tree, filter)
+    # The values themselves: of a `jax.random` key, a state dict only has the data.
+    for name, value in _leaves_by_name(places, 1).items():
+        if name not in state and _is_code(value):
+            continue
+        array, note = encoded(name, value)
         if array is not None:
             arrays[name] = array
         if note:
@@ -183,7 +189,8 @@ def load(
         declared a ref holds an array.
     - `TraceLevelError`, `ImmutableError`: if a ref cannot be written here.
     - `OSError`: if the file cannot be read.
-    - `TypeError`: if `rename` is neither a mapping nor a function, or returns no name.
+    - `TypeError`: if `rename` is neither a mapping nor a function, or gives something else
+        than a name or `None`.
     """
     _check_in_refs(tree, filter, "Cannot load", "would not be loaded")
     with _file.opened(path) as file:
@@ -223,12 +230,19 @@ def _places_by_ref(tree: Any, filter: Any) -> dict[Ref, tuple[str, ...]]:
     return {ref: places[ref] for ref in selected_refs(tree, filter)}
 
 
-def _leaves_by_name(places: dict[Ref, tuple[str, ...]]) -> dict[str, Any]:
-    """The leaves of the values of the refs, by each of their names."""
+def _is_code(leaf: Any) -> bool:
+    """Whether a leaf of a value is a function that holds no data."""
+    return callable(leaf) and not reaches(leaf, eqx.is_array)
+
+
+def _leaves_by_name(
+    places: dict[Ref, tuple[str, ...]], n_names: int | None = None
+) -> dict[str, Any]:
+    """The leaves of the values of the refs, by each of their (first `n_names`) names."""
     held = {}
     for ref, names in places.items():
         for path, leaf in jtu.tree_leaves_with_path(ref.value):
-            for name in names:
+            for name in names[:n_names]:
                 keys = [name] if name else []
                 held[".".join([*keys, *map(key_text, path)])] = leaf
     return held
@@ -318,7 +332,7 @@ def _name_from(rename: Callable[[str], str | None], name: str) -> str | None:
     key = rename(name)
     if key is not None and not isinstance(key, str):
         raise TypeError(
-            f"`rx.load`: `rename` must return a name or `None`, but for {name!r} it returned "
+            f"`rx.load`: `rename` must give a name or `None`, but for {name!r} it gives "
             f"{key!r}."
         )
     return key
@@ -337,12 +351,12 @@ def _renaming(content: _Content, rename: Rename | None) -> Callable[[str], str |
     known = {n for name in content.names for n in content.names_of(name)}
     for name in rename:
         if name not in known:
-            close = difflib.get_close_matches(name, known)
+            close = difflib.get_close_matches(str(name), known)
             raise StructureError(
                 f"Cannot load the state: `rename` has {name!r}, but {content.path} does "
                 f"not. It has {', '.join(map(repr, close or sorted(known)))}."
             )
-    return lambda name: rename.get(name, name)
+    return functools.partial(_name_from, lambda name: rename.get(name, name))
 
 
 @dataclasses.dataclass(eq=False)

@@ -39,6 +39,11 @@ def encoded(name: str, value: Any) -> tuple[Stored | None, Note]:
             f"Cannot save: {name!r} cannot be a name in a safetensors file. Rename the key "
             "of the ref."
         )
+    if not _is_encodable(name):
+        raise StructureError(
+            f"Cannot save: {name!r} cannot be a name in a file: it has half of a character, "
+            "which UTF-8 cannot encode. Rename the key of the ref."
+        )
     if _jax.is_tracer(value):
         raise TraceLevelError(
             f"Cannot save: the value at `{shown}` is a tracer, which has no numbers yet. "
@@ -56,6 +61,14 @@ def encoded(name: str, value: Any) -> tuple[Stored | None, Note]:
         f"Cannot save: `{shown}` holds {eqx.tree_pformat(value)}, but a file can only hold "
         "arrays, numbers and strings. Exclude it with `filter`, or move it out of the ref."
     )
+
+
+def _is_encodable(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _encoded_jax_array(name: str, value: jax.Array) -> tuple[Stored, Note]:

@@ -69,6 +69,8 @@ def leaf_as_held(old: Any, new: Any) -> Any:
     if is_number(old):
         same = new.ndim == 0 and not is_key(new) and type(new.item()) is type(old)
         return new.item() if same else new
+    if isinstance(old, str):  # which NumPy's files have as an array
+        return new.item() if new.ndim == 0 and new.dtype.kind == "U" else new
     if not isinstance(old, (jax.Array, jax.ShapeDtypeStruct)):
         return new
     if is_key(old) and not is_key(new):

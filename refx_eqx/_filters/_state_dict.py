@@ -56,9 +56,9 @@ def state_dict(tree: PyTree, filter: FilterLike = True) -> dict[str, Any]:
     joined with dots, as in [`refx_eqx.path`][] and [`refx_eqx.aliases`][], or `""` if the
     tree itself is the ref. A shared ref appears once.
 
-    A value that is a pytree has an entry for each of its arrays and numbers, with the path
-    continued into the value: `"layer.weight"` for a ref `layer` to a module. Its other
-    leaves (functions, strings) are not in the dict. A typed key is stored as its data,
+    A value that is a pytree has an entry for each of its arrays, numbers and strings, with
+    the path continued into the value: `"layer.weight"` for a ref `layer` to a module. Its
+    other leaves, such as functions, are not in the dict. A typed key is stored as its data,
     which [`refx_eqx.load_state_dict`][] turns back into a key.
 
     The dict works with any format that takes arrays by name: `numpy.savez`, safetensors,
@@ -129,7 +129,7 @@ def load_state_dict(
         their places in another order, can be loaded. If several places of one ref are keys,
         their values must be the same. A ref to a pytree also accepts its whole value under
         its own path. A value is converted to what the ref holds: a JAX array, with the
-        sharding of the array it replaces, a Python number, or a typed key. Another
+        sharding of the array it replaces, a Python number or string, or a typed key. Another
         precision is converted if no number changes: an `int64` counter to `int32`,
         `bfloat16` to `float32`. A Python number has no precision: it is converted as in
         [`refx_eqx.update_refs`][].
@@ -251,12 +251,12 @@ def _named_leaves(ref: Ref) -> list[tuple[str, int]]:
     return [
         (".".join(map(key_text, path)), i)
         for i, (path, leaf) in enumerate(leaves)
-        if not path or eqx.is_array_like(leaf) or _is_shape(leaf)
+        if not path or _is_stored(leaf)
     ]
 
 
-def _is_shape(leaf: Any) -> bool:
-    return isinstance(leaf, jax.ShapeDtypeStruct)
+def _is_stored(leaf: Any) -> bool:
+    return eqx.is_array_like(leaf) or isinstance(leaf, str | jax.ShapeDtypeStruct)
 
 
 def first_places(places: dict[str, Ref]) -> dict[str, Ref]:
