@@ -5,6 +5,7 @@ in its own ref, and the rest of the state is unchanged. So `filter_jit` carries 
 model, on its fast path.
 """
 
+import functools
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TYPE_CHECKING
 
@@ -25,7 +26,7 @@ from ._fields._module import Module
 from ._filters._as_refs import snapshot
 from ._filters._filters import FilterLike
 from ._filters._select import choose, leaves_with_paths
-from ._filters._update import aligned, aligned_leaves, check_and_write
+from ._filters._update import aligned, aligned_leaves, check_and_write, not_aligned
 from ._trained import as_weak_as, Trained, with_update
 from ._trees._cells import is_lookup
 from ._trees._paths import path_text
@@ -406,7 +407,8 @@ def apply_updates(model: PyTree, updates: PyTree) -> None:
     writes: dict[int, tuple[Ref, Any]] = {}
     for ref, update, where in aligned(model, updates, failure, "updates"):
         writes[id(ref)] = ref, with_update(ref, ref.value, update, f"at {where}")
-    for path, leaf, update in aligned_leaves(model, updates, failure, "updates"):
+    error = functools.partial(not_aligned, failure, "updates")
+    for path, leaf, update in aligned_leaves(model, updates, error):
         if not isinstance(leaf, Ref) and jtu.tree_leaves(update, is_leaf=is_lookup):
             raise StructureError(
                 f"{failure}: there is one for {eqx.tree_pformat(leaf)} at "

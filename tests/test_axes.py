@@ -6,6 +6,7 @@
 import functools
 import pickle
 import re
+import types
 
 import equinox as eqx
 import jax
@@ -707,6 +708,29 @@ def test_add_axis_keeps_sharing_and_splits_keys():
     keys = rx.filter_vmap(lambda rngs: jr.uniform(rngs()))(tree["rngs"].default)
     assert len(set(keys.tolist())) == 4
     assert rx.add_axis(rx.Ref(jnp.ones(2)), 3, axis=-1).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "holder",
+    [
+        lambda call, ref: functools.partial(call, ref),
+        lambda call, ref: lambda x: call(ref, x),
+        lambda call, ref: types.MethodType(call, ref),
+    ],
+    ids=["partial", "closure", "bound_method"],
+)
+def test_add_axis_keeps_sharing_with_functions(holder):
+    call = lambda ref, x: ref[...] * x
+    ref, other = rx.Ref(jnp.ones(2), "state"), rx.Ref(jnp.ones(2), "params")
+    tree = {"ref": ref, "f": holder(call, ref), "g": holder(call, other)}
+    new = rx.add_axis(tree, 3, "state")
+    assert list(rx.aliases(new).values()) == list(rx.aliases(tree).values())
+    assert new["f"](1.0).shape == new["ref"].shape == (3, 2)
+    new["ref"].value *= 5
+    assert new["f"](1.0)[0, 0] == 5 and tree["f"](1.0)[0] == 1
+    assert other in rx.aliases(new)  # it is not selected
+    only = rx.add_axis(tree["f"], 3, "state")
+    assert only(1.0).shape == (3, 2) and tree["f"](1.0).shape == (2,)
 
 
 def test_add_axis_refuses_what_it_cannot_do():

@@ -1,13 +1,14 @@
 """Applying filters to a tree."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._core import _trace
 from .._core._access import refuse_cycle
-from .._core._deref import is_whole, make_ref_of
+from .._core._deref import closed, is_whole, make_ref_of, refuse_lookups
 from .._core._errors import describe, StructureError
 from .._core._nodes import is_node, Value
 from .._core._ref import Ref
@@ -18,6 +19,9 @@ from .._trees._equality import Identity
 from .._trees._paths import key_text, n_common, Path, path_text, pattern_of
 from ._filters import as_filter, Filter, FilterLike, Refs
 from ._guard import only_answering
+
+
+T = TypeVar("T")
 
 
 def leaves_with_paths(tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
@@ -189,6 +193,23 @@ def selected_refs(tree: Any, filter: Any) -> list[Ref]:
     check_all_in_tree(pairs, "Cannot select refs")
     chosen = [leaf for (_, leaf), c in zip(pairs, choose(pairs, filter)) if c == 0]
     return list({id(leaf): leaf for leaf in chosen if isinstance(leaf, Ref)}.values())
+
+
+def with_other_refs(tree: T, new: Mapping[int, Ref], verb: str) -> T:
+    """The tree with other refs for some of its own, by their ids, also in functions.
+
+    **Arguments:**
+
+    - `verb`: for the message: what is done to the refs.
+
+    **Raises:**
+
+    - `StructureError`: if there is a set of refs, or a dict with refs as keys.
+    """
+    pairs, treedef = leaves_with_paths(tree)
+    leaves = [leaf for _, leaf in pairs]
+    refuse_lookups(tree, leaves, verb)
+    return closed(treedef.unflatten(new.get(id(leaf), leaf) for leaf in leaves))
 
 
 def values(tree: PyTree, filter: FilterLike = True) -> list[Any]:

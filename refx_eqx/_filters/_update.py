@@ -1,6 +1,7 @@
 """`update_refs`: writes the values of one tree into the refs of another, all or none."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -96,7 +97,8 @@ def aligned(
     Yields a ref once for each place with a value, which is the same at all of them.
     """
     check_refs_in_place(target, failure)
-    pairs = list(aligned_leaves(target, source, failure, what))
+    error = functools.partial(not_aligned, failure, what)
+    pairs = list(aligned_leaves(target, source, error))
     check_all_in_tree([(path, ref) for path, ref, _ in pairs], failure)
     nodes = {new.index: new for *_, new in pairs if isinstance(new, Value)}
     first: dict[int, tuple[Any, str]] = {}
@@ -134,18 +136,18 @@ def aligned(
 
 
 def aligned_leaves(
-    target: Any, source: Any, failure: str, what: str, path: tuple = ()
+    target: Any,
+    source: Any,
+    error: Callable[[str], MismatchError],
+    path: tuple = (),
 ) -> Iterator[tuple[tuple, Any, Any]]:
     """Each leaf of `target`, with its key path, and what `source` has there. Modules are
     aligned by their original classes, and functions by the names of what they carry.
 
     **Arguments:**
 
+    - `error`: makes the error to raise if the structure differs, from the reason.
     - `path`: the place of both in larger trees.
-
-    **Raises:**
-
-    - `MismatchError`: if the structure differs.
     """
     target, source = (in_original_classes(opened(tree)) for tree in (target, source))
     leaves, treedef = jtu.tree_flatten_with_path(
@@ -154,7 +156,7 @@ def aligned_leaves(
     try:
         sources = treedef.flatten_up_to(source)
     except (ValueError, TypeError) as e:
-        raise _not_aligned(failure, what, f"JAX says: {e}") from None
+        raise error(f"JAX says: {e}") from None
     for (keys, leaf), new in zip(leaves, sources):
         place = (*path, *keys)
         if not is_closure(leaf):
@@ -163,17 +165,16 @@ def aligned_leaves(
             names = list(names_in(leaf.head))
             carried = contents_by_name(new, names)
             if list(carried) != names:
-                reason = (
+                raise error(
                     f"The function at {path_text(place)} carries {names}, and is aligned "
                     f"with {eqx.tree_pformat(new)}, which carries {list(carried)}."
                 )
-                raise _not_aligned(failure, what, reason)
             for name, mine in zip(names, leaf.contents):
                 keyed = (*place, jtu.GetAttrKey(name))
-                yield from aligned_leaves(mine, carried[name], failure, what, keyed)
+                yield from aligned_leaves(mine, carried[name], error, keyed)
 
 
-def _not_aligned(failure: str, what: str, reason: str) -> MismatchError:
+def not_aligned(failure: str, what: str, reason: str) -> MismatchError:
     return MismatchError(
         f"{failure}: target and {what} do not have the same structure. {reason} The {what} "
         "must be a tree aligned with the target, with `rx.NOTHING` or `None` where a ref "

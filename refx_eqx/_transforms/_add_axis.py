@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._core._deref import is_whole, refuse_lookups
 from .._core._errors import describe, StructureError
 from .._core._nodes import is_traced_in_ref
 from .._core._ref import like, Ref
@@ -14,7 +13,7 @@ from .._engine._by_filter import RNG
 from .._engine._carry import whole_number
 from .._engine._rng_split import fold_in, is_key
 from .._filters._filters import FilterLike
-from .._filters._select import selected_refs
+from .._filters._select import selected_refs, with_other_refs
 
 
 T = TypeVar("T")
@@ -64,8 +63,8 @@ def add_axis(tree: T, size: int, filter: FilterLike = True, *, axis: int = 0) ->
     **Returns:**
 
     The tree, with a new ref for each selected one. Its value is repeated along the new
-    axis; a key of collection `"rng"` is split along it. Shared refs stay shared, and all
-    other refs are those of `tree`.
+    axis; a key of collection `"rng"` is split along it. Shared refs stay shared, also with
+    functions in the tree that hold them, and all other refs are those of `tree`.
 
     **Raises:**
 
@@ -81,9 +80,8 @@ def add_axis(tree: T, size: int, filter: FilterLike = True, *, axis: int = 0) ->
             f"`rx.add_axis`: {filter!r} selects no ref of this tree. Name a collection "
             "that it has; `rx.aliases(tree)` lists its refs."
         )
-    refuse_lookups(tree, jtu.tree_leaves(tree, is_leaf=is_whole), "add an axis to")
     new = {id(ref): _with_axis(ref, size, axis) for ref in selected}
-    return jtu.tree_map(lambda leaf: new.get(id(leaf), leaf), tree)
+    return with_other_refs(tree, new, "add an axis to")
 
 
 def _with_axis(ref: Ref, size: int, axis: int) -> Ref:

@@ -1,20 +1,23 @@
 """`EMA`: an average of a model over its training steps, or a target copy of it."""
 
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import ArrayLike, PyTree
 
-from .._core._deref import is_whole, refuse_lookups
-from .._core._errors import StructureError
-from .._core._nodes import is_inexact
+from .._core import _jax
+from .._core._errors import describe, MismatchError, StructureError
+from .._core._nodes import is_convertible, is_inexact, join_value, split_value
 from .._core._ref import make_ref, Ref
 from .._fields._module import Module
 from .._filters._filters import FilterLike
-from .._filters._select import selected_refs
-from .._filters._update import check_and_write
+from .._filters._select import leaves_with_paths, selected_refs, with_other_refs
+from .._filters._update import aligned_leaves, check_and_write
+from .._trees._paths import path_text
 
 
 class EMA(Module):
@@ -54,22 +57,25 @@ class EMA(Module):
     **Arguments:**
 
     - `model`: any tree of refs.
-    - `decay`: the fraction of the average that an update keeps, from 0 to 1. The first
-        average is the model itself, so no bias correction is needed.
+    - `decay`: the fraction of the average that an update keeps, a number or an array, from
+        0 to 1. The first average is the model itself, so no bias correction is needed.
     - `wrt`: any filter, which selects the refs to average.
 
     **Raises:**
 
-    - `StructureError`: if `wrt` selects no ref, or if `update` or `swap` is given a model
-        of another structure.
-    - `ValueError`: if `decay` is a number that is not between 0 and 1.
-    - `TypeError`: if it is no number.
+    - `StructureError`: if `wrt` selects no ref; or if `update` or `swap` is given a model of
+        another structure, or whose refs have other ties, collections, shapes or dtypes.
+        Then nothing is written.
+    - `ValueError`: if `decay` is not between 0 and 1. (The value of a traced array is not
+        known.)
+    - `TypeError`: if it is no real number.
     """
 
     model: Any
     decay: Any
-    # The places of the averages among the leaves of the model.
-    _places: tuple[int, ...] = eqx.field(static=True)
+    # For each average: its place among the leaves of the model, and the collection of the
+    # averaged ref.
+    _averaged: tuple[tuple[int, Hashable], ...] = eqx.field(static=True)
 
     def __init__(self, model: PyTree, decay: ArrayLike, wrt: FilterLike = "params"):
         selected = selected_refs(model, wrt)
@@ -78,21 +84,13 @@ class EMA(Module):
                 f"`rx.nn.EMA`: {wrt!r} selects no ref of this model, so there is nothing to "
                 "average. Name a collection that it has; `rx.aliases(model)` lists its refs."
             )
-        if not eqx.is_array_like(decay):
-            raise TypeError(
-                f"`rx.nn.EMA`: `decay` must be a number or an array, but was {decay!r}."
-            )
-        if isinstance(decay, int | float) and not 0 <= decay <= 1:
-            raise ValueError(
-                "`rx.nn.EMA`: `decay` is the fraction of the average that an update "
-                f"keeps, between 0 and 1, but was {decay!r}."
-            )
-        refuse_lookups(model, jtu.tree_leaves(model, is_leaf=is_whole), "average")
+        _check_decay(decay)
         averages = {id(ref): _average_of(ref) for ref in selected}
-        self.model = jtu.tree_map(lambda x: averages.get(id(x), x), model)
+        self.model = with_other_refs(model, averages, "average")
         self.decay = decay
-        places = {id(x): i for i, x in enumerate(jtu.tree_leaves(model))}
-        self._places = tuple(places[i] for i in averages)
+        pairs, _ = leaves_with_paths(model)
+        places = {id(leaf): i for i, (_, leaf) in enumerate(pairs)}
+        self._averaged = tuple((places[id(ref)], ref.collection) for ref in selected)
 
     def update(self, model: PyTree) -> None:
         """Moves the averages one step toward the values of the model.
@@ -103,8 +101,10 @@ class EMA(Module):
         """
         updates = []
         for average, ref in self._pairs(model):
-            value = jtu.tree_map(self._move, average.value, ref.value)
-            updates.append((average, value))
+            old, _ = split_value(average.value)
+            new, statics = split_value(ref.value)
+            moved = jtu.tree_map(self._moved, old, new)
+            updates.append((average, join_value(moved, statics)))
         check_and_write(updates)
 
     def swap(self, model: PyTree) -> None:
@@ -118,7 +118,7 @@ class EMA(Module):
         updates = [(ref, average.value) for average, ref in pairs]
         check_and_write(updates + [(average, ref.value) for average, ref in pairs])
 
-    def _move(self, average: Any, value: Any) -> Any:
+    def _moved(self, average: Any, value: Any) -> Any:
         if not is_inexact(value):
             return value  # integers and keys have no average
         value = jnp.asarray(value)
@@ -127,17 +127,83 @@ class EMA(Module):
 
     def _pairs(self, model: Any) -> list[tuple[Ref, Ref]]:
         """Each average, with the corresponding ref of the model."""
-        averages, treedef = jtu.tree_flatten(self.model)
-        refs, given = jtu.tree_flatten(model)
-        pairs = [(averages[i], refs[i]) for i in self._places if i < len(refs)]
-        if treedef != given or not all(isinstance(ref, Ref) for _, ref in pairs):
-            raise StructureError(
-                "`rx.nn.EMA`: the model has another structure than the one that the "
-                "average was made from. Pass that model, or a copy by `rx.clone`; for a "
-                "model that was changed by `eqx.tree_at`, make a new `rx.nn.EMA`."
-            )
-        return pairs
+        leaves, _ = leaves_with_paths(self.model)
+        averaged = {id(leaves[i][1]): collection for i, collection in self._averaged}
+        pairs: dict[int, tuple[Ref, Ref]] = {}
+        for average, ref, where in _aligned_refs(self.model, model):
+            collection = averaged.get(id(average), average.collection)
+            if ref.collection != collection:
+                raise _unlike(
+                    f"At {where} it has {describe(ref)}, instead of a ref of collection "
+                    f"{collection!r}."
+                )
+            if id(average) in averaged:
+                if _array_types(average.value) != _array_types(ref.value):
+                    raise _unlike(
+                        f"Its {describe(ref)} at {where} holds "
+                        f"{eqx.tree_pformat(ref.value)}, and the average of it is "
+                        f"{eqx.tree_pformat(average.value)}."
+                    )
+                pairs[id(average)] = average, ref
+        for i, _ in self._averaged:
+            path, average = leaves[i]
+            if id(average) not in pairs:
+                raise _unlike(f"It has nothing at {path_text(path)}.")
+        return list(pairs.values())
+
+
+def _check_decay(decay: Any) -> None:
+    dtype = jnp.result_type(decay) if eqx.is_array_like(decay) else None
+    if dtype is None or not is_convertible(dtype, jnp.float32):
+        raise TypeError(
+            "`rx.nn.EMA`: `decay` must be a real number or an array of such, but was "
+            f"{decay!r}."
+        )
+    if _jax.is_tracer(decay):
+        return
+    # On the host: in a trace, JAX would stage a comparison of a concrete array too.
+    host = np.asarray(decay)
+    if not np.all((host >= 0) & (host <= 1)):
+        raise ValueError(
+            "`rx.nn.EMA`: `decay` is the fraction of the average that an update keeps, "
+            f"between 0 and 1, but was {decay!r}."
+        )
 
 
 def _average_of(ref: Ref) -> Ref:
     return make_ref(type(ref), ref.value, "ema", ref._name, ref._declared)
+
+
+def _aligned_refs(averages: Any, model: Any) -> Iterator[tuple[Ref, Ref, str]]:
+    """Each ref of the averages at each of its places, with the ref of the model there. The
+    two trees have the same ties."""
+    there: dict[int, tuple[Ref, str]] = {}
+    back: dict[int, tuple[Ref, str]] = {}
+    for path, average, ref in aligned_leaves(averages, model, _unlike):
+        if not isinstance(average, Ref):
+            continue
+        where = path_text(path)
+        if not isinstance(ref, Ref):
+            raise _unlike(f"At {where} it has {eqx.tree_pformat(ref)}, and not a ref.")
+        known, first = there.setdefault(id(average), (ref, where))
+        if known is not ref:
+            raise _unlike(f"It has two refs at {first} and {where}, instead of one.")
+        known, first = back.setdefault(id(ref), (average, where))
+        if known is not average:
+            raise _unlike(f"It has one ref at {first} and {where}, instead of two.")
+        yield average, ref, where
+
+
+def _array_types(value: Any) -> tuple[list[Any], Any]:
+    """The shapes and dtypes of the arrays of a value, and where they are. A Python number
+    is one."""
+    leaves, treedef = jtu.tree_flatten(split_value(value)[0])
+    return [(jnp.shape(x), jnp.result_type(x)) for x in leaves], treedef
+
+
+def _unlike(reason: str) -> MismatchError:
+    return MismatchError(
+        "`rx.nn.EMA`: this is neither the model that the average was made from nor a copy "
+        f"of it. {reason} Pass that model, or a copy by `rx.clone`; for another model, or "
+        "one that has changed, make another average: `rx.nn.EMA(model, decay)`."
+    )
