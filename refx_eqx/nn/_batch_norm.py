@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .._fields._collection import BatchStat, Param
 from .._fields._module import Module
+from ._state import write_state
 
 
 class BatchNorm(Module):
@@ -69,7 +70,8 @@ class BatchNorm(Module):
         `"params"`.
     - `momentum`: the fraction that the running statistics keep, between 0 and 1.
     - `inference`: the mode. `equinox.nn.inference_mode` sets it.
-    - `dtype`: the dtype of parameters and statistics; by default JAX's default float.
+    - `dtype`: the dtype of parameters and statistics, which inputs of another dtype do not
+        change; by default JAX's default float.
     - `mode`: `"batch"`, or `"ema"`, which normalizes by the running statistics in training
         mode too.
 
@@ -162,8 +164,8 @@ class BatchNorm(Module):
         running_mean = (1 - share) * self.mean[...] + share * mean
         running_var = (1 - share) * self.var[...] + share * var
         self.count.value = count
-        self.mean.value = running_mean
-        self.var.value = running_var
+        write_state(self.mean, running_mean)
+        write_state(self.var, running_var)
         return (mean, var) if self.mode == "batch" else (running_mean, running_var)
 
     def _share(self, count: Array, dtype: Any) -> Array:

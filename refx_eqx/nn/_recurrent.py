@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._fields._collection import Cache
 from .._fields._module import Module
+from ._state import write_state
 from ._stateless import with_params
 
 
@@ -47,7 +48,8 @@ class GRUCell(Module):
     - `input_size`: the length of an input.
     - `hidden_size`: the length of the state.
     - `use_bias`: whether to add biases.
-    - `dtype`: the dtype of weights and state; by default JAX's default float.
+    - `dtype`: the dtype of weights and state, which inputs of another dtype do not change;
+        by default JAX's default float.
     - `key`: for the initial weights.
     """
 
@@ -77,7 +79,7 @@ class GRUCell(Module):
 
         The new state, of shape `(hidden_size,)`, which is also in `hidden`.
         """
-        self.hidden.value = self.cell(input, self.hidden.value)
+        write_state(self.hidden, self.cell(input, self.hidden.value))
         return self.hidden.value
 
     def reset(self) -> None:
@@ -111,7 +113,8 @@ class LSTMCell(Module):
     - `input_size`: the length of an input.
     - `hidden_size`: the length of each half of the state.
     - `use_bias`: whether to add a bias.
-    - `dtype`: the dtype of weights and state; by default JAX's default float.
+    - `dtype`: the dtype of weights and state, which inputs of another dtype do not change;
+        by default JAX's default float.
     - `key`: for the initial weights.
     """
 
@@ -143,7 +146,7 @@ class LSTMCell(Module):
 
         The output `h`, of shape `(hidden_size,)`. The new `(h, c)` is in `hidden`.
         """
-        self.hidden.value = self.cell(input, self.hidden.value)
+        write_state(self.hidden, self.cell(input, self.hidden.value))
         return self.hidden.value[0]
 
     def reset(self) -> None:

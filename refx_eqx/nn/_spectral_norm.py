@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._fields._collection import BatchStat
 from .._fields._module import Module
+from ._state import write_state
 from ._stateless import with_params
 from ._weights import weight_of, with_weight
 
@@ -113,7 +114,8 @@ class SpectralNorm(Module):
             # Derivatives treat the vectors as constants.
             fixed = jax.lax.stop_gradient(matrix)
             u, v = self._iterate(fixed, u, v, self.num_power_iterations)
-            self.u.value, self.v.value = u, v
+            write_state(self.u, u)
+            write_state(self.v, v)
         normed = weight / (u @ matrix @ v)
         return with_weight(self.layer, self.weight_name, normed)(x)
 
