@@ -6,8 +6,8 @@ model, on its fast path.
 """
 
 import functools
-from collections.abc import Callable, Hashable, Mapping
-from typing import Any, TYPE_CHECKING
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any, TYPE_CHECKING, TypeVar
 
 import equinox as eqx
 import jax
@@ -21,19 +21,21 @@ from ._core._ref import declare, Ref
 from ._fields._axis_names import NO_NAMES
 from ._fields._bound import BoundType
 from ._fields._declared import DeclaredRef
-from ._fields._following import Following
+from ._fields._following import followed, Following
 from ._fields._module import Module
 from ._filters._as_refs import snapshot
 from ._filters._filters import FilterLike
 from ._filters._select import choose, leaves_with_paths
 from ._filters._update import aligned, aligned_leaves, check_and_write, not_aligned
-from ._trained import as_weak_as, Trained, with_update
+from ._trained import as_weak_as, made_for_another, Trained, with_update
 from ._trees._cells import is_lookup
 from ._trees._paths import path_text
 
 
 if TYPE_CHECKING:
     import optax
+
+T = TypeVar("T")
 
 
 class Optimizer(Module):
@@ -143,7 +145,8 @@ class Optimizer(Module):
         **Raises:**
 
         - `StructureError`: if a gradient is missing or has another shape, or if the model
-            does not have the names that the optimizer was made for.
+            does not have the names, or the shapes of the slots, that the optimizer was made
+            for.
         - `RefTypeError`: if a new value breaks the declared type of its ref.
         - `TraceLevelError`, `ImmutableError`: if a ref cannot be written here.
         """
@@ -151,6 +154,7 @@ class Optimizer(Module):
         trained.check_names(self._names)
         gradients = trained.by_name(grads, "gradients")
         _check_in_slots(self.opt_state)
+        _check_shapes(self.opt_state, trained)
         tx = _taking_extra(self.tx) if extra else self.tx
         for name, translate in _TRANSLATIONS.items():
             if extra.get(name) is not None:
@@ -225,15 +229,37 @@ def _check_in_slots(opt_state: Any) -> None:
             )
 
 
+def _check_shapes(opt_state: Any, trained: Trained) -> None:
+    """Checks that each slot with the shape of its weight still has it: Optax would
+    broadcast."""
+    weights = dict(jtu.tree_leaves_with_path(trained.values))
+    for path, slot in jtu.tree_leaves_with_path(opt_state):
+        if not isinstance(slot, Ref) or followed(slot) is None:
+            continue
+        known = dict(_at_end_of(path, weights))
+        found, shapes = jnp.shape(slot.value), [*map(jnp.shape, known.values())]
+        if shapes and found not in shapes:
+            (name, *_), weight = known.popitem()
+            raise made_for_another(
+                f"{trained.which(name.key)}, has the shape {jnp.shape(weight)}, but "
+                f"`opt_state{jtu.keystr(path)}` has {found}"
+            )
+
+
+def _at_end_of(path: tuple, weights: dict[tuple, T]) -> Iterator[tuple[tuple, T]]:
+    """The weights whose places a place in Optax's state ends with. Optax keeps the state
+    of each weight by name."""
+    ends = (path[i:] for i in reversed(range(len(path))))
+    return ((end, weights[end]) for end in ends if end in weights)
+
+
 def _type_of_slot(
     path: tuple, leaf: Any, weights: dict[tuple, tuple[Any, Following]]
 ) -> BoundType:
-    """Optax keeps the state of each weight by name. An array with the shape of the weight
-    is sharded like it."""
-    for i in reversed(range(len(path))):
-        known = weights.get(path[i:])
-        if known is not None and jnp.shape(known[0]) == jnp.shape(leaf):
-            return known[1]
+    """An array with the shape of its weight is sharded like it."""
+    for _, (weight, following) in _at_end_of(path, weights):
+        if jnp.shape(weight) == jnp.shape(leaf):
+            return following
     return _SLOT
 
 
@@ -242,7 +268,7 @@ def _writes_to_slots(slots: Any, opt_state: Any) -> list[tuple[Ref, Any]]:
 
     **Raises:**
 
-    - `StructureError`: if it has another structure.
+    - `StructureError`: if it has another structure, or arrays of other shapes.
     """
     leaves, treedef = jtu.tree_flatten_with_path(slots)
     new_leaves, new_treedef = jtu.tree_flatten(opt_state)
@@ -255,7 +281,15 @@ def _writes_to_slots(slots: Any, opt_state: Any) -> list[tuple[Ref, Any]]:
     writes = []
     for (path, slot), new in zip(leaves, new_leaves):
         if isinstance(slot, Ref):
-            writes.append((slot, as_weak_as(slot.value, new)))
+            old = slot.value
+            if jnp.shape(old) != jnp.shape(new):
+                raise MismatchError(
+                    f"Cannot update the optimizer: at {path_text(path)} of its state is "
+                    f"{eqx.tree_pformat(old)}, but the transformation returned "
+                    f"{eqx.tree_pformat(new)}. `update` must return a state like that of "
+                    "`init`; for another transformation, make another `rx.Optimizer`."
+                )
+            writes.append((slot, as_weak_as(old, new)))
         elif slot is not new and slot != new:
             raise MismatchError(
                 f"Cannot update the optimizer: at {path_text(path)} of its state is "

@@ -95,11 +95,7 @@ class Trained:
         if missing or unknown:
             reasons = [f"it has no ref to train at {n!r}" for n in missing]
             reasons += [f"the optimizer has no slot for {n!r}" for n in unknown]
-            raise MismatchError(
-                "Cannot update the model: the optimizer was made for another: "
-                f"{'; '.join(reasons)}. Pass the model it was made for; or make an "
-                "optimizer for this one: `rx.Optimizer(model, tx)`."
-            )
+            raise made_for_another("; ".join(reasons))
 
     def by_name(self, tree: Any, what: str) -> dict[str, Any]:
         """A tree aligned with the model, such as its gradients, in the form of `values`.
@@ -165,6 +161,14 @@ class Trained:
             (ref, with_update(ref, ref.value, updates[name], f"at `{name}`"))
             for name, ref in self.refs.items()
         ]
+
+
+def made_for_another(reason: str) -> MismatchError:
+    return MismatchError(
+        f"Cannot update the model: the optimizer was made for another: {reason}. Pass the "
+        "model it was made for; or make an optimizer for this one: "
+        "`rx.Optimizer(model, tx)`."
+    )
 
 
 def _number_as_array(x: Any) -> Any:

@@ -5,6 +5,7 @@
 
 import copy
 import pickle
+import re
 from typing import Any
 
 import equinox as eqx
@@ -683,6 +684,79 @@ def test_another_model_is_refused():
         rx.StructureError,
         "it has no ref to train at 'bias'; .* has no slot for 'inner.bias'",
     )
+
+
+OTHER_SHAPES = {
+    "a stack": ((2, 3), (4, 2, 3)),
+    "one of a stack": ((4, 2, 3), (2, 3)),
+    "a scalar": ((), (2,)),
+    "an axis of one": ((1,), (3,)),
+    "another rank": ((2,), (3, 2)),
+    "what does not broadcast": ((2,), (3,)),
+}
+WITH_SLOTS = {
+    "adam": optax.adam(0.1),
+    "momentum": optax.sgd(0.1, momentum=0.9),
+    "in a chain": optax.chain(optax.clip_by_global_norm(1.0), optax.lion(0.1)),
+}
+
+
+@pytest.mark.parametrize("tx", WITH_SLOTS.values(), ids=WITH_SLOTS)
+@pytest.mark.parametrize(("old", "new"), OTHER_SHAPES.values(), ids=OTHER_SHAPES)
+def test_a_model_of_other_shapes_than_the_slots_is_refused(tx, old, new):
+    model, other = (
+        {"v": rx.Ref(jnp.ones(3), "params"), "w": rx.Ref({"a": jnp.ones(s)}, "params")}
+        for s in (old, new)
+    )
+    optimizer = rx.Optimizer(model, tx)
+    grads = rx.snapshot(other)
+    message = (
+        f"made for another: `w`.*has the shape {re.escape(str(new))}, but `opt_state"
+        rf".*\['w'\]\['a'\]` has {re.escape(str(old))}. Pass.*for this one: `rx.Optimizer"
+    )
+    for step in optimizer.update, rx.filter_jit(optimizer.update):
+        unchanged(
+            other, optimizer, lambda: step(other, grads), rx.MismatchError, message
+        )
+    rx.Optimizer(other, tx).update(other, grads)
+    optimizer.update(model, rx.snapshot(model))
+
+
+def test_a_name_in_a_value_is_not_taken_for_a_name_in_the_model():
+    shapes = {"a": (2,), "b": (2, 2)}
+    model = {
+        "a": rx.Ref(jnp.ones(5), "params"),
+        "w": rx.Ref(
+            {name: jnp.ones(shape) for name, shape in shapes.items()}, "params"
+        ),
+    }
+    rx.Optimizer(model, optax.adam(0.1)).update(model, rx.snapshot(model))
+    assert model["a"].value[0] < 1 and model["w"].value["a"][0] < 1
+
+
+def test_a_state_of_other_shapes_is_refused():
+    model = make()
+    grow = optax.GradientTransformation(
+        lambda _: jnp.zeros(2), lambda g, s, p: (g, jnp.append(s, 0.0))
+    )
+    optimizer = rx.Optimizer(model, grow)
+    grads = rx.filter_grad(loss, wrt="params")(model)
+    unchanged(
+        model,
+        optimizer,
+        lambda: optimizer.update(model, grads),
+        rx.MismatchError,
+        r"of its state is f32\[2\], but the transformation returned f32\[3\].*of `init`",
+    )
+
+
+def test_a_stack_has_slots_of_its_own_that_are_mapped_with_it():
+    models = [rx.Ref(jnp.ones((4, 3)), "params")]
+    tx = optax.sgd(0.1, momentum=0.9)
+    optimizer = rx.Optimizer(models, tx)
+    step = rx.filter_vmap(lambda m, o, g: o.update(m, g), in_axes=(0, 0, 0))
+    step(models, optimizer, [jnp.ones((4, 3))])
+    np.testing.assert_allclose(models[0].value, 0.9 * jnp.ones((4, 3)))
 
 
 def test_nothing_to_train():
