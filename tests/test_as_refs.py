@@ -416,6 +416,70 @@ def test_refs_in_the_fields_of_a_snapshot_have_their_declared_types_again():
     assert jax.tree.structure(rx.deref(again)) == jax.tree.structure(rx.deref(model))
 
 
+class Slow(rx.Ref):
+    """A ref of a class of its own."""
+
+
+class Various(rx.Module):
+    pair: rx.Cache[tuple[jax.Array, jax.Array]]
+    layer: rx.Param[nn.Linear]
+    pairs: list[rx.BatchStat[dict[str, Any]]]
+    number: rx.Ref[int] = rx.field(collection="counts")
+    other_number: rx.Ref[int] = rx.field(collection="counts")
+    text: rx.Ref[str]
+    fn: rx.Ref[Any]
+    slow: Slow
+    missing: rx.Param[jax.Array] | None
+    plain: int
+    plain_pair: tuple[jax.Array, jax.Array]
+
+
+def various():
+    pair = ones(2), ones(3)
+    stats = rx.Ref({"mean": ones(2), "mode": "eval"}, "batch_stats")
+    layer = nn.Linear(2, 2, key=KEY)
+    slow = Slow(ones(4))
+    return Various(pair, layer, [stats, stats], 1, 1, "x", len, slow, None, 1, pair)
+
+
+def test_a_field_that_is_declared_a_ref_of_any_value_is_one_again():
+    model = various()
+    again = rx.as_refs(rx.snapshot(model))
+    assert isinstance(again.slow, Slow) and type(again.layer.value) is nn.Linear
+    assert list(rx.aliases(again).values())[:-2] == list(rx.aliases(model).values())
+    assert rx.is_ref(again.plain_pair[0]) and again.plain == 1
+    same = eqx.tree_at(lambda m: m.plain_pair, again, model.plain_pair)
+    assert rx.tree_equal(same, model)
+    with raises(rx.RefTypeError, match="declared `tuple"):
+        again.pair.value = ones(2)
+
+
+def test_a_predicate_selects_a_value_by_its_leaves():
+    plain = rx.snapshot(various())
+    again = vars(rx.as_refs(plain, where=eqx.is_array))
+    assert all(map(rx.is_ref, (again["pair"], again["layer"], *again["pairs"])))
+    assert again["number"] == 1 and again["text"] == "x"
+    again = vars(rx.as_refs(plain, where=lambda x: getattr(x, "shape", ()) == (2, 2)))
+    assert rx.is_ref(again["layer"]) and type(again["pair"]) is tuple
+
+
+@pytest.mark.parametrize("name", ["GRUCell", "LSTMCell"])
+def test_a_layer_with_state_works_again_after_a_snapshot(name):
+    cell = getattr(rx.nn, name)(3, 2, key=KEY)
+    again = rx.as_refs(rx.snapshot(cell), "params")
+    assert jnp.array_equal(again(jnp.ones(3)), cell(jnp.ones(3)))
+    assert again.hidden.collection == "params"
+    again = rx.as_refs(rx.snapshot(cell))
+    assert again.hidden.collection == "cache"
+    assert rx.tree_equal(again.hidden, cell.hidden)
+
+
+def test_a_part_of_a_snapshot_keeps_its_holes():
+    part = eqx.filter(rx.snapshot(various()), lambda x: eqx.is_array(x) and x.ndim == 2)
+    again = vars(rx.as_refs(part))
+    assert rx.is_ref(again["layer"]) and again["number"] is None
+
+
 def test_a_stack_of_a_snapshot_and_a_part_of_one_can_be_made_refs():
     def make(x):
         return Scaled(x * jnp.ones((2, 3)), jnp.ones(2))

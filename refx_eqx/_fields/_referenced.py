@@ -47,9 +47,7 @@ def as_referenced(module: eqx.Module) -> eqx.Module:
     """The same module, with methods that see the values of its refs."""
     cls = type(module)
     return (
-        module
-        if cls in _bases
-        else _with_fields(module, subclass_of(cls), vars(module))
+        module if cls in _bases else with_fields(module, subclass_of(cls), vars(module))
     )
 
 
@@ -133,10 +131,10 @@ def _lowered(module: Any, value: Callable[[Any], Any]) -> Any:
         name: x if name in static else jtu.tree_map(value, x, is_leaf=is_leaf)
         for name, x in vars(module).items()
     }
-    return _with_fields(module, _bases[type(module)], fields)
+    return with_fields(module, _bases[type(module)], fields)
 
 
-def _with_fields(module: Any, cls: type, fields: Any) -> Any:
+def with_fields(module: Any, cls: type, fields: Any) -> Any:
     new = object.__new__(cls)
     for name, x in fields.items():
         object.__setattr__(new, name, x)
@@ -196,7 +194,7 @@ def _reduce(self: Any) -> tuple:
 
 
 def _rebuild(cls: type, fields: dict[str, Any]) -> Any:
-    return _with_fields(None, subclass_of(cls), fields)
+    return with_fields(None, subclass_of(cls), fields)
 
 
 def refs_in_zone(module: eqx.Module) -> Iterator[Ref]:

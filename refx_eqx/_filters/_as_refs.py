@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import operator
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
@@ -9,11 +10,12 @@ import equinox as eqx
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .._core._deref import refuse_lookups
+from .._core._deref import NOTHING, refuse_lookups
 from .._core._errors import check_name, CollectionError, RefTypeError, StructureError
 from .._core._nodes import is_module
-from .._core._ref import Ref
+from .._core._ref import is_ref, Ref
 from .._fields._config import config
+from .._fields._declared import DeclaredRef
 from .._fields._instance import check_instance, plan_of
 from .._fields._misplaced import instead_of_refs
 from .._fields._referenced import (
@@ -21,6 +23,7 @@ from .._fields._referenced import (
     is_referenced,
     refs_in_zone,
     snapshot_of,
+    with_fields,
     zone,
 )
 from .._trees._cells import is_lookup, is_opaque
@@ -41,7 +44,7 @@ T = TypeVar("T")
 def as_refs(
     tree: T,
     collection: Hashable | Mapping[Hashable, FilterLike] = None,
-    where: Callable[[Any], bool] = eqx.is_array,
+    where: Callable[[Any], bool] | None = None,
 ) -> T:
     """Turns the arrays of a plain tree into refs: the inverse of `snapshot`.
 
@@ -75,13 +78,17 @@ def as_refs(
     - `collection`: the collection of the new refs; or, for several, a dict from collection
         to filter. A leaf goes to the first one whose filter selects it. `None` is the
         collection that a field declares, if it is declared a ref.
-    - `where`: a function of a leaf, which says whether to turn it into a ref.
+    - `where`: a function of a leaf, which says whether to turn it into a ref. By default,
+        arrays are turned into refs, and so is all that is in a field that is declared a ref.
 
     **Returns:**
 
     The tree, with a ref for each selected leaf. An array object that occurs twice becomes
-    one ref. In a field of an `rx.Module`, a ref has the declared type again, if its module
-    fits its types (a stack does not).
+    one ref. In a field that is declared a ref, the whole value becomes one ref, of the
+    declared class: a pair of arrays, or a module, if `where` selects any leaf of it. It has
+    the declared type again, if its module fits its types (a stack does not). Elsewhere a
+    snapshot does not say that a ref held a pytree, and each of its arrays becomes a ref.
+    The arrays inside a function stay.
 
     **Raises:**
 
@@ -90,7 +97,7 @@ def as_refs(
     - `CollectionError`: if one array would be in two collections.
     - `TypeError`: if `where` is not a function.
     """
-    if not callable(where):
+    if not (where is None or callable(where)):
         raise TypeError(
             "`rx.as_refs`: `where` must be a function of a leaf that returns a bool, but "
             f"was given {where!r}. Pass, for example, `where=eqx.is_inexact_array`."
@@ -103,7 +110,7 @@ def as_refs(
     for name in collection:
         check_name("rx.as_refs", collection=name)
     filters = {name: as_filter(f) for name, f in collection.items()}
-    conversion = _Conversion(filters, where, _declared_collections(tree))
+    conversion = _Conversion(filters, where, _declarations(tree))
     with only_answering():
         converted = conversion.tree(tree, ())
     check_all_in_tree(pairs, "Cannot make refs")
@@ -111,26 +118,35 @@ def as_refs(
     return converted
 
 
-def _declared_collections(tree: Any) -> dict[int, Hashable]:
-    """By the ids of arrays in fields that are declared refs, the collections of these."""
-    found: dict[int, Hashable] = {}
+def _declarations(tree: Any) -> dict[int, DeclaredRef]:
+    """By the ids of arrays in fields that are declared refs, what the fields declare."""
+    found: dict[int, DeclaredRef] = {}
 
     def visit(x: Any) -> bool:
         for declared, leaf, _ in instead_of_refs(x):
             if eqx.is_array(leaf):
-                found.setdefault(id(leaf), declared.collection)
+                found.setdefault(id(leaf), declared)
         return is_opaque(x)
 
     jtu.tree_leaves(tree, is_leaf=visit)
     return found
 
 
+@dataclasses.dataclass(eq=False)
+class _Slot:
+    """A leaf: a value that is to become a ref, in a field that is declared one."""
+
+    declared: DeclaredRef
+    value: Any
+
+
 @dataclasses.dataclass
 class _Conversion:
     filters: dict[Hashable, Filter]
-    where: Callable[[Any], bool]
-    declared: dict[int, Hashable]
-    made: dict[int, Ref] = dataclasses.field(default_factory=dict)
+    where: Callable[[Any], bool] | None
+    declared: dict[int, DeclaredRef]
+    # By the id of the first array: the values that hold it first, with their refs.
+    made: dict[int, list[tuple[Any, Ref]]] = dataclasses.field(default_factory=dict)
     # The paths of all leaves, and the leaves.
     met: tuple[list[Path], list[Any]] = dataclasses.field(
         default_factory=lambda: ([], [])
@@ -151,7 +167,10 @@ class _Conversion:
             next(refs_in_zone(tree), None) is not None
             or bool(plan_of(type(tree)).of_refs)
         )
-        is_leaf = zone(tree) if isinstance(tree, eqx.Module) else is_module
+        is_leaf = is_module
+        if isinstance(tree, eqx.Module):
+            tree = self.slotted(tree)
+            is_leaf = zone(tree)
         leaves, treedef = jtu.tree_flatten_with_path(
             tree, is_leaf=lambda x: is_leaf(x) or is_lookup(x)
         )
@@ -171,24 +190,52 @@ class _Conversion:
         sees_values = any(isinstance(x, Ref) or is_referenced(x) for x in new)
         return as_referenced(converted) if sees_values else converted
 
+    def slotted(self, module: eqx.Module) -> eqx.Module:
+        """The module, with slots in its fields that are declared refs."""
+        fields = dict(vars(module))
+        for field in plan_of(type(module)).of_refs:
+            # Not in a tree that is being manipulated, where a field has another structure.
+            with contextlib.suppress(RefTypeError):
+                declared: Any = field.declared
+                value = fields.get(field.name)
+                fields[field.name] = declared.map(self.slot, value, field.name)
+        return with_fields(module, type(module), fields)
+
+    def slot(self, declared: DeclaredRef, value: Any, where: str) -> Any:
+        leaves = jtu.tree_leaves(value)
+        if value is None or value is NOTHING or any(map(is_ref, leaves)):
+            return value
+        selected = self.where is None or any(map(self.where, leaves))
+        return _Slot(declared, value) if selected else value
+
     def leaf(self, leaf: Any, path: tuple) -> Any:
+        is_slot = isinstance(leaf, _Slot)
+        value = leaf.value if is_slot else leaf
         names = tuple(map(key_text, path))
         self.met[0].append(names)
-        self.met[1].append(leaf)
-        if isinstance(leaf, Ref) or not self.where(leaf):
-            return leaf
+        self.met[1].append(value)
+        where = self.where or eqx.is_array
+        if isinstance(value, Ref) or not (is_slot or where(value)):
+            return value
+        declared = leaf.declared if is_slot else self.declared.get(id(value))
         for collection, selects in self.filters.items():
-            if selects.matches(names, leaf):
-                if collection is None:
-                    collection = self.declared.get(id(leaf))
-                return self.ref(leaf, collection, path)
-        return leaf
+            if selects.matches(names, value):
+                if collection is None and declared is not None:
+                    collection = declared.collection
+                kind = Ref if declared is None else declared.ref_type
+                return self.ref(value, kind, collection, path)
+        return value
 
-    def ref(self, leaf: Any, collection: Hashable, path: tuple) -> Ref:
-        ref = self.made.get(id(leaf)) if eqx.is_array(leaf) else None
+    def ref(
+        self, value: Any, kind: type[Ref], collection: Hashable, path: tuple
+    ) -> Ref:
+        arrays = filter(eqx.is_array, jtu.tree_leaves(value))
+        made = self.made.setdefault(id(next(arrays, None)), [])
+        ref = next((ref for other, ref in made if _is_same(other, value)), None)
         if ref is None:
-            ref = self.made[id(leaf)] = Ref(leaf, collection)
+            ref = kind(value, collection)
             ref._name = jtu.keystr(path, simple=True, separator=".") or None
+            made.append((value, ref))
         if ref.collection != collection:
             raise CollectionError(
                 f"`rx.as_refs`: one array is at `{ref.name}` and at {path_text(path)}, and "
@@ -196,6 +243,14 @@ class _Conversion:
                 "filter select both places."
             )
         return ref
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether two values are one, or hold the same arrays in the same places."""
+    a_leaves, a_def = jtu.tree_flatten(a)
+    b_leaves, b_def = jtu.tree_flatten(b)
+    has_arrays = any(map(eqx.is_array, a_leaves))
+    return has_arrays and a_def == b_def and all(map(operator.is_, a_leaves, b_leaves))
 
 
 def snapshot(tree: PyTree) -> PyTree:
