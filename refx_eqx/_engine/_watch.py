@@ -77,6 +77,8 @@ class Watch:
                 return is_lookup(x)
             elif is_lookup(x):
                 return True
+            elif isinstance(x, Lifted):
+                found = self.tree(list(x.options.values())) and found
             elif not _is_immutable(kind):
                 parts = flatten_one_level(x)
                 if parts is not None:
@@ -180,10 +182,14 @@ def _same_functions(functions: "list[_Function]") -> bool:
             return False
         if function.kwdefaults and fn.__kwdefaults__ is not function.kwdefaults:
             return False
+        own = vars(fn)
+        if any(own.get(name) is not x for name, x in function.attributes):
+            return False
         cells = fn.__closure__ or ()
         try:
             for i, recall in function.recalls:
-                if cells[i].cell_contents is not recall():
+                content = cells[i].cell_contents
+                if (_NONE if content is None else content) is not recall():
                     break
             else:
                 continue
@@ -197,7 +203,7 @@ def _same_functions(functions: "list[_Function]") -> bool:
 class _Function:
     """The closed-over values and defaults of a function, as they were."""
 
-    __slots__ = ("defaults", "kwdefaults", "recall", "recalls", "watched")
+    __slots__ = ("attributes", "defaults", "kwdefaults", "recall", "recalls", "watched")
 
     def __init__(self, fn: types.FunctionType):
         self.recall = weakref.ref(fn)
@@ -206,6 +212,7 @@ class _Function:
         carries = reaches(fn)
         self.defaults = fn.__defaults__ if carries else None
         self.kwdefaults = fn.__kwdefaults__ if carries else None
+        self.attributes = tuple(vars(fn).items()) if carries else ()
         cells = watched_cells(fn)
         self.watched = [(i, key) for i, key, _ in cells]
         # Checked first, as most contents are unchanged objects: their identity. Each entry
@@ -213,7 +220,7 @@ class _Function:
         self.recalls = [(i, _recalling(content)) for i, _, content in cells]
 
     def is_needed(self) -> bool:
-        return bool(self.watched or self.defaults or self.kwdefaults)
+        return bool(self.watched or self.defaults or self.kwdefaults or self.attributes)
 
 
 def _recalling(x: Any) -> Callable[[], Any]:
@@ -222,7 +229,11 @@ def _recalling(x: Any) -> Callable[[], Any]:
     try:
         return weakref.ref(x)
     except TypeError:
-        return itertools.repeat(x).__next__
+        return itertools.repeat(_NONE if x is None else x).__next__
+
+
+# The content `None`, as a weak reference to what is gone returns `None`.
+_NONE = object()
 
 
 def _makes_the_same(node: Any, children: Any, static: Any) -> bool:

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax.tree_util as jtu
 
 from .._core._errors import name_of
+from .._trees._keys import contents_key
 
 
 class Lifted:
@@ -69,21 +70,19 @@ def _is_named(lifted: Lifted) -> bool:
 
 
 class _Options:
-    """The options of a lifted function, as the static part of a pytree."""
+    """The options of a lifted function, as the static part of a pytree. `key` says what the
+    functions among them, such as filters, close over now."""
 
-    __slots__ = ("options",)
+    __slots__ = ("key", "options")
 
     def __init__(self, options: dict[str, Any]):
         self.options = options
-
-    def _key(self) -> tuple:
-        return tuple(sorted(self.options.items(), key=lambda item: item[0]))
+        self.key = contents_key(list(options.values()))
 
     def __eq__(self, other: Any) -> bool:
-        return isinstance(other, _Options) and self._key() == other._key()
+        return isinstance(other, _Options) and (
+            self.options == other.options and self.key == other.key
+        )
 
     def __hash__(self) -> int:
-        try:
-            return hash(self._key())
-        except TypeError:  # a list or a dict among the options
-            return hash(tuple(self.options))
+        return hash((tuple(sorted(self.options)), self.key))

@@ -222,16 +222,10 @@ DICTS = frozenset((dict, OrderedDict, defaultdict))
 _DEEPEST = 20_000
 
 
-def reachable_functions(fn: types.FunctionType) -> list[types.FunctionType]:
-    """`fn` and the functions in its cells, recursively."""
-    functions, seen = [fn], {id(fn)}
-    for function in functions:
-        for cell in function.__closure__ or ():
-            content = cell.cell_contents if is_filled(cell) else None
-            if isinstance(content, types.FunctionType) and id(content) not in seen:
-                seen.add(id(content))
-                functions.append(content)
-    return functions
+def functions_among(leaves: list[Any]) -> list[types.FunctionType]:
+    """The functions among the leaves of a tree, each once."""
+    found = {id(x): x for x in leaves if type(x) is types.FunctionType}
+    return list(found.values())
 
 
 def rebound_cells(functions: list[types.FunctionType]) -> set[int]:

@@ -15,24 +15,29 @@ from typing import Any
 
 from ._cells import (
     carried_cells,
+    functions_among,
+    is_filled,
     is_shared,
-    reachable_functions,
+    reachable,
     reaches,
     rebound_cells,
 )
 from ._equality import Identity, Ignored
-from ._keys import content_key, gone, lookups_key
+from ._keys import content_key, contents_key, gone
 
 
 class _OwnCell:
     """A cell that the rebuilt function keeps; equal if it is the same cell with the same
-    content."""
+    content, and the functions in it close over the same."""
 
     __slots__ = ("cell", "key")
 
-    def __init__(self, cell: types.CellType, is_rebound: bool):
+    def __init__(self, cell: types.CellType, rebound: set[int]):
         self.cell = cell
-        self.key = None if is_rebound else content_key(cell)
+        self.key = None
+        if id(cell) not in rebound:
+            held = [cell.cell_contents] if is_filled(cell) else []
+            self.key = content_key(cell), contents_key(held, rebound)
 
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, _OwnCell) and (
@@ -45,13 +50,13 @@ class _OwnCell:
 
 class _OwnDefaults(Identity):
     """The default arguments that the rebuilt function keeps; equal if they are the same
-    objects, with the same refs in the sets among them."""
+    objects, with the same refs in the sets among them, and the same closures."""
 
     __slots__ = ("key",)
 
-    def __init__(self, defaults: Any, fn: types.FunctionType):
+    def __init__(self, defaults: Any, rebound: set[int]):
         super().__init__(defaults, weak=False)
-        self.key = lookups_key(fn)
+        self.key = contents_key(defaults, rebound)
 
     def __eq__(self, other: Any) -> bool:
         return super().__eq__(other) and self.key == getattr(other, "key", None)
@@ -113,19 +118,19 @@ def head_of(
         return LaterPlace(number), []
     # Before visiting its contents: a recursive function is in one of its own cells.
     number = numbers[id(leaf)] = len(numbers)
-    rebound = rebound_cells(reachable_functions(leaf))
+    rebound = rebound_cells(functions_among(list(reachable(leaf))))
     carried = carried_cells(leaf, is_wanted)
     # By identity: cells compare equal if their contents do.
     ids = set(map(id, carried))
     kept = tuple(
-        None if id(cell) in ids else _OwnCell(cell, id(cell) in rebound)
+        None if id(cell) in ids else _OwnCell(cell, rebound)
         for cell in leaf.__closure__ or ()
     )
     contents: list[Any] = [cell.cell_contents for cell in carried]
     extras: list[Any] = [Ignored((name, getattr(leaf, name)) for name in _LOOKS)]
     for defaults in (leaf.__defaults__, leaf.__kwdefaults__):
         is_carried = bool(defaults) and reaches(defaults, is_wanted)
-        extras.append(None if is_carried else _OwnDefaults(defaults, leaf))
+        extras.append(None if is_carried else _OwnDefaults(defaults, rebound))
         if is_carried:
             contents.append(defaults)
     # `functools.wraps` puts the wrapped function here: it is also in a cell, where its

@@ -2,16 +2,17 @@
 
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 import jax.tree_util as jtu
 
 from ._cells import (
+    functions_among,
     is_filled,
     is_lookup,
     NAMES,
-    reachable_functions,
+    reachable,
     reaches,
     rebound_cells,
 )
@@ -26,7 +27,8 @@ def static_key(leaf: Any) -> Any:
     values of a function are part of its key: rebinding a cell makes it another function.
     """
     if isinstance(leaf, types.FunctionType):
-        return Identity(leaf), _closure_key(leaf)
+        carries = leaf.__closure__ or leaf.__defaults__ or leaf.__kwdefaults__
+        return Identity(leaf), contents_key(leaf) if carries else None
     if isinstance(leaf, float | complex):
         return type(leaf), repr(leaf)
     if _is_set_of_refs(leaf):
@@ -106,19 +108,26 @@ def _member(x: Any) -> "Identity | Members":
     return Members(x) if isinstance(x, tuple | frozenset) else Identity(x)
 
 
-def _closure_key(fn: types.FunctionType) -> Any:
-    if not (fn.__closure__ or fn.__defaults__ or fn.__kwdefaults__):
-        return None
-    functions = reachable_functions(fn)
-    rebound = rebound_cells(functions)
+def contents_key(tree: Any, rebound: Set[int] = frozenset()) -> tuple:
+    """The key for what the functions in a tree close over, and for the sets of refs there.
+
+    **Arguments:**
+
+    - `tree`: a function, or anything that holds functions: a partial, a bound method, a
+        list, a module.
+    - `rebound`: the ids of more cells that are not inputs.
+    """
+    leaves = list(reachable(tree))
+    functions = functions_among(leaves)
+    rebound = rebound | rebound_cells(functions)
     cells = [
         content_key(cell)
         for function in functions
         for cell in function.__closure__ or ()
         if id(cell) not in rebound
     ]
-    defaults = [lookups_key(function) for function in functions]
-    return *cells, *filter(None, defaults)
+    lookups = [key for key in map(_lookup_key, leaves) if key is not None]
+    return *cells, *lookups
 
 
 EMPTY = object()
@@ -131,13 +140,6 @@ def content_key(cell: types.CellType) -> Any:
     content: Any = cell.cell_contents if is_filled(cell) else EMPTY
     key = _lookup_key(content)
     return _object_key(content) if key is None else key
-
-
-def lookups_key(fn: types.FunctionType) -> tuple:
-    """The keys for the sets of refs among the default arguments of a function. Its other
-    defaults cannot change."""
-    defaults = (*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values())
-    return tuple(key for key in map(_lookup_key, defaults) if key is not None)
 
 
 def _lookup_key(x: Any) -> "_Items | None":
@@ -193,7 +195,7 @@ def same_content(cell: types.CellType, key: Any) -> bool:
 
 def watched_cells(fn: types.FunctionType) -> list[Watched]:
     """The cells of a function."""
-    rebound = rebound_cells(reachable_functions(fn))
+    rebound = rebound_cells(functions_among(list(reachable(fn))))
     watched = []
     for i, cell in enumerate(fn.__closure__ or ()):
         is_input = id(cell) not in rebound or _is_input(cell)
