@@ -1,8 +1,8 @@
 """`capture`: returns the outputs of the layers of a model, without changing their classes.
 
-1. Each submodule is replaced with an instance of a subclass that names its output, using
-    the primitive of `jax.ad_checkpoint.checkpoint_name`: an identity, which JAX batches and
-    differentiates as such. So the model may do anything with a layer, including `jax.vmap`.
+1. Each submodule is replaced with an instance of a subclass that names its output, by a
+    primitive that is an identity. So the model may do anything with a layer, including
+    `jax.vmap`, which puts the mapped axis in front.
 2. The function is traced, and its jaxpr evaluated by hand. Named values are recorded, and
     something may be added to them: this gives the gradient of a layer's output.
 """
@@ -15,8 +15,9 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.extend as jex
+import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax.ad_checkpoint import checkpoint_name
+from jax.interpreters import ad, batching, mlir
 
 from ._core._errors import CarryError, StructureError
 from ._core._jax import ClosedJaxpr
@@ -60,9 +61,9 @@ def capture(
         ```
 
     It works under the lifted transforms, and with models that use them, or those of JAX.
-    The outputs of a layer under `vmap` have the mapped axis, and those of a layer called in
-    a `scan` or a `map` have a leading axis for the steps; so do those of each block of a
-    stack. Refs are carried as by every lifted transform. The function is traced at each
+    The outputs of a layer under `vmap` have the mapped axis in front, and those of a layer
+    called in a `scan` or a `map` have a leading axis for the steps (in front of a mapped one);
+    so do those of each block of a stack. Refs are carried as by every lifted transform. The function is traced at each
     call: wrap the call in [`refx_eqx.filter_jit`][].
 
     **Arguments:**
@@ -118,7 +119,6 @@ def capture(
 # 1. Names
 
 
-_PREFIX = "refx_eqx.capture:"
 _structures: list[Any] = []
 
 
@@ -158,7 +158,7 @@ def _naming(cls: type, path: str) -> type:
             _structures.append(structure)
         number = _structures.index(structure)
         named = [
-            checkpoint_name(leaf, f"{_PREFIX}{number}:{i}:{path}")
+            _named.bind(leaf, name=f"{number}:{i}:{path}")
             for i, leaf in enumerate(leaves)
         ]
         return eqx.combine(jtu.tree_unflatten(structure, named), rest)
@@ -170,6 +170,26 @@ def _naming(cls: type, path: str) -> type:
     }
     naming: Any = type(cls)(cls.__name__, (cls,), members)
     return naming
+
+
+# Not the primitive of `jax.ad_checkpoint.checkpoint_name`: that leaves a mapped axis where the
+# layer has it, which depends on its arithmetic.
+_named = jex.core.Primitive("refx_eqx_named")
+_named.def_impl(lambda x, *, name: x)
+_named.def_abstract_eval(lambda aval, *, name: aval)
+mlir.register_lowering(_named, lambda ctx, x, *, name: [x])
+
+
+def _named_with_tangent(primals: Any, tangents: Any, *, name: str) -> tuple[Any, Any]:
+    return _named.bind(*primals, name=name), tangents[0]
+
+
+def _named_with_axis(args: Any, axes: Any, *, name: str) -> tuple[Any, int]:
+    return _named.bind(jnp.moveaxis(args[0], axes[0], 0), name=name), 0
+
+
+ad.primitive_jvps[_named] = _named_with_tangent
+batching.primitive_batchers[_named] = _named_with_axis
 
 
 # 2. Evaluation
@@ -207,13 +227,13 @@ class _Tags:
         return evaluated
 
     def _next(self, name: str) -> Any:
-        values = self._add[name.removeprefix(_PREFIX).partition(":")[2]]
+        values = self._add[name.partition(":")[2]]
         return values.popleft() if values else None
 
     def seen(self) -> dict[str, tuple[Any, ...]]:
         calls: dict[str, list[tuple[Any, list[Any]]]] = {}
         for name, value in self._noted:
-            number, i, path = name.removeprefix(_PREFIX).split(":", 2)
+            number, i, path = name.split(":", 2)
             if i == "0":
                 calls.setdefault(path, []).append((_structures[int(number)], []))
             calls[path][-1][1].append(value)
@@ -226,8 +246,7 @@ class _Tags:
 
 
 def _name_in(eqn: Any) -> str | None:
-    name = eqn.params.get("name") if eqn.primitive.name == "name" else None
-    return name if isinstance(name, str) and name.startswith(_PREFIX) else None
+    return eqn.params["name"] if eqn.primitive is _named else None
 
 
 def _jaxprs_of(eqn: Any) -> list[Any]:
@@ -292,7 +311,7 @@ def _evaluate(
                 inner, outs = _evaluate_scan(eqn, inputs, added)
             noted += inner
         else:
-            path = next(n for x in _jaxprs_of(eqn) for n in _names(x)).split(":", 3)[-1]
+            path = next(n for x in _jaxprs_of(eqn) for n in _names(x)).split(":", 2)[-1]
             raise CarryError(
                 f"`rx.capture`: `{path}` is called inside `{kind}`, which cannot return "
                 "its output. Leave it out: `rx.capture(fn, where=lambda module: ...)`."

@@ -160,6 +160,30 @@ def test_a_layer_under_any_vmap_has_outputs_with_the_mapped_axis(vmap):
     assert close(seen, {"0": (out,)}) and out.shape == (4, 2)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_mapped_axis_is_in_front_whatever_the_layer_computes(bias):
+    layer = eqx.nn.Linear(3, 3, use_bias=bias, key=jr.key(0))
+    xs = jr.normal(jr.key(1), (3, 3))
+    both = lambda layers, xs: jax.vmap(jax.vmap(layers[0]))(xs)
+    out, seen = rx.capture(both)([layer], jr.normal(jr.key(2), (4, 5, 3)))
+    assert close(seen, {"0": (out,)}) and out.shape == (4, 5, 3)
+
+    def loss(layers, xs):
+        return jnp.sum(jax.vmap(layers[0])(xs) ** 2)
+
+    _, seen = rx.capture(loss)([layer], xs)
+    assert close(seen, {"0": (jax.vmap(layer)(xs),)})
+    zeros = jax.tree.map(jnp.zeros_like, seen)
+    grads = jax.grad(lambda zeros: rx.capture(loss, add=zeros)([layer], xs)[0])(zeros)
+    assert close(grads, {"0": (2 * jax.vmap(layer)(xs),)})
+    first = {"0": (zeros["0"][0].at[0].set(1.0),)}
+    out, _ = rx.capture(lambda m, xs: jax.vmap(m[0])(xs), add=first)([layer], xs)
+    assert close(out[0], layer(xs[0]) + 1.0) and close(out[1], layer(xs[1]))
+    refs = rx.as_refs([layer])
+    jitted = rx.filter_jit(rx.capture(lambda m, xs: rx.filter_vmap(m[0])(xs)))
+    assert close(jitted(refs, xs)[1], {"0": (jax.vmap(layer)(xs),)})
+
+
 @pytest.mark.parametrize(
     "wrap",
     [jax.jit, eqx.filter_jit, rx.filter_jit, jax.checkpoint, rx.filter_checkpoint],

@@ -440,3 +440,23 @@ def test_what_was_compiled_for_one_ref_is_not_run_for_another(trace_counter):
     for _ in range(3):
         assert lifted(a, b) == 12.0 and lifted(b, a) == 3.0
     assert f.counter.count == 2
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint])
+def test_arrays_of_one_type_to_jax_are_of_one_type_here(transform):
+    lifted = rx.lift(transform)(lambda ref, x: (ref.value, jnp.sum(x)))
+    given = [
+        jnp.ones(3),
+        np.ones(3),
+        np.ones(3, np.float32),
+        1.0,
+        jnp.array(1.0),
+        1,
+        2,
+        True,
+    ]
+    given += [np.float64(2.0), np.int64(2), jnp.asarray(1.0), np.True_]
+    for x in (*given, *reversed(given)):
+        assert lifted(rx.Ref(jnp.array(2.0)), x) == (2.0, np.sum(x))
+    for x in (1.0, np.float64(1.0), jnp.array(1.0), 1, np.int64(1), jnp.array(1), True):
+        assert lifted(rx.Ref(x), 3) == (x, 3)

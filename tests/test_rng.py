@@ -372,12 +372,31 @@ def test_only_keys_of_collection_rng_are_split():
     assert len(set(out.tolist())) == 1
 
 
-def test_a_count_that_differs_from_lane_to_lane_is_refused():
+@pytest.mark.parametrize("wrap", [lambda f: f, rx.filter_jit], ids=["eager", "jit"])
+def test_keys_are_drawn_where_only_some_elements_of_a_vmap_go(wrap):
+    """Experts, of which one has dropout; and a loop with its own length for each element."""
     rngs = rx.Rngs(0)
 
-    def f(x):
-        return rx.cond(x > 0, lambda: draw(rngs), lambda: 0.0)
+    def noisy(x):
+        return x + jr.normal(rngs.noise(), x.shape)
 
-    with raises(rx.StructureError, match=r"RngStream.count.*collection 'rng'"):
-        rx.filter_vmap(f)(jnp.array([0.0, 1.0]))
-    assert rngs.default.count.value == 0
+    def expert(i, x):
+        return rx.cond(i, noisy, lambda x: x, x)
+
+    def loop(n, x):
+        return rx.while_loop(
+            lambda c: c[0] < n, lambda c: (c[0] + 1, noisy(c[1])), (0, x)
+        )
+
+    ones = jnp.ones((3, 4))
+    out = wrap(rx.filter_vmap(expert))(jnp.array([True, False, True]), ones)
+    assert (out[1] == 1.0).all() and not (out[0] == out[2]).any()
+    assert rngs.noise.count.value == 1
+    again = wrap(rx.filter_vmap(expert))(jnp.array([True, False, True]), ones)
+    assert not (again[0] == out[0]).any() and rngs.noise.count.value == 2
+    wrap(rx.filter_vmap(loop))(jnp.array([0, 3, 1]), ones)
+    assert rngs.noise.count.value == 5  # the largest
+    draw = lambda rngs, i: rx.cond(i, lambda: jr.normal(rngs.noise()), lambda: 0.0)
+    same = rx.filter_vmap(draw, in_axes=(rx.axes(rng=None), 0))
+    with raises(rx.CarryError, match="differs along the mapped axis"):
+        same(rngs, jnp.array([True, False]))

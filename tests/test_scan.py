@@ -539,6 +539,12 @@ def test_another_ref_in_the_carry_is_refused():
         rx.scan(lambda c, _: (rx.Ref(c.value, "a"), None), a, length=2)
 
 
+def test_a_step_may_return_its_pair_as_a_list():
+    step: Any = lambda carry, x: [carry + x, x]
+    total, xs = rx.scan(step, 0.0, jnp.arange(3.0))
+    assert total == 3.0 and xs.tolist() == [0.0, 1.0, 2.0]
+
+
 def test_a_step_that_does_not_return_a_pair_is_refused():
     with raises(TypeError, match=r"must return a pair `\(carry, y\)`"):
         step: Any = lambda carry, x: carry

@@ -149,7 +149,8 @@ def _ours(name: str) -> str:
 
 def _types_of_arrays(arrays: list[Leaves]) -> tuple:
     leaves = jtu.tree_leaves(arrays)
-    return tuple((jnp.shape(x), getattr(x, "dtype", type(x))) for x in leaves)
+    # The dtypes that JAX has: it does not trace again for a NumPy array of 64 bits.
+    return tuple((jnp.shape(x), jnp.result_type(x)) for x in leaves)
 
 
 def _what_was_traced(

@@ -47,12 +47,12 @@ def _step(f: Any, carry: Any, x: Any) -> tuple[Any, Any]:
     """One step of `scan`, with the arguments of `scan`."""
     given = CarryBefore(carry)
     out = f(carry, x)
-    if not isinstance(out, tuple) or len(out) != 2:
+    if not isinstance(out, tuple | list) or len(out) != 2:
         raise TypeError(
             f"`scan`: `{name_of(f)}` must return a pair `(carry, y)`, but it returned "
             f"{eqx.tree_pformat(out)}."
         )
-    new, y = numbers_to_arrays(out)
+    new, y = numbers_to_arrays(tuple(out))
     check_carry(given, new, "scan")
     return new, y
 

@@ -133,6 +133,8 @@ def vmapped(
 def _place(x: Any, axis: Any) -> Any:
     if axis is FIRST:
         return _first_element(x)
+    if axis is LARGEST:
+        return jnp.max(x, axis=0)
     return jnp.moveaxis(x, 0, axis) if axis else x
 
 
@@ -236,6 +238,10 @@ def _no_out_axis(
 # key goes out.
 FIRST = object()
 
+# That of a count of keys, written where only some places draw: in a branch, or a loop of different
+# lengths. The largest goes out, so that no place draws a key again.
+LARGEST = object()
+
 
 def _update_axes(
     derefed: Call,
@@ -258,6 +264,8 @@ def _update_axes(
             return axis
         if i in axes.split and is_key(x):
             return FIRST
+        if i in axes.split and jnp.issubdtype(x.dtype, jnp.integer):
+            return LARGEST
         raise CarryError(_written_along(derefed.refs[i], name))
 
     found = {}
