@@ -301,7 +301,11 @@ class Ref(Shared, Generic[T]):
 
     @property
     def name(self) -> str | None:
-        """The field that first held the ref, such as `"Linear.weight"`; for messages."""
+        """The field that first held the ref, such as `"Linear.weight"`; for messages.
+
+        A program is not compiled for a name. In a body it may be the name of another ref of
+        the same kind, for which the program was compiled.
+        """
         return self._name
 
     @property
