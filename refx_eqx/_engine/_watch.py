@@ -182,9 +182,9 @@ def _same_functions(functions: "list[_Function]") -> bool:
             return False
         if function.kwdefaults and fn.__kwdefaults__ is not function.kwdefaults:
             return False
-        own = vars(fn)
-        if any(own.get(name) is not x for name, x in function.attributes):
-            return False
+        for name, x in function.attributes:
+            if vars(fn).get(name) is not x:
+                return False
         cells = fn.__closure__ or ()
         try:
             for i, recall in function.recalls:
