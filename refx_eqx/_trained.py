@@ -36,7 +36,7 @@ from ._filters._select import choose, leaves_with_paths
 from ._filters._state_dict import first_places, places_of
 from ._filters._update import aligned
 from ._trees._closure import opened
-from ._trees._paths import path_text
+from ._trees._paths import Path, path_text
 
 
 class Trained:
@@ -54,9 +54,9 @@ class Trained:
         self.model = model
         self.refs: dict[str, Ref] = {}
         self.values: dict[str, Any] = {}
-        places = first_places(places_of(model, wrt, "Cannot train the model"))
+        self._places = places_of(model, wrt, "Cannot train the model")
         _check_wrt_in_refs(model, wrt)
-        for name, ref in places.items():
+        for name, ref in first_places(self._places).items():
             arrays = eqx.filter(split_value(ref.value)[0], is_inexact)
             if jtu.tree_leaves(arrays):
                 self.refs[name] = ref
@@ -78,12 +78,14 @@ class Trained:
         """Each array of each ref, by its place in `values`, with the type for state that
         follows it."""
         stacks, found = stacks_in(self.model), {}
+        paths: dict[int, tuple[Path, ...]] = {}
+        for name, ref in self._places.items():
+            paths[id(ref)] = *paths.get(id(ref), ()), tuple(name.split("."))
         for name, ref in self.refs.items():
             declared = declared_axes(ref, stacks.get(id(ref), ()))
             leaves, _ = jtu.tree_flatten_with_path(peek(ref))
-            path = tuple(name.split("."))
             for (keys, x), axes in zip(leaves, declared):
-                following = Following(path, ref._collection, tuple(axes))
+                following = Following(paths[id(ref)], ref._collection, tuple(axes))
                 found[jtu.DictKey(name), *keys] = x, following
         return found
 

@@ -197,6 +197,30 @@ def test_one_ref_in_two_fields_of_two_shardings_is_refused_until_it_is_given_one
     assert rules.specs(tied)[0].weight.value == P("fsdp")
 
 
+@pytest.mark.parametrize("place", ["embed", "head"])
+@pytest.mark.parametrize("is_derefed", [False, True])
+def test_a_rule_for_any_place_of_a_tied_ref_is_for_the_ref(place, is_derefed):
+    ref = rx.Ref(jnp.ones((4, 4)), "params")
+    model = {"embed": ref, "head": ref, "other": rx.Ref(jnp.ones((4, 4)), "params")}
+    optimizer = rx.Optimizer(model, optax.adam(0.1))
+    tree = {**model, "opt": optimizer}
+    tree = rx.deref(tree) if is_derefed else tree
+    for path in place, f"**.{place}":
+        specs = rx.axis_rules({rx.path(path): P("fsdp")}).specs(tree)
+        found = rx.state_dict(rx.reref(specs))
+        mu = [x for k, x in found.items() if ".mu." in f"{k}." and "embed" in k]
+        assert found["embed"] == P("fsdp") and found["other"] == P()
+        assert mu == [P("fsdp")]
+
+
+def test_the_first_rule_decides_at_whatever_place_it_selects():
+    ref = rx.Ref(jnp.ones((4, 4)), "params")
+    rules = {rx.path("head"): P("fsdp"), rx.path("embed"): P("data")}
+    assert rx.axis_rules(rules).specs({"embed": ref, "head": ref})["embed"].value == P(
+        "fsdp"
+    )
+
+
 def test_filters_come_first_then_the_field_then_names_then_the_default():
     class Layer(rx.Module):
         weight: rx.Param[Float[Array, "out in"]]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from .._core._ref import Ref
+from .._trees._paths import Path
 from ._axis_names import NO_NAMES
 from ._bound import BoundType
 from ._declared import DeclaredRef
@@ -43,27 +44,27 @@ class Following(BoundType):
 
     It is a declared type, because a ref keeps those through every transform.
 
-    - `path`, `collection`: those of the weight, for filters;
+    - `paths`, `collection`: the places and the collection of the weight, for filters;
     - `axes`: what the types of the weight say about its axes.
     """
 
-    __slots__ = ("axes", "collection", "path")
+    __slots__ = ("axes", "collection", "paths")
 
     def __init__(
         self,
-        path: tuple[str, ...],
+        paths: tuple[Path, ...],
         collection: Hashable,
         axes: tuple[DeclaredAxes, ...],
     ):
         super().__init__(_ANY_ARRAY, NO_NAMES)
-        self.path = path
+        self.paths = paths
         self.collection = collection
         self.axes = axes
         self._hash = hash(self._what)
 
     @property
     def _what(self) -> tuple:
-        return self.path, self.collection, self.axes
+        return self.paths, self.collection, self.axes
 
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, Following) and self._what == other._what

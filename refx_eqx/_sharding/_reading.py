@@ -45,6 +45,10 @@ class Reading:
             self.closed = self.derefed
             derefed, self.treedef = leaves_with_paths(deref(tree))
             self.derefed = [leaf for _, leaf in derefed]
+        self.places: dict[int, list[Path]] = {}
+        for path, leaf in zip(self.paths, self.closed):
+            if isinstance(leaf, Ref):
+                self.places.setdefault(id(leaf), []).append(path)
         self.stacks = stacks_in(jtu.tree_unflatten(self.treedef, self.closed))
         # The names declared by the types in the tree, each with a place.
         self.declared: dict[str, str] = {}
@@ -123,12 +127,13 @@ class Reading:
         return PartitionSpec(*_trimmed(spec))
 
     def _by_filter(self, path: Path, leaf: Any) -> PartitionSpec | None:
-        asked = [(path, leaf)]
+        # A tied ref is split by the first rule that selects it at any of its places.
+        asked = [(place, leaf) for place in self.places.get(id(leaf), [path])]
         weight = followed(leaf) if isinstance(leaf, Ref) else None
         if weight is not None:
             # A filter that selects a weight also selects its moments, wherever they are.
             stand_in = make_ref(Ref, leaf._value, weight.collection, leaf._name, None)
-            asked.append((weight.path, stand_in))
+            asked.extend((place, stand_in) for place in weight.paths)
         for filter, spec in self.filters:
             if any(filter.matches(*where) for where in asked):
                 return spec

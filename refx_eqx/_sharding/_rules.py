@@ -68,7 +68,8 @@ class axis_rules:
         that splits it, a tuple of several, or `None`. Any other key is a filter, such as
         `rx.path("**.bias")` or `rx.collection("batch_stats")`; its rule is a
         `jax.sharding.PartitionSpec` for all axes of the arrays it selects. The first match
-        decides, and a filter that selects nothing has no effect.
+        decides, for a shared ref at any of its places, and a filter that selects nothing
+        has no effect.
     - `default`: for arrays whose axes have no declared names: a `PartitionSpec`, or a
         function from such an array (with `shape` and `dtype`) to one. By default they are
         not split.
