@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import types
 
 import equinox as eqx
 import jax
@@ -561,7 +562,8 @@ def test_an_array_outside_refs_is_not_lost_in_silence(path):
     model = {"w": rx.Ref(jnp.ones(2), "params"), "mean": jnp.zeros(2)}
     text = (
         "Cannot save: the array at `mean` is not in a ref, so it would not be in the file. "
-        "Put it in one (`rx.as_refs(tree)` does so for all arrays of a tree), or pass `rx.Ref` as `filter`, which only selects refs."
+        "Declare a field a ref, such as `weight: rx.Param[Array]`, or turn the arrays of a "
+        "tree into refs with `rx.as_refs`. Or pass `rx.Ref` as `filter`, which only selects refs."
     )
     saves_nothing(path, model, rx.StructureError, text)
     saves_nothing(path, model, rx.StructureError, text, rx.path("mean"))
@@ -574,6 +576,43 @@ def test_an_array_outside_refs_is_not_lost_in_silence(path):
     rx.load(path, model, rx.Ref)
     rx.save(path, rx.as_refs(model))
     assert len(safetensors.numpy.load_file(path)) == 2
+
+
+HOLDERS = {
+    "partial": lambda array: functools.partial(jnp.add, array),
+    "closure": lambda array: lambda x: jnp.add(array, x),
+    "bound method": lambda array: types.MethodType(jnp.add, array),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS.values(), ids=HOLDERS)
+def test_an_array_that_a_function_holds_is_not_lost_in_silence(path, holder):
+    tree = {"w": rx.Ref(jnp.ones(2), "params"), "f": holder(jnp.ones(2))}
+    text = "Cannot save: the array at `f."
+    saves_nothing(path, tree, rx.StructureError, text)
+    saves_nothing(path, tree, rx.StructureError, text, rx.path("f.**"))
+    for filter in "params", rx.Ref:
+        rx.save(path, tree, filter)
+        with raises(rx.StructureError, match=r"Cannot load: the array at `f\."):
+            rx.load(path, tree)
+        rx.load(path, tree, filter)
+    array = rx.Ref(jnp.ones(2), "params")
+    call = lambda array, x: jnp.add(array[...], x)
+    tree["f"] = functools.partial(call, array)  # the remedy
+    rx.save(path, tree)
+    array.value *= 2
+    rx.load(path, tree)
+    assert tree["f"](1.0)[0] == 2
+
+
+def test_the_options_of_a_transformation_need_not_be_in_refs(path):
+    model = {"w": rx.Ref(jnp.ones(2), "params")}
+    schedule = optax.piecewise_interpolate_schedule("linear", 0.1, {10: 0.1, 20: 0.5})
+    for rate in jnp.array(0.1), schedule:
+        optimizer = rx.Optimizer(model, optax.adam(rate))
+        rx.check((model, optimizer))
+        rx.save(path, (model, optimizer))
+        rx.load(path, (model, optimizer))
 
 
 @pytest.mark.parametrize(

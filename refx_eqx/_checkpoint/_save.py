@@ -20,7 +20,6 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
@@ -28,6 +27,7 @@ from jaxtyping import PyTree
 from .._core._errors import CheckpointError, RefError, StructureError
 from .._core._ref import Ref
 from .._fields._misplaced import check_refs_in_place
+from .._filters._check import also_in_functions, is_array, remedy_for
 from .._filters._filters import as_filter, FilterLike
 from .._filters._select import (
     aliases,
@@ -53,8 +53,8 @@ Rename = Mapping[str, str | None] | Callable[[str], str | None]
 def save(path: str | os.PathLike, tree: PyTree, filter: FilterLike = True) -> None:
     """Saves the values of the refs of a tree to a file, by name.
 
-    An array outside refs is an error, so nothing is silently left out. (Pass `rx.Ref` as
-    `filter` to save only the refs.)
+    An array outside refs is an error, so nothing is silently left out, also not one that
+    a function in the tree holds. (Pass `rx.Ref` as `filter` to save only the refs.)
 
     The file is in the safetensors format, which many tools read. It is written next to
     `path`, flushed to the disk, and renamed: if the process is killed meanwhile, the old
@@ -214,13 +214,13 @@ def _check_in_refs(tree: Any, filter: Any, failure: str, fate: str) -> None:
     refuse_derefed(pairs, failure)
     check_all_in_tree(pairs, failure)
     check_refs_in_place(tree, failure)
+    pairs, in_functions = also_in_functions(tree)
     for path, leaf in pairs:
-        is_array = isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
-        if is_array and selected.matches(path, leaf):
+        if is_array(leaf) and selected.matches(path, leaf):
             raise StructureError(
                 f"{failure}: the array at {path_text(path)} is not in a ref, so it {fate}. "
-                "Put it in one (`rx.as_refs(tree)` does so for all arrays of a tree), or "
-                "pass `rx.Ref` as `filter`, which only selects refs."
+                f"{remedy_for(path, in_functions)} Or pass `rx.Ref` as `filter`, which "
+                "only selects refs."
             )
 
 

@@ -1,6 +1,6 @@
 """Applying filters to a tree."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax.tree_util as jtu
@@ -13,7 +13,7 @@ from .._core._errors import describe, StructureError
 from .._core._nodes import is_node, Value
 from .._core._ref import Ref
 from .._fields._misplaced import check_refs_in_place
-from .._trees._cells import looked_up
+from .._trees._cells import is_shared, looked_up
 from .._trees._closure import opened
 from .._trees._equality import Identity
 from .._trees._paths import key_text, n_common, Path, path_text, pattern_of
@@ -24,11 +24,21 @@ from ._guard import only_answering
 T = TypeVar("T")
 
 
-def leaves_with_paths(tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
+def leaves_with_paths(
+    tree: Any,
+    is_wanted: Callable[[Any], bool] = is_shared,
+    is_leaf: Callable[[Any], bool] = is_whole,
+) -> tuple[list[tuple[Path, Any]], Any]:
     """The leaves of a tree (with refs or derefed), each with its path; and the treedef. A
-    function that holds refs is a node, so call `closed` on a tree rebuilt from them."""
+    function that holds refs is a node, so call `closed` on a tree rebuilt from them.
+
+    **Arguments:**
+
+    - `is_wanted`: selects the leaves whose functions are nodes.
+    """
     refuse_cycle(tree)
-    leaves, treedef = jtu.tree_flatten_with_path(opened(tree), is_leaf=is_whole)
+    nodes = opened(tree, is_wanted)
+    leaves, treedef = jtu.tree_flatten_with_path(nodes, is_leaf=is_leaf)
     pairs, before, path = [], (), ()
     for keys, leaf in leaves:
         n = n_common(before, keys)

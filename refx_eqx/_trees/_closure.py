@@ -96,9 +96,9 @@ class _Opening(NamedTuple):
         return Closure(head, list(map(self.tree, contents)))
 
 
-def opened(tree: Any) -> Any:
-    """The tree with a `Closure` for each function in it that reaches a ref."""
-    return _Opening(is_shared, False, {}).tree(tree)
+def opened(tree: Any, is_wanted: Callable[[Any], bool] = is_shared) -> Any:
+    """The tree with a `Closure` for each function in it that reaches such a leaf: a ref."""
+    return _Opening(is_wanted, False, {}).tree(tree)
 
 
 def closed(tree: Any) -> Any:
