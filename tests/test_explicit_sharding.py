@@ -266,3 +266,30 @@ def test_filter_shard_inside_changes_the_type():
 
     with jax.set_mesh(MESH):
         assert split(ref).tolist() == [0.0, 2.0, 4.0, 6.0]
+
+
+def test_host_arrays_are_loaded_onto_the_mesh_outside_of_its_context(tmp_path):
+    model, _ = make(is_split=True)
+    model["keys"] = rx.Ref(put(jr.split(jr.key(0), 4), "data"), "rng")
+    state = {k: np.asarray(x) for k, x in rx.state_dict(model).items()}
+    rx.save(tmp_path / "model.safetensors", model)
+    before = {k: ref.value.sharding for k, ref in model.items()}
+    loads = (
+        lambda: rx.load_state_dict(model, state),
+        lambda: rx.load_state_dict(model, {**state, "n": 3}),
+        lambda: rx.load(tmp_path / "model.safetensors", model),
+    )
+    for load in loads:
+        load()
+        assert {k: ref.value.sharding for k, ref in model.items()} == before
+        with jax.set_mesh(MESH):
+            load()
+        assert {k: ref.value.sharding for k, ref in model.items()} == before
+
+
+def test_a_loaded_array_does_not_share_memory_with_the_host():
+    array = np.ones((4, 2), np.float32)
+    ref = rx.Ref(put(jnp.zeros((4, 2)), "data"))
+    rx.load_state_dict(ref, {"": array})
+    array[0] = 5.0
+    assert ref.value.max() == 1.0

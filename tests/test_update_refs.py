@@ -370,3 +370,20 @@ def test_a_function_without_gradient_stays_unchanged():
     wrong = {**model, "f": lambda x: x}
     with raises(rx.MismatchError, match=r"function at `f` carries \['shift'\], and is"):
         rx.update_refs(model, wrong)
+
+
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs 2 devices")
+def test_an_array_that_jax_may_move_goes_where_the_ref_is():
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    there = jax.sharding.SingleDeviceSharding(jax.devices()[1])
+    keys = jr.split(jr.key(0), 2)
+    for old, new in (jnp.zeros(2), jnp.ones(2)), (keys, jr.split(jr.key(1), 2)):
+        for sharding in split, there:
+            ref = rx.Ref(jax.device_put(old, sharding))
+            rx.update_refs({"a": ref}, {"a": new})
+            assert ref.value.sharding == sharding and (ref.value == new).all()
+        # One that was put somewhere stays there.
+        ref = rx.Ref(jax.device_put(old, split))
+        rx.update_refs(ref, jax.device_put(new, there))
+        assert ref.value.sharding == there

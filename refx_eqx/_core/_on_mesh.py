@@ -4,7 +4,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 
 from .._trees._changes import try_leaves
@@ -58,3 +60,14 @@ def put(x: Any, sharding: Any) -> Any:
         return x  # the same object, whose holders are known
     before, after = x.sharding.shard_shape(x.shape), sharding.shard_shape(x.shape)
     return jax.device_put(x.copy() if before == after else x, sharding)
+
+
+def put_copy(x: np.ndarray, sharding: Any) -> jax.Array:
+    """A JAX array with the numbers that a NumPy array has now; on one device if `sharding`
+    is `None`.
+
+    `jax.device_put` may share memory with NumPy, where it could be written. And
+    `jnp.array(x, device=sharding)` constrains the result, which JAX refuses outside of
+    `jax.set_mesh` if the mesh has explicit axes (seen in JAX 0.10).
+    """
+    return jnp.array(x) if sharding is None else jax.device_put(np.array(x), sharding)

@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._core import _jax
-from .._core._on_mesh import put
+from .._core._on_mesh import put, put_copy
 from .._trees._changes import try_leaves
 
 
@@ -24,8 +24,9 @@ def sharding_of(old: Any) -> Any:
     """The sharding for the replacement of `old`: the one it was given, or `None`."""
     if isinstance(old, jax.ShapeDtypeStruct):
         return old.sharding
-    placed = type(old) is _jax.ConcreteArray and old.committed
-    return old.sharding if placed else None
+    # An array of keys is a `jax.Array` too, of a different class.
+    is_placed = isinstance(old, jax.Array) and not _jax.is_tracer(old) and old.committed
+    return old.sharding if is_placed else None
 
 
 def storable(leaf: Any) -> Any:
@@ -55,7 +56,7 @@ def number_as_held(old: Any, new: Any) -> Any:
         return new
     if isinstance(old, np.ndarray | np.generic):
         return array[()] if isinstance(old, np.generic) else array
-    new = jnp.array(array, device=sharding_of(old))
+    new = put_copy(array, sharding_of(old))
     return _jax.as_weak(new) if getattr(old, "weak_type", False) else new
 
 
@@ -82,8 +83,7 @@ def leaf_as_held(old: Any, new: Any) -> Any:
     sharding = sharding_of(old)
     if isinstance(new, jax.Array):
         return new if sharding is None else put(new, sharding)
-    # A copy: `jax.device_put` may share memory with NumPy, where it could be written.
-    return jnp.array(new, device=sharding)
+    return put_copy(new, sharding)
 
 
 def as_held(old: Any, new: Any, convert: Callable[[Any, Any], Any]) -> Any:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from .._core import _jax
 from .._core._access import check_value, check_writable
 from .._core._deref import NOTHING
 from .._core._errors import CollectionError, describe, MismatchError, StructureError
@@ -24,7 +25,7 @@ from .._trees._closure import contents_by_name, is_closure, opened
 from .._trees._equality import is_same_tree
 from .._trees._functions import names_in
 from .._trees._paths import path_text
-from ._as_held import as_held, is_key, is_number, number_as_held
+from ._as_held import as_held, is_key, is_number, number_as_held, sharding_of
 from ._select import check_all_in_tree
 
 
@@ -61,7 +62,8 @@ def update_refs(target: PyTree, source: PyTree) -> None:
         bare value, or `None` or `NOTHING` to leave the ref unchanged. Arrays must have the
         shape and dtype of those they replace. A Python number that replaces an array
         becomes an array of its dtype, as in `x.at[...].set(0.1)`, if it is of the same kind
-        (bool, integer, floating-point or complex) and in range.
+        (bool, integer, floating-point or complex) and in range. An array that JAX may move
+        (one that is not committed to devices) goes to the devices of the one it replaces.
 
     **Raises:**
 
@@ -83,10 +85,14 @@ def update_refs(target: PyTree, source: PyTree) -> None:
 
 
 def _on_sharding(old: Any, new: Any) -> Any:
-    """`new`, on the sharding of the shape it replaces."""
-    if isinstance(old, jax.ShapeDtypeStruct) and old.sharding is not None:
-        return put(new, old.sharding)
-    return new
+    """`new`, on the sharding of what it replaces, unless it was put elsewhere itself."""
+    sharding = sharding_of(old)
+    if sharding is None:
+        return new
+    is_array = isinstance(new, jax.Array) and not _jax.is_tracer(new)
+    is_free = is_array and not new.committed
+    is_asked = isinstance(old, jax.ShapeDtypeStruct)
+    return put(new, sharding) if is_free or is_asked else new
 
 
 def aligned(
