@@ -237,10 +237,10 @@ def filter_jit(
         overwritten is never donated, nor is anything in a program with a run-time check: it
         would be lost if the check failed. A ref's buffer that is also held elsewhere (by a
         [`refx_eqx.snapshot`][], a clone, another ref, a variable) is copied first, and
-        keeps its contents. (Nobody can see another array that JAX made of the same buffer,
-        as `jax.device_put` does for the device that it is on: copy that, with `jnp.copy`.)
-        If such a call is interrupted after the program ran, or its
-        result cannot be built, the refs have their new values: the old ones are gone.
+        keeps its contents. (Another array that JAX made of the same buffer is not seen, as
+        `jax.device_put` makes for the device that it is on: copy that, with `jnp.copy`.) If
+        such a call is interrupted after the program ran, or its result cannot be built, the
+        refs have their new values: the old ones are gone.
     - `in_shardings`: the shardings of the positional arguments: a `jax.sharding.Sharding`,
         an [`refx_eqx.axis_rules`][] under `jax.set_mesh`, or a tree of these that is a
         prefix of the derefed tuple of arguments: `in_shardings=(rules.shardings(model,
