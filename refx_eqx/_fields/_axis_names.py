@@ -73,6 +73,18 @@ def _bind(memos: tuple, names: AxisNames) -> None:
     structures.update(names.structures)
 
 
+def tried(check: Callable[..., bool], *args: Any) -> bool:
+    """`check(*args)`. If it fails, the names that it bound are free again."""
+    before = [memo.copy() for memo in _storage.get_shape_memo()]
+    passed = False
+    try:
+        passed = check(*args)
+    finally:
+        if not passed:
+            _storage.set_shape_memo(*before)
+    return passed
+
+
 def names_bound(words: frozenset[str] | None = None) -> AxisNames:
     """The names bound in the running scope: all, or those among `words`."""
     *memos, _ = _storage.get_shape_memo()

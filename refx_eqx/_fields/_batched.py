@@ -12,7 +12,8 @@ import numpy as np
 from .._core._access import peek
 from .._core._ref import Ref
 from ._bound import BoundType
-from ._hints import conforms, hint_text
+from ._conformance import conforms
+from ._hints import hint_text
 
 
 class BatchedHint(type):

@@ -16,7 +16,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
@@ -26,7 +25,9 @@ from .._trees._changes import try_leaves
 from .._trees._equality import is_same_tree
 from ._axis_names import AxisNames, name_scope
 from ._config import config
-from ._hints import has_placeholder, hint_text, why_not_of_type
+from ._conformance import has_placeholder, why_not_of_type
+from ._hints import hint_text
+from ._numbers import promotions
 
 
 class BoundType:
@@ -160,11 +161,15 @@ class BoundType:
                     f"a slice), and must keep its shape and dtype, {eqx.tree_pformat(old)}"
                 )
                 raise self.error(ref._name, ref._collection, value, reason, old)
-        elif _is_data(value) and self.extra_axes(value) is not None:
+        elif (
+            _is_data(value)
+            and not self._is_held(old)
+            and self.extra_axes(value) is not None
+        ):
             return value  # replaces a `None` in a partitioned tree, or a consumed state
         reason = self.why_not(value, axes)
         if reason is not None:
-            new = self.as_array(value, old)
+            new = self.converted(value, old)
             if new is not None:
                 return new
         if reason is None and axes:
@@ -177,31 +182,18 @@ class BoundType:
             return value
         raise self.error(ref._name, ref._collection, value, reason, old, axes)
 
-    def as_array(self, value: Any, old: Any = None) -> Any:
-        """A Python scalar as an array of the declared type, or `None` if JAX would not
-        promote it to that.
-
-        As in `x.at[...].set(1.0)`, the scalar is weakly typed: it takes the dtype of the
-        value it replaces.
-        """
-        if type(value) not in _SCALARS:
-            return None
-        kind = _SCALARS.index(type(value))
-        # A number can be promoted to any wider kind, a bool to none.
-        wider = _KINDS[kind : None if kind else 1]
-        if isinstance(old, jax.Array):
-            dtypes = [old.dtype] if old.ndim == 0 else []
-        else:
-            dtypes = [jnp.result_type(t) for t in _SCALARS]
-        for dtype in dtypes:
-            if any(jnp.issubdtype(dtype, kind) for kind in wider):
-                try:
-                    new = jnp.asarray(value, dtype)
-                except OverflowError:  # 300, for an `int8`
-                    return None
-                if self.why_not(new) is None:
-                    return new
+    def converted(self, value: Any, old: Any = None) -> Any:
+        """A Python number promoted to the declared type; `None` if it cannot be."""
+        for new in promotions(value, old):
+            if self.why_not(new) is None:
+                return new
         return None
+
+    def _is_held(self, value: Any) -> bool:
+        """Whether a value without arrays is one of the declared type, not a placeholder."""
+        leaves = try_leaves(value, lambda x: x is None)
+        is_whole = bool(leaves) and all(x is not None for x in leaves)
+        return is_whole and self.why_not(value) is None
 
     def error(
         self,
@@ -241,7 +233,7 @@ class BoundType:
         """Whether `astype` makes of `value` what may replace `old`."""
         if not _is_sized(old) or not _is_sized(value) or old.shape != value.shape:
             return False
-        if not is_convertible(value.dtype, old.dtype):
+        if value.dtype == old.dtype or not is_convertible(value.dtype, old.dtype):
             return False
         # `old` itself is wrong if it was written while checks were off. (A part of a value,
         # which has no axes here, only has to be like `old`.)
@@ -257,10 +249,6 @@ class _Unchecked:
 
 
 _unchecked = _Unchecked()
-
-
-_SCALARS = bool, int, float, complex
-_KINDS = (np.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
 
 
 def _is_sized(leaf: Any) -> bool:

@@ -7,6 +7,7 @@ instance binds the names: see `_bound.py`.
 
 import copy
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
@@ -21,8 +22,10 @@ from .._core._errors import CollectionError, describe, RefTypeError
 from .._core._ref import commits, Ref
 from ._axis_names import AxisNames, names_bound
 from ._bound import BoundType
+from ._conformance import has_placeholder, why_not_of_type
 from ._construction import keep_state
-from ._hints import has_placeholder, hint_text, why_not_of_type
+from ._hints import hint_text
+from ._parts import texts_in
 
 
 # Visits each place that is declared a ref: with the declaration, the object there, and its
@@ -53,16 +56,18 @@ class DeclaredRef:
     optional: bool = False
 
     def __post_init__(self) -> None:
-        text, kind = hint_text(self.hint), type(jaxtyping.AbstractArray)
         # Whether only shape and dtype matter.
-        self.by_shape = "self." not in text and (
-            self.hint is jax.Array or isinstance(self.hint, kind)
+        self.by_shape = "self." not in hint_text(self.hint) and (
+            self.hint is jax.Array
+            or isinstance(self.hint, type(jaxtyping.AbstractArray))
         )
-        # The names in the hint, and the attributes it uses as `{self.name}`.
-        self._words = (
-            frozenset(re.findall(r"\w+", text)),
-            tuple(sorted(set(re.findall(r"\bself\.(\w+)", text)))),
-        )
+
+    @functools.cached_property
+    def _words(self) -> tuple[frozenset[str], tuple[str, ...]]:
+        """The names in the hint, and the attributes it uses as `{self.name}`."""
+        text = " ".join(texts_in(self.hint))
+        attributes = sorted(set(re.findall(r"\bself\.(\w+)", text)))
+        return frozenset(re.findall(r"\w+", text)), tuple(attributes)
 
     def refs(self) -> Iterator["DeclaredRef"]:
         """All refs declared here."""
@@ -147,7 +152,7 @@ class DeclaredRef:
         if reason is None:
             return
         bound = self.bound(instance)
-        new = bound.as_array(value)
+        new = bound.converted(value)
         if new is None:
             raise bound.error(where, ref._collection, value, reason)
         keep_state(ref)

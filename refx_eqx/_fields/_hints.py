@@ -1,95 +1,30 @@
-"""Whether a value has a type, according to beartype and jaxtyping, with the reason."""
+"""Type hints: their texts, their parts, and the aliases in them."""
 
 import operator
 import types
-from typing import Annotated, Any, get_args, get_origin, Union
-
-import jax
-import jax.tree_util as jtu
-import jaxtyping
-
-
-def conforms(value: Any, hint: Any) -> bool:
-    """Whether `value` has the type `hint`, given the axis names bound so far.
-
-    As beartype, but checks every item of a tuple, list or dict: beartype checks one at
-    random.
-    """
-    if hint is Any:
-        return True
-    if isinstance(hint, type) and not isinstance(hint, types.GenericAlias):
-        # The same answer as beartype, without its set-up, and without its lock, which is
-        # not re-entrant (beartype 0.23) and is held while it calls our `__instancecheck__`.
-        try:
-            return isinstance(value, hint)
-        except TypeError:  # a `TypedDict`, a protocol without `runtime_checkable`
-            pass
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(conforms(value, member) for member in args)
-    if origin is Annotated and not any(map(_is_validator, args[1:])):
-        return conforms(value, args[0])
-    items = _typed_items(value, origin, args)
-    if items is not None:
-        return all(conforms(item, item_hint) for item, item_hint in items)
-    # Here, because importing beartype takes as long as importing this library.
-    from beartype.door import is_bearable
-    from beartype.roar import BeartypeDecorHintException
-
-    try:
-        # (pyright: `hint` may be any object that represents a type.)
-        return is_bearable(value, hint)  # pyright: ignore[reportArgumentType]
-    except BeartypeDecorHintException:
-        return True  # an annotation without a meaning at run time
+from typing import (
+    Annotated,
+    Any,
+    Final,
+    ForwardRef,
+    get_args,
+    get_origin,
+    NewType,
+    NotRequired,
+    Required,
+    TypeVar,
+    Union,
+)
 
 
-def _is_validator(metadata: Any) -> bool:
-    return type(metadata).__module__.startswith("beartype.")
-
-
-def _typed_items(value: Any, origin: Any, args: tuple) -> list[tuple[Any, Any]] | None:
-    """The items of a container, each with its type. `None` if it is not a known container,
-    or not the required one."""
-    if origin not in (tuple, list, dict) or not isinstance(value, origin):
-        return None
-    if isinstance(value, dict):
-        key, item = args
-        return [*zip(value, (key,) * len(value))] + [(v, item) for v in value.values()]
-    if origin is list or args[1:] == (Ellipsis,):
-        return [(item, args[0]) for item in value]
-    return list(zip(value, args)) if len(value) == len(args) else None
-
-
-def why_not_of_type(value: Any, hint: Any) -> str | None:
-    """The reason why `value` does not have the type `hint`; or `None`.
-
-    The reason is empty if there is nothing more to say.
-    """
-    try:
-        if conforms(value, hint):
-            return None
-    except (jaxtyping.AnnotationError, AttributeError, NameError):
-        # An axis such as "n+1" whose "n" is not bound: there is nothing to check.
-        return None
-    explain = getattr(hint, "__instancecheck_str__", None)
-    reason = "" if explain is None else explain(value)
-    reason, of_dtypes, _ = reason.partition(", not any of ")
-    if of_dtypes:  # it continues with a list of every dtype
-        reason += f", which is not {hint.dtype.__name__}"
-    if "the underlying array type" in reason:
-        reason = f"its type is {type(value).__name__}, not {hint_text(hint.array_type)}"
-    return reason
-
-
-def has_placeholder(value: Any) -> bool:
-    """Whether a shape stands for an array, as in a model that was made without allocating it."""
-    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jtu.tree_leaves(value))
+def is_class(hint: Any) -> bool:
+    """Whether it is a class. (`list[int]` is not, though it is an instance of `type`.)"""
+    return isinstance(hint, type) and not isinstance(hint, types.GenericAlias)
 
 
 def hint_text(hint: Any) -> str:
     """A type as the user wrote it: `Float[Array, "out in"]`."""
-    is_class = isinstance(hint, type) and not isinstance(hint, types.GenericAlias)
-    text = hint.__name__ if is_class else str(hint)
+    text = hint.__name__ if is_class(hint) else str(hint)
     for prefix in ("jaxtyping.", "typing.", "jaxlib._jax."):
         text = text.replace(prefix, "")
     return text.replace("'", '"')
@@ -119,9 +54,40 @@ def value_of_alias(hint: Any) -> Any:
     - `NameError`: if it uses a name that is not defined, or not yet.
     """
     alias = alias_of(hint)
-    value, given = alias.__value__, dict(zip(alias.__type_params__, get_args(hint)))
-    needed = tuple(given[x] for x in getattr(value, "__parameters__", ()) if given)
-    return value[needed] if needed else value
+    given = dict(zip(alias.__type_params__, get_args(hint)))
+    return with_parameters(alias.__value__, given)
+
+
+def meaning_of(hint: Any) -> Any:
+    """The type that another stands for, such as an alias; any other type unchanged.
+
+    **Raises:**
+
+    - `NameError`: if an alias uses a name that is not defined, or not yet.
+    """
+    if alias_of(hint) is not None:
+        return value_of_alias(hint)
+    if isinstance(hint, NewType):
+        return hint.__supertype__
+    if isinstance(hint, TypeVar):
+        if hint.__constraints__:
+            return Union[hint.__constraints__]
+        # (A bound in quotes is for static checkers.)
+        is_known = not isinstance(hint.__bound__, ForwardRef | None)
+        return hint.__bound__ if is_known else Any
+    if get_origin(hint) in (Final, Required, NotRequired):
+        return get_args(hint)[0]
+    return hint
+
+
+def with_parameters(hint: Any, given: dict[Any, Any]) -> Any:
+    """`hint`, with its type variables replaced."""
+    if isinstance(hint, TypeVar):
+        return given.get(hint, hint)
+    if not given or is_class(hint):
+        return hint
+    needed = tuple(given.get(x, x) for x in getattr(hint, "__parameters__", ()))
+    return hint[needed] if needed else hint
 
 
 def without_aliases(hint: Any, inside: tuple = ()) -> Any:

@@ -16,10 +16,11 @@ from ._axis_names import AxisNames, name_scope, names_bound, NO_NAMES, union
 from ._batched import BatchedHint
 from ._bound import BoundType
 from ._config import config
+from ._conformance import why_not_of_type
 from ._construction import keep_state
 from ._declared import DeclaredRef
 from ._field import RefField
-from ._hints import hint_text, why_not_of_type
+from ._hints import hint_text
 from ._module_fields import plain_hints
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, Union
 
 from .._core._access import peek
 from .._core._ref import Ref
-from ._hints import conforms, has_placeholder
+from ._conformance import conforms, has_placeholder
 
 
 class RefHint(type):
