@@ -62,7 +62,7 @@ HOLDERS = {
     "closure": in_closure,
     "default": in_default,
     "method": lambda ref, array: types.MethodType(
-        lambda both, x: scaled(*both, x), (ref, array)
+        lambda both, x: scaled(both[0], both[1], x), (ref, array)
     ),
     "nested": lambda ref, array: functools.partial(in_closure(ref, array)),
 }

@@ -3,6 +3,8 @@
 # A static checker objects to what is wrong on purpose here, or made at run time.
 # pyright: reportOptionalSubscript=false
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -99,6 +101,36 @@ def test_the_change_is_scaled_and_merged(alpha, scale):
     np.testing.assert_allclose(merged.weight.value, weight, rtol=1e-5, atol=1e-6)
     assert merged.weight.collection == "params" and merged.bias is lora.layer.bias
     assert merged.weight is not lora.layer.weight
+
+
+HOLDERS = {
+    "partial": lambda lora: functools.partial(lambda layer, x: layer(x), lora),
+    "partial of the class": lambda lora: functools.partial(rx.nn.LoRA.__call__, lora),
+    "closure": lambda lora: lambda x: lora(x),
+    "method": lambda lora: lora.__call__,
+    "method of another": lambda lora: rx.nn.Sequential([lora]).__call__,
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS.values(), ids=HOLDERS)
+@pytest.mark.parametrize("convert", [lambda tree: tree, rx.snapshot])
+def test_a_change_in_a_function_is_merged(holder, convert):
+    lora, other = adapted(), rx.Ref(jnp.ones(2))
+    tree = {"f": holder(lora), "layer": lora, "g": lambda: other, "h": jnp.tanh}
+    tree = convert(tree)
+    merged = rx.nn.merge_lora(tree)
+    np.testing.assert_allclose(merged["f"](X), lora(X), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(merged["f"](X), merged["layer"](X))
+    alone = rx.nn.merge_lora(tree["f"])
+    lora.b.value = tree["layer"].b[...] * 0  # no more used
+    np.testing.assert_array_equal(alone(X), merged["layer"](X))
+    assert merged["g"] is tree["g"] and merged["h"] is jnp.tanh
+    if convert is not rx.snapshot:
+        places = list(rx.aliases(merged).values())
+        assert {ref.collection for ref in rx.aliases(merged)} == {"params", None}
+        assert len(places) == 3  # the weight and the bias, each at two places
+        merged["layer"].weight.value *= 0
+        np.testing.assert_array_equal(merged["f"](X), merged["layer"](X))
 
 
 def test_one_change_at_two_places_is_one_weight_when_merged():

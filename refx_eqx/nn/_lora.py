@@ -8,9 +8,12 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from .._core._deref import closed
 from .._core._ref import Ref
 from .._fields._collection import Collection
 from .._fields._module import Module
+from .._trees._cells import is_opaque, reachable
+from .._trees._closure import opened
 from ._stateless import with_params
 from ._weights import weight_of, with_weight
 
@@ -118,8 +121,8 @@ class LoRA(Module):
 
 
 def merge_lora(tree: PyTree) -> PyTree:
-    """Replaces each [`refx_eqx.nn.LoRA`][] of a tree with a plain layer that has the
-    updated weight.
+    """Replaces each [`refx_eqx.nn.LoRA`][] of a tree, also in its functions, with a plain
+    layer that has the updated weight.
 
     !!! Example
 
@@ -151,11 +154,14 @@ def merge_lora(tree: PyTree) -> PyTree:
     **Returns:**
 
     The tree without `LoRA`s. An update that occurs at several places, around one weight,
-    becomes one new shared weight.
+    becomes one new shared weight. A partial, closure or bound method that holds one is
+    replaced too; all other functions are those of `tree`.
     """
     merged: dict[tuple[int, int, int], Any] = {}
 
     def merge(x: Any) -> Any:
+        if x is LoRA.__call__:  # of a bound method
+            return _call
         if not isinstance(x, LoRA):
             return x
         layer = merge_lora(x.layer)
@@ -169,4 +175,12 @@ def merge_lora(tree: PyTree) -> PyTree:
         where = lambda layer: getattr(layer, x.weight_name)
         return eqx.tree_at(where, layer, merged[key])
 
-    return jtu.tree_map(merge, tree, is_leaf=lambda x: isinstance(x, LoRA))
+    is_lora = lambda x: isinstance(x, LoRA)
+    found = filter(is_lora, reachable(tree, lambda x: is_opaque(x) or is_lora(x)))
+    ids = {id(lora.a) for lora in found}
+    nodes = opened(tree, lambda leaf: id(leaf) in ids)
+    return closed(jtu.tree_map(merge, nodes, is_leaf=is_lora))
+
+
+def _call(layer: Any, /, *args: Any, **kwargs: Any) -> Any:
+    return layer(*args, **kwargs)
