@@ -12,9 +12,6 @@ import jax.tree_util as jtu
 from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
-from ._core._access import refuse_cycle
-from ._core._errors import StructureError
-from ._core._nodes import is_node
 from ._core._ref import Ref
 from ._filters._filters import FilterLike
 from ._filters._select import (
@@ -25,6 +22,8 @@ from ._filters._select import (
     refuse_derefed,
 )
 from ._transforms._jit import filter_jit
+from ._trees._cells import is_lookup
+from ._trees._closure import is_closure, opened
 from ._trees._paths import dotted, key_text
 
 
@@ -255,7 +254,8 @@ def _flops(model: Any, args: tuple, kwargs: dict[str, Any]) -> float:
 
 
 def mermaid(tree: PyTree) -> str:
-    """Draws a tree of refs, in which a shared ref is one box with several arrows.
+    """Draws a tree of refs, in which a shared ref is one box with several arrows. A function
+    that holds a ref is a box too.
 
     !!! Example
 
@@ -280,8 +280,12 @@ def mermaid(tree: PyTree) -> str:
 
     **Raises:**
 
-    - `StructureError`: if `tree` is derefed.
+    - `StructureError`: if `tree` is derefed, or a ref is only in a set, or among the keys of
+        a dict.
     """
+    pairs, _ = leaves_with_paths(tree)
+    refuse_derefed(pairs, "Cannot draw the tree")
+    check_all_in_tree(pairs, "Cannot draw the tree")
     nodes: list[str] = []
     arrows: list[str] = []
     n_arrows: Counter[str] = Counter()
@@ -289,11 +293,8 @@ def mermaid(tree: PyTree) -> str:
 
     def visit(node: Any) -> str | None:
         """The name of the box of a node, or `None` if it contains no ref."""
-        if is_node(node):
-            raise StructureError(
-                f"Cannot draw a derefed tree: it contains a {type(node).__name__}. Pass "
-                "the tree of refs itself."
-            )
+        if is_lookup(node):
+            return None
         if isinstance(node, Ref):
             if node not in refs:
                 refs[node] = f"r{len(refs)}"
@@ -301,7 +302,8 @@ def mermaid(tree: PyTree) -> str:
             return refs[node]
         name = f"n{len(nodes)}"
         at = len(nodes)
-        nodes.append(f"    {name}[{_label(type(node).__name__)}]")
+        kind = node.kind if is_closure(node) else type(node)
+        nodes.append(f"    {name}[{_label(kind.__name__)}]")
         found = False
         children, _ = jtu.tree_flatten_with_path(
             node, is_leaf=lambda x, node=node: x is not node
@@ -316,8 +318,7 @@ def mermaid(tree: PyTree) -> str:
             del nodes[at:]
         return name if found else None
 
-    refuse_cycle(tree)
-    visit(tree)
+    visit(opened(tree))
     shared = ",".join(box for box in refs.values() if n_arrows[box] > 1)
     if shared:
         arrows += ["    classDef shared stroke-width:3px", f"    class {shared} shared"]

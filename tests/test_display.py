@@ -3,11 +3,13 @@
 # A static checker objects to what is wrong on purpose here.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
+import functools
 import os
 import re
 import subprocess
 import sys
 import textwrap
+import types
 
 import equinox as eqx
 import jax
@@ -179,6 +181,34 @@ def test_a_shared_ref_is_one_box_with_several_arrows():
         "    classDef shared stroke-width:3px",
         "    class r0 shared",
     ]
+
+
+@pytest.mark.parametrize(
+    ("holder", "box", "path"),
+    [
+        (lambda ref: lambda: ref, "function", ["ref"]),
+        (lambda ref: functools.partial(len, ref), "partial", ["0", "args"]),
+        (lambda ref: types.MethodType(len, ref), "method", ["__self__"]),
+    ],
+)
+def test_what_a_function_holds_is_drawn(holder, box, path):
+    ref = rx.Ref(jnp.ones(2), "params")
+    lines = rx.mermaid({"f": holder(ref), "w": ref, "n": len}).splitlines()
+    assert f'    n1["{box}"]' in lines and "    class r0 shared" in lines
+    arrows = [line.split('"')[1] for line in lines if "-->" in line]
+    assert arrows == [*path, "f", "w"]
+    assert rx.mermaid(holder(ref)).count("r0") == 2
+
+
+def test_what_is_not_in_the_tree_is_not_left_out_of_the_drawing():
+    ref, key = rx.Ref(1, "params"), rx.Ref(2)
+    for lookup in {ref}, {ref: 1, key: 2}, {"x": {(ref, 1)}}:
+        with raises(rx.StructureError, match="Cannot draw the tree: .*'params'.*Hold"):
+            rx.mermaid({"lookup": lookup})
+        lines = rx.mermaid(
+            {"lookup": lookup, "all": [ref, key]}
+        ).splitlines()  # the remedy
+        assert len([line for line in lines if "-->" in line]) == 3
 
 
 def test_every_box_has_a_name_of_its_own():

@@ -166,8 +166,10 @@ class Ref(Shared, Generic[T]):
     look-up, never `is` or `id`. A program that compares refs is never used for refs that
     would compare differently.
 
-    `copy.deepcopy` and `pickle` keep the sharing within what they copy. Subclasses survive
-    `deref` and `reref`, but only their type does: a subclass may add methods, not attributes.
+    `copy.deepcopy` and `pickle` keep the sharing within what they copy. (A copied tree has
+    the same closures, with the same refs; [`refx_eqx.clone`][] copies those too.)
+    Subclasses survive `deref` and `reref`, but only their type does: a subclass may add
+    methods, not attributes.
 
     **Arguments:**
 

@@ -19,7 +19,7 @@ import equinox as eqx
 import jax.tree_util as jtu
 
 from ._cells import is_filled, is_lookup, is_shared, may_carry, reaches
-from ._functions import head_of, LaterPlace, names_in, rebuilt
+from ._functions import head_of, kind_of, LaterPlace, names_in, rebuilt
 
 
 class Closure:
@@ -33,6 +33,11 @@ class Closure:
     def __init__(self, head: Any, contents: list[Any]):
         self.head = head
         self.contents = contents
+
+    @property
+    def kind(self) -> type:
+        """The type of the function."""
+        return kind_of(self.head)
 
     def __repr__(self) -> str:
         pairs = zip(names_in(self.head), self.contents)

@@ -155,6 +155,12 @@ def _itself(obj: Any) -> Identity:
     return Identity(obj, weak=False)
 
 
+def kind_of(head: Any) -> type:
+    """The type of the function that was taken apart."""
+    kinds = {_MethodHead: types.MethodType, _PartialHead: functools.partial}
+    return kinds.get(type(head), types.FunctionType)
+
+
 def names_in(head: Any) -> list[str]:
     """The names of the trees that a function carries."""
     if type(head) is _MethodHead:
