@@ -72,6 +72,64 @@ def test_a_type_alias_of_what_is_defined_later(base, alias, annotation):
         held.value = "something else"
 
 
+@pytest.mark.parametrize("base", ["rx.Module", "eqx.Module"])
+@pytest.mark.parametrize(
+    "annotation",
+    [
+        'rx.Param["Later"]',
+        '"rx.Param[Later]"',
+        "rx.Param['Later | None']",
+        'rx.Param[Optional["Later"]]',
+        'rx.Param[Annotated["Later", "not a type"]]',
+        'rx.Param[Union["Later", Literal["Later"]]]',
+        'Annotated[rx.Ref["Later"], rx.Collection("params")]',
+    ],
+)
+def test_a_type_in_quotes_inside_of_an_annotation(base, annotation):
+    default = " = rx.field()" if base == "eqx.Module" else ""
+    m = module_of(
+        f"from typing import *\nclass Holder({base}):\n    held: {annotation}{default}",
+        LATER,
+    )
+    held = m.Holder(m.Later(1)).held
+    assert type(held) is rx.Ref and held.collection == "params"
+    held.value = m.Later(2)
+    with raises(rx.RefTypeError, match=r"`Holder\.held` .* cannot hold"):
+        held.value = "something else"
+
+
+def test_types_in_quotes_inside_of_containers():
+    m = module_of(
+        """
+    from collections.abc import Sequence
+    from jaxtyping import PyTree
+    class Holder(rx.Module):
+        several: rx.Param[Sequence["Row"]]
+        tree: rx.Param[PyTree["Row"]]
+        refs: list[rx.Param["Row"]]
+        unknown: rx.Param[dict[str, "Missing"]]
+    Row = Float[Array, "n"]
+    """
+    )
+    rows = [jnp.ones(2)]
+    holder = m.Holder(rows, rows, rows, {"a": "anything"})
+    for ref in (holder.several, holder.tree):
+        with raises(rx.RefTypeError, match="with n=2, and cannot hold"):
+            ref.value = [jnp.ones(2), jnp.ones(3)]
+    with raises(rx.RefTypeError, match="with n=2, and cannot hold"):
+        holder.refs[0].value = jnp.ones(3)
+    holder.unknown.value = {"a": 1}
+    with raises(rx.RefTypeError, match="cannot hold"):
+        m.Holder(rows, rows, rows, {1: "a"})
+
+
+@pytest.mark.parametrize("hint", [rx.Ref["Row"], rx.Ref[list["Row"]]])  # pyright: ignore[reportUndefinedVariable]
+def test_a_type_in_quotes_has_no_meaning_outside_of_a_field(hint):
+    text = r"name 'Row' is in quotes inside a type.*`\"rx.Ref\[Row\]\"` instead of `rx.Ref\["
+    with raises(TypeError, match=text):
+        isinstance(rx.Ref([jnp.ones(2)]), hint)
+
+
 @has_type_statement
 def test_a_container_of_refs_in_a_late_alias_and_a_field_of_a_base():
     m = module_of(

@@ -11,7 +11,7 @@ from .._core._errors import CollectionError
 from .._core._ref import Ref
 from ._collection import Collection
 from ._declared import Declared, DeclaredContainer, DeclaredRef
-from ._hints import alias_of, hint_text, split_hint, value_of_alias, without_aliases
+from ._hints import alias_of, hint_text, split_hint, value_of_alias, without_names
 from ._names_of_class import is_unknown, Names
 from ._ref_type import OpenRefHint, RefHint
 
@@ -74,7 +74,7 @@ class Annotation:
     def hint(self) -> Any:
         """The type, as far as its names are defined."""
         self._names.is_last = True
-        return _as_far_as_defined(self._names.evaluate(self._annotation))
+        return self._as_far_as_defined(self._annotation)
 
     def _read(
         self, annotation: Any, numbers: Iterator[int], inside: tuple = ()
@@ -172,12 +172,11 @@ class Annotation:
 
     def _type_of_value(self, hint: Any) -> Any:
         if self._names.is_last:
-            return _as_far_as_defined(hint)
-        return without_aliases(hint)
+            return self._as_far_as_defined(hint)
+        return without_names(hint, self._names.evaluate)
 
-
-def _as_far_as_defined(hint: Any) -> Any:
-    try:
-        return without_aliases(hint)
-    except NameError:  # a name that exists only for the type checker
-        return Any
+    def _as_far_as_defined(self, hint: Any) -> Any:
+        try:
+            return without_names(hint, self._names.evaluate)
+        except NameError:  # a name that exists only for the type checker
+            return Any

@@ -17,7 +17,7 @@ import jaxtyping
 from ._axis_names import tried
 from ._hints import hint_text, is_class, meaning_of
 from ._numbers import number_like
-from ._parts import has_parts, parts_of
+from ._parts import has_parts, is_without_instances, parts_of
 
 
 def conforms(value: Any, hint: Any) -> bool:
@@ -34,7 +34,9 @@ def conforms(value: Any, hint: Any) -> bool:
         # not re-entrant (beartype 0.23) and is held while it calls our `__instancecheck__`.
         try:
             is_instance = isinstance(value, hint)
-        except TypeError:  # a `TypedDict`, a protocol without `runtime_checkable`
+        except TypeError:
+            if not is_without_instances(hint):
+                raise
             return tried(_parts_conform, value, hint)
         if not is_instance:
             if type(hint) is _PyTreeHint:
@@ -68,17 +70,14 @@ def _parts_conform(value: Any, hint: Any) -> bool:
     if isinstance(hint, str | ForwardRef):
         name = getattr(hint, "__forward_arg__", hint)
         raise TypeError(
-            f"A type contains the name {name!r} in quotes, which is only looked up in the "
-            "fields of a module. Write the whole annotation in quotes: "
-            f'`"rx.Ref[{name}]"` instead of `rx.Ref["{name}"]`.'
+            f"The name {name!r} is in quotes inside a type, where it is looked up for the "
+            "value of a ref in the field of a module. Put the quotes around all of the "
+            f'annotation: `"rx.Ref[{name}]"` instead of `rx.Ref["{name}"]`.'
         )
     meaning = meaning_of(hint)
     if meaning is not hint:
         return conforms(value, meaning)
-    try:
-        parts = parts_of(value, hint)
-    except TypeError:  # a protocol without `runtime_checkable`
-        parts = None
+    parts = parts_of(value, hint)
     if parts is None:
         return _is_bearable(value, hint)
     return all(conforms(x, type_of_part) for x, type_of_part in parts)

@@ -2,6 +2,7 @@
 
 import operator
 import types
+from collections.abc import Callable
 from typing import (
     Annotated,
     Any,
@@ -9,12 +10,15 @@ from typing import (
     ForwardRef,
     get_args,
     get_origin,
+    Literal,
     NewType,
     NotRequired,
     Required,
     TypeVar,
     Union,
 )
+
+import jaxtyping
 
 
 def is_class(hint: Any) -> bool:
@@ -90,25 +94,35 @@ def with_parameters(hint: Any, given: dict[Any, Any]) -> Any:
     return hint[needed] if needed else hint
 
 
-def without_aliases(hint: Any, inside: tuple = ()) -> Any:
-    """`hint`, with each type alias replaced with its type.
+def without_names(
+    hint: Any, evaluate: Callable[[Any], Any] = lambda x: x, inside: tuple = ()
+) -> Any:
+    """`hint`, with each type alias, and each type in quotes, replaced with its type.
 
     **Arguments:**
 
+    - `evaluate`: gives the type in quotes, and anything else unchanged.
     - `inside`: the enclosing aliases. A recursive alias is left unchanged.
 
     **Raises:**
 
-    - `NameError`: if an alias uses a name that is not defined, or not yet.
+    - `NameError`: if an alias, or `evaluate`, uses a name that is not defined, or not yet.
     """
+    hint = evaluate(hint)
     alias = alias_of(hint)
     if alias is not None and alias not in inside:
-        return without_aliases(value_of_alias(hint), (*inside, alias))
-    args = get_args(hint)
-    new: Any = tuple(without_aliases(x, inside) for x in args)
+        return without_names(value_of_alias(hint), evaluate, (*inside, alias))
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return hint
+    if isinstance(hint, type(jaxtyping.PyTree)) and hasattr(hint, "leaftype"):
+        origin, args = jaxtyping.PyTree, (hint.leaftype, hint.structure)
+        args = args[:1] if hint.structure is None else args
+    types_inside = args[:1] if origin in (Annotated, jaxtyping.PyTree) else args
+    new: Any = tuple(without_names(x, evaluate, inside) for x in types_inside)
+    new += args[len(new) :]
     if all(map(operator.is_, new, args)):
         return hint
-    origin: Any = get_origin(hint)
     if origin is types.UnionType:
         origin = Union
-    return origin[new if len(new) > 1 else new[0]]
+    return origin[new if len(new) > 1 else new[0]]  # pyright: ignore[reportOptionalSubscript]

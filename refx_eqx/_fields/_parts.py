@@ -51,6 +51,14 @@ def _is_named_tuple(cls: type) -> bool:
     return issubclass(cls, tuple) and hasattr(cls, "_fields")
 
 
+def is_without_instances(cls: Any) -> bool:
+    """Whether `isinstance` raises an error: for a `TypedDict`, and for a protocol without
+    `runtime_checkable`."""
+    is_protocol = getattr(cls, "_is_protocol", False)
+    is_checkable = getattr(cls, "_is_runtime_protocol", False)
+    return _is_typed_dict(cls) or (is_protocol and not is_checkable)
+
+
 def _is_typed_dict(cls: type) -> bool:
     return hasattr(cls, "__required_keys__")
 
@@ -59,10 +67,6 @@ def parts_of(value: Any, hint: Any) -> list[Part] | None:
     """The parts of a value, if it is an instance of the class of the type; else `_NoValue`
     is there. `None` if the type has no parts, or none that can be looked at twice, as the
     items of an iterator.
-
-    **Raises:**
-
-    - `TypeError`: if the class does not answer what its instances are.
     """
     kind, args = get_origin(hint) or hint, get_args(hint)
     if not is_class(kind):
@@ -71,6 +75,8 @@ def parts_of(value: Any, hint: Any) -> list[Part] | None:
     if _is_typed_dict(kind):
         hints = {k: with_parameters(h, given) for k, h in _hints_of(kind).items()}
         return _parts_of_typed_dict(value, kind, hints)
+    if is_without_instances(kind):
+        return None
     if not isinstance(value, kind):
         return [(value, _NoValue)]
     if _is_named_tuple(kind):
