@@ -109,7 +109,8 @@ class Rngs(Module):
     - `AttributeError`: if there is no stream of the requested name, and no default stream.
     - `TypeError`: if the default stream is given twice, or if a seed is neither an `int`
         nor a key.
-    - `ValueError`: if a stream has the name of a module attribute.
+    - `ValueError`: if a stream has the name of a module attribute, or one with an underscore
+        in front.
     """
 
     streams: dict[str, RngStream]
@@ -123,19 +124,19 @@ class Rngs(Module):
                 )
             streams = {DEFAULT: default, **streams}
         for name in streams:
-            if hasattr(Module, name) or name in _NO_STREAM:
+            if _is_no_stream(name) or hasattr(Module, name):
                 raise ValueError(
                     f"`rx.Rngs`: a stream cannot be named {name!r}, because a module has "
-                    "an attribute of that name. Choose another name."
+                    "an attribute of that name, or Python may ask for one. Choose another "
+                    "name, without an underscore in front."
                 )
         self.streams = {
             name: RngStream(_key_of(name, seed)) for name, seed in streams.items()
         }
 
     def __getattr__(self, name: str) -> RngStream:
-        # Called for attributes that are not found otherwise. Names with an underscore
-        # belong to Python and its tools, which look up many that do not exist.
-        if name.startswith("_") or name in _NO_STREAM:
+        # Called for attributes that are not found otherwise.
+        if _is_no_stream(name):
             raise AttributeError(name)
         stream = self.streams.get(name, self.streams.get(DEFAULT))
         if stream is None:
@@ -147,12 +148,18 @@ class Rngs(Module):
         return stream
 
 
+def _is_no_stream(name: str) -> bool:
+    # Names with an underscore belong to Python and its tools, which look up many that do
+    # not exist.
+    return name.startswith("_") or name in _NO_STREAM
+
+
 def _key_of(name: str, seed: Any) -> Array:
     is_int = _is_int(seed)
-    if not is_int and not (hasattr(seed, "dtype") and is_key(seed)):
+    if not is_int and not (hasattr(seed, "dtype") and _is_one_key(seed)):
         raise TypeError(
-            f"`rx.Rngs`: the seed of the stream {name!r} must be an int or a `jax.random` "
-            f"key, but is {eqx.tree_pformat(seed)}. Pass, for example, `rx.Rngs(0)` or "
+            f"`rx.Rngs`: the seed of the stream {name!r} must be an int or one "
+            f"`jax.random` key, but is {eqx.tree_pformat(seed)}. Pass, for example, `rx.Rngs(0)` or "
             "`rx.Rngs(jax.random.key(0))`."
         )
     # A seed gives a raw key, which every file format can store (Equinox 0.13 and NumPy
@@ -160,6 +167,11 @@ def _key_of(name: str, seed: Any) -> Array:
     key = jr.key_data(jr.key(seed)) if is_int else seed
     # So that one seed for several streams does not give the same numbers twice.
     return _fold_in(key, zlib.crc32(name.encode()))
+
+
+def _is_one_key(x: Any) -> bool:
+    is_typed = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return is_key(x) and x.ndim == (0 if is_typed else 1)
 
 
 def _is_int(x: Any) -> bool:

@@ -3,6 +3,8 @@
 # A static checker objects to what is wrong on purpose here, or made at run time.
 # pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false
 
+import re
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -256,6 +258,18 @@ def test_projections_may_be_other_layers():
     assert (normed.output_proj.u.value != before).any()
 
 
+@pytest.mark.parametrize("rolling", [False, True])
+def test_no_positions_change_nothing(rolling):
+    attention = rx.nn.MultiheadAttention(2, 8, cache_size=12, rolling=rolling, key=KEY)
+    none = XS[:0]
+    assert attention(none, none, none).shape == (0, 8)
+    assert (attention(XS, none, none) == 0).all()
+    extend(attention, XS[:3])
+    before = rx.clone(attention)
+    assert extend(attention, none).shape == (0, 8)
+    assert rx.tree_equal(attention, before)
+
+
 def test_what_does_not_fit_is_an_error():
     attention = rx.nn.MultiheadAttention(2, 8, cache_size=12, key=KEY)
     with raises(ValueError, match="has no cache. Make it with `cache_size=`"):
@@ -266,8 +280,10 @@ def test_what_does_not_fit_is_an_error():
         attention(XS[:2], XS, XS, cache=True)
     with raises(ValueError, match="12 keys and 3 values"):
         attention(XS, XS, XS[:3])
-    with raises(ValueError, match=r"mask has shape .*, but must have shape \(12, 12\)"):
-        attention(XS, XS, XS, window(3))
+    for mask in window(3), window(3)[None], window(12)[None, None], window(12)[0]:
+        text = f"the mask has shape {mask.shape}, but must have shape (12, 12)"
+        with raises(ValueError, match=re.escape(text)):
+            attention(XS, XS, XS, mask)
     with raises(ValueError, match="three arrays of the shapes it is given"):
         attention(XS, XS, XS, process_heads=lambda q, k, v: (q, k[:2], v))
     assert attention.cache_length.value == 0

@@ -186,8 +186,20 @@ def test_a_stack_of_layers_has_a_stack_of_changes():
     np.testing.assert_allclose(out, want, rtol=1e-6)
 
 
+@pytest.mark.parametrize("sizes", [(3, "scalar"), ("scalar", 3), ("scalar", "scalar")])
+def test_a_scalar_layer_stays_one(sizes):
+    layer = rx.nn.Linear(*sizes, key=KEY)
+    lora = rx.nn.LoRA(layer, rank=2, key=KEY)
+    x = jnp.array(0.5) if sizes[0] == "scalar" else jnp.arange(3.0)
+    assert lora(x).shape == layer(x).shape and (lora(x) == layer(x)).all()
+    lora.b.value += 1
+    merged = rx.nn.merge_lora(lora)
+    assert lora(x).shape == layer(x).shape and (lora(x) != layer(x)).all()
+    np.testing.assert_allclose(lora(x), merged(x), rtol=1e-6)
+
+
 def test_what_does_not_fit_is_an_error():
-    with raises(ValueError, match="`rank` must be at least 1, but was 0"):
+    with raises(ValueError, match="`rank` must be at least 1, but is 0"):
         rx.nn.LoRA(rx.nn.Linear(8, 4, key=KEY), rank=0, key=KEY)
     table = rx.nn.LoRA(rx.nn.Embedding(8, 4, key=KEY), rank=2, key=KEY)
     with raises(ValueError, match=r"input has shape \(\), but its last axis .* 4"):

@@ -75,7 +75,7 @@ def test_inference_mode_keeps_the_default_stream():
 
 
 def test_names_that_cannot_be_streams_are_refused():
-    for name in ("streams", "inference"):
+    for name in ("streams", "inference", "_a", "__len__"):
         with raises(ValueError, match=f"cannot be named '{name}'"):
             rx.Rngs(**{name: 1})
     with raises(TypeError, match="given twice"):

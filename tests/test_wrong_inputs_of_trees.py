@@ -12,6 +12,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from raising import raises
 
@@ -53,6 +54,17 @@ DOORS = {
     "update_refs": lambda tree: rx.update_refs(tree, tree),
     "filter_spec": lambda tree: rx.filter_spec(tree, True),
     "partition": lambda tree: rx.partition(tree, True),
+    "combine": rx.combine,
+    "another part": lambda tree: rx.combine({"a": rx.Ref(1.0)}, tree),
+    "refs_in": rx.refs_in,
+    "a filter": lambda tree: rx.values({"a": rx.Ref(1.0)}, tree),
+    "filters": lambda tree: rx.filter_spec({"a": rx.Ref(1.0)}, ["params", tree]),
+    "get_partition": lambda tree: rx.get_partition(tree, True),
+    "axis_rules": lambda tree: rx.axis_rules().specs(tree),
+    "Optimizer": lambda tree: rx.Optimizer(tree, optax.sgd(0.1)),
+    "EMA": lambda tree: rx.nn.EMA(tree, 0.9),
+    "merge_lora": rx.nn.merge_lora,
+    "update_refs from it": lambda tree: rx.update_refs({"a": rx.Ref(1.0)}, {"a": tree}),
     "tree_equal": lambda tree: rx.tree_equal(tree, tree),
     "block_until_ready": rx.block_until_ready,
     "Dag": lambda tree: jax.tree.leaves(rx.Dag(tree)),

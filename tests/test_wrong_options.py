@@ -63,7 +63,31 @@ WRONG: dict[str, tuple[Any, str]] = {
     ),
     "decay": (
         lambda net, _: rx.nn.EMA(net, "slow"),
-        "`rx.nn.EMA`: `decay` must be a number or an array, but was 'slow'",
+        "`rx.nn.EMA`: `decay` must be a real number or an array of such, but was 'slow'",
+    ),
+    "rank": (
+        lambda net, _: rx.nn.LoRA(net, 1.5, key=jr.key(0)),
+        "`rx.nn.LoRA`: `rank` must be an integer .* but is 1.5",
+    ),
+    "axis of a norm": (
+        lambda net, _: rx.nn.WeightNorm(net, axis=5),
+        r"`rx.nn.WeightNorm`: `axis` is 5, but `weight` has shape \(2, 2\). Pass one of its",
+    ),
+    "axis of a norm by name": (
+        lambda net, _: rx.nn.WeightNorm(net, axis="0"),
+        "`rx.nn.WeightNorm`: `axis` must be an integer .* but is '0'",
+    ),
+    "threshold": (
+        lambda net, _: rx.nn.Accuracy("x"),
+        "`rx.nn.Accuracy`: `threshold` must be a number, .* but was 'x'",
+    ),
+    "cache_size": (
+        lambda net, _: rx.nn.MultiheadAttention(1, 2, cache_size=-1, key=jr.key(0)),
+        "`rx.nn.MultiheadAttention`: `cache_size` must be at least 1, but is -1",
+    ),
+    "trees": (
+        lambda net, _: rx.tree_equal(),
+        "`rx.tree_equal` compares trees, but was given none",
     ),
     "branches": (
         lambda net, _: rx.switch(0, lambda: net(X)),
@@ -104,12 +128,14 @@ def test_the_same_options_of_the_right_type(tmp_path):
     assert rx.switch(1, (lambda: 0, lambda: 1)) == 1
 
 
-@pytest.mark.parametrize("seed", ["a", 1.5, jnp.ones(3), [0]])
+@pytest.mark.parametrize(
+    "seed", ["a", 1.5, jnp.ones(3), [0], jr.split(jr.key(0)), jr.split(jr.PRNGKey(0))]
+)
 def test_a_seed_is_an_int_or_a_key(seed):
     with raises(
         TypeError,
-        match="`rx.Rngs`: the seed of the stream 'dropout' must be an int or a `jax.random` "
-        "key, but is",
+        match="`rx.Rngs`: the seed of the stream 'dropout' must be an int or one "
+        "`jax.random` key, but is",
     ):
         rx.Rngs(0, dropout=seed)
     for right in (jr.key(0), jr.PRNGKey(0), jnp.array(0)):

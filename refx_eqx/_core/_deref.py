@@ -389,7 +389,10 @@ def tree_equal(
     - `StructureError`: if a tree contains itself, or holds refs in a set or as dict keys.
     - `TraceLevelError`: if a ref cannot be read here.
     - `DonatedError`: if the buffer of a value is gone.
+    - `TypeError`: if there is no tree.
     """
+    if not trees:
+        raise TypeError("`rx.tree_equal` compares trees, but was given none. Pass two.")
     derefed = [_derefed(tree) for tree in trees]
     return eqx.tree_equal(*derefed, typematch=typematch, rtol=rtol, atol=atol)
 

@@ -27,6 +27,7 @@ from typing import Any, TypeAlias, TypeVar
 import equinox as eqx
 from jaxtyping import PyTree
 
+from .._core._access import refuse_cycle
 from .._core._errors import describe, is_annotation
 from .._core._ref import Ref
 from .._fields._collection import Collection
@@ -235,6 +236,7 @@ def _refs_in(tree: Any) -> list[Ref]:
 
 def _these(tree: Any) -> Refs | None:
     """The filter for the refs of a tree; `None` if it is not a tree of refs."""
+    refuse_cycle(tree)
     refs = list({id(ref): ref for ref in _refs_in(tree)}.values())
     if not refs:
         return None
@@ -401,6 +403,7 @@ def refs_in(*trees: PyTree) -> Filter:
     **Raises:**
 
     - `TypeError`: if there is no ref in one of them.
+    - `StructureError`: if one of them contains itself.
     """
     for tree in trees:
         if _these(tree) is None:

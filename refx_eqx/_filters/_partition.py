@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
+from .._core._access import refuse_cycle
 from .._core._deref import closed, is_whole, NOTHING
 from .._core._errors import MismatchError, StructureError
 from .._core._nodes import is_node
@@ -109,10 +110,12 @@ def combine(*parts: T) -> T:
     **Raises:**
 
     - `StructureError`: if the structures differ, if two parts or no part have a leaf at a
-        place, or if one ref is in different parts.
+        place, if one ref is in different parts, or if a part contains itself.
     """
     if not parts:
         raise StructureError("Cannot combine nothing: `rx.combine` needs a part.")
+    for part in parts:
+        refuse_cycle(part)
     flat = [
         jtu.tree_flatten_with_path(part, is_leaf=_is_leaf_of_part) for part in parts
     ]

@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from .._core import _jax
-from .._core._access import check_value, check_writable
+from .._core._access import check_value, check_writable, refuse_cycle
 from .._core._deref import NOTHING
 from .._core._errors import CollectionError, describe, MismatchError, StructureError
 from .._core._nodes import Index, is_convertible, is_node, Value
@@ -103,6 +103,7 @@ def aligned(
     Yields a ref once for each place with a value, which is the same at all of them.
     """
     check_refs_in_place(target, failure)
+    refuse_cycle(source)
     error = functools.partial(not_aligned, failure, what)
     pairs = list(aligned_leaves(target, source, error))
     check_all_in_tree([(path, ref) for path, ref, _ in pairs], failure)

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from .._core._ref import Ref
+from .._engine._carry import whole_number
 from .._fields._collection import Cache
 from .._fields._module import Module
 from .._rng import Rngs, RngStream
@@ -87,7 +88,8 @@ class MultiheadAttention(Module):
 
     **Raises:**
 
-    - `ValueError`: if keys and values differ in length, if `process_heads` changes a shape,
+    - `TypeError`: if `cache_size` is not an integer.
+    - `ValueError`: if `cache_size` is less than one, if keys and values differ in length, if `process_heads` changes a shape,
         or if a call with `cache=True` has no cache, has a mask, or has more positions than
         fit in the cache.
     - `RuntimeError`: from Equinox, when the program runs, if the cache is full. Then no ref
@@ -152,6 +154,8 @@ class MultiheadAttention(Module):
         self.rolling = rolling
         self.cache_key = self.cache_value = self.cache_length = None
         if cache_size is not None:
+            name = "rx.nn.MultiheadAttention"
+            cache_size = whole_number(cache_size, name, "`cache_size`", 1)
             dtype = plain.key_proj.weight.dtype
             self.cache_key = jnp.zeros((cache_size, num_heads, plain.qk_size), dtype)
             self.cache_value = jnp.zeros((cache_size, num_heads, plain.vo_size), dtype)
@@ -205,7 +209,8 @@ class MultiheadAttention(Module):
         # In this order `einsum` computes the same product per head as Equinox, and so the
         # same numbers to the last bit. (In the other order it swaps the operands.)
         attended = jnp.einsum("Shd,hsS->shd", v, weights)
-        return _each(self.output_proj, attended.reshape(query.shape[0], -1))
+        n_heads, size = attended.shape[1:]
+        return _each(self.output_proj, attended.reshape(-1, n_heads * size))
 
     def reset_cache(self) -> None:
         """Empties the cache, for a new sequence."""
@@ -213,7 +218,8 @@ class MultiheadAttention(Module):
         length.value = jnp.zeros_like(length.value)
 
     def _heads(self, proj: Any, x: Array) -> Array:
-        return _each(proj, x).reshape(x.shape[0], self.num_heads, -1)
+        heads = _each(proj, x)
+        return heads.reshape(-1, self.num_heads, heads.shape[1] // self.num_heads)
 
     def _drop(self, weights: Array, key: Any, inference: bool | None) -> Array:
         if not self.dropout.is_active(inference):
@@ -291,12 +297,13 @@ def _positions(length: Array, size: int) -> Array:
 def _weights(query: Array, key: Array, mask: Array | None) -> Array:
     logits = jnp.einsum("shd,Shd->hsS", query / math.sqrt(query.shape[-1]), key)
     if mask is not None:
-        mask = mask if mask.ndim == 3 else mask[None]
-        if mask.shape[1:] != logits.shape[1:] or mask.shape[0] not in (1, len(logits)):
+        one, each = logits.shape[1:], logits.shape
+        if mask.shape not in (one, (1, *one), each):
             raise ValueError(
                 f"`rx.nn.MultiheadAttention`: the mask has shape {mask.shape}, but must "
-                f"have shape {logits.shape[1:]}, or {logits.shape} for one per head."
+                f"have shape {one}, or {each} for one per head."
             )
+        mask = mask if mask.ndim == 3 else mask[None]
         logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.result_type(logits.dtype, jnp.float32)

@@ -8,8 +8,10 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from .._core._access import refuse_cycle
 from .._core._deref import closed
 from .._core._ref import Ref
+from .._engine._carry import whole_number
 from .._fields._collection import Collection
 from .._fields._module import Module
 from .._trees._cells import is_opaque, reachable
@@ -62,7 +64,9 @@ class LoRA(Module):
 
     **Raises:**
 
-    - `ValueError`: if the layer has no such weight, or if an input does not fit it.
+    - `ValueError`: if the layer has no such weight, if `rank` is less than one, or if an
+        input does not fit the weight.
+    - `TypeError`: if `rank` is not an integer.
     """
 
     layer: Any
@@ -88,10 +92,7 @@ class LoRA(Module):
                 "`rx.filter_vmap(lambda layer, key: rx.nn.LoRA(layer, rank, "
                 "key=key))(layers, keys)`."
             )
-        if rank < 1:
-            raise ValueError(
-                f"`rx.nn.LoRA`: `rank` must be at least 1, but was {rank}."
-            )
+        rank = whole_number(rank, "rx.nn.LoRA", "`rank`", 1)
         n_out, n_in = weight.shape
         limit = n_in**-0.5  # as in `equinox.nn.Linear`
         self.layer = with_params(layer)
@@ -104,20 +105,24 @@ class LoRA(Module):
     def __call__(self, x: Array, *, key: PRNGKeyArray | None = None) -> Array:
         """**Arguments:**
 
-        - `x`: the input of the layer, of shape `(..., in)`.
+        - `x`: the input of the layer, of shape `(..., in)`, or `()` for a `"scalar"` layer.
         - `key`: not used.
 
         **Returns:**
 
-        The output of the layer plus the update, of shape `(..., out)`.
+        The output of the layer plus the update, of the shape of that output.
         """
-        if x.shape[-1:] != self.a.shape[-1:]:
+        n_in = self.a.shape[-1]
+        # A "scalar" side of a layer is an axis of length one of its weight.
+        row = x[None] if x.shape == () and n_in == 1 else x
+        if row.shape[-1:] != (n_in,):
             raise ValueError(
                 f"`rx.nn.LoRA`: the input has shape {x.shape}, but its last axis must have "
-                f"the length {self.a.shape[-1]} to be multiplied by the weight."
+                f"the length {n_in} to be multiplied by the weight."
             )
-        low = x @ self.a[...].T
-        return self.layer(x) + self.scale * (low @ self.b[...].T)
+        out = self.layer(x)
+        update = self.scale * (row @ self.a[...].T @ self.b[...].T)
+        return out + update.reshape(out.shape)
 
 
 def merge_lora(tree: PyTree) -> PyTree:
@@ -156,7 +161,12 @@ def merge_lora(tree: PyTree) -> PyTree:
     The tree without `LoRA`s. An update that occurs at several places, around one weight,
     becomes one new shared weight. A partial, closure or bound method that holds one is
     replaced too; all other functions are those of `tree`.
+
+    **Raises:**
+
+    - `StructureError`: if the tree contains itself.
     """
+    refuse_cycle(tree)
     merged: dict[tuple[int, int, int], Any] = {}
 
     def merge(x: Any) -> Any:

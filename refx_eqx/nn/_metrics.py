@@ -2,6 +2,7 @@
 
 from typing import Annotated, Any, TypeVar
 
+import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
@@ -102,11 +103,20 @@ class Accuracy(_Metric):
 
     - `threshold`: for binary classification: the prediction is one where the single logit
         is greater. By default the prediction is the class with the greatest logit.
+
+    **Raises:**
+
+    - `TypeError`: if `threshold` is not a number.
     """
 
     threshold: float | None
 
     def __init__(self, threshold: float | None = None):
+        if not (threshold is None or eqx.is_array_like(threshold)):
+            raise TypeError(
+                "`rx.nn.Accuracy`: `threshold` must be a number, or `None` for the class with "
+                f"the greatest logit, but was {threshold!r}."
+            )
         super().__init__()
         self.threshold = threshold
 

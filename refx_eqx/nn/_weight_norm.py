@@ -6,6 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._engine._carry import whole_number
 from .._fields._collection import Param
 from .._fields._module import Module
 from ._stateless import with_params
@@ -39,7 +40,8 @@ class WeightNorm(Module):
 
     **Raises:**
 
-    - `ValueError`: if the layer has no such field.
+    - `ValueError`: if the layer has no such field, or its weight no such axis.
+    - `TypeError`: if `axis` is not an integer.
     """
 
     layer: Any
@@ -50,10 +52,18 @@ class WeightNorm(Module):
     def __init__(
         self, layer: eqx.Module, weight_name: str = "weight", axis: int | None = 0
     ):
+        weight = weight_of(layer, weight_name)
+        if axis is not None:
+            axis = whole_number(axis, "rx.nn.WeightNorm", "`axis`")
+            if not -weight.ndim <= axis < weight.ndim:
+                raise ValueError(
+                    f"`rx.nn.WeightNorm`: `axis` is {axis}, but `{weight_name}` has shape "
+                    f"{weight.shape}. Pass one of its axes, or `None` for all."
+                )
         self.layer = with_params(layer)
         self.weight_name = weight_name
         self.axis = axis
-        self.g = self._length(weight_of(layer, weight_name))
+        self.g = self._length(weight)
 
     def __call__(self, x: Array, *, key: PRNGKeyArray | None = None) -> Array:
         """**Arguments:**
