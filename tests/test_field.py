@@ -434,14 +434,14 @@ def test_names_of_types_say_what_they_stand_for():
 def test_names_of_types_are_looked_up_late():
     names: dict[str, Any] = {"rx": rx, "Array": Array}
     exec(
-        "type Nested = list[Nested] | rx.Param[Array]\n"
+        "type Nested = tuple[rx.Param[Array], Nested] | None\n"
         "type Children = list[Node]\n"
         "class Node(rx.Module):\n"
         "    children: Children\n"
         "    nested: Nested\n",
         names,
     )
-    model = names["Node"]([], jnp.ones(2))
-    assert model.children == [] and model.nested.collection == "params"
+    model = names["Node"]([], (jnp.ones(2), None))
+    assert model.children == [] and model.nested[0].collection == "params"
     with raises(rx.RefTypeError, match="cannot hold"):
         names["Node"]([], [jnp.ones(2)])

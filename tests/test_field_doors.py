@@ -8,7 +8,7 @@ import functools
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Final, Optional
+from typing import Annotated, Any, ClassVar, Final, Optional, Union
 
 import equinox as eqx
 import jax
@@ -297,7 +297,7 @@ def test_an_equinox_field_that_is_static_cannot_be_annotated_as_a_ref():
         ),
         (
             rx.Param[Array] | rx.BatchStat[Array],
-            "annotated with a union of refs, .* Give only one; its value may be of several "
+            "annotated with a union of refs, .* Give only one. Its value may be of several "
             r"types: `rx\.Param\[A | B\]`",
         ),
         (rx.Ref[Array] | tuple[rx.Ref[Array], ...] | None, "union of refs"),
@@ -321,6 +321,48 @@ def test_an_annotation_that_gives_not_one_collection_to_one_ref(annotation, text
     error = _cause(caught)
     assert isinstance(error, rx.CollectionError)
     assert re.search(f"The field `Holder.a` is .*{text}", message_of(error))
+
+
+@pytest.mark.parametrize(
+    "annotation, text",
+    [
+        (rx.Param[Array] | float, "`float`"),
+        (float | rx.Param[Array] | None, "`float`"),
+        (Union[rx.Param[Array], "Pair"], "`Pair`"),
+        (tuple[rx.Param[Array], ...] | Array, "`Array`"),
+        (rx.Param[Array] | list[int], r"`list\[int\]`"),
+    ],
+)
+@pytest.mark.parametrize("base", [rx.Module, eqx.Module])
+def test_next_to_a_ref_in_a_union_is_only_none(annotation, text, base):
+    with pytest.raises((TypeError, RuntimeError)) as caught:
+
+        class Holder(base):
+            a: annotation = rx.field()  # pyright: ignore[reportInvalidTypeForm]
+
+    error = _cause(caught)
+    assert isinstance(error, TypeError)
+    assert re.search(
+        f"`Holder.a` is annotated with a union of a ref and {text}, but what is assigned to "
+        "it becomes the value of a ref. Leave the other type out, or declare two fields. "
+        r"Its value may be of several types: `rx\.Param\[A \| B\]`\.$",
+        message_of(error),
+    )
+
+    class Remedy(rx.Module):
+        a: rx.Param[Array | float]
+
+    assert Remedy(1.0).a.value == 1.0
+
+
+def test_a_type_that_is_not_known_may_stand_next_to_a_ref():
+    class Holder(rx.Module):
+        a: "rx.Param[Array] | Unknown"  # pyright: ignore[reportUndefinedVariable]
+        b: Union[rx.Param[Array], Any]
+        c: Union[rx.Param[Array], "None"]
+
+    holder = Holder(jnp.ones(2), jnp.ones(2), None)
+    assert rx.is_ref(holder.a) and rx.is_ref(holder.b) and holder.c is None
 
 
 @pytest.mark.parametrize(

@@ -405,6 +405,16 @@ def test_a_part_of_what_is_no_array_is_not_set_through_the_ref(value, key):
     assert ref[key] == 5 and type(ref.value) is type(value)
 
 
+@pytest.mark.parametrize("value", ["abc", None, (1, 2)])
+def test_what_cannot_be_changed_in_place_is_replaced(value):
+    ref = rx.Ref(value)
+    text = r"holds a \w+\. Write a new value, `ref\.value = \.\.\.`\.$"
+    with raises(rx.RefTypeError, match=text):
+        ref[0] = 5
+    ref.value = "xbc"
+    assert ref.value == "xbc"
+
+
 @pytest.mark.parametrize("wait", [jax.block_until_ready, rx.block_until_ready])
 def test_who_waits_for_a_model_waits_for_its_refs(wait):
     waited = []

@@ -469,6 +469,21 @@ def test_variadic_names_are_bound():
         normal.mean.value = jnp.ones((3, 4))
 
 
+def test_more_axes_that_the_type_allows_are_no_stack():
+    class Either(rx.Module):
+        w: rx.Param[Float[Array, "n m"] | Float[Array, "m"]]
+
+    either = Either(jnp.ones((5, 2)))
+    either.w.value = jnp.ones(2)
+    with raises(rx.RefTypeError, match=r"with m=2, n=5.* for other sizes, make a new"):
+        either.w.value = jnp.ones((7, 2))
+    with raises(
+        rx.RefTypeError, match=r"f32\[4,5,2\]\. A write keeps the number of axes"
+    ):
+        either.w.value = jnp.ones((4, 5, 2))
+    either.w.value = jnp.ones((5, 2))
+
+
 def test_a_pytree_is_held_to_its_structure():
     class State(rx.Module):
         a: rx.Ref[PyTree[Float[Array, "?n"], "T"]]

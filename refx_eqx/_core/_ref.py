@@ -288,10 +288,12 @@ class Ref(Shared, Generic[T]):
         if index is not Ellipsis:
             old: Any = self.value
             if not eqx.is_array_like(old):
+                remedy = "Write a new value, `ref.value = ...`"
+                if hasattr(old, "__setitem__"):
+                    remedy += ", or change it in place, `ref.value[i] = x`"
                 raise RefTypeError(
                     f"`ref[i] = x` sets part of an array, but {describe(self)} holds a "
-                    f"{type(old).__name__}. Change it in place, `ref.value[i] = x`, or "
-                    "write a new one, `ref.value = ...`."
+                    f"{type(old).__name__}. {remedy}."
                 )
             value = _with_part(old, index, value)
         self.value = value

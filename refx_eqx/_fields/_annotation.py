@@ -37,7 +37,8 @@ class Annotation:
 
         - `NameError`: if it uses a name that is not defined. At last: only if a type alias
             does, because then it is not known whether the alias stands for a ref.
-        - `TypeError`: if it puts refs into something that is not a pytree.
+        - `TypeError`: if it puts refs into something that is not a pytree, or is a union of a
+            ref and another type.
         - `CollectionError`: if it gives a ref two collections, or a collection to what is not
             a ref; or if it is a union of refs.
         """
@@ -121,17 +122,7 @@ class Annotation:
         if origin is Final and arguments:
             return self._read(arguments[0], numbers, inside)
         if origin in (Union, types.UnionType):
-            found = [self._read(x, numbers, inside) for x in arguments]
-            found = [x for x in found if x is not None]
-            if len(found) > 1:
-                raise CollectionError(
-                    f"The field `{self.place}` is annotated with a union of refs, of which "
-                    "each may have its own collection and type. Give only one; its value "
-                    "may be of several types: `rx.Param[A | B]`."
-                )
-            if found and type(None) in arguments:
-                found[0].optional = True
-            return found[0] if found else None
+            return self._read_union(arguments, numbers, inside)
         if inspect.isclass(origin) and issubclass(origin, Sequence | Mapping | Set):  # pyright: ignore[reportArgumentType] (`Final`)
             is_same_for_all = True
             if issubclass(origin, Mapping):
@@ -149,6 +140,33 @@ class Annotation:
                 )
             return DeclaredContainer(origin, items, is_same_for_all)
         return None
+
+    def _read_union(
+        self, members: tuple, numbers: Iterator[int], inside: tuple
+    ) -> Declared | None:
+        """As `_read`, for a union: of a ref and `None`, or without refs."""
+        found = [self._read(x, numbers, inside) for x in members]
+        refs = [x for x in found if x is not None]
+        if not refs:
+            return None
+        of_several = "Its value may be of several types: `rx.Param[A | B]`."
+        if len(refs) > 1:
+            raise CollectionError(
+                f"The field `{self.place}` is annotated with a union of refs, of which "
+                f"each may have its own collection and type. Give only one. {of_several}"
+            )
+        others = [
+            self._type_of_value(x) for x, ref in zip(members, found) if ref is None
+        ]
+        for other in others:
+            if other not in (None, type(None), Any) and not is_unknown(other):
+                raise TypeError(
+                    f"The field `{self.place}` is annotated with a union of a ref and "
+                    f"`{hint_text(other)}`, but what is assigned to it becomes the value of "
+                    f"a ref. Leave the other type out, or declare two fields. {of_several}"
+                )
+        refs[0].optional = type(None) in others or None in others
+        return refs[0]
 
     def _opened(self, annotation: Any) -> tuple[Any, tuple]:
         """An annotation as `(hint, metadata)`, where the hint is not `Annotated`."""

@@ -102,7 +102,7 @@ class BoundType:
         """
         if not _is_data(value) or self.extra_axes(value) is not None:
             return self
-        free = BoundType(self.declared, AxisNames(attributes=self.names.attributes))
+        free = self._free()
         with name_scope(free.names):
             if why_not_of_type(value, self.declared.hint) is None:
                 return BoundType(
@@ -112,6 +112,10 @@ class BoundType:
         if free.extra_axes(value) is None:
             raise self.error(name, collection, value, self.why_not(value))
         return free
+
+    def _free(self) -> "BoundType":
+        """The same type, with no sizes."""
+        return BoundType(self.declared, AxisNames(attributes=self.names.attributes))
 
     def checked(self, ref: Any, value: Any) -> Any:
         """`value`, converted to this type for storage in `ref`.
@@ -213,7 +217,11 @@ class BoundType:
             remedy = "Make a JAX array of it: `jnp.asarray(value)`."
         elif self._is_converted(value, old, axes):
             remedy = "Convert it: `value.astype(ref.dtype)`."
-        elif _has_more_axes(value, old) and self.extra_axes(value):
+        elif (
+            _has_more_axes(value, old)
+            and self.extra_axes(value)
+            and self._free().why_not(value) is not None
+        ):
             remedy = (
                 "A write keeps the number of axes. To map over the ref, give it the axis: "
                 f"`module = rx.add_axis(module, size, {collection!r})`."
