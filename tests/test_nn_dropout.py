@@ -76,6 +76,14 @@ def test_in_inference_mode_nothing_is_drawn():
     assert (again(X) == 0).any() and layer.stream.count.value == 1
 
 
+def test_a_layer_that_is_the_value_of_a_ref_has_the_mode_of_the_ref():
+    ref = rx.Ref(eqx.nn.Dropout(0.5))
+    evaluated = rx.nn.inference_mode({"layer": ref})
+    assert evaluated["layer"] is ref and not ref.value.inference
+    ref.value = rx.nn.inference_mode(ref.value)
+    assert ref.value.inference
+
+
 def test_all_is_dropped_without_a_nan():
     layer = rx.nn.Dropout(1.0, rngs=rx.Rngs(0))
     assert (layer(X) == 0).all()

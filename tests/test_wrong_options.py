@@ -77,6 +77,14 @@ WRONG: dict[str, tuple[Any, str]] = {
         lambda net, _: rx.nn.WeightNorm(net, axis="0"),
         "`rx.nn.WeightNorm`: `axis` must be an integer .* but is '0'",
     ),
+    "num_power_iterations": (
+        lambda net, _: rx.nn.SpectralNorm(net, num_power_iterations=1.5, key=jr.key(0)),
+        "`rx.nn.SpectralNorm`: `num_power_iterations` must be an integer .* but is 1.5",
+    ),
+    "a derefed tree": (
+        lambda net, _: rx.nn.merge_lora(rx.deref(rx.nn.LoRA(net, 1, key=jr.key(0)))),
+        "Cannot merge: .*derefed",
+    ),
     "threshold": (
         lambda net, _: rx.nn.Accuracy("x"),
         "`rx.nn.Accuracy`: `threshold` must be a number, .* but was 'x'",

@@ -8,12 +8,12 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from .._core._access import refuse_cycle
 from .._core._deref import closed
 from .._core._ref import Ref
 from .._engine._carry import whole_number
 from .._fields._collection import Collection
 from .._fields._module import Module
+from .._filters._select import leaves_with_paths, refuse_derefed
 from .._trees._cells import is_opaque, reachable
 from .._trees._closure import opened
 from ._stateless import with_params
@@ -164,9 +164,10 @@ def merge_lora(tree: PyTree) -> PyTree:
 
     **Raises:**
 
-    - `StructureError`: if the tree contains itself.
+    - `StructureError`: if the tree is derefed, or contains itself.
     """
-    refuse_cycle(tree)
+    pairs, _ = leaves_with_paths(tree)
+    refuse_derefed(pairs, "Cannot merge")
     merged: dict[tuple[int, int, int], Any] = {}
 
     def merge(x: Any) -> Any:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._engine._carry import whole_number
 from .._fields._collection import BatchStat
 from .._fields._module import Module
 from ._state import write_state
@@ -50,7 +51,9 @@ class SpectralNorm(Module):
 
     **Raises:**
 
-    - `ValueError`: if the layer has no such field, or its weight has one dimension.
+    - `ValueError`: if the layer has no such field, if its weight has one dimension, or if
+        the number of steps is negative.
+    - `TypeError`: if the number of steps is not an integer.
     """
 
     layer: Any
@@ -79,7 +82,9 @@ class SpectralNorm(Module):
             )
         self.layer = with_params(layer)
         self.weight_name = weight_name
-        self.num_power_iterations = num_power_iterations
+        self.num_power_iterations = whole_number(
+            num_power_iterations, "rx.nn.SpectralNorm", "`num_power_iterations`", 0
+        )
         self.eps = eps
         self.inference = inference
         matrix = weight.reshape(weight.shape[0], -1)
