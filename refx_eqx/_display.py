@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
 from ._core._ref import Ref
+from ._filters._check import also_in_functions
 from ._filters._filters import FilterLike
 from ._filters._select import (
     check_all_in_tree,
@@ -191,7 +192,7 @@ def _size_on_each(array: jax.ShapeDtypeStruct) -> int:
 
 
 def _rows(tree: Any, filter: Any) -> Iterator[_Row]:
-    pairs, _ = leaves_with_paths(tree)
+    pairs, _ = also_in_functions(tree)
     refuse_derefed(pairs, "Cannot look at the tree")
     check_all_in_tree(pairs, "Cannot look at the tree")
     check_can_select(tree, filter)

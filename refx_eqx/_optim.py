@@ -24,12 +24,13 @@ from ._fields._declared import DeclaredRef
 from ._fields._following import followed, Following
 from ._fields._module import Module
 from ._filters._as_refs import snapshot
+from ._filters._check import also_in_functions, remedy_for
 from ._filters._filters import FilterLike
 from ._filters._select import choose, leaves_with_paths
 from ._filters._update import aligned, aligned_leaves, check_and_write, not_aligned
 from ._trained import as_weak_as, made_for_another, Trained, with_update
 from ._trees._cells import is_lookup
-from ._trees._paths import path_text
+from ._trees._paths import key_text, path_text
 
 
 if TYPE_CHECKING:
@@ -444,11 +445,12 @@ def apply_updates(model: PyTree, updates: PyTree) -> None:
     error = functools.partial(not_aligned, failure, "updates")
     for path, leaf, update in aligned_leaves(model, updates, error):
         if not isinstance(leaf, Ref) and jtu.tree_leaves(update, is_leaf=is_lookup):
+            _, in_functions = also_in_functions(model)
+            remedy = remedy_for(tuple(map(key_text, path)), in_functions)
             raise StructureError(
                 f"{failure}: there is one for {eqx.tree_pformat(leaf)} at "
                 f"{path_text(path)}, which is not in a ref, so it cannot be updated in "
-                "place. Put it in a ref, for example with `rx.as_refs`; or exclude it "
-                "from the gradients: "
+                f"place. {remedy} Or exclude it from the gradients: "
                 '`rx.filter_grad(loss, wrt="params")`.'
             )
     check_and_write(list(writes.values()))

@@ -32,7 +32,8 @@ from ._core._nodes import is_inexact, is_node, is_traced_in_ref, split_value, Va
 from ._core._ref import Ref
 from ._fields._axes_of_values import declared_axes, stacks_in
 from ._fields._following import Following
-from ._filters._select import choose, leaves_with_paths
+from ._filters._check import also_in_functions, remedy_for
+from ._filters._select import choose
 from ._filters._state_dict import first_places, places_of
 from ._filters._update import aligned
 from ._trees._closure import opened
@@ -181,14 +182,14 @@ def _number_as_array(x: Any) -> Any:
 def _check_wrt_in_refs(model: Any, wrt: Any) -> None:
     """Checks that `wrt` selects no array outside refs. (It would silently not be
     trained.)"""
-    pairs, _ = leaves_with_paths(model)
+    pairs, in_functions = also_in_functions(model)
     for (path, leaf), which in zip(pairs, choose(pairs, wrt)):
         if which == 0 and eqx.is_inexact_array(leaf):
             raise StructureError(
                 f"Cannot train the model: wrt={wrt!r} selects {eqx.tree_pformat(leaf)} at "
                 f"{path_text(path)}, which is not in a ref, so it cannot be updated in "
-                "place. Put it in a ref, for example with `rx.as_refs`; or select only "
-                "refs, as `wrt=rx.Ref` does."
+                f"place. {remedy_for(path, in_functions)} Or select only refs, as "
+                "`wrt=rx.Ref` does."
             )
 
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import optax
 import pytest
 import treescope
 from raising import raises
@@ -66,6 +67,18 @@ def test_the_numbers_that_a_filter_selects_are_counted_a_shared_ref_once(filter,
 
 def test_a_value_that_is_a_pytree_is_counted_as_a_whole():
     assert rx.count(rx.Ref({"mean": jnp.zeros(3), "n": 2, "name": "relu"})) == 4
+
+
+def test_what_functions_hold_is_counted_and_has_a_row():
+    ref, array = rx.Ref(jnp.ones(2), "params"), jnp.ones(5)
+    for held in (array,), (array, ref):
+        f = functools.partial(max, *held)
+        tree = {"w": ref, "f": f}
+        assert rx.count(tree) == 7 and rx.count(tree, "params") == 2
+        rows = cells(rx.tabulate(tree))
+        assert ["f.args.0", "outside refs", "(5,)", "float32", "5", "20 B"] in rows
+    optimizer = rx.Optimizer(tree, optax.sgd(array))
+    assert rx.count(optimizer) == 0  # the options of an Optax transformation
 
 
 def test_keys_and_shapes_are_counted():

@@ -4,6 +4,7 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 
 import copy
+import functools
 import pickle
 import re
 from typing import Any
@@ -776,6 +777,17 @@ def test_an_array_in_no_ref_is_not_left_out_silently():
     rx.Optimizer(rx.as_refs(model), optax.adam(0.1), wrt=True)
 
 
+def test_an_array_in_a_function_is_not_left_out_silently():
+    call = lambda scale, x: scale[...] * x
+    model = {"w": rx.Ref(jnp.ones(2)), "f": functools.partial(call, jnp.ones(2))}
+    message = r"f32\[2\] at `f.args.0`, which.*Let a function hold.*`wrt=rx.Ref` does"
+    with raises(rx.StructureError, match=message):
+        rx.Optimizer(model, optax.adam(0.1), wrt=True)
+    rx.Optimizer(model, optax.adam(0.1), wrt=rx.Ref)
+    model["f"] = functools.partial(call, rx.Ref(jnp.ones(2), "params"))
+    assert len(rx.param_mask(model, True, wrt=True)) == 2
+
+
 def test_a_derefed_model_is_refused():
     with raises(rx.StructureError, match="is derefed: it has a Value at `first`"):
         rx.Optimizer(rx.deref(make()), optax.adam(0.1))
@@ -893,6 +905,17 @@ def test_applied_updates_fit_and_go_to_refs():
     model = {"w": rx.Ref(jnp.ones(2), "params"), "scale": jnp.ones(2)}
     with raises(rx.StructureError, match=r"f32\[2\] at `scale`, which is not in a"):
         rx.apply_updates(model, {"w": jnp.ones(2), "scale": jnp.ones(2)})
+    in_function = {
+        "f": functools.partial(lambda w, scale: w[...] * scale[...], *model.values())
+    }
+    updates = eqx.filter(rx.deref(in_function), eqx.is_array)
+    match = r"f32\[2\] at `f.args.1`, which is not in a ref.*Let a function hold a ref"
+    with raises(rx.StructureError, match=match):
+        rx.apply_updates(in_function, updates)
+    assert in_function["f"]()[0] == 1
+    rx.apply_updates(rx.as_refs(model, "params"), rx.snapshot(model))
+    assert (model["w"].value == 2).all()
+    model["w"].value /= 2
     with raises(rx.StructureError, match="at `w`: it holds f32.2., but the"):
         rx.apply_updates(model, {"w": jnp.ones((3, 2)), "scale": None})
     assert (model["w"].value == 1).all()

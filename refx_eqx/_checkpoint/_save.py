@@ -32,7 +32,6 @@ from .._filters._filters import as_filter, FilterLike
 from .._filters._select import (
     aliases,
     check_all_in_tree,
-    leaves_with_paths,
     refuse_derefed,
     selected_refs,
 )
@@ -210,11 +209,10 @@ def load(
 
 def _check_in_refs(tree: Any, filter: Any, failure: str, fate: str) -> None:
     selected = as_filter(filter)
-    pairs, _ = leaves_with_paths(tree)
+    pairs, in_functions = also_in_functions(tree)
     refuse_derefed(pairs, failure)
     check_all_in_tree(pairs, failure)
     check_refs_in_place(tree, failure)
-    pairs, in_functions = also_in_functions(tree)
     for path, leaf in pairs:
         if is_array(leaf) and selected.matches(path, leaf):
             raise StructureError(

@@ -65,8 +65,8 @@ def check(tree: PyTree, constants: FilterLike = False) -> None:
     - `RefTypeError`: if a field that is declared a ref holds an array.
     """
     check_refs_in_place(tree, "`rx.check`")
-    check_all_in_tree(leaves_with_paths(tree)[0], "`rx.check`")
     pairs, in_functions = also_in_functions(tree)
+    check_all_in_tree(pairs, "`rx.check`")
     outside = [
         (path, leaf)
         for (path, leaf), answer in zip(pairs, choose(pairs, constants))
@@ -85,13 +85,17 @@ def check(tree: PyTree, constants: FilterLike = False) -> None:
 
 
 def also_in_functions(tree: Any) -> tuple[list[tuple[Path, Any]], set[Path]]:
-    """The leaves of a tree, each with its path, also those of all functions that hold an
-    array; and the paths of those in functions."""
-    pairs, _ = leaves_with_paths(
-        tree,
-        lambda x: is_shared(x) or is_array(x),
-        lambda x: is_whole(x) or _is_transformation(x),
-    )
+    """The leaves of a tree, each with its path, also the arrays that functions hold, except
+    the options of Optax transformations; and the paths of the leaves in functions."""
+    is_seen = lambda x: is_shared(x) or is_array(x)
+    is_leaf = lambda x: is_whole(x) or _is_transformation(x)
+    whole, _ = leaves_with_paths(tree, is_seen, is_leaf)
+    starts = [path for path, leaf in whole if _is_transformation(leaf)]
+    pairs = [
+        (path, leaf)
+        for path, leaf in leaves_with_paths(tree, is_seen)[0]
+        if not (is_array(leaf) and any(path[: len(p)] == p for p in starts))
+    ]
     not_in_functions, _ = leaves_with_paths(tree, lambda _: False)
     return pairs, {path for path, _ in pairs} - {path for path, _ in not_in_functions}
 

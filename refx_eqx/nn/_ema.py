@@ -98,6 +98,11 @@ class EMA(Module):
         **Arguments:**
 
         - `model`: the model that the average was made from, or a copy of it.
+
+        **Raises:**
+
+        - `StructureError`: if it is neither: see above.
+        - `TraceLevelError`, `ImmutableError`: if a ref cannot be read or written here.
         """
         updates = []
         for average, ref in self._pairs(model):
@@ -113,6 +118,10 @@ class EMA(Module):
         **Arguments:**
 
         - `model`: as for `update`.
+
+        **Raises:**
+
+        As `update`.
         """
         pairs = self._pairs(model)
         updates = [(ref, average.value) for average, ref in pairs]
