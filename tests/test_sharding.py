@@ -1,6 +1,7 @@
 """Models over a mesh of 8 simulated devices: where arrays should be, are put, and stay."""
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -11,7 +12,7 @@ import optax
 import pytest
 from jax._src.test_util import count_jit_and_pmap_lowerings as counting_compilations
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 from raising import raises
 
 import refx_eqx as rx
@@ -283,6 +284,38 @@ def test_values_that_are_containers():
     layer = Layer((jnp.ones((2, 4)), {"x": jnp.ones(4)}, 3))
     specs = rx.axis_rules(b="tensor").specs(layer)
     assert specs.state.value == (P(None, "tensor"), {"x": P("tensor")}, P())
+
+
+class Dense(NamedTuple):
+    weight: Float[Array, "a b"]
+    bias: Float[Array, "b"]
+
+
+ONES = jnp.ones(4)
+
+
+@pytest.mark.parametrize(
+    ("hint", "value", "specs"),
+    [
+        (Dense, Dense(jnp.ones((2, 4)), ONES), [P(None, "tensor"), P("tensor")]),
+        (Sequence[Float[Array, "b"]], [ONES], [P("tensor")]),
+        (Mapping[str, Float[Array, "b"]], {"x": ONES}, [P("tensor")]),
+        (PyTree[Float[Array, "b"]], ({"x": ONES},), [P("tensor")]),
+        (
+            tuple[Float[Array, "a"], Float[Array, "b"]],
+            (ONES, ONES),
+            [P(), P("tensor")],
+        ),
+    ],
+    ids=lambda x: "",
+)
+def test_each_array_in_a_value_has_the_axes_of_its_own_type(hint, value, specs):
+    class Layer(rx.Module):
+        state: rx.Ref[hint]  # pyright: ignore[reportInvalidTypeForm]
+
+    found = rx.axis_rules(a=None, b="tensor").specs(Layer(value)).state.value
+    assert type(found) is type(value)
+    assert jax.tree.leaves(found) == specs
 
 
 def test_slots_and_averages_follow_their_weights():

@@ -5,8 +5,8 @@ has the names of all of them. A stack (`filter_vmap(Linear)`) has additional axe
 `layers: rx.Batched[Linear, "depth"]` names.
 """
 
-import types
-from typing import Any, get_args, get_origin, Union
+from collections.abc import Iterator
+from typing import Any
 
 import equinox as eqx
 import jax.tree_util as jtu
@@ -19,6 +19,7 @@ from ._batched import BatchedHint
 from ._bound import BoundType
 from ._following import DeclaredAxes, Following
 from ._module_fields import plain_hints
+from ._parts import arrays_in
 
 
 Stack = tuple[str, ...]
@@ -29,30 +30,38 @@ def declared_axes(ref: Ref, stack: Stack = ()) -> list[list[DeclaredAxes]]:
     """For each leaf of the value of a ref, the axes according to each declared type that
     fixes their number."""
     value = peek(ref)
-    leaves, treedef = jtu.tree_flatten(value)
+    leaves = jtu.tree_leaves(value)
     found: list[list[DeclaredAxes]] = [[] for _ in leaves]
     for bound in ref._declared or ():
         if type(bound) is Following:
             for x, axes in zip(leaves, found):
                 axes += [of_weight.with_rank(_rank(x)) for of_weight in bound.axes]
             continue
-        told = treedef.flatten_up_to(_of_type(bound, value, stack))
-        for of_array, axes in zip(told, found):
+        for of_array, axes in zip(_of_type(bound, value, stack), found):
             axes += [] if of_array is None else [of_array]
     return found
 
 
-def _of_type(bound: BoundType, value: Any, stack: Stack) -> Any:
-    """The value, with each leaf replaced by `DeclaredAxes` or `None`."""
+def _of_type(
+    bound: BoundType, value: Any, stack: Stack
+) -> Iterator[DeclaredAxes | None]:
+    """For each leaf of the value."""
     extra = _extra_axes(bound, value)
-
-    def of_array(x: Any, hint: Any) -> DeclaredAxes | None:
+    leaves, treedef = jtu.tree_flatten(value)
+    # Instead of the leaves, of which two may be the same array.
+    places = [object() for _ in leaves]
+    hints: dict[int, list[Any]] = {id(place): [] for place in places}
+    for place, hint in arrays_in(treedef.unflatten(places), bound.declared.hint):
+        hints.get(id(place), []).append(hint)
+    for x, place in zip(leaves, places):
         rank = _rank(x)
         rest = [i for i in range(rank) if i not in extra]
-        words = words_of(hint, len(rest))
+        told = (words_of(hint, len(rest)) for hint in hints[id(place)])
+        words = next((words for words in told if words is not None), None)
         if words is None:
             if bound.declared.sharding is None:
-                return None
+                yield None
+                continue
             words = (None,) * len(rest)
         names: list[str | None] = [None] * rank
         for i, word in zip(rest, words):
@@ -60,9 +69,7 @@ def _of_type(bound: BoundType, value: Any, stack: Stack) -> Any:
         # If a `Batched` is itself in a stack, the outer axes have no name.
         for i, word in zip(reversed(extra), reversed(stack)):
             names[i] = word
-        return DeclaredAxes(tuple(names), extra, bound.declared.sharding)
-
-    return _walk(of_array, value, bound.declared.hint)
+        yield DeclaredAxes(tuple(names), extra, bound.declared.sharding)
 
 
 def _extra_axes(bound: BoundType, value: Any) -> tuple[int, ...]:
@@ -75,25 +82,6 @@ def _extra_axes(bound: BoundType, value: Any) -> tuple[int, ...]:
 
 def _rank(x: Any) -> int:
     return len(getattr(x, "shape", ()))  # also for a `jax.ShapeDtypeStruct`
-
-
-def _walk(of_array: Any, value: Any, hint: Any) -> Any:
-    """Applies `of_array(x, hint)` to each leaf of `value`, with the part of the type for
-    that leaf."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        of_all = [_walk(of_array, value, member) for member in args]
-        told = (x for x in of_all if jtu.tree_leaves(x))
-        return next(told, of_all[0])
-    if origin in (tuple, list) and type(value) is origin:
-        same = origin is list or args[1:] == (Ellipsis,)
-        hints = args[:1] * len(value) if same else args
-        return origin(_walk(of_array, x, h) for x, h in zip(value, hints))
-    if origin is dict and type(value) is dict:
-        return {key: _walk(of_array, x, args[1]) for key, x in value.items()}
-    leaves, treedef = jtu.tree_flatten(value)
-    is_one = len(leaves) == 1 and leaves[0] is value
-    return treedef.unflatten([of_array(x, hint if is_one else None) for x in leaves])
 
 
 def stacks_in(tree: Any) -> dict[int, Stack]:

@@ -1,6 +1,7 @@
 """The parts of a value, each with its declared type: the items of a container, the fields of
 a named tuple, the keys of a `TypedDict`."""
 
+import types
 import weakref
 from collections import Counter
 from collections.abc import (
@@ -16,6 +17,7 @@ from collections.abc import (
     ValuesView,
 )
 from typing import (
+    Annotated,
     Any,
     Generic,
     get_args,
@@ -25,10 +27,13 @@ from typing import (
     Protocol,
     Required,
     TypeVarTuple,
+    Union,
     Unpack,
 )
 
 import jax
+import jax.tree_util as jtu
+import jaxtyping
 
 from ._hints import hint_text, is_class, meaning_of, with_parameters
 from ._names_of_class import Names
@@ -44,7 +49,8 @@ class _NoValue:
 def has_parts(cls: type) -> bool:
     """Whether the instances of a class have parts of declared types, as known to the class:
     `class Rows(list[int])`, or a named tuple."""
-    return hasattr(cls, "__orig_bases__") or _is_named_tuple(cls)
+    is_generic = hasattr(cls, "__orig_bases__")
+    return is_generic or _is_named_tuple(cls) or _is_typed_dict(cls)
 
 
 def _is_named_tuple(cls: type) -> bool:
@@ -69,7 +75,7 @@ def parts_of(value: Any, hint: Any) -> list[Part] | None:
     items of an iterator.
     """
     kind, args = get_origin(hint) or hint, get_args(hint)
-    if not is_class(kind):
+    if not is_class(kind) or (kind is hint and not has_parts(kind)):
         return None
     given = dict(zip(getattr(kind, "__parameters__", ()), args))
     if _is_typed_dict(kind):
@@ -115,10 +121,30 @@ def texts_in(hint: Any, inside: tuple = ()) -> Iterator[str]:
         yield from texts_in(part, inside)
 
 
+def arrays_in(value: Any, hint: Any) -> Iterator[Part]:
+    """The arrays in a value, each with its type; in a union, with that of each member."""
+    meaning = meaning_of(hint)
+    if isinstance(hint, type(jaxtyping.AbstractArray)):
+        yield value, hint
+    elif meaning is not hint:
+        yield from arrays_in(value, meaning)
+    elif get_origin(hint) in (Union, types.UnionType):
+        for member in get_args(hint):
+            yield from arrays_in(value, member)
+    elif get_origin(hint) is Annotated:
+        yield from arrays_in(value, get_args(hint)[0])
+    elif hasattr(hint, "leaftype"):  # a `PyTree`
+        for leaf in jtu.tree_leaves(value):
+            yield from arrays_in(leaf, hint.leaftype)
+    else:
+        for part, hint_of_part in parts_of(value, hint) or ():
+            yield from arrays_in(part, hint_of_part)
+
+
 def _items(value: Any, kind: type, args: tuple) -> list[Part] | None:
     if issubclass(kind, tuple):
-        types = _types_of_items(args, len(value))
-        return [(value, _NoValue)] if types is None else list(zip(value, types))
+        hints = _types_of_items(args, len(value))
+        return [(value, _NoValue)] if hints is None else list(zip(value, hints))
     if issubclass(kind, Counter):
         args = (*args, int)
     if issubclass(kind, ItemsView):
