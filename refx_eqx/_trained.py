@@ -78,7 +78,7 @@ class Trained:
     def followed(self) -> dict[tuple, tuple[Any, Following]]:
         """Each array of each ref, by its place in `values`, with the type for state that
         follows it."""
-        stacks, found = stacks_in(self.model), {}
+        stacks, found = stacks_in(opened(self.model)), {}
         paths: dict[int, tuple[Path, ...]] = {}
         for name, ref in self._places.items():
             paths[id(ref)] = *paths.get(id(ref), ()), tuple(name.split("."))

@@ -5,6 +5,7 @@
 
 import copy
 import dataclasses
+import functools
 import pickle
 import re
 from typing import TypeVar
@@ -243,6 +244,10 @@ def test_what_asks_for_refs(door, failure, cls):
     text = TEXT.format(f"{cls.__name__}.scale", "params")
     with raises(rx.RefTypeError, match=f"{failure}.*: {text}"):
         door({"norm": both_replaced(module)})
+    module = eqx.tree_at(lambda m: m.scale, module, 2 * jnp.ones(3))
+    text = TEXT.format(rf"{cls.__name__}.scale` at `f\.args\.0\.scale", "params")
+    with raises(rx.RefTypeError, match=f"{failure}.*: {text}"):
+        door({"f": functools.partial(reads, module)})
 
 
 def test_numpy_arrays_and_numbers_are_found_too():

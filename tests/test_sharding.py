@@ -1,5 +1,6 @@
 """Models over a mesh of 8 simulated devices: where arrays should be, are put, and stay."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -332,6 +333,21 @@ def test_slots_and_averages_follow_their_weights():
         assert moments["layers.up"].value == weights.layers.up.value
         assert moments["last.down"].value == weights.last.down.value
     assert RULES.specs(ema).model.layers.up.value == weights.layers.up.value
+
+
+def test_slots_follow_weights_that_a_function_holds():
+    def make(key):
+        model = Deep(key)
+        held = functools.partial(jax.tree.leaves, model)
+        return model, rx.Optimizer(held, optax.sgd(0.1, momentum=0.9))
+
+    model, optimizer = rx.filter_eval_shape(make, jr.key(0))
+    rules = rx.axis_rules(depth="fsdp", ffn="tensor")
+    slots: Any = rules.specs(optimizer).opt_state[0].trace
+    weights = rules.specs(model)
+    assert weights.layers.up.value[0] == "fsdp"
+    assert slots["args.0.layers.up"].value == weights.layers.up.value
+    assert slots["args.0.last.down"].value == weights.last.down.value
 
 
 def test_slots_follow_by_filter_and_by_field_too():

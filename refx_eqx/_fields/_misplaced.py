@@ -24,6 +24,7 @@ from .._core._deref import is_whole, path_of
 from .._core._errors import RefTypeError, wrapped
 from .._core._ref import Ref
 from .._trees._cells import is_opaque, reachable
+from .._trees._closure import opened
 from ._declared import DeclaredRef
 from ._field import RefField
 from ._instance import plan_of, refs_held
@@ -113,7 +114,8 @@ def _is_seen_as_a_tree() -> bool:
 
 
 def check_refs_in_place(tree: Any, failure: str) -> None:
-    """Checks that fields declared as refs hold refs, in every module of a tree.
+    """Checks that fields declared as refs hold refs, in every module of a tree, also in its
+    functions that hold refs.
 
     **Raises:**
 
@@ -127,7 +129,7 @@ def check_refs_in_place(tree: Any, failure: str) -> None:
             raise _not_a_ref(leaf, where, declared, False, failure, place)
         return is_whole(x)
 
-    jtu.tree_flatten(tree, is_leaf=visit)
+    jtu.tree_flatten(opened(tree), is_leaf=visit)
 
 
 def instead_of_refs(x: Any) -> Iterator[tuple[DeclaredRef, Any, str]]:
