@@ -47,9 +47,9 @@ class EMA(Module):
         ema.swap(model)  # and back
         ```
 
-    `ema.model` is the model with new refs, of collection `"ema"`, for the averages; all
-    other refs (batch statistics, randomness) are shared with the model. So it is called
-    like the model, and `wrt="params"` selects none of the averages.
+    `ema.model` is the model with new refs, of collection `"ema"`, for the averages, also in
+    its functions; all other refs (batch statistics, randomness) are shared with the model.
+    So it is called like the model, and `wrt="params"` selects none of the averages.
 
     A target network is also an `EMA`: with `decay=0.995` it moves by 0.005 in each step;
     with `decay=0.0` each update sets it to the model.
