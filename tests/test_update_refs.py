@@ -2,6 +2,7 @@
 
 import functools
 import operator
+import re
 
 import equinox as eqx
 import jax
@@ -148,11 +149,27 @@ def test_another_structure_is_refused():
     with raises(
         rx.StructureError,
         match=(
-            r"target and source do not have the same structure. JAX says: .*The source "
-            "must be a tree aligned with the target"
+            r"target and source do not have the same structure. JAX says of the root of the "
+            "tree: .*The source must be a tree aligned with the target"
         ),
     ):
         rx.update_refs([a, b], [5])
+    assert (a.value, b.value) == (1, 2)
+
+
+def test_the_place_of_another_structure_is_named():
+    a, b = rx.Ref(1), rx.Ref(2)
+    hold = lambda ref, x: functools.partial(max, ref, x)
+    target = {"f": hold(b, [a, a]), "x": [a, None, (b, {"y": b})]}
+    for source, where in [
+        ({"f": hold(b, [a, a]), "x": [1, None, (2, {"z": 2})]}, "x.2.1"),
+        ({"f": hold(b, [a, a]), "x": [1, 2, [2, {"y": 2}]]}, "x.2"),
+        ({"f": hold(b, [a, a]), "x": [1, 2, 3]}, "x.2"),
+        ({"f": hold(b, (a, a)), "x": rx.NOTHING}, "x"),
+        ({"f": hold(b, (a, a)), "x": [1, None, (2, {"y": 2})]}, "f.args.1"),
+    ]:
+        with raises(rx.MismatchError, match=f"JAX says of `{re.escape(where)}`: "):
+            rx.update_refs(target, source)
     assert (a.value, b.value) == (1, 2)
 
 

@@ -157,13 +157,13 @@ def aligned_leaves(
     - `path`: the place of both in larger trees.
     """
     target, source = (in_original_classes(opened(tree)) for tree in (target, source))
-    leaves, treedef = jtu.tree_flatten_with_path(
-        target, is_leaf=lambda x: is_closure(x) or _is_place(x) or is_lookup(x)
-    )
+    is_leaf = lambda x: is_closure(x) or _is_place(x) or is_lookup(x)
+    leaves, treedef = jtu.tree_flatten_with_path(target, is_leaf=is_leaf)
     try:
         sources = treedef.flatten_up_to(source)
-    except (ValueError, TypeError) as e:
-        raise error(f"JAX says: {e}") from None
+    except (ValueError, TypeError):
+        where, reason = _first_difference(target, source, is_leaf, path)
+        raise error(f"JAX says of {path_text(where)}: {reason}") from None
     for (keys, leaf), new in zip(leaves, sources):
         place = (*path, *keys)
         if not is_closure(leaf):
@@ -179,6 +179,34 @@ def aligned_leaves(
             for name, mine in zip(names, leaf.contents):
                 keyed = (*place, jtu.GetAttrKey(name))
                 yield from aligned_leaves(mine, carried[name], error, keyed)
+
+
+def _first_difference(
+    target: Any, source: Any, is_leaf: Callable[[Any], bool], path: tuple
+) -> tuple[tuple, str]:
+    """The place of the first node that differs, and what JAX says of it: of a whole tree it
+    says no place."""
+    children, treedef = jtu.tree_flatten_with_path(
+        target, is_leaf=lambda x: x is not target
+    )
+    try:
+        sources = treedef.flatten_up_to(source)
+    except (ValueError, TypeError) as e:
+        return path, str(e)
+    keys, child, new = next(
+        (keys, child, new)
+        for (keys, child), new in zip(children, sources)
+        if not _is_prefix(jtu.tree_structure(child, is_leaf=is_leaf), new)
+    )
+    return _first_difference(child, new, is_leaf, (*path, *keys))
+
+
+def _is_prefix(treedef: Any, tree: Any) -> bool:
+    try:
+        treedef.flatten_up_to(tree)
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 def not_aligned(failure: str, what: str, reason: str) -> MismatchError:
