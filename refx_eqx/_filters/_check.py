@@ -118,6 +118,7 @@ def is_array(x: Any) -> bool:
 
 
 def _is_transformation(x: Any) -> bool:
-    """Whether `x` is one of Optax's, such as `rx.Optimizer.tx`: functions that close over
-    their options, which may be arrays. The program that resumes makes it again."""
+    """Whether `x` is one of Optax's, such as the `tx` of an `rx.Optimizer`: functions that
+    close over their options, which may be arrays. The program that resumes makes it
+    again."""
     return getattr(type(x), "_fields", None) == ("init", "update")
