@@ -89,7 +89,6 @@ def capture(
     - `TypeError`: if `fn` is not a module, and there is no positional argument; or if `add`
         is not a mapping.
     """
-
     if add is not None and not isinstance(add, Mapping):
         raise TypeError(
             f"`rx.capture`: `add` must be a dict like the one that is returned, but is "

@@ -27,6 +27,7 @@ from .._fields._referenced import (
     zone,
 )
 from .._trees._cells import is_lookup, is_opaque
+from .._trees._equality import is_same_tree
 from .._trees._paths import key_text, Path, path_text
 from ._filters import as_filter, Filter, FilterLike
 from ._guard import only_answering
@@ -247,10 +248,8 @@ class _Conversion:
 
 def _is_same(a: Any, b: Any) -> bool:
     """Whether two values are one, or hold the same arrays in the same places."""
-    a_leaves, a_def = jtu.tree_flatten(a)
-    b_leaves, b_def = jtu.tree_flatten(b)
-    has_arrays = any(map(eqx.is_array, a_leaves))
-    return has_arrays and a_def == b_def and all(map(operator.is_, a_leaves, b_leaves))
+    has_arrays = any(map(eqx.is_array, jtu.tree_leaves(a)))
+    return has_arrays and is_same_tree(operator.is_, a, b)
 
 
 def snapshot(tree: PyTree) -> PyTree:

@@ -9,7 +9,7 @@ import itertools
 import types
 import weakref
 from collections import defaultdict, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -222,7 +222,7 @@ DICTS = frozenset((dict, OrderedDict, defaultdict))
 _DEEPEST = 20_000
 
 
-def functions_among(leaves: list[Any]) -> list[types.FunctionType]:
+def functions_among(leaves: Iterable[Any]) -> list[types.FunctionType]:
     """The functions among the leaves of a tree, each once."""
     found = {id(x): x for x in leaves if type(x) is types.FunctionType}
     return list(found.values())

@@ -118,7 +118,7 @@ def head_of(
         return LaterPlace(number), []
     # Before visiting its contents: a recursive function is in one of its own cells.
     number = numbers[id(leaf)] = len(numbers)
-    rebound = rebound_cells(functions_among(list(reachable(leaf))))
+    rebound = rebound_cells(functions_among(reachable(leaf)))
     carried = carried_cells(leaf, is_wanted)
     # By identity: cells compare equal if their contents do.
     ids = set(map(id, carried))

@@ -98,10 +98,9 @@ class Members:
             if item is None and held is not None:
                 return None
             items.append(item)
+        # Not by calling it: a named tuple takes its items one by one.
         base: Any = tuple if issubclass(self._kind, tuple) else frozenset
-        return base.__new__(
-            self._kind, items
-        )  # a named tuple takes its items one by one
+        return base.__new__(self._kind, items)
 
 
 def _member(x: Any) -> "Identity | Members":
@@ -195,7 +194,7 @@ def same_content(cell: types.CellType, key: Any) -> bool:
 
 def watched_cells(fn: types.FunctionType) -> list[Watched]:
     """The cells of a function."""
-    rebound = rebound_cells(functions_among(list(reachable(fn))))
+    rebound = rebound_cells(functions_among(reachable(fn)))
     watched = []
     for i, cell in enumerate(fn.__closure__ or ()):
         is_input = id(cell) not in rebound or _is_input(cell)
